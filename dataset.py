@@ -293,6 +293,218 @@ def _fetch(iterator, read, out, room, stop):  # a function, not a method: the th
 # ---------------------------------------------------------------------------------------------------------------------
 # part 2: tokenizers, chat templates, which tokens are trained on
 # ---------------------------------------------------------------------------------------------------------------------
+import functools
+import json
+import re
+
+import numpy as np
+
+BYTE_TEMPLATE = ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\\n' }}{% elif m.role == 'user' %}{{ 'Q: ' + m.content + '\\nA: ' }}"
+                 "{% elif m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+                 "{% else %}{{ raise_exception('this template knows the roles system, user and assistant') }}{% endif %}{% endfor %}")
+BEGIN, END = '\U000ffffc', '\U000ffffd'  # around a {% generation %} block while a mask is wanted; noncharacters-to-be, never in text
+
+
+def _check_text(text):
+    if not isinstance(text, str):
+        raise ValueError(f'text to encode is {type(text).__name__}, expected str')
+    try:
+        return text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f'lone surrogate {text[e.start]!a} at character {e.start}: not text; repair the data (errors="replace")') from None
+
+
+class Tokenizer:
+    """Text to ids and back. Attributes: eot (id or None), pad (its own token or None, never eot), bos, vocab_size, special {text: id}, chat_template."""
+    name, chat_template, eot, pad, bos = '', None, None, None, None
+
+    def __init__(self, special):
+        self.special = special
+        self._texts = {i: t for t, i in special.items()}
+        self._split = re.compile('(' + '|'.join(map(re.escape, sorted(special, key=len, reverse=True))) + ')') if special else None
+
+    def encode(self, text, allow_special=False):
+        """str -> [int]. A special token written in the text is plain text unless allow_special. ValueError: lone surrogates, unknown characters."""
+        _check_text(text)
+        if not allow_special or not self._split:
+            return self._plain(text)
+        return [i for n, piece in enumerate(self._split.split(text)) for i in ([self.special[piece]] if n % 2 else self._plain(piece))]
+
+    def decode(self, ids):
+        """[int] -> str; bytes that are not UTF-8 (a cut emoji) become U+FFFD."""
+        return b''.join(self.token_bytes(i) for i in ids).decode(errors='replace')
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, return_mask=False, **template_args):
+        """[{"role", "content"}] -> [int], or ([int], [bool] True = written by the assistant) with return_mask."""
+        text, spans = _render(self, messages, add_generation_prompt, template_args, return_mask)
+        ids = self.encode(text, allow_special=True)
+        if not return_mask:
+            return ids
+        wrote = np.zeros(len(text.encode()), bool)
+        for a, b in spans:
+            wrote[len(text[:a].encode()):len(text[:b].encode())] = True
+        ends = np.cumsum([len(self.token_bytes(i)) for i in ids], dtype=np.int64)
+        return ids, [bool(wrote[a:b].any()) for a, b in zip(np.concatenate([[0], ends[:-1]]).astype(int), ends)]
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes and <|endoftext|> (256): no training, no file, every text."""
+    name, eot, vocab_size, chat_template = 'byte', 256, 257, BYTE_TEMPLATE
+
+    def __init__(self):
+        super().__init__({'<|endoftext|>': 256})
+
+    def _plain(self, text):
+        return list(text.encode())
+
+    def token_bytes(self, i):
+        return b'<|endoftext|>' if i == 256 else bytes([i])
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character, as nanoGPT's shakespeare_char; has no end token."""
+    name = 'char'
+
+    def __init__(self, chars):
+        super().__init__({})
+        self.chars, self.vocab_size = list(chars), len(chars)
+        self.ids = {c: i for i, c in enumerate(self.chars)}
+
+    def _plain(self, text):
+        try:
+            return [self.ids[c] for c in text]
+        except KeyError as e:
+            raise ValueError(f'character {e.args[0]!r} is not among the {self.vocab_size} of this char tokenizer') from None
+
+    def token_bytes(self, i):
+        return self.chars[i].encode()
+
+
+@functools.lru_cache(maxsize=16)
+def _template(source):
+    """Compiled once; Jinja2's immutable sandbox set up as HF does."""
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {'generation'}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method('_wrap', [jinja2.nodes.Name('_marks', 'load')]), [], [], body).set_lineno(line)
+
+        def _wrap(self, marks, caller):
+            return BEGIN + caller() + END if marks is True else caller()
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols'])
+    env.globals['raise_exception'] = raise_exception
+    return env.from_string(source)
+
+
+def _render(tok, messages, gen, args, want_spans):
+    """(text, [(start, end) of what the assistant wrote])"""
+    import jinja2
+    if not tok.chat_template:
+        raise ValueError(f'tokenizer {tok.name!r} has no chat template: use prompts that are strings, or set one in its tokenizer_config.json')
+    try:
+        text = _template(tok.chat_template).render(messages=messages, add_generation_prompt=gen, _marks=want_spans, eos_token=tok._texts.get(tok.eot, ''), **args)
+    except jinja2.TemplateError as e:
+        raise ValueError(f'chat template: {e}') from None
+    parts, spans, at = re.split(f'[{BEGIN}{END}]', text), [], 0
+    for n, part in enumerate(parts):
+        if n % 2:
+            spans.append((at, at + len(part)))
+        at += len(part)
+    return ''.join(parts), spans
+
+
+def get_tokenizer(name):
+    """'byte', 'char:<meta.json>'."""
+    if name == 'byte':
+        return ByteTokenizer()
+    if name.startswith('char:'):
+        with open(name[5:]) as f:
+            return CharTokenizer(json.load(f)['chars'])
+    raise ValueError(f"tokenizer {name!r}: expected 'byte' or 'char:<meta.json>'")
+
+
+# ---- rows: what a stage reads, as ids ----
+ALPACA = ('Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n### Instruction:\n{}\n\n{}### Response:')
+SFT_FORMS = ('{"messages": [{"role", "content"}]}, {"prompt", "completion"}, {"instruction", "input", "output"} or {"text"}')
+
+
+def encode_prompt(prompt, tok, **template_args):
+    """str: verbatim, special tokens in it are plain text; [{"role", "content"}]: chat template with its generation prompt. -> [int]"""
+    if isinstance(prompt, str):
+        return tok.encode(prompt)
+    return tok.apply_chat_template(prompt, add_generation_prompt=True, **template_args)
+
+
+def encode_completion(completion, tok, eot=True):
+    """str, or a list with one assistant message -> [int] with the end token. 'ok' with 'byte' -> [111, 107, 256]."""
+    if isinstance(completion, list):
+        if len(completion) != 1 or completion[0].get('role') != 'assistant':
+            raise ValueError(f'a completion list holds one assistant message, got roles {[m.get("role") for m in completion]}')
+        completion = completion[0]['content']
+    if eot and tok.eot is None:
+        raise ValueError(f'tokenizer {tok.name!r} has no end token, so a completion cannot end: use one that has (byte, gpt2 ...)')
+    return tok.encode(completion) + ([tok.eot] if eot else [])
+
+
+def alpaca_prompt(row):
+    extra = row.get('input') or ''
+    return ALPACA.format(', paired with an input that provides further context' if extra else '', row['instruction'], f'### Input:\n{extra}\n\n' if extra else '')
+
+
+def encode_row(row, tok, **template_args):
+    """One SFT row -> (ids [int], trained [bool]); trained = what the assistant wrote and its end token; all of {"text"}."""
+    if 'messages' in row:
+        return tok.apply_chat_template(row['messages'], return_mask=True, **template_args)
+    if 'prompt' in row and 'completion' in row:
+        p, c = encode_prompt(row['prompt'], tok, **template_args), encode_completion(row['completion'], tok)
+    elif 'instruction' in row and 'output' in row:
+        p, c = encode_prompt(alpaca_prompt(row), tok), encode_completion(row['output'], tok)
+    elif 'text' in row:
+        p, c = [], encode_completion(row['text'], tok)
+    else:
+        raise ValueError(f'row has the keys {sorted(row)}, expected {SFT_FORMS}')
+    return p + c, [False] * len(p) + [True] * len(c)
+
+
+def encode_pair(row, tok, **template_args):
+    """A preference row -> (prompt_ids, chosen_ids, rejected_ids), both answers with their end token."""
+    for key in ('chosen', 'rejected'):
+        if row.get(key) is None:
+            raise ValueError(f'preference row without {key!r} (it has {sorted(row)}): expected {{"prompt", "chosen", "rejected"}}')
+    prompt, chosen, rejected = row.get('prompt'), row['chosen'], row['rejected']
+    if prompt is None:
+        head, mark, chosen = chosen.rpartition('\n\nAssistant:')
+        other, _, rejected = rejected.rpartition('\n\nAssistant:')
+        if not mark or head != other:
+            raise ValueError('row without "prompt" whose two dialogues differ before their last "\\n\\nAssistant:"')
+        prompt = head + mark
+    if chosen == rejected:
+        raise ValueError(f'chosen and rejected are equal: {str(chosen)[:60]!r}')
+    for key, answer in (('chosen', chosen), ('rejected', rejected)):
+        if isinstance(answer, str) and not answer.strip():
+            raise ValueError(f'empty completion: {key!r} has no text')
+    return encode_prompt(prompt, tok, **template_args), encode_completion(chosen, tok), encode_completion(rejected, tok)
+
+
+def show_masks(ids, trained, tok):
+    """The row as a terminal shows it: trained tokens green, the rest grey (ANSI)."""
+    out, colour = [], None
+    for i, t in zip(ids, trained):
+        if t != colour:
+            out.append('\033[32m' if t else '\033[90m')
+            colour = t
+        out.append(tok.decode([i]))
+    return ''.join(out) + '\033[0m'
 
 # ---------------------------------------------------------------------------------------------------------------------
 # command line: python dataset.py head FILE | lint FILE
