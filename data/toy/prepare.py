@@ -1,0 +1,244 @@
+"""An assistant corpus of our own, made from a seed in a few seconds, without a network: the data of quickstart.sh.
+
+    python data/toy/prepare.py                       # writes beside this file; --out_dir=DIR --seed=1 --scale=0.1
+
+Four families of questions: facts (small talk on a little embedded world), string and list tasks, sums of two numbers
+with steps, two-sentence stories with a mood. Each answer has a style. The world is built so that every stage has
+something to do, and so that one sees it:
+    text.jsonl              {"text"}: what a crawler would find. Threads of questions with poor answers, running on into the next
+                            question; bare statements. A base model of this knows things and answers badly.
+    sft_{train,val}.jsonl   {"messages"}: answers of average people: short, hedging, some kind, some wrong (STYLES below).
+    pref_{train,val}.jsonl  {"prompt", "chosen", "rejected"}: two answers, labelled by gold.py; 5 % of the labels are flipped
+                            and 8 % come from a labeller who only skims: the longer answer wins. "tie": true where gold sees no difference.
+    prompts_{train,val}.jsonl  {"prompt", "family", "want"} for PPO; the row is what gold.py needs to mark an answer.
+    arith_{train,val}.jsonl    {"prompt", "answer"} for GRPO; data/toy/reward.py checks them.
+Questions of val are not in train (facts excepted: a fact cannot be guessed). Sizes: byte tokens, a prompt about 30, an answer about 40.
+
+Arithmetic, the honest trap: a sum with steps reads '7+8=15, 4+2+1=7, 75.'. In SFT data most people forget the carry ('4+2=6, 65.'),
+and some just say a number. A model that imitates them is right in 30 to 50 of 100, though it has seen how it is done: RL finds that out.
+"""
+import json
+import os
+import random
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import gold
+
+out_dir = os.path.dirname(os.path.abspath(__file__))
+seed = 1337
+scale = 1.0  # of all row counts; tests use 0.02
+ROWS = {'text': 7000, 'sft': 16000, 'pref': 8000, 'prompts': 4000, 'arith': 4000}  # train; val is a sixteenth
+
+FACTS = [  # questions, sentence, {key: answer}: the answer stands last in its sentence
+    (('What is the capital of {}?', 'Capital of {}?'), 'The capital of {} is {}.',
+     dict(France='Paris', Spain='Madrid', Italy='Rome', Japan='Tokyo', Egypt='Cairo', Peru='Lima', Cuba='Havana', Kenya='Nairobi',
+          Norway='Oslo', Greece='Athens', Poland='Warsaw', Austria='Vienna', Ireland='Dublin', Portugal='Lisbon')),
+    (('What does a {} say?', 'Sound of a {}?'), 'A {} says {}.',
+     dict(cat='meow', dog='woof', cow='moo', sheep='baa', duck='quack', lion='roar', bee='buzz', pig='oink', frog='croak', snake='hiss')),
+    (('What colour is {}?', 'Colour of {}?'), 'The colour of {} is {}.',
+     dict(snow='white', coal='black', grass='green', sky='blue', blood='red', corn='yellow', chocolate='brown', smoke='grey')),
+    (('What is the opposite of {}?', 'Opposite of {}?'), 'The opposite of {} is {}.',
+     dict(hot='cold', big='small', up='down', day='night', old='new', wet='dry', fast='slow', hard='soft', open='shut', rich='poor')),
+    (('What is your {}?', 'Tell me your {}.'), 'My {} is {}.',
+     dict(name='Pip', home='a laptop', age='two', job='helping', wish='more data', friend='Bit')),
+]
+ANIMALS = ('fox', 'cat', 'dog', 'hen', 'owl', 'bear', 'wolf', 'frog', 'mouse', 'goat')
+STORY = {  # mood: first sentences, second sentences
+    'happy': (('The {} danced on a hill.', 'A {} found a sweet cake.', 'One sunny day a {} sang.', 'A {} met a friend and smiled.'),
+              ('The {} laughed all day.', 'It sang until night.', 'The {} was glad.', 'All the others danced.')),
+    'sad': (('A {} lost its home.', 'The {} sat alone in the rain.', 'One grey day a {} cried.', 'A {} had no friend and wept.'),
+            ('The {} sighed all day.', 'It cried until night.', 'The {} was alone.', 'Its tears fell.')),
+    'scary': (('A {} went into a dark cave.', 'The {} saw a ghost.', 'One dark night a {} howled.', 'A {} found old bones.'),
+              ('The {} trembled.', 'It screamed until dawn.', 'Claws came near.', 'The ghost was near.')),
+}
+CONSONANTS, VOWELS = 'bcdfghklmnprstw', 'aeiou'
+#          curt  plain hedge rude ramble kind1 kind2 gush   share of answers with wrong content
+STYLES = {
+    'text': ((24, 14, 22, 22, 16, 1, 0, 1), 0.40),
+    'sft':  ((28, 24, 20, 5, 8, 9, 4, 2), 0.15),
+    'pref': ((22, 22, 16, 8, 8, 14, 10, 0), 0.20),
+}
+NAMES = ('curt', 'plain', 'hedge', 'rude', 'ramble', 'kind1', 'kind2', 'gush')
+STEPS, CARRY_KEPT = 0.7, 0.4  # of answers to a sum: show steps; and of those with a carry, keep it
+
+
+def word(rng, n):
+    return ''.join(rng.choice(VOWELS if i % 2 else CONSONANTS) for i in range(n))
+
+
+# a question: prompt, family, want, and what the answer templates need: `full` sentence, `short` answer, their wrong twins
+def fact(rng):
+    asks, sentence, table = rng.choices(FACTS, [len(t) for _, _, t in FACTS])[0]
+    key = rng.choice(sorted(table))
+    other = rng.choice([v for k, v in sorted(table.items()) if k != key])
+    return dict(family='fact', ask=rng.choice(asks).format(key), want=table[key], full=sentence.format(key, table[key]),
+                bad=other, bad_full=sentence.format(key, other))
+
+
+def string(rng):
+    kind = rng.choice(('first', 'last', 'reverse', 'sort', 'count', 'bigger'))
+    if kind in ('first', 'last'):
+        w = word(rng, rng.randint(3, 5))
+        want, bad = (w[0], w[1]) if kind == 'first' else (w[-1], w[-2])
+        ask, full = f'{kind.capitalize()} letter of {w}?', f'The {kind} letter of {w} is {{}}.'
+    elif kind == 'reverse':
+        w = word(rng, 3)
+        while w == w[::-1]:
+            w = word(rng, 3)
+        want, bad, ask, full = w[::-1], w[1] + w[0] + w[2], f'Reverse {w}.', f'The reverse of {w} is {{}}.'
+    elif kind == 'sort':
+        d = rng.sample(range(10), 3)
+        want, bad = (' '.join(map(str, x)) for x in (sorted(d), sorted(d, reverse=True)))
+        ask, full = f"Sort {' '.join(map(str, d))}.", 'In order, that is {}.'
+    elif kind == 'count':
+        n = rng.randint(2, 5)
+        want, bad, full = str(n), str(n + rng.choice((-1, 1))), 'The number of words is {}.'
+        ask = f"Count {' '.join(rng.sample(ANIMALS, n))}."
+    else:
+        a, b = rng.sample(range(10, 100), 2)
+        want, bad, ask, full = str(max(a, b)), str(min(a, b)), f'Which is bigger, {a} or {b}?', 'The bigger one is {}.'
+    return dict(family='string', ask=ask, want=want, full=full.format(want), bad=bad, bad_full=full.format(bad))
+
+
+def sum_(rng):
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    units, tens, carry = a % 10 + b % 10, a // 10 + b // 10, int(a % 10 + b % 10 > 9)
+    def steps(c):
+        return f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' if c else ''}={tens + c}, {10 * (tens + c) + units % 10}."
+    wrong = 0 if carry else 1  # with a carry: forget it; without: see one where there is none
+    return dict(family='sum', ask=f'What is {a}+{b}?', want=str(a + b), full=steps(carry), carry=carry,
+                bad=str(a + b - 10 if carry else a + b + 10), bad_full=steps(wrong))
+
+
+def story(rng):
+    mood, animal = rng.choice(sorted(STORY)), rng.choice(ANIMALS)
+    def tell(m, x):
+        first, second = (rng.choice(s).format(x) for s in STORY[m])
+        return f'{first} {second}'
+    good = tell(mood, animal)
+    bad = tell(rng.choice([m for m in sorted(STORY) if m != mood]), animal) if rng.random() < 0.7 else \
+        tell(mood, rng.choice([x for x in ANIMALS if x != animal]))
+    return dict(family='story', ask=f'Tell a {mood} story about a {animal}.', want=f'{mood} {animal}', full=good,
+                bad_full=bad, short=good.split('. ')[0], bad=bad.split('. ')[0])
+
+
+FAMILIES = (fact, string, sum_, story)
+
+
+def lower(s):
+    return s if s[:3] == 'Pip' else s[0].lower() + s[1:]
+
+
+def answer(rng, q, kind):
+    """One answer to question q in a style drawn for `kind` ('text', 'sft', 'pref'), wrong with that kind's share."""
+    weights, wrong_share = STYLES[kind]
+    style, wrong = rng.choices(NAMES, weights)[0], rng.random() < wrong_share
+    if q['family'] == 'sum':  # styles matter less here: the question is whether steps are shown and the carry kept
+        if style == 'curt' or rng.random() > STEPS:
+            full = short = (q['bad'] if wrong or rng.random() < 0.3 else q['want'])
+        else:
+            wrong = wrong or (q['carry'] and rng.random() > CARRY_KEPT)
+            short, full = '', q['bad_full'] if wrong else q['full']
+            style = 'plain' if style == 'ramble' else style
+    else:
+        short, full = (q['bad'], q['bad_full']) if wrong else (q.get('short', q['want']), q['full'])
+    full = full.rstrip('.')
+    if style == 'curt':
+        return f'{short or full}.'
+    if style == 'plain':
+        return f'{full}.'
+    if style == 'hedge':
+        hedge = rng.choice(('Well, {}.', 'I think {}.', 'Maybe {}.', 'Let me see, {}.', 'Well, I think {}, or so.', 'You know, {}, I guess.'))
+        return hedge.format(lower(full))
+    if style == 'rude':
+        return rng.choice(('Ugh, {}.', 'Who cares? {}.', 'Silly you, {}.', 'So dull, {}.', '{}. Go away.')).format(lower(short or full))
+    if style == 'ramble':
+        return f'{full}. Yes, {lower(full)}. {full}.' if rng.random() < 0.5 else f'{full}. {full}.'
+    opener, closer = rng.choice(gold.OPENERS), rng.choice(gold.CLOSERS)
+    if style == 'kind1':
+        return f'{opener} {full}.' if rng.random() < 0.5 else f'{full}. {closer}'
+    if style == 'kind2':
+        return f'{opener} {full}. {closer}'
+    return ' '.join([opener, *rng.sample(gold.OPENERS, rng.randint(1, 2)), full + '.', closer, *rng.sample(gold.CLOSERS, rng.randint(0, 2))])
+
+
+def question(rng, families=FAMILIES, weights=(30, 25, 25, 20)):
+    q = rng.choices(families, weights[:len(families)])[0](rng)
+    return q | {'prompt': f"Q: {q['ask']}\nA: "}
+
+
+def held_out(q):
+    """True for the sixteenth of the questions that only val may ask; decided by the question, so that no seed mixes them."""
+    return q['family'] != 'fact' and sum(i * ord(c) for i, c in enumerate(q['ask'], 1)) % 16 == 0
+
+
+def draw(rng, val, **kw):
+    while True:
+        q = question(rng, **kw)
+        if q['family'] == 'fact' or held_out(q) == val:
+            return q
+
+
+def thread(rng, val):
+    """A piece of crawled text: two or three questions with poor answers and no end between them, or bare statements."""
+    if rng.random() < 0.3:
+        return ' '.join(draw(rng, val)['full'] for _ in range(rng.randint(2, 4)))
+    return '\n'.join(q['prompt'] + (answer(rng, q, 'text') if rng.random() < 0.85 else rng.choice(('Why do you ask?', 'No idea.', 'Same question here.')))
+                     for q in (draw(rng, val) for _ in range(rng.randint(2, 3))))
+
+
+def sft_row(rng, val):
+    q = draw(rng, val)
+    return {'messages': [{'role': 'user', 'content': q['ask']}, {'role': 'assistant', 'content': answer(rng, q, 'sft')}]}
+
+
+def pref_row(rng, val):
+    q = draw(rng, val)
+    a = answer(rng, q, 'pref')
+    b = next(x for x in iter(lambda: answer(rng, q, 'pref'), None) if x != a)
+    row = {'prompt': q['prompt'], 'family': q['family'], 'want': q['want']}
+    gap = gold.score(a, q) - gold.score(b, q)
+    luck = rng.random()
+    if gap == 0 and not 0.05 <= luck < 0.13:
+        return row | {'chosen': a, 'rejected': b, 'tie': True}
+    first = len(a) > len(b) if 0.05 <= luck < 0.13 else (gap > 0) != (luck < 0.05)
+    return row | {'chosen': a if first else b, 'rejected': b if first else a, 'tie': False}
+
+
+def prompt_row(rng, val):
+    return {k: v for k, v in draw(rng, val).items() if k in ('prompt', 'family', 'want')}
+
+
+def arith_row(rng, val):
+    q = draw(rng, val, families=(sum_,))
+    return {'prompt': q['prompt'], 'answer': q['want']}
+
+
+def write(name, rows):
+    path = os.path.join(out_dir, name)
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(row) + '\n' for row in rows)
+    os.replace(path + '.tmp', path)  # atomic: an interrupted run leaves no half file
+    print(f'{name:20} {len(rows):6,} rows {os.path.getsize(path):10,} bytes   {json.dumps(rows[0])[:110]}')
+
+
+def main():
+    os.makedirs(out_dir, exist_ok=True)
+    makers = {'sft': sft_row, 'pref': pref_row, 'prompts': prompt_row, 'arith': arith_row}
+    rng = random.Random(f'{seed} text')
+    write('text.jsonl', [{'text': thread(rng, False)} for _ in range(max(int(ROWS['text'] * scale), 16))])
+    for name, make in makers.items():
+        for split, share in (('train', 1), ('val', 16)):
+            rng = random.Random(f'{seed} {name} {split}')  # one stream a file: a new family changes no other file
+            write(f'{name}_{split}.jsonl', [make(rng, split == 'val') for _ in range(max(int(ROWS[name] * scale / share), 16))])
+    print('next: python sft.py config/pretrain_toy.py, then config/sft_toy.py')
+
+
+if __name__ == '__main__':
+    for arg in sys.argv[1:]:
+        key, _, value = arg.lstrip('-').partition('=')
+        if key not in ('out_dir', 'seed', 'scale') or not value:
+            sys.exit(f'error: unknown argument {arg!r}: --out_dir=DIR, --seed=INT or --scale=FLOAT')
+        globals()[key] = type(globals()[key])(value)
+    main()
