@@ -1,0 +1,210 @@
+"""lora.py against peft itself: same outputs, same gradients, files both ways; merging, several adapters, refusals."""
+import json
+import os
+
+import pytest
+import torch
+
+import lora
+from model import GPT, GPTConfig, ARCHS
+
+SHAPES = {  # tiny, but with each family's peculiarities: fused qkv, GQA, qk-norm, head_size that is not n_embd / n_head
+    'gpt2': dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=32),
+    'llama': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, vocab_size=61, block_size=32, tie=False, **ARCHS['llama']),
+    'qwen2': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, vocab_size=61, block_size=32, **ARCHS['qwen2']),
+    'qwen3': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, head_size=16, vocab_size=61, block_size=32, **ARCHS['qwen3']),
+}
+
+
+def build(arch, head='lm', seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(arch=arch, **SHAPES[arch]), head)
+
+
+def shake(model):
+    """B starts at zero, which would let every error in A hide."""
+    torch.manual_seed(7)
+    for n, p in model.named_parameters():
+        if 'lora_' in n:
+            p.data = p.data + 0.1 * torch.randn_like(p)
+    return model
+
+
+def tokens(B=3, T=12):
+    return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+CASES = [('gpt2', dict()), ('gpt2', dict(targets=('c_attn', 'c_proj', 'c_fc'), rslora=True)), ('gpt2', dict(targets=('mlp.c_proj', 'wte'))),
+         ('gpt2', dict(targets=('c_attn',), dora=True)), ('qwen3', dict()), ('qwen3', dict(targets='all-linear')), ('qwen3', dict(targets='all-linear', dora=True)),
+         ('qwen3', dict(targets=r'.*layers\.1\..*(up|down)_proj')), ('llama', dict(targets='q_proj,embed_tokens')), ('qwen2', dict(targets=('k_proj', 'gate_proj')))]
+
+
+@pytest.mark.parametrize('arch, kw', CASES, ids=str)
+def test_our_file_in_peft_same_outputs_and_gradients(arch, kw, tmp_path):
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    model = build(arch)
+    model.save_pretrained(tmp_path / 'base')
+    shake(lora.add_lora(model, 4, 8, **kw))
+    lora.save_lora(model, str(tmp_path / 'a'), base=str(tmp_path / 'base'))
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base'), tmp_path / 'a', is_trainable=True)
+    x = tokens()
+    ours, ref = model(x)[0], theirs(x).logits
+    assert (ours - ref).abs().max() < 1e-5
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weight).sum().backward()
+    (ref * weight).sum().backward()
+    grads = {k.replace('.default', ''): p.grad for k, p in theirs.named_parameters() if p.requires_grad}
+    mine = {k: p.grad for k, p in lora._slots(model, 'default').items()}
+    assert {k.removesuffix('.weight') for k in grads} == {k.removesuffix('.weight') for k in mine} and len(mine) > 0
+    for k, g in mine.items():
+        ref = grads.get(k, grads.get(k + '.weight'))
+        assert (g - ref).abs().max() <= 1e-5 * max(1.0, ref.abs().max()), k
+    assert all(p.grad is None for n, p in model.named_parameters() if 'lora_' not in n)
+
+
+@pytest.mark.parametrize('arch, kw', [('gpt2', dict(target_modules=['c_attn', 'wte'], use_rslora=True)), ('qwen3', dict(target_modules='all-linear', use_dora=True)),
+                                      ('qwen3', dict(target_modules=['q_proj', 'up_proj'], rank_pattern={r'layers.1.*': 2}, alpha_pattern={'up_proj': 32})),
+                                      ('llama', dict(target_modules=r'.*(q|v)_proj'))], ids=str)
+def test_their_file_in_ours(arch, kw, tmp_path):
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    build(arch).save_pretrained(tmp_path / 'base')
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base'),
+                                 peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, task_type='CAUSAL_LM', fan_in_fan_out=arch == 'gpt2', **kw)).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / 'a')
+    model = lora.load_lora(GPT.from_pretrained(str(tmp_path / 'base')), str(tmp_path / 'a')).eval()
+    assert (model(tokens())[0] - theirs(tokens()).logits).abs().max() < 1e-5
+    lora.save_lora(model, str(tmp_path / 'b'))  # and back again: patterns, dropout and targets survive
+    again = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base'), tmp_path / 'b').eval()
+    assert (again(tokens()).logits - theirs(tokens()).logits).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+def test_scalar_head_travels_with_the_adapter(arch, tmp_path):
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    model = build(arch, 'scalar')
+    model.config.pad_token_id = 60
+    model.save_pretrained(tmp_path / 'base')
+    shake(lora.add_lora(model, 4, 8))
+    model.score.weight.data.normal_()
+    assert model.score.weight.requires_grad
+    lora.save_lora(model, str(tmp_path / 'a'))
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'base'), tmp_path / 'a')
+    x = tokens().clamp(max=59)
+    assert (model(x)[0][:, -1] - theirs(x).logits[:, 0]).abs().max() < 1e-5
+    again = lora.load_lora(GPT.from_pretrained(str(tmp_path / 'base')), str(tmp_path / 'a'))
+    assert torch.equal(again(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize('arch, kw', CASES, ids=str)
+def test_merge_is_exact_and_unmerge_is_bitwise(arch, kw, tmp_path):
+    model = shake(lora.add_lora(build(arch), 4, 8, **kw))
+    before, base, tied = model(tokens())[0], {k: v.clone() for k, v in model.state_dict().items()}, model.config.tie
+    with lora.lora_disabled(model):
+        start = model(tokens())[0]
+    assert torch.equal(start, build(arch)(tokens())[0])  # the reference for free, to the bit
+    assert (start - before).abs().max() > 1e-3
+    for _ in range(100):  # a hundred rollouts' worth of merging does not move a bit
+        with lora.merged(model):
+            pass
+    assert model.config.tie == tied and all(torch.equal(v, base[k]) for k, v in model.state_dict().items())
+    lora.merge_lora(model)
+    assert (model(tokens())[0] - before).abs().max() < 1e-5
+    model.save_pretrained(tmp_path)  # a merged model is a plain one
+    assert (GPT.from_pretrained(str(tmp_path))(tokens())[0] - before).abs().max() < 1e-5
+    lora.unmerge_lora(model)
+    assert torch.equal(model(tokens())[0], before)
+
+
+def test_bfloat16_merge_comes_back():
+    model = shake(lora.add_lora(build('gpt2').bfloat16(), 4, 8))
+    base = model.h[0].attn.c_attn.weight.clone()
+    assert model.h[0].attn.c_attn.lora_A['default'].dtype == torch.float32
+    with lora.merged(model):
+        assert not torch.equal(model.h[0].attn.c_attn.weight, base)
+    assert torch.equal(model.h[0].attn.c_attn.weight, base)
+    assert torch.isfinite(model(tokens())[0].float()).all()
+
+
+def test_several_adapters_by_name():
+    model = shake(lora.add_lora(build('gpt2'), 4, 8, name='start'))
+    at_start = model(tokens())[0]
+    lora.add_lora(model, 2, 4, targets=('c_attn', 'c_fc'), name='policy')
+    assert {n.split('.')[-1] for n, _ in lora.trainable(model)} == {'policy'}
+    with torch.no_grad():
+        for n, p in lora.trainable(model):
+            p.add_(0.1)
+    policy = model(tokens())[0]
+    with lora.lora_active(model, 'start'):
+        assert torch.equal(model(tokens())[0], at_start)
+        with lora.lora_disabled(model):
+            assert torch.equal(model(tokens())[0], build('gpt2')(tokens())[0])
+        assert torch.equal(model(tokens())[0], at_start)
+    assert torch.equal(model(tokens())[0], policy) and not torch.equal(policy, at_start)
+    lora.set_adapter(model, 'start')
+    assert {n.split('.')[-1] for n, _ in lora.trainable(model)} == {'start'}
+
+
+def test_training_moves_the_adapter_only_and_the_checkpoint_holds_it_only(tmp_path):
+    model = lora.add_lora(build('qwen3'), 4, 8, dropout=0.1)
+    assert torch.equal(model.eval()(tokens())[0], build('qwen3')(tokens())[0])  # B = 0
+    optimizer = torch.optim.AdamW([p for _, p in lora.trainable(model.train())], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(tokens()[:, :-1], tokens()[:, 1:].contiguous())[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    fresh = build('qwen3').state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in model.state_dict().items() if k in fresh)
+    state = lora.lora_state(model)
+    assert sum(t.numel() for t in state.values()) == 2 * (4 * (32 + 64) + 4 * (32 + 32)) == sum(p.numel() for _, p in lora.trainable(model))
+    torch.save(dict(info=lora.describe(model, 'base'), state=state), tmp_path / 'x.pt')
+    loaded = torch.load(tmp_path / 'x.pt', weights_only=True)
+    again = lora.load_state(build('qwen3'), loaded['info'], loaded['state'])
+    assert torch.equal(again.eval()(tokens())[0], model.eval()(tokens())[0])
+
+
+def test_worked_number_gpt2_small():
+    with torch.device('meta'):
+        model = GPT(GPTConfig())
+    lora.add_lora(model, 8, 16)
+    assert sum(p.numel() for _, p in lora.trainable(model)) == 294_912
+
+
+def test_bad_input_is_named(tmp_path):
+    model = build('gpt2')
+    with pytest.raises(ValueError, match=r"'q_proj'.*c_attn"):
+        lora.add_lora(model, 4, 8, targets=('q_proj',))
+    with pytest.raises(ValueError, match='r >= 1'):
+        lora.add_lora(model, 0, 8)
+    with pytest.raises(ValueError, match='no such adapter'):
+        with lora.lora_disabled(model):  # a plain model would silently be its own reference
+            pass
+    with pytest.raises(ValueError, match='no active adapter'):
+        lora.merge_lora(model)
+    lora.save_lora(lora.add_lora(model, 4, 8), str(tmp_path / 'a'))
+    with pytest.raises(ValueError, match='one of this name'):
+        lora.add_lora(model, 4, 8)
+    other = GPT(GPTConfig(**{**SHAPES['gpt2'], 'n_embd': 48}))
+    with pytest.raises(ValueError, match=r'another model: .*c_attn.*\[4, 32\].*\[4, 48\]'):
+        lora.load_lora(other, str(tmp_path / 'a'))
+    with pytest.raises(ValueError, match='another model: .*transformer'):
+        lora.load_lora(build('qwen3'), str(tmp_path / 'a'))
+    with pytest.raises(ValueError, match='another model'):
+        lora.load_lora(GPT(GPTConfig(**{**SHAPES['gpt2'], 'n_layer': 1})), str(tmp_path / 'a'))
+    config = tmp_path / 'a' / 'adapter_config.json'
+    sound = json.loads(config.read_text())
+    for key, value in dict(peft_type='IA3', bias='all', layers_to_transform=[1], modules_to_save=['lm_head'], lora_bias=True).items():
+        config.write_text(json.dumps({**sound, key: value}))
+        with pytest.raises(ValueError, match=f'cannot honour .*{key}'):
+            lora.load_lora(build('gpt2'), str(tmp_path / 'a'))
+    for broken in ('{"r": 4', '[]', '{}', json.dumps({**sound, 'target_modules': None})):
+        config.write_text(broken)
+        with pytest.raises(ValueError, match='no PEFT adapter folder'):
+            lora.load_lora(build('gpt2'), str(tmp_path / 'a'))
+    os.remove(config)
+    with pytest.raises(ValueError, match='no PEFT adapter folder'):
+        lora.load_lora(build('gpt2'), str(tmp_path / 'a'))
