@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 32 << 20  # the most that a block of logits may take on CPU; GPUs get 16 times that
+CHUNK_BYTES = 64 << 20  # the most that a block of logits may take on CPU; GPUs get 8 times that
 _mode = 'auto'
 
 
@@ -79,33 +79,21 @@ def _wide(dtype):
 
 
 def _softmax_stats(z, targets):
-    """z (n, V) float -> log p(target), logsumexp, entropy, each (n,). One exp: H = lse - sum_j p_j z_j."""
-    m = z.amax(1, keepdim=True).clamp_min(-1e30)  # a row of -inf only: -inf - (-1e30), never -inf - -inf = nan
-    e = (z - m).exp_()
-    s = e.sum(1)
-    lse = m[:, 0] + s.log()
-    ez = torch.linalg.vecdot(e, z)
-    if not torch.isfinite(ez).all():  # 0 * -inf: a masked word has no share in the entropy
-        ez = torch.where(e > 0, e * z, 0).sum(1)
-    logp = z.gather(1, targets.clamp_min(0)[:, None])[:, 0] - lse
-    return logp, lse, (lse - ez / s).nan_to_num(0.0)
+    """z (n, V) float -> p = softmax(z), log p[target], entropy. log-sum-exp = max z - log max p: p of the maximum is 1/V at least."""
+    p = torch.softmax(z, 1)
+    lse = z.amax(1) - p.amax(1).log_()
+    return p, z.gather(1, targets[:, None])[:, 0] - lse, lse - torch.linalg.vecdot(p, z)
 
 
-def _softmax_grad(z, targets, lse, entropy, g_logp, g_entropy):
-    """d/dz of g_logp . logp + g_entropy . entropy, (n, V):  g_l (1[target] - p) - g_H p (log p + H)."""
-    logp = z - lse[:, None]
+def _softmax_grad(p, targets, g_logp, g_entropy, out):
+    """out = d/dz of g_logp . log p[target] + g_entropy . H, with dlogp = 1[target] - p and dH = -p (log p + H), (n, V)."""
     if g_entropy is None:
-        d = logp.exp_().mul_(-g_logp[:, None])
+        torch.mul(p, -g_logp[:, None], out=out)
     else:
-        p = logp.exp()
-        d = logp.clamp_min_(-1e30).add_(entropy[:, None]).mul_(g_entropy[:, None]).add_(g_logp[:, None]).mul_(p).neg_()
-    return d.scatter_add_(1, targets.clamp_min(0)[:, None], g_logp[:, None])
-
-
-def _mask_grads(valid, g_logp, g_entropy, like):
-    """Gradients of the two outputs, zero where the target is ignored; None entropy gradient = not asked for."""
-    g_logp = torch.zeros_like(like) if g_logp is None else torch.where(valid, g_logp, 0)
-    return g_logp, None if g_entropy is None else torch.where(valid, g_entropy, 0)
+        plogp = p.clamp_min(1e-37).log_().mul_(p)  # 0 where p is 0; twice as fast as xlogy
+        share = plogp.sum(1).mul_(g_entropy).sub_(g_logp)[:, None]  # sum p log p is -H
+        torch.addcmul(p * share, plogp, g_entropy[:, None], value=-1, out=out)
+    return out.scatter_add_(1, targets[:, None], g_logp[:, None])
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -113,18 +101,21 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, targets, ignore_index):
         ctx.set_materialize_grads(False)
         valid = targets != ignore_index
+        safe = torch.where(valid, targets, 0)
         z = logits.to(_wide(logits.dtype))
-        logp, lse, entropy = _softmax_stats(z, torch.where(valid, targets, 0))
-        ctx.save_for_backward(logits, targets, valid, lse, entropy)
-        return torch.where(valid, -logp, 0), torch.where(valid, entropy, 0)
+        p = torch.softmax(z.clamp_min(-1e30), 1)  # words masked with -inf, even all of them, leave no nan
+        logp = z.gather(1, safe[:, None])[:, 0] - (z.amax(1).clamp_min(-1e30) - p.amax(1).log())
+        ctx.save_for_backward(p.to(logits.dtype), safe, valid)
+        return torch.where(valid, -logp, 0), torch.where(valid, -torch.xlogy(p, p).sum(1), 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_loss, g_entropy):
-        logits, targets, valid, lse, entropy = ctx.saved_tensors
-        g_logp, g_entropy = _mask_grads(valid, None if g_loss is None else -g_loss, g_entropy, lse)
-        d = _softmax_grad(logits.to(lse.dtype), torch.where(valid, targets, 0), lse, entropy, g_logp, g_entropy)
-        return d.to(logits.dtype), None, None
+        p, targets, valid = ctx.saved_tensors
+        g_logp = torch.zeros_like(valid, dtype=_wide(p.dtype)) if g_loss is None else torch.where(valid, -g_loss, 0)
+        g_entropy = None if g_entropy is None else torch.where(valid, g_entropy, 0)
+        d = torch.empty_like(p, dtype=g_logp.dtype)
+        return _softmax_grad(p.to(d.dtype), targets, g_logp, g_entropy, d).to(p.dtype), None, None
 
 
 def cross_entropy(logits, targets, ignore_index=-1):
@@ -132,103 +123,136 @@ def cross_entropy(logits, targets, ignore_index=-1):
     return _CrossEntropy.apply(logits, targets, ignore_index)
 
 
-def _rows(x, V):
-    """Rows of logits that fit into the memory budget: V=50257 -> 166 rows of float32 in 32 MiB on CPU."""
-    return max(64, (CHUNK_BYTES << (4 if x.is_cuda else 0)) // (4 * V))
+def _blocks(x, weight):
+    """Row blocks of the logits: [(rows of the matmul's block, the smaller blocks inside it that the softmax walks through)].
+    The first is bounded by memory, 64 MiB on CPU = 333 rows of V=50257; the second by the cache: a block of 1 MiB is read five times."""
+    N, V, budget = len(x), weight.size(0), CHUNK_BYTES << (3 if x.is_cuda else 0)
+    n = min(max(64, budget // (4 * V)), max(N, 1))
+    n = -(-N // -(-N // n)) if N else 1  # of one size: 256 rows in blocks of 110 at most are 86 + 86 + 84
+    m = n if x.is_cuda else max(1, (1 << 20) // (4 * V))
+    return [(slice(i, min(i + n, N)), [slice(j, min(j + m, i + n, N)) for j in range(i, min(i + n, N), m)]) for i in range(0, N, n)]
+
+
+def _buffer(x, weight, blocks):
+    """Room for the largest block of logits, taken once: fresh pages cost as much as the softmax that fills them."""
+    return x.new_empty(blocks[0][0].stop if blocks else 0, weight.size(0))
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Blocks of rows. The backward computes each block of logits again (4 matmuls for 3) unless one block was enough to hold them all."""
+    """Logits come and go block by block; the backward computes them again (4 matmuls for 3) unless all of them fit into one block."""
     @staticmethod
-    def forward(ctx, x, weight, targets, temperature, ignore_index):
+    def forward(ctx, x, weight, targets, temperature, grad):
         ctx.set_materialize_grads(False)
-        n, wide, valid = _rows(x, weight.size(0)), _wide(x.dtype), targets != ignore_index
-        safe = torch.where(valid, targets, 0)
-        logp, lse, entropy = (torch.empty(len(x), dtype=wide, device=x.device) for _ in range(3))
-        z = None
-        for i in range(0, len(x), n):
-            z = (x[i:i + n] @ weight.t()).to(wide).div_(temperature)
-            logp[i:i + n], lse[i:i + n], entropy[i:i + n] = _softmax_stats(z, safe[i:i + n])
-        ctx.save_for_backward(x, weight, safe, valid, lse, entropy, z if len(x) <= n else None)
-        ctx.temperature, ctx.n = temperature, n
-        return torch.where(valid, logp, 0), torch.where(valid, entropy, 0)
+        wide, blocks = _wide(x.dtype), _blocks(x, weight)
+        logp, entropy = (torch.empty(len(x), dtype=wide, device=x.device) for _ in range(2))
+        buf = _buffer(x, weight, blocks)
+        held = torch.empty(len(x), weight.size(0), dtype=wide, device=x.device) if grad and len(blocks) == 1 else None
+        for rows, parts in blocks:
+            z = torch.mm(x[rows], weight.t(), out=buf[:rows.stop - rows.start])
+            for s in parts:
+                p, logp[s], entropy[s] = _softmax_stats(_scaled(z[s.start - rows.start:s.stop - rows.start], wide, temperature), targets[s])
+                if held is not None:
+                    held[s] = p
+        ctx.save_for_backward(x, weight, targets, held)
+        ctx.temperature = temperature
+        return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp, g_entropy):
-        x, weight, targets, valid, lse, entropy, held = ctx.saved_tensors
-        g_logp, g_entropy = _mask_grads(valid, g_logp, g_entropy, lse)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(x), ctx.n):
-            s = slice(i, i + ctx.n)
-            z = held if held is not None else (x[s] @ weight.t()).to(lse.dtype).div_(ctx.temperature)
-            d = _softmax_grad(z, targets[s], lse[s], entropy[s], g_logp[s], None if g_entropy is None else g_entropy[s])
-            d = d.div_(ctx.temperature).to(x.dtype)
-            if dx is not None:
-                torch.mm(d, weight, out=dx[s])
-            if dw is not None:
-                dw.addmm_(d.t().to(dw.dtype), x[s].to(dw.dtype))
+        x, weight, targets, held = ctx.saved_tensors
+        wide, blocks, T = _wide(x.dtype), _blocks(x, weight), ctx.temperature
+        g_logp = torch.zeros_like(targets, dtype=wide) if g_logp is None else g_logp / T
+        g_entropy = None if g_entropy is None else g_entropy / T
+        dx, dw, buf = *_grad_buffers(x, weight, ctx.needs_input_grad), _buffer(x, weight, blocks)
+        for rows, parts in blocks:
+            z = buf[:rows.stop - rows.start]
+            if held is None:
+                torch.mm(x[rows], weight.t(), out=z)
+            for s in parts:
+                zs = z[s.start - rows.start:s.stop - rows.start]
+                p = torch.softmax(_scaled(zs, wide, T), 1) if held is None else held[s]
+                d = zs if zs.dtype == wide else torch.empty_like(p)
+                _softmax_grad(p, targets[s], g_logp[s], None if g_entropy is None else g_entropy[s], d)
+                if d is not zs:
+                    zs.copy_(d)
+            _grad_matmuls(z, x, weight, rows, dx, dw)
         return dx, None if dw is None else dw.to(weight.dtype), None, None, None
+
+
+def _scaled(z, wide, temperature):
+    z = z.to(wide)
+    return z if temperature == 1.0 else z.div_(temperature)
+
+
+def _grad_buffers(x, weight, needed):
+    wide = _wide(x.dtype)  # dw is a sum over blocks: in float32, whatever the weights are
+    return torch.empty_like(x) if needed[0] else None, torch.zeros_like(weight, dtype=wide) if needed[1] else None
+
+
+def _grad_matmuls(dz, x, weight, rows, dx, dw):
+    if dx is not None:
+        torch.mm(dz, weight, out=dx[rows])
+    if dw is not None:
+        dw.addmm_(dz.t(), x[rows]) if dw.dtype == dz.dtype else dw.add_(dz.t() @ x[rows])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean loss. A scalar's gradient is known but for one factor, so it is computed with the loss: 3 matmuls, as without blocks."""
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, grad):
-        n, wide, valid = _rows(x, weight.size(0)), _wide(x.dtype), targets != ignore_index
-        count = valid.sum().clamp_min(1)
-        safe, share = torch.where(valid, targets, 0), valid.to(wide) / count
+    def forward(ctx, x, weight, targets, grad):
+        wide, blocks = _wide(x.dtype), _blocks(x, weight)
         loss = torch.zeros((), dtype=wide, device=x.device)
-        dx = torch.empty_like(x) if grad and ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight, dtype=wide) if grad and ctx.needs_input_grad[1] else None
-        for i in range(0, len(x), n):
-            s = slice(i, i + n)
-            z = (x[s] @ weight.t()).to(wide)
-            y = safe[s, None]
-            z_y = z.gather(1, y)
-            m = z.amax(1, keepdim=True)
-            e = z.sub_(m).exp_()
-            total = e.sum(1, keepdim=True)
-            loss += ((m + total.log() - z_y)[:, 0] * share[s]).sum()
-            if dx is None and dw is None:
-                continue
-            d = e.mul_(share[s, None] / total).scatter_add_(1, y, -share[s, None]).to(x.dtype)
-            if dx is not None:
-                torch.mm(d, weight, out=dx[s])
-            if dw is not None:
-                dw.addmm_(d.t().to(wide), x[s].to(wide))
+        dx, dw = _grad_buffers(x, weight, ctx.needs_input_grad if grad else (False, False))
+        buf = _buffer(x, weight, blocks)
+        for rows, parts in blocks:
+            z = torch.mm(x[rows], weight.t(), out=buf[:rows.stop - rows.start])
+            for s in parts:
+                zs = z[s.start - rows.start:s.stop - rows.start]
+                zw, y = zs.to(wide), targets[s, None]
+                p = torch.softmax(zw, 1)
+                loss += (zw.amax(1) - p.amax(1).log_() - zw.gather(1, y)[:, 0]).sum()
+                if dx is not None or dw is not None:
+                    zs.copy_(p.scatter_add_(1, y, p.new_full((), -1.0).expand_as(y)).div_(len(x)))
+            _grad_matmuls(z, x, weight, rows, dx, dw)
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
-        return loss
+        return loss / max(1, len(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        dx, dw = ctx.saved_tensors
-        return None if dx is None else dx * g.to(dx.dtype), None if dw is None else dw * g.to(dw.dtype), None, None, None
+        if g.device.type == 'cpu' and g == 1:
+            return *ctx.saved_tensors, None, None  # no second (V, C) for a factor of one
+        return *(None if d is None else d * g.to(d.dtype) for d in ctx.saved_tensors), None, None
 
 
-def _one_dtype(x, weight):
-    """Matmul operands share a dtype: autocast's, where that is on, else x's."""
-    device = x.device.type
+def _linear_inputs(x, weight, targets, ignore_index):
+    """Flat x and targets without the ignored tokens (a prompt costs no matmul), and their row numbers (None = all). Operands
+    of a matmul share a dtype: autocast's, where that is on, else x's."""
+    device, x, targets = x.device.type, x.reshape(-1, x.size(-1)), targets.reshape(-1)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x.to(dtype), weight.to(dtype)
+    rows = (targets != ignore_index).nonzero()[:, 0]
+    if len(rows) == len(targets):
+        return x.to(dtype), weight.to(dtype), targets, None
+    return x.index_select(0, rows).to(dtype), weight.to(dtype), targets[rows], rows
 
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-1):
     """Mean over the counted tokens of -log softmax(x @ weight.T)[target], without holding the (N, V) logits.
     x (..., C), weight (V, C), targets (...) int64 -> float32 scalar; 0 when every target is ignored."""
-    x, weight = _one_dtype(x.reshape(-1, x.size(-1)), weight)
-    return _LinearCrossEntropy.apply(x, weight, targets.reshape(-1), ignore_index, torch.is_grad_enabled())
+    x, weight, targets, _ = _linear_inputs(x, weight, targets, ignore_index)
+    return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
 def linear_logprobs(x, weight, targets, temperature=1.0, ignore_index=-1):
     """Log-probability of each target and the entropy of its distribution under softmax(x @ weight.T / temperature), without
     holding the (N, V) logits; both differentiable. x (..., C), weight (V, C), targets (...) -> (logp (...), entropy (...))
     float32, both 0 where targets == ignore_index."""
-    flat, weight = _one_dtype(x.reshape(-1, x.size(-1)), weight)
-    logp, entropy = _LinearLogprobs.apply(flat, weight, targets.reshape(-1), temperature, ignore_index)
-    return logp.view(targets.shape), entropy.view(targets.shape)
+    flat, weight, y, rows = _linear_inputs(x, weight, targets, ignore_index)
+    outs = _LinearLogprobs.apply(flat, weight, y, temperature, torch.is_grad_enabled())
+    if rows is not None:
+        outs = [o.new_zeros(targets.numel()).index_copy(0, rows, o) for o in outs]
+    return tuple(o.view(targets.shape) for o in outs)
 
 
 def _visible(Tq, Tk, causal, window, device):
