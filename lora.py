@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import hf_names, load_safetensors, save_safetensors, write_json
+from model import GPT, GPTConfig, hf_names, load_model, load_safetensors, save_safetensors, write_json
 
 PARTS = ('lora_A', 'lora_B', 'lora_magnitude_vector')  # PEFT's names
 
@@ -334,3 +334,27 @@ def load_lora(model, dir, name='default'):
         _attach(model, name, spec, specs)
     _copy(_slots(model, name), tensors, f'the adapter in {dir}')
     return model
+
+
+def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora_r=0, lora_alpha=16.0, lora_dropout=0.0, lora_targets=''):
+    """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of model.open_run), new from `scratch` (a
+    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the adapter."""
+    if ckpt and ckpt.get('lora'):
+        model, _ = load_model(ckpt['lora']['base'], head=head)
+        model.lora_base = ckpt['lora']['base']
+        return load_state(model, ckpt['lora'], ckpt['model']), ckpt['tokenizer']
+    if ckpt:
+        model = GPT(GPTConfig(**ckpt['model_args']), head)
+        model.load_state_dict(ckpt['model'])
+        return model, ckpt['tokenizer']
+    model, found = (GPT(scratch, head), tokenizer) if init_from == 'scratch' else load_model(init_from, head=head)
+    if lora_r:
+        add_lora(model, lora_r, lora_alpha, lora_dropout, tuple(t for t in lora_targets.split(',') if t))
+        model.lora_base = init_from
+    return model, tokenizer or found
+
+
+def checkpoint_parts(model):
+    """The keys model, model_args, lora of a checkpoint: the whole state dict, or (LoRA) the adapter and where its base lies."""
+    info = describe(model, model.lora_base) if adapted(model) else None
+    return dict(model=lora_state(model) if info else model.state_dict(), model_args=dataclasses.asdict(model.config), lora=info)

@@ -67,6 +67,15 @@ class GPTConfig:
         self.n_inner = self.n_inner or 4 * self.n_embd
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}')
+        if self.n_embd % self.n_head and self.arch == 'gpt2':
+            raise ValueError(f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}')
+
+    @classmethod
+    def of(cls, arch, **shape):
+        """What the architecture fixes (norm, positions, activation ...) plus a shape: GPTConfig.of('qwen3', n_layer=4, ...)."""
+        if arch not in ARCHS:
+            raise ValueError(f'unknown arch {arch!r}; known: {", ".join(ARCHS)}')
+        return cls(**{**ARCHS[arch], 'arch': arch, **shape})
 
 
 ARCHS = {  # what an architecture fixes; a config.json says the rest
@@ -199,7 +208,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_size, self.dropout = c.n_head, c.n_kv_head, c.head_size, c.dropout
+        self.n_head, self.n_kv_head, self.head_size = c.n_head, c.n_kv_head, c.head_size
         if c.arch == 'gpt2':
             self.c_attn = nn.Linear(c.n_embd, 3 * c.n_head * c.head_size, bias=c.qkv_bias)
             self.c_proj = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=c.attn_out_bias)
@@ -252,12 +261,13 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.ln_1, self.ln_2 = (Norm(c.n_embd, c.norm, c.norm_eps, c.bias) for _ in range(2))
-        self.attn, self.mlp, self.p = Attention(c), MLP(c), c.dropout
+        self.attn, self.mlp, self.config = Attention(c), MLP(c), c
 
     def forward(self, x, delta, layer, rope, attend):
         y, x = (self.ln_1(x), x) if delta is None else self.ln_1(delta, x)
-        y, x = self.ln_2(F.dropout(self.attn(y, layer, rope, attend), self.p, self.training), x)
-        return x, F.dropout(self.mlp(y), self.p, self.training)
+        p = self.config.dropout
+        y, x = self.ln_2(F.dropout(self.attn(y, layer, rope, attend), p, self.training), x)
+        return x, F.dropout(self.mlp(y), p, self.training)
 
 
 def rope_frequencies(c):
@@ -326,7 +336,7 @@ class GPT(nn.Module):
 
     def encode(self, idx, mask=None, doc=None):
         """idx (B, T) -> (x (N, C) of the real tokens, Layout). What heads and losses share."""
-        if idx.shape[1] > self.config.block_size:
+        if doc is None and idx.shape[1] > self.config.block_size:  # packed rows may be longer, their documents not
             raise ValueError(f'sequence of {idx.shape[1]} tokens is longer than block_size {self.config.block_size}: shorten it')
         at = Layout(idx.shape, idx.device, mask, doc)
         return self.hidden(at.pick(idx), at.pos, at.attend(self.config.dropout if self.training else 0.0)), at
@@ -790,3 +800,130 @@ def peak_flops(device, dtype=torch.bfloat16):
     for _ in range(5):
         a @ a
     return 5 * 2 * 1024 ** 3 / (time.perf_counter() - t)
+
+
+def pick_device(device, dtype):
+    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16' | 'float16') -> (torch.device, torch.dtype). Weights stay
+    float32; dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling), float32 on CPU."""
+    device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: this torch sees no GPU; --device=cpu runs here")
+    names = dict(float32=torch.float32, bfloat16=torch.bfloat16, auto=torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32)
+    if dtype not in names:
+        raise ValueError(f"dtype {dtype!r}: expected 'auto', 'float32' or 'bfloat16'")
+    return device, names[dtype]
+
+
+def pick_threads(threads, n_params, device):
+    """threads=0: one for models under 5 M parameters, whose products are too small to split (threads then spin on each
+    other), else torch's choice. Sets it and returns it."""
+    if device.type == 'cpu' and (threads or n_params < 5e6):
+        torch.set_num_threads(threads or 1)
+    return torch.get_num_threads()
+
+
+def save_checkpoint(path, ckpt):
+    """Atomic: a kill at any moment leaves the old file or the new one, never half of one."""
+    with open(path + '.tmp', 'wb') as f:
+        torch.save(ckpt, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def rng_state(device):
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == 'cuda' else None)
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state['cpu'])
+    if device.type == 'cuda' and state['cuda'] is not None:
+        torch.cuda.set_rng_state(state['cuda'], device)
+
+
+def open_run(out_dir, init_from, overwrite, stage):
+    """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never overwritten
+    unasked. ValueError tells what to do."""
+    file = os.path.join(out_dir, 'ckpt.pt')
+    if init_from == 'resume':
+        if not os.path.exists(file):
+            raise ValueError(f'{file}: nothing to resume from; start without --init_from=resume')
+        try:
+            ckpt = torch.load(file, map_location='cpu', weights_only=True)
+            theirs = ckpt['config']['stage']
+        except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as e:
+            raise ValueError(f'{file}: not a checkpoint of ours ({type(e).__name__}); {out_dir}/ckpt_best.pt may still be good') from None
+        if theirs != stage:
+            raise ValueError(f'{out_dir} is a run of {theirs}.py, this is {stage}.py: give another --out_dir')
+        return ckpt
+    if os.path.exists(file) and not overwrite:
+        raise ValueError(f'{out_dir} already holds a run: --init_from=resume goes on with it, --out_dir=... starts beside it, --overwrite=True starts anew')
+    os.makedirs(out_dir, exist_ok=True)
+    return None
+
+
+class RunLog:
+    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed at iteration `step`,
+    it drops what was logged behind the checkpoint and goes on, so that no step stands in it twice."""
+
+    def __init__(self, out_dir, config, ckpt=None):
+        self.path, self.t0, rows = os.path.join(out_dir, 'log.jsonl'), time.time() - (ckpt['time'] if ckpt else 0), []
+        if ckpt and os.path.exists(self.path):
+            for line in open(self.path):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # the half line of a kill
+                if row['step'] < ckpt['iter'] or (row['step'] == ckpt['iter'] and row['split'] != 'train'):
+                    rows.append(line)
+            rows = rows[1:]
+        with open(self.path + '.tmp', 'w') as f:
+            f.writelines([json.dumps(dict(step=0, time=0.0, split='config', **config)) + '\n', *rows])
+        os.replace(self.path + '.tmp', self.path)
+        self.file = open(self.path, 'a', buffering=1)
+
+    def elapsed(self):
+        return time.time() - self.t0
+
+    def row(self, step, split, **metrics):
+        """Writes one row; a metric that is not finite ends the run with its name (JSON knows no NaN, nor should a reader)."""
+        metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
+        self.file.write(json.dumps(dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)) + '\n')
+
+
+def check_finite(step, out_dir, **metrics):
+    """Stops the run at the first metric that is not finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f'iter {step}: {name} is {value}; the last good checkpoint is {out_dir}/ckpt.pt: resume from it with a lower '
+                             f'learning_rate or a smaller grad_clip')
+
+
+def eta(seconds):
+    return f'{seconds:.0f}s' if seconds < 100 else f'{seconds / 60:.0f}m' if seconds < 6000 else f'{seconds / 3600:.1f}h'
+
+
+def memory_plan(parts):
+    """{what: bytes} -> prints one line a part and the sum; returns the sum."""
+    total = sum(parts.values())
+    print('memory plan: ' + ' + '.join(f'{k} {v / 1e9:.2f}' for k, v in parts.items() if v) + f' = {total / 1e9:.2f} GB')
+    return total
+
+
+def training_bytes(model, itemsize=4):
+    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only."""
+    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(p.nbytes for p in model.parameters()), n * itemsize, 2 * n * itemsize
+
+
+def memory_now(device, peak=False):
+    """Bytes that this process holds: torch's allocator on CUDA, the resident set on CPU (peak: the highest so far)."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    if peak:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    try:
+        return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError:
+        return 0  # no /proc (Mac): the measured peak then includes the interpreter

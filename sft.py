@@ -1,0 +1,276 @@
+"""Supervised finetuning, and plain pretraining: maximise the log-likelihood of what the assistant wrote.
+
+    L = - (1/|A|) sum over t in A of log p(x_t | x_<t),   A = the tokens the assistant wrote, its end token included
+
+InstructGPT (Ouyang et al. 2022, 2203.02155), step 1 of three. How it goes:
+  1. rows ({"messages"}, {"prompt","completion"}, Alpaca, {"text"}) become token ids and a mask of what is trained on
+  2. each batch is packed: documents one behind the other, positions from 0 and attention inside each, no padding at all
+  3. the loss is a mean over the batch's TRAINED TOKENS, whatever the number of micro-batches (not a mean of means)
+  4. AdamW, warm-up then cosine, gradient clipping; evaluation and checkpoint every eval_interval
+  5. a folder with train.bin / val.bin instead of rows: nanoGPT's pretraining on random crops, the same loop
+Changed from the paper: nothing; it trained on prompts' completions just so.
+
+    python sft.py config/sft_toy.py                              # CPU
+    python sft.py config/pretrain_shakespeare_char.py            # nanoGPT's first example
+    python sft.py config/sft_gpt2.py                             # one GPU
+    python sft.py --dataset=my.jsonl --init_from=gpt2 --show_masks=3
+"""
+import os
+import math
+import time
+
+import numpy as np
+import torch
+
+import kernels
+import lora
+from dataset import Sampler, collate_packed, encode_row, get_tokenizer, load_dataset, pack, show_masks as coloured
+from model import (GPT, GPTConfig, RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, peak_flops,
+                   pick_device, pick_threads, rng_state, save_checkpoint, set_rng_state, training_bytes)
+from dataclasses import asdict
+
+# ---------------------------------------------------------------------------------------------------------------------
+# I/O
+out_dir = 'out-sft'
+init_from = 'scratch' # 'scratch' | 'resume' | HF name | HF directory | an out_dir
+overwrite = False # start anew in an out_dir that already holds a run
+eval_interval = 250 # iterations between evaluations; a checkpoint is written at each
+eval_iters = 20 # batches an evaluation (rows: at most the whole validation set)
+eval_only = False # evaluate once and stop
+show_masks = 0 # print so many rows, trained tokens in green, and stop
+# data
+dataset = 'data/toy/sft_train.jsonl' # rows (.jsonl, .json, .arrow ...), or a folder with train.bin and val.bin
+val_dataset = '' # rows; '' keeps 5 % of dataset aside (folders: val.bin)
+tokenizer = '' # 'byte' | 'gpt2' | 'char:meta.json' | directory; '' = the one of init_from or of the folder, byte from scratch
+seed = 1337
+# model from scratch (ignored when init_from names one)
+arch = 'gpt2' # 'gpt2' | 'llama' | 'qwen2' | 'qwen3'
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 256 # context, tokens
+bias = False # in LayerNorms and Linears (arch gpt2); False is a bit better and faster
+dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
+# LoRA (2106.09685)
+lora_r = 0 # rank; 0 = train all weights
+lora_alpha = 16.0 # the adapter is scaled by alpha / r
+lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
+# optimizer
+max_iters = 1000
+batch_size = 64 # rows (or crops of block_size) an iteration, over all processes
+micro_tokens = 8192 # tokens a forward pass sees at most; smaller saves memory, the result is the same
+learning_rate = 1e-3 # peak; small models want 1e-3, GPT-2 size 2e-5 when finetuning
+min_lr = 1e-4 # about learning_rate / 10
+warmup_iters = 50
+decay_lr = True # cosine to min_lr at max_iters
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0 # global norm; 0 = off
+# system
+device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
+dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
+compile = False # torch.compile
+kernels_mode = 'auto' # 'auto' | 'torch' | 'triton'
+threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+# ---------------------------------------------------------------------------------------------------------------------
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+config = {k: globals()[k] for k in config_keys} # will be useful for logging
+# ---------------------------------------------------------------------------------------------------------------------
+# the equation
+
+
+def sft_loss(logp, mask):
+    """Mean negative log-likelihood of the counted tokens. logp (B, R) float, mask (B, R) bool -> scalar; 0 for an empty
+    mask. logp [[-1, -3]], mask [[True, False]] -> 1.0."""
+    return -torch.where(mask, logp, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def cosine_lr(it, peak, floor, warmup, total):
+    """nanoGPT's schedule: linear warm-up, then cosine from peak to floor at iteration `total`."""
+    if it < warmup:
+        return peak * (it + 1) / (warmup + 1)
+    ratio = min(1.0, (it - warmup) / max(1, total - warmup))
+    return floor + 0.5 * (1 + math.cos(math.pi * ratio)) * (peak - floor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: rows packed without padding, or nanoGPT's random crops
+
+
+def encode_rows(rows, tok, block_size, name):
+    """Rows -> ([ids], [trained]). A row longer than block_size is cut; one with nothing left to train on is dropped;
+    both are counted in words. ValueError names file and row of a malformed one."""
+    ids, trained, cut, dropped = [], [], 0, 0
+    for i, row in enumerate(rows):
+        try:
+            x, y = encode_row(row, tok)
+        except ValueError as e:
+            raise ValueError(f'{name}, row {i + 1}: {e}') from None
+        cut += len(x) > block_size
+        x, y = x[:block_size], y[:block_size]
+        if not any(y[1:]):
+            dropped += 1
+            continue
+        ids.append(np.asarray(x, dtype=np.int64))
+        trained.append(np.asarray(y, dtype=bool))
+    if not ids:
+        raise ValueError(f'{name}: no row of {len(rows)} has a trained token within block_size {block_size}: raise --block_size or shorten the prompts')
+    if cut or dropped:
+        print(f'{name}: {cut} rows cut at {block_size} tokens, {dropped} of them dropped (nothing left to train on)')
+    return ids, trained
+
+
+def packed_batches(ids, trained, rows, micro_tokens):
+    """One batch of rows -> [(idx, targets, doc)] micro-batches, each (1, N) with N <= micro_tokens (or one longer row)."""
+    lengths = [len(ids[i]) for i in rows]
+    out = []
+    for bin in pack(lengths, max([micro_tokens, *lengths])):
+        mine = [rows[i] for i in bin]
+        b = collate_packed([ids[i] for i in mine], [trained[i] for i in mine], [list(range(len(mine)))], sum(lengths[i] for i in bin))
+        out.append((b['idx'], b['targets'], b['doc']))
+    return out
+
+
+def crops(tokens, n, block_size, generator, micro_tokens):
+    """n random crops of nanoGPT's token file -> [(idx, targets, None)] micro-batches."""
+    at = torch.randint(len(tokens) - block_size, (n,), generator=generator).tolist()
+    x = torch.stack([torch.from_numpy(tokens[i:i + block_size + 1].astype(np.int64)) for i in at])
+    k = max(1, micro_tokens // block_size)
+    return [(x[i:i + k, :-1], x[i:i + k, 1:], None) for i in range(0, n, k)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+if __name__ == '__main__':
+    # ---- process and data ----------------------------------------------------------------------------------------
+    config['stage'] = 'sft'
+    device, amp_dtype = pick_device(device, dtype)
+    kernels.use(kernels_mode)
+    torch.manual_seed(seed)
+    if not os.path.exists(dataset):
+        raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
+    text = os.path.isdir(dataset) and os.path.exists(os.path.join(dataset, 'train.bin'))
+    ckpt = None if show_masks else open_run(out_dir, init_from, overwrite, 'sft')
+
+    # ---- model ---------------------------------------------------------------------------------------------------
+    scratch = None
+    if init_from == 'scratch':
+        meta = os.path.join(dataset, 'meta.json')
+        tokenizer = tokenizer or (('char:' + meta if os.path.exists(meta) else 'gpt2') if text else 'byte')
+        tok = get_tokenizer(tokenizer)
+        biases = dict(bias=bias, qkv_bias=bias, attn_out_bias=bias) if arch == 'gpt2' else {}
+        scratch = GPTConfig.of(arch, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=tok.vocab_size,
+                               bos_token_id=tok.eot, eos_token_id=tok.eot, **biases)
+    model, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, scratch, lora_r, lora_alpha, dropout, lora_targets)
+    tok = get_tokenizer(tokenizer)
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {model.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
+    model.config.dropout, T = dropout, min(block_size, model.config.block_size)
+    model = model.to(device)
+    threads = pick_threads(threads, model.num_params(), device)
+
+    # ---- rows or tokens ------------------------------------------------------------------------------------------
+    if text:
+        train_tokens, val_tokens = (np.memmap(os.path.join(dataset, f'{s}.bin'), dtype=np.uint16, mode='r') for s in ('train', 'val'))
+        if int(train_tokens[:1 << 20].max()) >= model.config.vocab_size:
+            raise ValueError(f'{dataset}/train.bin holds token {int(train_tokens[:1 << 20].max())}, the model has {model.config.vocab_size}: prepare it with the tokenizer of the model')
+        print(f'{dataset}: {len(train_tokens):,} training tokens, {len(val_tokens):,} validation tokens; {batch_size} x {T} = {batch_size * T:,} tokens an iteration')
+        generator = torch.Generator()
+    else:
+        train_rows, val_rows = load_dataset(dataset), load_dataset(val_dataset) if val_dataset else None
+        if val_rows is None:
+            parts = train_rows.train_test_split(0.05, seed)
+            train_rows, val_rows = parts['train'], parts['test']
+        ids, trained = encode_rows(train_rows, tok, T, dataset)
+        if show_masks:
+            for i in range(min(show_masks, len(ids))):
+                print(coloured(ids[i].tolist(), trained[i].tolist(), tok) + '\n' + '-' * 80)
+            raise SystemExit
+        val_ids, val_trained = encode_rows(val_rows, tok, T, val_dataset or f'{dataset} (5 % kept aside)')
+        sampler = Sampler(len(ids), batch_size, seed)
+        n = sum(map(len, ids))
+        print(f'{dataset}: {len(ids):,} rows, {n:,} tokens, {sum(int(t.sum()) for t in trained):,} trained on; {batch_size} rows = {n / len(ids) * batch_size:,.0f} tokens an iteration')
+
+    def training_batch(it):
+        """Iteration `it`'s micro-batches: a function of (seed, it) for crops, of the sampler's cursor for rows."""
+        if text:
+            return crops(train_tokens, batch_size, T, generator.manual_seed(seed * 1000003 + it), micro_tokens)
+        return packed_batches(ids, trained, next(sampler), micro_tokens)
+
+    def evaluate():
+        """Mean loss over trained tokens, the same validation batches each time."""
+        model.eval()
+        total = count = 0
+        for k in range(eval_iters if text else min(eval_iters, math.ceil(len(val_ids) / batch_size))):
+            micro = (crops(val_tokens, batch_size, T, generator.manual_seed(k), micro_tokens) if text else
+                     packed_batches(val_ids, val_trained, list(range(len(val_ids)))[k * batch_size:(k + 1) * batch_size], micro_tokens))
+            for x, y, d in micro:
+                with torch.no_grad(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                    n = int((y >= 0).sum())
+                    total += model(x.to(device), y.to(device), doc=None if d is None else d.to(device))[1].item() * n
+                    count += n
+        model.train()
+        return total / max(1, count)
+
+    # ---- optimizer, resume ---------------------------------------------------------------------------------------
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2))
+    start, best = 0, float('inf')
+    if ckpt:
+        optimizer.load_state_dict(ckpt['optimizer'])
+        set_rng_state(ckpt['rng'], device)
+        start, best = ckpt['iter'], ckpt['best']
+        if not text:
+            sampler.load_state_dict(ckpt['data'])
+    log = RunLog(out_dir, config, ckpt)
+    weights, grads, moments = training_bytes(model)
+    tokens = min(micro_tokens, batch_size * T)
+    base_memory = memory_now(device) - weights
+    planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, tokens, T)))
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f'{model.num_params() / 1e6:.2f} M parameters ({trains / 1e6:.2f} M trained) on {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
+    forward = torch.compile(model) if compile else model
+
+    # ---- loop ----------------------------------------------------------------------------------------------------
+    model.train()
+    t_log, seen = time.time(), 0
+    for it in range(start, max_iters + 1):
+        if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only):
+            val = evaluate()
+            print(f'step {it}: val loss {val:.4f} nats/token')
+            log.row(it, 'eval', loss=val)
+            check_finite(it, out_dir, val_loss=val)
+            if eval_only:
+                break
+            better, best = val < best, min(val, best)
+            saved = dict(**lora.checkpoint_parts(model), optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it, best=best,
+                         rng=rng_state(device), data=None if text else sampler.state_dict(), time=log.elapsed())
+            save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
+            if better:
+                save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
+        if it == max_iters:
+            break
+        t0 = time.time()
+        lr = cosine_lr(it, learning_rate, min_lr, warmup_iters, max_iters) if decay_lr else learning_rate
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        micro = training_batch(it)
+        counts = [int((y >= 0).sum()) for _, y, _ in micro]
+        loss = 0.0
+        for (x, y, d), n in zip(micro, counts):
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                part = forward(x.to(device), y.to(device), doc=None if d is None else d.to(device))[1] * (n / sum(counts))
+            part.backward()
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip or float('inf')).item()
+        check_finite(it, out_dir, loss=loss, grad_norm=norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        dt, n = time.time() - t0, sum(x.numel() for x, _, _ in micro)
+        log.row(it, 'train', loss=loss, grad_norm=norm, lr=lr, tokens=n, tok_per_s=n / dt)
+        if it % 10 == 0:
+            print(f'iter {it}/{max_iters} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e} | {dt * 1e3:.0f} ms | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}')
+
+    # ---- end -----------------------------------------------------------------------------------------------------
+    peak = memory_now(device, peak=True) - max(0, base_memory)
+    print(f'done: best val loss {best:.4f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt')
