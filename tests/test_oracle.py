@@ -126,11 +126,11 @@ def test_k3_gradient_is_that_of_the_forward_kl(world):
     assert (gradient(loss, theta) - gradient(lambda t: world.kl(world.ref, t), theta)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize('kind, loss_type, limit', [('rloo', 'dr_grpo', 0.02), ('dr_grpo', 'dr_grpo', 0.02), ('grpo', 'grpo', 0.06), ('grpo', 'dapo', 0.06),
-                                                    ('reinforce++', 'dapo', 0.06), ('grpo', 'gspo', 0.06), ('dr_grpo', 'cispo', 0.06)])
-def test_group_methods_climb_the_frontier(world, kind, loss_type, limit):
-    """Sampled, two inner epochs, Adam: with beta * log(pi / pi_ref) taken off the reward, every method ends close to the reward-KL frontier.
-    The stated distance: reward left on the table at the KL spent. The std, whitening and per-token means bend the objective a little."""
+@pytest.mark.parametrize('kind, loss_type', [('rloo', 'dr_grpo'), ('dr_grpo', 'dr_grpo'), ('grpo', 'grpo'), ('grpo', 'dapo'), ('reinforce++', 'dapo'),
+                                             ('grpo', 'gspo'), ('dr_grpo', 'cispo')])
+def test_group_methods_climb_the_frontier(world, kind, loss_type):
+    """Sampled, two inner epochs, Adam: with beta * log(pi / pi_ref) taken off the reward, every method ends within 0.01 of the reward-KL
+    frontier (reward left on the table at the KL spent; rewards span 3.5) and has climbed 99 % of the way from pi_ref to the optimum J."""
     beta, G, g = 0.3, 8, torch.Generator().manual_seed(1)
     theta = world.ref.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([theta], lr=0.05)
@@ -148,5 +148,5 @@ def test_group_methods_climb_the_frontier(world, kind, loss_type, limit):
             optimizer.step()
     best = world.optimum(beta)[1]
     start = world.objective(world.ref, beta).item()
-    assert world.shortfall(theta.detach()) < limit
-    assert world.objective(theta.detach(), beta).item() > start + 0.9 * (best - start) - (0.1 if limit > 0.02 else 0)
+    assert world.shortfall(theta.detach()) < 0.01
+    assert world.objective(theta.detach(), beta).item() > start + 0.99 * (best - start)

@@ -1,0 +1,169 @@
+"""grpo.py: every loss against TRL's own numbers and central differences, the advantages by hand; then the stage itself."""
+import itertools
+import math
+from unittest import mock
+
+import pytest
+import torch
+
+import grpo
+from oracle import central_difference, gradient
+
+D = torch.float64
+TOLD = dict(grpo='grpo', dr_grpo='dr_grpo', dapo='dapo', gspo='grpo', cispo='cispo')  # our name -> TRL's loss_type
+
+
+def batch(B=6, R=5, seed=0, spread=0.4):
+    g = torch.Generator().manual_seed(seed)
+    logp = -3 * torch.rand(B, R, generator=g, dtype=D)
+    old, ref = (logp + spread * torch.randn(B, R, generator=g, dtype=D) for _ in range(2))
+    mask = torch.arange(R) < torch.tensor([5, 3, 1, 4, 2, 5])[:B, None]
+    return logp, old, ref, torch.randn(B, generator=g, dtype=D), mask
+
+
+def trl_grpo(logp, old, advantages, mask, ref, beta, low, high, loss_type, max_len, weights=None):
+    """TRL's GRPOTrainer._compute_loss with our log-probs in the place of a model's."""
+    trainer = pytest.importorskip('trl.trainer.grpo_trainer').GRPOTrainer
+    fake = mock.MagicMock(top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta, epsilon_low=low, epsilon_high=high, use_vllm=weights is not None,
+                          importance_sampling_level='sequence' if loss_type == 'gspo' else 'token', loss_type=TOLD[loss_type], _entropy_bonus_enabled=False,
+                          aux_loss_enabled=False, max_completion_length=max_len, current_gradient_accumulation_steps=1)
+    fake.args.delta, fake.args.use_bias_correction_kl, fake.args.steps_per_generation = None, False, 1
+    fake.accelerator.num_processes = 1
+    fake.accelerator.gather = fake.accelerator.gather_for_metrics = lambda x: x
+    fake.accelerator.reduce = lambda x, reduction: x
+    fake._get_per_token_logps_and_entropies = lambda *a, **k: (logp, torch.zeros_like(logp), None)
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    inputs = dict(prompt_ids=ids, prompt_mask=ids, completion_ids=ids, completion_mask=mask.long(), advantages=advantages, old_per_token_logps=old,
+                  ref_per_token_logps=ref, num_items_in_batch=mask.sum(), importance_sampling_ratio=weights)
+    return trainer._compute_loss(fake, None, inputs)
+
+
+@pytest.mark.parametrize('loss_type, beta, tis', list(itertools.product(grpo.LOSSES, [0.0, 0.1], [False, True])))
+def test_losses_are_trls(loss_type, beta, tis):
+    logp, old, ref, adv, mask = batch()
+    weights = (logp - ref).exp().clamp(max=2.0) if tis else None
+    low, high = (1.0, 0.28) if loss_type == 'cispo' else (0.2, 0.28)  # TRL's CISPO cuts above only, and takes the bound itself
+    x = logp.clone().requires_grad_(True)
+    theirs = trl_grpo(x, old, adv, mask, ref, beta, low, 1 + high if loss_type == 'cispo' else high, loss_type, 8, weights)
+    theirs_grad, = torch.autograd.grad(theirs, x)
+    garbage = torch.where(mask, 0.0, 1e6)  # what stands in padding may be anything
+    y = (logp + garbage).requires_grad_(True)
+    ours, stats = grpo.grpo_loss(y, old - garbage, adv, mask, ref + 2 * garbage, beta, low, high, loss_type, max_len=8, weights=weights)
+    ours.backward()
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-10)
+    assert (y.grad - theirs_grad).abs().max() < 1e-10 and (y.grad[~mask] == 0).all()
+    assert 0 < stats['clip_frac'] < 1 and stats['kl'] > 0
+
+
+@pytest.mark.parametrize('loss_type', grpo.LOSSES)
+def test_gradients_by_central_differences(loss_type):
+    logp, old, ref, adv, mask = batch()
+    if loss_type == 'cispo':  # its weight is held constant: differentiate the surrogate with the weight frozen at logp
+        w = (logp - old).exp().clamp(0.8, 1.28)
+        fn = lambda x: torch.where(mask, -w * adv[:, None] * x, 0.0).sum() / mask.sum() + 0.1 * torch.where(mask, torch.exp(ref - x) - 1 - (ref - x), 0.0).sum() / mask.sum()
+    else:
+        fn = lambda x: grpo.grpo_loss(x, old, adv, mask, ref, 0.1, 0.2, 0.28, loss_type, max_len=8)[0]
+    got = gradient(lambda x: grpo.grpo_loss(x, old, adv, mask, ref, 0.1, 0.2, 0.28, loss_type, max_len=8)[0], logp)
+    assert (got - central_difference(fn, logp)).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize('loss_type', grpo.LOSSES)
+def test_micro_batches_add_up(loss_type):
+    logp, old, ref, adv, mask = batch()
+    kw = dict(beta=0.1, loss_type=loss_type, max_len=8)
+    whole = grpo.grpo_loss(logp, old, adv, mask, ref, **kw)[0]
+    denom = mask.sum() if loss_type in ('dapo', 'cispo') else len(mask)
+    parts = sum(grpo.grpo_loss(logp[s], old[s], adv[s], mask[s], ref[s], denom=denom, **kw)[0] for s in (slice(0, 1), slice(1, 4), slice(4, 6)))
+    assert parts.item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize('loss_type', grpo.LOSSES)
+def test_empty_rows_are_finite_and_count_nothing(loss_type):
+    logp, old, ref, adv, mask = batch()
+    mask = mask.clone()
+    mask[2] = False
+    x = logp.clone().requires_grad_(True)
+    loss, stats = grpo.grpo_loss(x, old, adv, mask, ref, 0.1, loss_type=loss_type, max_len=8)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(x.grad).all() and (x.grad[2] == 0).all() and all(math.isfinite(v) for v in stats.values())
+    none = grpo.grpo_loss(logp, old, adv, torch.zeros_like(mask), ref, 0.1, loss_type=loss_type, max_len=8)[0]
+    assert none == 0
+
+
+def test_first_step_the_loss_is_zero_and_the_gradient_is_not():
+    """"GRPO's loss is 0": with advantages that sum to zero it is, at ratio 1; what trains is the gradient."""
+    logp, _, _, _, mask = batch(4)
+    adv = grpo.group_advantages(torch.tensor([1.0, 0, 0, 1], dtype=D), 4)
+    x = logp.clone().requires_grad_(True)
+    loss, stats = grpo.grpo_loss(x, logp, adv, mask)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and x.grad.abs().max() > 0.01 and stats['clip_frac'] == 0 and stats['approx_kl'] == 0
+
+
+def test_advantages_by_hand():
+    r = torch.tensor([1.0, 0.0, 3.0, 2.0, 2.0, 2.0, 0.0, 1.0, 5.0], dtype=D)
+    for kind in ('grpo', 'dr_grpo', 'rloo'):
+        want = []
+        for g in range(3):
+            x = [v.item() for v in r[3 * g:3 * g + 3]]
+            mean = sum(x) / 3
+            std = math.sqrt(sum((v - mean) ** 2 for v in x) / 2)
+            want += [dict(grpo=(v - mean) / (std + 1e-4), dr_grpo=v - mean, rloo=v - (sum(x) - v) / 2)[kind] for v in x]
+        assert torch.allclose(grpo.group_advantages(r, 3, kind), torch.tensor(want, dtype=D), atol=1e-12), kind
+    std = math.sqrt(((r - r.mean()) ** 2).sum().item() / 8)
+    assert torch.allclose(grpo.group_advantages(r, 3, 'reinforce++'), (r - r.mean()) / (std + 1e-4), atol=1e-12)
+    assert grpo.group_advantages(torch.tensor([1.0, 0.0]), 2).tolist() == pytest.approx([0.7070, -0.7070], abs=1e-4)
+
+
+@pytest.mark.parametrize('kind', grpo.ADVANTAGES)
+def test_dead_groups_and_groups_of_one_are_finite(kind):
+    assert (grpo.group_advantages(torch.full((8,), 0.3), 4, kind).abs() < 1e-3).all()
+    assert torch.isfinite(grpo.group_advantages(torch.tensor([1.0, 2.0, 4.0]), 1, kind)).all()
+    assert torch.isfinite(grpo.group_advantages(torch.tensor([1.0]), 1, kind)).all()
+    with pytest.raises(ValueError, match='groups of 3'):
+        grpo.group_advantages(torch.ones(4), 3, kind)
+
+
+def test_bad_names_are_listed():
+    x = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match='grpo, dr_grpo, dapo, gspo, cispo'):
+        grpo.grpo_loss(x, x, x[:, 0], x == 0, loss_type='ppo')
+    with pytest.raises(ValueError, match='max_len'):
+        grpo.grpo_loss(x, x, x[:, 0], x == 0, loss_type='dr_grpo')
+    with pytest.raises(ValueError, match='rloo'):
+        grpo.group_advantages(x[0], 2, 'gae')
+
+
+def test_tis_weights_and_mismatch():
+    logp, sampler = torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([[-math.log(3), 0.1, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    w, stats = grpo.tis_weights(logp, sampler, mask, 2.0)
+    assert w.tolist()[0] == pytest.approx([2.0, math.exp(-0.1), 1.0])
+    assert stats['mismatch_max'].item() == pytest.approx(math.log(3)) and stats['mismatch_mean'].item() == pytest.approx((math.log(3) + 0.1) / 2) and stats['tis_frac'] == 0.5
+
+
+def test_tis_makes_a_foreign_samplers_gradient_right():
+    """Samples from mu, trained as if from pi: with weight pi / mu (uncut) the expected gradient is pi's; without, it is not."""
+    g = torch.Generator().manual_seed(0)
+    theta, mu, r = (torch.randn(5, generator=g, dtype=D) for _ in range(3))
+    p = torch.softmax(mu, 0)
+    mask = torch.ones(5, 1, dtype=torch.bool)
+
+    def loss(t, correct):
+        logp = torch.log_softmax(t, 0)[:, None]
+        w = grpo.tis_weights(logp, torch.log_softmax(mu, 0)[:, None], mask, 1e9)[0] if correct else None
+        return sum(p[s] * grpo.grpo_loss(logp[s:s + 1], logp[s:s + 1].detach(), r[s:s + 1], mask[s:s + 1], weights=None if w is None else w[s:s + 1])[0] for s in range(5))
+    exact = gradient(lambda t: -(torch.softmax(t, 0) * r).sum(), theta)
+    assert (gradient(lambda t: loss(t, True), theta) - exact).abs().max() < 1e-12
+    assert (gradient(lambda t: loss(t, False), theta) - exact).abs().max() > 0.01
+
+
+def test_overlong_penalty():
+    assert grpo.overlong_penalty(torch.tensor([10, 80, 90, 100, 120]), 100, 20).tolist() == [0, 0, -0.5, -1, -1]
+
+
+def test_pass_at_k_against_enumeration():
+    correct = torch.tensor([True, False, False, False, True, True, False, True, False, False, False, False])
+    for k in (1, 2, 4):
+        exact = [sum(any(c) for c in itertools.combinations(group.tolist(), k)) / math.comb(4, k) for group in correct.view(3, 4)]
+        assert grpo.pass_at_k(correct, 4, k) == pytest.approx(sum(exact) / 3)
