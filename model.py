@@ -358,7 +358,7 @@ class GPT(nn.Module):
         else:
             x, at = self.encode(idx, mask, doc)
         if self.head == 'scalar':
-            return at.put(self.score(x)[:, 0].float() + self.config.reward_bias), None
+            return at.put(self.score(x)[:, 0].to(torch.promote_types(x.dtype, torch.float32)) + self.config.reward_bias), None
         if targets is None:
             return at.put(self.lm_head(x)), None
         targets = at.pick(targets)
