@@ -1,0 +1,1309 @@
+"""The engine: paged KV cache, continuous batching, prefix cache, sampling. Run directly it is nanoGPT's sample.py and more.
+
+    python infer.py --init_from=out-sft --start="Once upon a time"       # sample, tokens stream as they come
+    python infer.py --init_from=out-sft --chat                           # talk to it in the terminal
+    python infer.py --init_from=out-grpo --eval_file=data/gsm8k/test.jsonl --reward=data/gsm8k/reward.py
+    python infer.py --init_from=out-sft --serve --port=8000              # OpenAI's HTTP API
+
+One step of the engine, in the order of this file:
+ 1. BlockManager  memory is handed out in blocks of 16 tokens. Full blocks are named by a hash of all tokens up to their end
+    (and of the weight version); a new request that begins with the same tokens takes them over instead of computing them.
+ 2. caches        where keys and values lie. PagedCache (CUDA): blocks anywhere, a block table per request, vLLM's way
+    (2309.06180). RowCache (CPU): a row of consecutive memory per running request, because a CPU multiplies long rows
+    several times faster than it gathers pages; blocks are then the unit of account, and cached blocks are copies.
+ 3. Net           the forward over the flat tokens of all requests: decoding ones (one token) and prompts (a chunk) together.
+ 4. Sampler       one batch, every request with its own settings. One random number per request and position, from a counter:
+    a sample depends on its seed only, never on the batch that it happened to run in.
+ 5. Engine        the scheduler (who runs, who waits, who is thrown out when memory ends) and the verbs of RL: load_weights,
+    pause, resume. Speculation: drafts are checked in one forward; since token t is always drawn from the model with the
+    random number of position t, and a draft is kept where it equals that draw, the output is the very same as without.
+"""
+import bisect
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import kernels as K
+from dataset import get_tokenizer, load_dataset
+from model import GPT, kv_cache_bytes, load_model, rope_frequencies
+
+# -----------------------------------------------------------------------------
+# what to run: one of sample (default), chat, eval_file, serve
+init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
+start = '\n' # the prompt of a sample; FILE:prompt.txt reads a file
+num_samples = 1 # samples of that prompt
+chat = False # a chat in the terminal
+system = '' # system prompt of chat
+eval_file = '' # rows {"prompt" or "question", ...} to answer and score
+reward = '' # file with reward(prompt, completion, row) -> float; correct means reward > 0.5
+out_file = '' # eval: samples as JSONL; '' = beside init_from, eval.jsonl
+eval_limit = 0 # eval: the first so many rows; 0 = all
+serve = False # OpenAI's HTTP API
+host = '127.0.0.1' # loopback: other machines cannot connect
+port = 8000
+api_key = '' # clients must send it when set
+# sampling
+max_new_tokens = 256 # tokens a completion at most
+temperature = 0.8 # 0 = greedy
+top_k = 0 # 0 = off
+top_p = 1.0
+min_p = 0.0
+repetition_penalty = 1.0
+stop = '' # a string that ends the completion
+# engine
+max_num_seqs = 256 # requests that run together
+max_num_batched_tokens = 2048 # tokens of one step: longer prompts are prefilled in chunks
+block_size = 16 # tokens of a KV block
+num_blocks = 0 # 0 = what max_num_seqs full contexts need, within the memory at hand
+prefix_caching = True # requests that begin alike share what they begin with
+draft_from = '' # a smaller model with the same tokenizer proposes tokens
+ngram = 0 # or: propose what followed the last ngram tokens before; 0 = off
+num_draft = 4 # tokens proposed at a time
+# system
+seed = 1337
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+dtype = 'bfloat16' if torch.cuda.is_available() else 'float32' # 'float32', 'bfloat16', 'float16', 'float64'
+threads = 0 # CPU threads; 0 = one for tiny models (two spin on each other), else torch's choice
+compile = False # torch.compile of the blocks
+kernels = 'auto' # 'auto' | 'torch' | 'triton'
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+config = {k: globals()[k] for k in config_keys} # will be useful for logging
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class SamplingParams:
+    """How one request is sampled. Order: logit bias and min_tokens, penalties, temperature, min_p, top_k, top_p, renormalise.
+    repetition_penalty (HF) sees prompt and output, presence and frequency (OpenAI) the output. logprobs: that many top
+    log-probs per token (raw distribution). seed None: drawn from the engine's. n: distinct samples, one prefill."""
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: str | list | tuple | None = None
+    stop_token_ids: list | tuple = ()
+    seed: int | None = None
+    n: int = 1
+    logprobs: int = 0
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logit_bias: dict | None = None
+
+    def __post_init__(self):
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        self.stop_token_ids, self.logprobs, self.top_k = list(self.stop_token_ids or ()), int(self.logprobs or 0), max(int(self.top_k), 0)
+        self.logit_bias = {int(k): float(v) for k, v in (self.logit_bias or {}).items()}
+        for ok, what in ((self.max_tokens >= 1, 'max_tokens must be at least 1'), (self.n >= 1, 'n must be at least 1'),
+                         (0 <= self.temperature < float('inf'), 'temperature must be 0 (greedy) or more'), (0 < self.top_p <= 1, 'top_p must be in (0, 1]'),
+                         (0 <= self.min_p <= 1, 'min_p must be in [0, 1]'), (self.repetition_penalty > 0, 'repetition_penalty must be above 0'),
+                         (self.min_tokens <= self.max_tokens, 'min_tokens must not exceed max_tokens'), (self.logprobs >= 0, 'logprobs must be 0 or more'),
+                         (all(isinstance(s, str) and s for s in self.stop), 'stop must be non-empty strings')):
+            if not ok:
+                raise ValueError(f'SamplingParams: {what}, got {self}')
+
+
+@dataclass
+class Completion:
+    """What came of one sample. logprobs: of the distribution sampled from (greedy: raw); raw_logprobs: log softmax of the plain
+    logits; weight_versions: which weights made each token. The EOS stands in token_ids (it is an action), not in text."""
+    text: str
+    token_ids: list
+    logprobs: list
+    raw_logprobs: list
+    top_logprobs: list
+    weight_versions: list
+    finish_reason: str
+    prompt_index: int = 0
+    index: int = 0
+    prompt_token_ids: list = field(default_factory=list)
+
+
+class Request:
+    """One sample on its way. tokens = prompt + output; n of them have their keys and values in the cache."""
+
+    def __init__(self, id, index, prompt, params, key, limit, stream, left, version):
+        self.id, self.index, self.params, self.key, self.limit, self.stream, self.left = id, index, params, key, limit, stream, left
+        self.tokens, self.P, self.n = list(prompt), len(prompt), 0
+        self.blocks, self.names, self.named, self.kv_version, self.siblings = [], [], 0, None, []
+        self.arena = self.row = None    # RowCache: where its row lies
+        self.draft, self.draft_n = [], 0  # proposed tokens; how many tokens the draft model has in the cache
+        self.logprobs, self.raw_logprobs, self.top_logprobs, self.marks = [], [], [], [(0, version)]
+        self.finish_reason, self.closed = None, False  # closed: the last token is an EOS or stop token, it has no text
+        self.text, self.sent, self.cut = '', 0, False  # cut: a stop string ended the text
+        self.read, self.prefix = self.P, max(self.P - 5, 0)  # detokenizer: decode(prefix:) minus decode(prefix:read)
+
+    def out(self):
+        return self.tokens[self.P:]
+
+
+# -----------------------------------------------------------------------------
+# 1. blocks: who owns which, and which can be taken over
+
+
+class BlockManager:
+    """Reference counts over `num_blocks` blocks and the prefix cache over those that are full.
+
+    A block is free, in use (ref > 0), or cached: nobody uses it, its content still has a name and can be taken over or, oldest
+    first, evicted. The name chains: blake2b(name of the block before, tokens); the first link holds the weight version, so new
+    weights find nothing of the old ones. A cryptographic hash, since a collision that a client can build shows one user another's
+    cache (CVE-2025-25183); the tokens are compared all the same. Idle invariant: free + cached = all."""
+
+    def __init__(self, num_blocks, block_size):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.free, self.cached, self.table = deque(range(num_blocks)), OrderedDict(), {}
+        self.ref, self.name, self.tokens = [0] * num_blocks, [None] * num_blocks, [None] * num_blocks
+
+    def available(self):
+        return len(self.free) + len(self.cached)
+
+    def take(self):
+        """A block with ref 1: a free one, else the cached one unused for longest."""
+        block = self.free.popleft() if self.free else self.cached.popitem(last=False)[0]
+        self._unname(block)
+        self.ref[block] = 1
+        return block
+
+    def hold(self, block):
+        self.cached.pop(block, None)
+        self.ref[block] += 1
+
+    def drop(self, blocks):
+        for block in reversed(blocks):  # ends are evicted before beginnings, which more requests share
+            self.ref[block] -= 1
+            assert self.ref[block] >= 0, f'block {block} was dropped twice'
+            if not self.ref[block]:
+                if self.name[block] is None:
+                    self.free.append(block)
+                else:
+                    self.cached[block] = None
+
+    def names(self, tokens, known, version):
+        """Extends `known`, the names of a sequence's full blocks, to all of `tokens`."""
+        for i in range(len(known), len(tokens) // self.block_size):
+            before = known[-1] if known else b'weights %d' % version
+            known.append(hashlib.blake2b(before + np.array(self._slice(tokens, i), np.int64).tobytes(), digest_size=16).digest())
+        return known
+
+    def _slice(self, tokens, i):
+        return tokens[i * self.block_size:(i + 1) * self.block_size]
+
+    def match(self, names, tokens):
+        """Blocks whose content is a prefix of `tokens`; always leaves the last token to compute: its logits are needed."""
+        found = []
+        for i, name in enumerate(names[:(len(tokens) - 1) // self.block_size]):
+            block = self.table.get(name)
+            if block is None or self.tokens[block] != self._slice(tokens, i):
+                break
+            found.append(block)
+        return found
+
+    def publish(self, block, name, tokens):
+        """Names a block whose content has been computed. False when the name is taken (another request computed the same)."""
+        if name in self.table or self.name[block] is not None:
+            return False
+        self.table[name], self.name[block], self.tokens[block] = block, name, tokens
+        return True
+
+    def _unname(self, block):
+        self.table.pop(self.name[block], None)
+        self.name[block] = self.tokens[block] = None
+
+    def forget(self):
+        """Empties the prefix cache; blocks in use stay in use."""
+        for block in range(self.num_blocks):
+            self._unname(block)
+        self.free.extend(self.cached)
+        self.cached.clear()
+
+
+# -----------------------------------------------------------------------------
+# 2. where keys and values lie. Both caches hold the layers of every net (0 the model, 1 the draft model)
+
+
+def _attend_chunk(q, k, v, scale):
+    """One sequence's last n positions: q (n, nh, hs), k and v (nkv, S, hs) -> (n, nh * hs)."""
+    n, S = len(q), k.size(1)
+    mask = None if n in (1, S) else torch.ones(n, S, dtype=torch.bool, device=q.device).tril(S - n)
+    y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], mask, is_causal=n == S and n > 1, scale=scale, enable_gqa=q.size(1) != k.size(0))
+    return y[0].transpose(0, 1).reshape(n, -1)
+
+
+def _rectangles(lens, starts):
+    """Sequences of like length share a right-padded rectangle, where causality alone hides the padding: between half and
+    the whole of its width. [(token index of every cell (S * W,), S, W, cells that are real, their tokens)]"""
+    out, lens, starts = [], np.asarray(lens), np.asarray(starts)
+    width = int(lens.max()) if len(lens) else 0
+    while width:
+        mine = np.nonzero((lens <= width) & (lens > width // 2))[0]
+        if len(mine):
+            w = int(lens[mine].max())
+            real = (np.arange(w) < lens[mine, None])
+            grid = starts[mine, None] + np.minimum(np.arange(w), lens[mine, None] - 1)
+            out.append((torch.from_numpy(grid.reshape(-1)), len(mine), w, torch.from_numpy(np.nonzero(real.reshape(-1))[0]), torch.from_numpy(grid[real])))
+        width //= 2
+    return out
+
+
+class Arena:
+    """Rows of one capacity. Row i is keys and values of rows[i], in every layer; rows are kept dense, growth doubles."""
+
+    def __init__(self, cap, shapes, dtype):
+        self.cap, self.shapes, self.dtype, self.rows = cap, shapes, dtype, []
+        self.kv = [torch.zeros(2, layers, 0, nkv, cap, hs, dtype=dtype) for layers, nkv, hs in shapes]
+
+    def add(self, r):
+        if len(self.rows) == self.kv[0].size(2):
+            for i, (layers, nkv, hs) in enumerate(self.shapes):  # zeros: what no token wrote must not be nan, 0 * nan is nan
+                bigger = torch.zeros(2, layers, max(8, 2 * len(self.rows)), nkv, self.cap, hs, dtype=self.dtype)
+                bigger[:, :, :len(self.rows)] = self.kv[i]
+                self.kv[i] = bigger
+        r.arena, r.row = self, len(self.rows)
+        self.rows.append(r)
+
+    def remove(self, r):
+        last = self.rows.pop()
+        if last is not r:
+            for kv in self.kv:
+                kv[:, :, r.row, :, :last.n] = kv[:, :, last.row, :, :last.n]
+            self.rows[r.row], last.row = last, r.row
+        r.arena = r.row = None
+
+
+class RowCache:
+    """CPU. A request's row moves to an arena of twice the capacity when it outgrows its own, so a row is at least half full and
+    the decode attention of an arena is two batched products over [rows, longest of them]. Published blocks are copied to
+    `store`, whose pages the system provides only when they are written."""
+
+    def __init__(self, shapes, num_blocks, block_size, max_len, dtype, device, prefix):
+        self.shapes, self.block_size, self.dtype = shapes, block_size, dtype
+        row_bytes = sum(2 * layers * nkv * hs for layers, nkv, hs in shapes) * dtype.itemsize
+        caps = [max(64, min(256, (1 << 19) // row_bytes))]  # small models: fewer, wider arenas, each costs a call or ten
+        while caps[-1] < max_len:
+            caps.append(2 * caps[-1])
+        self.arenas = [Arena(cap, shapes, dtype) for cap in caps]
+        self.caps = caps
+        self.store = [torch.empty(2, layers, num_blocks, nkv, block_size, hs, dtype=dtype) for layers, nkv, hs in shapes] if prefix else None
+
+    def reserve(self, r, n):
+        """Room for n tokens of r, whose n so far stay."""
+        if r.arena is not None and n <= r.arena.cap:
+            return
+        old, row = r.arena, r.row
+        new = self.arenas[bisect.bisect_left(self.caps, n)]
+        new.add(r)
+        if old is not None:
+            to = r.row
+            for a, b in zip(new.kv, old.kv):
+                a[:, :, to, :, :r.n] = b[:, :, row, :, :r.n]
+            r.row = row
+            old.remove(r)
+            r.arena, r.row = new, to
+
+    def release(self, r):
+        if r.arena is not None:
+            r.arena.remove(r)
+
+    def fork(self, r, s):
+        """s begins with what r has computed."""
+        self.reserve(s, r.n)
+        for a, b in zip(s.arena.kv, r.arena.kv):
+            a[:, :, s.row, :, :r.n] = b[:, :, r.row, :, :r.n]
+
+    def load(self, r, blocks):
+        """Cached blocks into the beginning of r's row."""
+        for kv, store in zip(r.arena.kv, self.store):
+            kv[:, :, r.row, :, :len(blocks) * self.block_size] = store[:, :, blocks].transpose(2, 3).flatten(3, 4)
+
+    def save(self, r, first, blocks):
+        """The row's blocks from number `first` on into the store."""
+        a, b = first * self.block_size, (first + len(blocks)) * self.block_size
+        for kv, store in zip(r.arena.kv, self.store):
+            store[:, :, blocks] = kv[:, :, r.row, :, a:b].unflatten(3, (len(blocks), self.block_size)).transpose(2, 3)
+
+    def clear(self):
+        for kv in (kv for arena in self.arenas for kv in arena.kv):
+            kv.zero_()
+
+    def order(self, decode):
+        return sorted(decode, key=lambda r: (r.arena.cap, r.row))
+
+    def plan(self, decode, chunks, pos, net=0):
+        """decode: requests in `order`, one token each, then chunks [(request, start, n)]; pos: all positions (N,) NumPy.
+        -> attend(layer, q (N, nh, hs), k, v (N, nkv, hs)) -> (N, nh * hs), which also writes k and v."""
+        nkv, dense = self.shapes[net][1], self.dtype in (torch.float32, torch.float64)
+        heads, jobs, fresh, later = np.arange(nkv), [], [], []
+        spans, at = {}, len(decode)
+        for r, start, n in chunks:
+            spans.setdefault(r.arena, []).append((at, r.row, n))
+            (later if start else fresh).append((r, at, start, n))
+            at += n
+        begin = 0
+        for arena in self.arenas:
+            end = begin
+            while end < len(decode) and decode[end].arena is arena:
+                end += 1
+            mine = spans.get(arena, ())
+            if end > begin or mine:
+                rows = np.fromiter((r.row for r in decode[begin:end]), np.int64, end - begin)
+                every, tokens = rows, slice(begin, end)
+                if mine:
+                    every = np.concatenate([rows, *(np.full(n, row) for _, row, n in mine)])
+                    tokens = np.concatenate([np.arange(begin, end), *(np.arange(a, a + n) for a, _, n in mine)])
+                dest = torch.from_numpy(((every[:, None] * nkv + heads) * arena.cap + pos[tokens][:, None]).reshape(-1))
+                tokens = tokens if not mine else None if len(tokens) == at else torch.from_numpy(tokens)
+                full = mask = None
+                if end > begin:
+                    lens = np.ones(len(arena.rows), np.int64)
+                    lens[rows] = pos[begin:end] + 1
+                    longest = int(lens.max())
+                    mask = torch.zeros(len(lens), longest, dtype=self.dtype)
+                    mask.masked_fill_(torch.arange(longest) >= torch.from_numpy(lens)[:, None], float('-inf'))
+                    mask = mask.repeat_interleave(nkv, 0)[:, None] if dense else mask[:, None, None]
+                    full = len(rows) == len(lens)
+                jobs.append((arena, tokens, dest, slice(begin, end), full, torch.from_numpy(rows), mask))
+            begin = end
+        grids = _rectangles([n for *_, n in fresh], [a for _, a, _, _ in fresh])
+        whole = len(jobs) == 1 and not chunks
+
+        def attend(layer, q, k, v):
+            N, nh, hs = q.shape
+            out = None if whole else q.new_empty(N, nh * hs)
+            for arena, tokens, dest, rows, full, index, mask in jobs:
+                kc, vc = arena.kv[net][0, layer], arena.kv[net][1, layer]
+                for cache, new in ((kc, k), (vc, v)):
+                    new = new if tokens is None else new[tokens]
+                    cache.view(-1, hs).index_copy_(0, dest, new.reshape(-1, hs))
+                if mask is not None:
+                    B = len(arena.rows)
+                    mine = q[rows] if full else q.new_zeros(B, nh, hs).index_copy_(0, index, q[rows])
+                    y = self._decode(mine, kc[:B], vc[:B], mask, dense)
+                    if whole:
+                        return y
+                    out[rows] = y if full else y.index_select(0, index)
+            for grid, S, W, real, at in grids:
+                a, b, c = (x.index_select(0, grid).view(S, W, -1, hs).transpose(1, 2) for x in (q, k, v))
+                y = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=nh != nkv).transpose(1, 2).reshape(S * W, -1)
+                out.index_copy_(0, at, y.index_select(0, real))
+            for r, at, start, n in later:
+                kc, vc = (r.arena.kv[net][i, layer, r.row, :, :start + n] for i in (0, 1))
+                out[at:at + n] = _attend_chunk(q[at:at + n], kc, vc, None)
+            return out
+        return attend
+
+    @staticmethod
+    def _decode(q, k, v, mask, dense):
+        """q (B, nh, hs) against rows k, v (B, nkv, cap, hs) of which the mask's width is read -> (B, nh * hs)."""
+        B, nkv, cap, hs = k.shape
+        T = mask.size(-1)
+        if not dense:  # half precision: the fused kernel, which adds up in float32
+            q = q.reshape(B, nkv, -1, hs)
+            return F.scaled_dot_product_attention(q, k[:, :, :T], v[:, :, :T], mask).reshape(B, -1)
+        k, v, q = k.view(B * nkv, cap, hs)[:, :T], v.view(B * nkv, cap, hs)[:, :T], q.reshape(B * nkv, -1, hs)
+        s = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=hs ** -0.5).softmax(-1)
+        return torch.bmm(s, v).view(B, -1)
+
+
+class PagedCache:
+    """CUDA (on CPU through the kernels' twins, for tests). kv (2, layers, blocks, block_size, nkv, hs); a request's block i
+    holds its positions i * block_size and on. One block more than the manager knows takes the padding of captured graphs."""
+
+    def __init__(self, shapes, num_blocks, block_size, max_len, dtype, device, prefix):
+        self.block_size, self.device, self.width = block_size, device, -(-max_len // block_size)
+        self.kv = [torch.zeros(2, layers, num_blocks + 1, block_size, nkv, hs, dtype=dtype, device=device) for layers, nkv, hs in shapes]
+
+    def reserve(self, r, n):
+        """A block table needs no more room than its blocks."""
+        return r
+
+    release = load = save = lambda self, *_: None  # blocks are the memory: nothing to move
+
+    def clear(self):
+        for kv in self.kv:
+            kv.zero_()
+
+    def order(self, decode):
+        return decode
+
+    def fork(self, r, s):
+        """Full blocks are shared by reference (the engine did it), the last, unfinished one is copied."""
+        if r.n % self.block_size:
+            for kv in self.kv:
+                kv[:, :, s.blocks[-1]] = kv[:, :, r.blocks[r.n // self.block_size]]
+
+    def slots(self, requests, pos):
+        """Flat cache slot of each (request, position)."""
+        size = self.block_size
+        return np.array([r.blocks[p // size] * size + p % size for r, p in zip(requests, pos.tolist())], np.int64)
+
+    def tables(self, decode):
+        table = np.zeros((len(decode), max((len(r.blocks) for r in decode), default=1)), np.int32)
+        for row, r in zip(table, decode):
+            row[:len(r.blocks)] = r.blocks
+        return table
+
+    def plan(self, decode, chunks, pos, net=0):
+        """As RowCache.plan."""
+        owners = decode + [r for r, _, n in chunks for _ in range(n)]
+        up = lambda a: torch.from_numpy(a).to(self.device, non_blocking=True)
+        D = len(decode)
+        slots, table, lens = up(self.slots(owners, pos)), up(self.tables(decode)), up(pos[:D].astype(np.int32) + 1)
+        fresh, later, at = [], [], D
+        for r, start, n in chunks:
+            (later if start else fresh).append((r, at, start, n))
+            at += n
+        # fresh prompts first among the chunks or not: their tokens are gathered, packed, and attend each to its own
+        cu = up(np.cumsum([0] + [n for *_, n in fresh]).astype(np.int32))
+        rows = up(np.concatenate([np.arange(a, a + n) for _, a, _, n in fresh])) if fresh else None
+        tables = [up(np.array(r.blocks[:-(-(start + n) // self.block_size)])) for r, _, start, n in later]
+
+        def attend(layer, q, k, v):
+            N, nh, hs = q.shape
+            kc, vc = self.kv[net][0, layer], self.kv[net][1, layer]
+            K.kv_write(k, v, kc, vc, slots)
+            if D == N:
+                return K.paged_attention(q.contiguous(), kc, vc, table, lens).reshape(N, nh * hs)
+            out = q.new_empty(N, nh * hs)
+            if D:
+                out[:D] = K.paged_attention(q[:D].contiguous(), kc, vc, table, lens).reshape(D, nh * hs)
+            if fresh:
+                out[rows] = K.flash_attention(q[rows], k[rows], v[rows], cu_seqlens=cu).reshape(-1, nh * hs)
+            for (r, at, start, n), blocks in zip(later, tables):
+                a, b = (c[blocks].flatten(0, 1)[:start + n].transpose(0, 1) for c in (kc, vc))
+                out[at:at + n] = _attend_chunk(q[at:at + n], a, b, None)
+            return out
+        return attend
+
+    def graph_attend(self, slots, table, lens, net=0):
+        """The attention of decode rows over fixed buffers, for a captured graph."""
+        def attend(layer, q, k, v):
+            kc, vc = self.kv[net][0, layer], self.kv[net][1, layer]
+            K.kv_write(k, v, kc, vc, slots)
+            return K.paged_attention(q.contiguous(), kc, vc, table, lens).reshape(len(q), -1)
+        return attend
+
+
+# -----------------------------------------------------------------------------
+# 3. the forward, on flat tokens
+
+
+class Net:
+    """The model's weights as inference wants them. What needs no change is shared with the model; on CPU in float32 and bfloat16
+    every matrix is a copy in oneDNN's hands, which multiplies 64 rows twice as fast as MKL does on the AMD machine that this was
+    measured on (230 against 106 GFLOP/s) and fuses activation, product and residual sum into the product. `refresh` reads
+    the model again: after an optimizer step, or under LoRA, whose merged weight is what runs."""
+
+    def __init__(self, model):
+        c, w = model.config, model.wte.weight
+        self.model, self.c, self.dtype, self.device = model, c, w.dtype, w.device
+        self.packed = w.device.type == 'cpu' and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        self.complex = c.pos == 'rope' and w.device.type == 'cpu' and w.dtype in (torch.float32, torch.float64)
+        self.shape = (c.n_layer, c.n_kv_head, c.head_size)
+        self.heads, self.fused = c.n_head + 2 * c.n_kv_head, {}
+        if c.pos == 'rope':
+            angle = torch.arange(c.block_size)[:, None].float() * rope_frequencies(c).float()
+            cos, sin = angle.cos().to(w.device), angle.sin().to(w.device)
+            self.rope = torch.complex(cos, sin).to(torch.complex128 if w.dtype == torch.float64 else torch.complex64) if self.complex else (cos, sin)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self):
+        """True when a weight has moved in memory, so that captured graphs are stale."""
+        m, seen = self.model, []
+
+        def own(linear):
+            """(weight, bias) in force; an adapter's is merged."""
+            w = linear.merged_weight() if getattr(linear, 'active', None) is not None and not linear.kept else linear.weight
+            return w.detach(), None if getattr(linear, 'bias', None) is None else linear.bias.detach()
+
+        def keep(linear):
+            w, b = own(linear)
+            seen.append(w.data_ptr())
+            return (w.contiguous().to_mkldnn() if self.packed else w), b
+
+        def joined(key, parts):
+            """Several linears as one; written into the same memory each time."""
+            w, b = torch.cat([p[0] for p in parts]), None if parts[0][1] is None else torch.cat([p[1] for p in parts])
+            if self.packed:
+                return w.to_mkldnn(), b
+            old = self.fused.setdefault(key, (w, b))
+            for x, y in zip(old, (w, b)):
+                x is None or x is y or x.copy_(y)
+            return old
+        self.layers = []
+        for i, block in enumerate(m.h):
+            a, p = block.attn, block.mlp
+            qkv = [own(a.c_attn)] if hasattr(a, 'c_attn') else [own(x) for x in (a.q_proj, a.k_proj, a.v_proj)]
+            if self.complex:
+                qkv[:2] = [tuple(None if x is None else self.interleave(x) for x in part) for part in qkv[:2]]
+            norm = None
+            if a.q_norm is not None:
+                each = [self.interleave(n.weight.detach()) if self.complex else n.weight.detach() for n in (a.q_norm, a.k_norm)]
+                norm = torch.cat([each[0].expand(self.c.n_head, -1), each[1].expand(self.c.n_kv_head, -1)])
+            up = [keep(p.gate_proj), keep(p.up_proj)] if self.c.gated else [keep(p.c_fc)]
+            self.layers.append((block.ln_1, keep(a.c_attn) if hasattr(a, 'c_attn') else joined(i, qkv), norm, keep(getattr(a, 'o_proj', None) or a.c_proj),
+                                block.ln_2, up, keep(p.down_proj if self.c.gated else p.c_proj)))
+        self.wte, self.wpe, self.head = own(m.wte)[0], None if m.wpe is None else m.wpe.weight.detach(), keep(m.lm_head)
+        moved, self.seen = getattr(self, 'seen', seen) != seen, seen
+        return moved
+
+    def interleave(self, w):
+        """Rows of q or k from HF's halves (x1.. | y1..) to pairs (x1 y1 x2 y2 ..), so that rotating is one complex product.
+        Scores do not change: q and k are permuted alike."""
+        return w.unflatten(0, (-1, 2, self.c.head_size // 2)).transpose(1, 2).reshape(w.shape)
+
+    def lin(self, x, weight, act='', add=None, mul=None):
+        """act(x W' + b) or x W' + b (+ add) (* mul)"""
+        w, b = weight
+        if self.packed:
+            if add is not None or mul is not None:
+                return torch.ops.mkldnn._linear_pointwise.binary(x, mul if add is None else add, w, b, 'mul' if add is None else 'add')
+            name, how = {'': ('none', ''), 'gelu_tanh': ('gelu', 'tanh'), 'gelu': ('gelu', 'none'), 'relu': ('relu', ''), 'silu': ('swish', '')}[act]
+            return torch.ops.mkldnn._linear_pointwise(x, w, b, name, [], how)
+        y = F.linear(x, w, b) if add is None or b is not None else torch.addmm(add, x, w.t())
+        if act:
+            y = {'gelu_tanh': K.gelu, 'gelu': F.gelu, 'relu': F.relu, 'silu': F.silu}[act](y)
+        return y if add is None and mul is None or add is not None and b is None else y + add if mul is None else y * mul
+
+    def hidden(self, ids, pos, attend):
+        """ids, pos (N,) int64 -> (N, C), before the last norm."""
+        c, n = self.c, len(ids)
+        x, rope = F.embedding(ids, self.wte), None
+        if c.pos == 'learned':
+            x = x + F.embedding(pos, self.wpe)
+        elif self.complex:
+            rope = self.rope[pos][:, None]
+        else:
+            rope = [t[pos] for t in self.rope]
+        for layer, (ln_1, qkv, norm, out, ln_2, up, down) in enumerate(self.layers):
+            heads = self.lin(ln_1(x), qkv).view(n, self.heads, c.head_size)
+            qk, v = heads[:, :c.n_head + c.n_kv_head], heads[:, c.n_head + c.n_kv_head:]
+            if norm is not None:
+                qk = F.rms_norm(qk, (c.head_size,), None, c.norm_eps) * norm
+            q, k = qk[:, :c.n_head], qk[:, c.n_head:]
+            if self.complex:
+                torch.view_as_complex(qk.unflatten(2, (-1, 2))).mul_(rope)
+            elif rope is not None:
+                q, k = (t[0].to(v.dtype) for t in K.rope(q[None], k[None], *rope))
+            x = self.lin(attend(layer, q, k, v), out, add=x)
+            y = ln_2(x)
+            y = self.lin(y, up[1], mul=self.lin(y, up[0], 'silu')) if c.gated else self.lin(y, up[0], c.act)
+            x = self.lin(y, down, add=x)
+        return x
+
+    def logits(self, x):
+        """(n, C) -> (n, V), float32 or float64"""
+        y = self.lin(self.model.ln_f(x), self.head)
+        return y if y.dtype == torch.float64 else y.float()
+
+
+# -----------------------------------------------------------------------------
+# 4. sampling
+
+
+def _mix(*parts):
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'little')
+
+
+def uniform(keys, t):
+    """One number in [0, 1) per (key, position): SplitMix64 (Steele 2014) as a counter. keys, t uint64 arrays -> float64 array."""
+    z = keys + (t + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0 ** -53
+
+
+class Settings:
+    """The SamplingParams of a batch as arrays; kept while the batch stays the same."""
+
+    def __init__(self, rows, eot, device, dtype):
+        p = [r.params for r in rows]
+        col = lambda name, dtype=dtype: torch.tensor([getattr(x, name) for x in p], dtype=dtype, device=device)
+        self.keys = np.array([r.key for r in rows], np.uint64)
+        self.greedy = np.array([x.temperature == 0 for x in p])
+        self.all_greedy, self.any_greedy = bool(self.greedy.all()), bool(self.greedy.any())
+        self.greedy_t = torch.from_numpy(self.greedy).to(device)
+        self.temperature = None if all(x.temperature in (0, 1) for x in p) else torch.where(self.greedy_t, 1.0, col('temperature'))[:, None]
+        pick = lambda test: np.nonzero([test(x) for x in p])[0].tolist()
+        self.cut = pick(lambda x: x.temperature > 0 and (x.top_k or x.top_p < 1 or x.min_p))
+        self.cut_k, self.cut_p, self.cut_m = (col(n, d)[self.cut] for n, d in (('top_k', torch.long), ('top_p', torch.float64), ('min_p', torch.float64)))
+        self.repeat, self.seen = pick(lambda x: x.repetition_penalty != 1), pick(lambda x: x.presence_penalty or x.frequency_penalty)
+        self.repetition = col('repetition_penalty')[self.repeat][:, None]
+        self.presence, self.frequency = col('presence_penalty')[self.seen][:, None], col('frequency_penalty')[self.seen][:, None]
+        bias = [(i, t, b) for i, x in enumerate(p) for t, b in x.logit_bias.items()]
+        self.bias = [torch.tensor(t, device=device) for t in zip(*bias)]
+        stops = [([] if x.ignore_eos or eot is None else [eot]) + x.stop_token_ids for x in p]
+        self.stop_ids = np.full((len(p), max([1, *map(len, stops)])), -1)
+        for row, ids in zip(self.stop_ids, stops):
+            row[:len(ids)] = ids
+        self.min_tokens = np.array([x.min_tokens for x in p])
+        self.any_min = bool(self.min_tokens.any())
+        self.limit = np.array([r.limit - r.P for r in rows])
+        self.top = max(x.logprobs for x in p)
+        self.plain = not (bias or self.repeat or self.seen)
+
+
+def _counts(rows, V, device):
+    """rows: lists of tokens -> (n, V) how often each occurs."""
+    flat = torch.tensor([i * V + t for i, row in enumerate(rows) for t in row], dtype=torch.long, device=device)
+    return torch.bincount(flat, minlength=len(rows) * V).view(len(rows), V)
+
+
+def _filter(z, k, p, m):
+    """min-p, then top-k, then top-p, each over what the one before left. z (n, V) logits already at temperature; k (n,) int, 0 = off; p, m
+    (n,). Each rule keeps the tokens above a threshold; equal logits stay or go together. Works on the largest few
+    hundred logits where they hold enough mass: sorting 50,257 takes 70 times as long."""
+    V = z.size(-1)
+    lead, lse = z.max(-1, keepdim=True)[0], z.logsumexp(-1, keepdim=True)
+    floor = torch.where(m[:, None] > 0, lead + m[:, None].clamp_min(1e-300).log(), float('-inf'))
+    width = min(V, max(256, int(k.max())))
+    while True:
+        top = z.topk(width, -1)[0].double()
+        top = torch.where(top >= floor, top, float('-inf'))
+        kth = torch.where((k > 0) & (k < width), k - 1, width - 1)[:, None]
+        limit = top.gather(-1, kth)
+        limited = (k > 0)[:, None] | (limit == float('-inf'))  # what top-k or min-p left lies all inside `top`
+        top = torch.where(top >= limit, top, float('-inf'))
+        mass = torch.where(limited, top.logsumexp(-1, keepdim=True), lse.double())
+        probs = (top - mass).exp()
+        before = probs.cumsum(-1) - probs
+        enough = limited[:, 0] | (p >= 1) | ((m <= 0) & (before[:, -1] >= p))
+        if width == V or bool(enough.all()):
+            break
+        width = min(V, width * 8)
+    floor = torch.maximum(floor, torch.where((k > 0)[:, None], limit, float('-inf')))
+    last = (before < p[:, None]).logical_and(top > float('-inf')).sum(-1, keepdim=True).clamp_min(1) - 1
+    floor = torch.maximum(floor, torch.where(p[:, None] < 1, top.gather(-1, last), float('-inf')))
+    return z.masked_fill(z < floor.to(z.dtype), float('-inf'))
+
+
+def sample(logits, s, rows, extra, outs):
+    """logits (n, V), row i for rows[i] after its output and extra[i] (unconfirmed draft tokens); outs (n,) tokens written before.
+    -> tokens (n,) int64, logprobs, raw_logprobs (n,), top [(ids, logprobs)] or None. FloatingPointError when the logits are not finite."""
+    raw, lse = logits, logits.logsumexp(-1, keepdim=True)
+    z, z_lse = raw, lse
+    early = np.nonzero(outs < s.min_tokens)[0] if s.any_min else ()
+    if not s.plain or len(early):
+        z, V = raw.clone(), raw.size(-1)
+        if s.bias:
+            z.index_put_((s.bias[0], s.bias[1]), s.bias[2].to(z.dtype), accumulate=True)
+        for i in early:
+            z[int(i), torch.from_numpy(s.stop_ids[i][s.stop_ids[i] >= 0]).to(z.device)] = float('-inf')
+        if s.repeat:
+            was, part = _counts([rows[i].tokens + list(extra[i]) for i in s.repeat], V, z.device) > 0, z[s.repeat]
+            z[s.repeat] = torch.where(was, torch.where(part > 0, part / s.repetition, part * s.repetition), part)
+        if s.seen:
+            count = _counts([rows[i].out() + list(extra[i]) for i in s.seen], V, z.device)
+            z[s.seen] -= count * s.frequency + (count > 0) * s.presence
+    if not s.all_greedy:
+        if s.temperature is not None:
+            z = z / s.temperature
+        if s.cut:
+            z = z.clone() if z is raw else z
+            z[s.cut] = _filter(z[s.cut], s.cut_k, s.cut_p, s.cut_m)
+        z_lse = lse if z is raw else z.logsumexp(-1, keepdim=True)
+        mass = (z - z_lse).exp_().cumsum(-1, dtype=torch.float64)
+        u = torch.from_numpy(uniform(s.keys, outs.astype(np.uint64))).to(z.device)[:, None]
+        total = mass[:, -1:]
+        tokens = torch.searchsorted(mass, torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total))), right=True)[:, 0]
+        if s.any_greedy:
+            tokens = torch.where(s.greedy_t, z.argmax(-1), tokens)
+    else:
+        tokens = z.argmax(-1)
+    at = tokens[:, None]
+    raw_lp = (raw.gather(-1, at) - lse)[:, 0]
+    lp = raw_lp if s.all_greedy or z is raw else torch.where(s.greedy_t, raw_lp, (z.gather(-1, at) - z_lse)[:, 0])
+    if not bool(torch.isfinite(raw_lp).all()):
+        raise FloatingPointError(f'the logits of {int((~torch.isfinite(lse)).sum())} of {len(lse)} rows are not finite: the weights (or the dtype {logits.dtype}) have overflowed')
+    top = None
+    if s.top:
+        best = (raw - lse).topk(min(s.top, raw.size(-1)), -1)
+        top = list(zip(best.indices.tolist(), best.values.tolist()))
+    return tokens, lp, raw_lp, top
+
+
+# -----------------------------------------------------------------------------
+# 5. the engine
+
+
+class Engine:
+    """Many requests, one model. generate() for batches; add_request() and step() for streams; safe to call from several threads,
+    one step at a time. `model` is read where it lies (see Net): after an optimizer step call weights_changed(), or load_weights(state)
+    to copy weights in. cache: 'rows' (CPU) | 'paged' (CUDA) | 'auto'. max_len: tokens of a sequence at most, 0 = the model's.
+
+    engine = Engine(model, tok); [c.text for c in engine.generate(['Once', 'Two'], SamplingParams(max_tokens=8, temperature=0))]"""
+
+    def __init__(self, model, tokenizer=None, max_num_seqs=256, max_num_batched_tokens=2048, block_size=16, num_blocks=0, prefix_caching=True,
+                 max_len=0, seed=1337, threads=0, cache='auto', draft=None, ngram=0, num_draft=4, compile=False):
+        for name, value in dict(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, block_size=block_size).items():
+            if value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value}')
+        self.model, self.tokenizer, self.eot = model, tokenizer, getattr(tokenizer, 'eot', None)
+        self.max_num_seqs, self.budget, self.block_size, self.prefix_caching = max_num_seqs, max_num_batched_tokens, block_size, prefix_caching
+        self.nets = [Net(model)] + ([Net(draft)] if draft is not None else [])
+        self.net, c = self.nets[0], model.config
+        if draft is not None and draft.config.vocab_size != c.vocab_size:
+            raise ValueError(f'the draft model has a vocabulary of {draft.config.vocab_size}, the model {c.vocab_size}: they must share a tokenizer')
+        self.max_len = min([max_len or c.block_size] + [net.c.block_size for net in self.nets])
+        self.ngram, self.num_draft = ngram, num_draft if draft is not None or ngram else 0
+        self.device, self.dtype, self.vocab_size, self.seed = self.net.device, self.net.dtype, c.vocab_size, seed
+        params = sum(p.numel() for p in model.parameters()) if self.device.type == 'cpu' else 0
+        self.threads = threads or (1 if 0 < params < 4e6 else 0)
+        per_block = sum(kv_cache_bytes(net.c, block_size, self.dtype.itemsize) for net in self.nets)
+        self.num_blocks = num_blocks or max(1, min(max_num_seqs * -(-self.max_len // block_size), self._memory() // per_block))
+        self.kv_bytes = self.num_blocks * per_block
+        self.blocks = BlockManager(self.num_blocks, block_size)
+        kind = dict(rows=RowCache, paged=PagedCache)[('rows' if self.device.type == 'cpu' else 'paged') if cache == 'auto' else cache]
+        self.cache = kind([net.shape for net in self.nets], self.num_blocks, block_size, self.max_len, self.dtype, self.device, prefix_caching)
+        self.waiting, self.running, self.requests, self.undelivered = deque(), [], {}, []
+        self.weight_version, self.counter, self.settings, self.settings_of = 0, itertools.count(), None, None
+        self.lock, self.go, self.admitting = threading.RLock(), threading.Event(), True
+        self.go.set()
+        self.graphs = {} if self.device.type == 'cuda' and kind is PagedCache else None
+        self.counts = dict(steps=0, output_tokens=0, prompt_tokens=0, cached_tokens=0, preemptions=0, drafted=0, accepted=0)
+        if compile:
+            for net in self.nets:
+                net.hidden = torch.compile(net.hidden, dynamic=True)
+
+    def _memory(self):
+        """Bytes for the cache where num_blocks does not say: half of what is free."""
+        if self.device.type == 'cuda':
+            return torch.cuda.mem_get_info(self.device)[0] // 2
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES') // 2
+
+    def __repr__(self):
+        how = f'{self.threads or torch.get_num_threads()} threads' if self.device.type == 'cpu' else K.which()
+        return (f'engine: {type(self.cache).__name__}, {str(self.dtype)[6:]}{" oneDNN" * self.net.packed}, {how}, {self.num_blocks} blocks x {self.block_size} tokens '
+                f'= {self.kv_bytes / 1e6:.0f} MB of keys and values at most, {self.max_num_seqs} requests at once')
+
+    # ---- requests in ---------------------------------------------------------------------------------------------
+
+    def _check(self, prompt, params):
+        """The prompt as ids. ValueError for what can never run."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError('a text prompt needs an engine with a tokenizer; or give token ids')
+            prompt = self.tokenizer.encode(prompt)
+        prompt = list(map(int, prompt))
+        if not prompt:
+            raise ValueError('the prompt is empty: give at least one token (the end token, for instance)')
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            raise ValueError(f'token id {min(prompt) if min(prompt) < 0 else max(prompt)} is outside the vocabulary of {self.vocab_size}')
+        if len(prompt) >= self.max_len:
+            raise ValueError(f'the prompt has {len(prompt)} tokens, the context is {self.max_len}: shorten it so that an answer fits')
+        need = -(-min(len(prompt) + params.max_tokens, self.max_len) // self.block_size)
+        if need > self.num_blocks:
+            raise ValueError(f'prompt + max_tokens need {need} blocks, there are {self.num_blocks}: raise num_blocks or lower max_tokens')
+        bad = [t for t in [*params.logit_bias, *params.stop_token_ids] if not 0 <= t < self.vocab_size]
+        if bad:
+            raise ValueError(f'token id {bad[0]} of logit_bias or stop_token_ids is outside the vocabulary of {self.vocab_size}')
+        return prompt
+
+    def add_request(self, prompt, params=None, request_id=None):
+        """Queues a prompt (str or token ids); its outputs come from step(). Returns its id. ValueError for what can never run."""
+        params = params or SamplingParams()
+        prompt = self._check(prompt, params)
+        with self.lock:
+            return self._add(prompt, params, request_id, stream=True)[0].id
+
+    def _add(self, prompt, params, request_id=None, stream=False, left=None):
+        number = next(self.counter)
+        request_id = number if request_id is None else request_id
+        if request_id in self.requests:
+            raise ValueError(f'request id {request_id!r} is already running')
+        seed, limit = params.seed if params.seed is not None else _mix(self.seed, number), min(len(prompt) + params.max_tokens, self.max_len)
+        group = [Request(request_id, i, prompt, params, _mix(seed, i), limit, stream, left, self.weight_version) for i in range(params.n)]
+        group[0].siblings = group[1:]  # they fork from the first once its prompt is in
+        self.requests[request_id] = list(group)
+        self.waiting.append(group[0])
+        return group
+
+    def generate(self, prompts, params=None):
+        """prompts: [str | [int]], params: one SamplingParams or one for each -> [Completion], in order, prompt-major when n > 1.
+        Waits while the engine is paused (another thread resumes it)."""
+        if isinstance(prompts, str):
+            raise ValueError('generate wants a list of prompts; for one text: generate([text])')
+        params = params if isinstance(params, (list, tuple)) else [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f'{len(prompts)} prompts but {len(params)} SamplingParams: give one, or one for each')
+        ids = [self._check(x, p) for x, p in zip(prompts, params)]
+        left = [sum(p.n for p in params)]  # counted down as they end
+        with self.lock:
+            groups = [self._add(x, p, left=left) for x, p in zip(ids, params)]
+        with self._threads():
+            while left[0]:
+                self.go.wait()
+                with self.lock:
+                    self.undelivered += self._step()
+        return [self._completion(r, i) for i, g in enumerate(groups) for r in g]
+
+    def _completion(self, r, prompt_index=0):
+        self._read_text(r)
+        ends = [a for a, _ in r.marks[1:]] + [len(r.tokens) - r.P]
+        versions = [v for (a, v), b in zip(r.marks, ends) for _ in range(b - a)]
+        return Completion(r.text, r.out(), r.logprobs, r.raw_logprobs, r.top_logprobs, versions, r.finish_reason, prompt_index, r.index, r.tokens[:r.P])
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _threads(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def step(self):
+        """One forward for whatever runs. -> [{request_id, index, token_ids (new), text (new), finished, finish_reason, logprobs,
+        raw_logprobs, top_logprobs (of the new ones)}] of the requests that came in by add_request; [] while paused."""
+        with self.lock, self._threads():
+            out, self.undelivered = self.undelivered + (self._step() if self.go.is_set() else []), []
+        return out
+
+    def has_unfinished(self):
+        return bool(self.waiting or self.running or self.undelivered)
+
+    @torch.inference_mode()
+    def _step(self):
+        """Schedule, forward, sample. -> events of streaming requests."""
+        if not self.go.is_set():
+            return []
+        if self.num_draft:
+            self._propose()
+        decode, chunks = self._schedule()
+        if not decode and not chunks:
+            return []
+        self.counts['steps'] += 1
+        try:
+            x = self._forward(0, decode, chunks)
+            rows, extra, at, end = decode, None, None, len(decode)
+            if chunks:
+                rows, extra, at = list(decode), [()] * len(decode), list(range(len(decode)))
+            for r, start, n in chunks:
+                end += n
+                drafts = len(r.draft)
+                r.n = start + n - drafts
+                if r.n == len(r.tokens):  # its last token is in: draw the next one, or with drafts one behind each of them
+                    new = [r] * (1 + drafts) if drafts else [r, *self._fork(r)]
+                    rows += new
+                    extra += [r.draft[:j] for j in range(1 + drafts)] if drafts else [()] * len(new)
+                    at += range(end - 1 - drafts, end) if drafts else [end - 1] * len(new)
+                elif self.prefix_caching:
+                    self._publish(r)
+            if not rows:
+                return []
+            return self._accept(rows, extra, self.net.logits(x if at is None else x[at]))
+        except FloatingPointError:
+            self._reset()
+            raise
+
+    def _forward(self, net, decode, chunks):
+        """The last token of each of decode, then those of the chunks [(request, start, n)], through net `net` -> (N, C)."""
+        ids = [r.draft[-1] if r.draft else r.tokens[-1] for r in decode]
+        pos = np.fromiter((len(r.tokens) + len(r.draft) - 1 for r in decode), np.int64, len(decode))
+        if chunks:
+            for r, start, n in chunks:
+                ids += (r.tokens[start:start + n] + r.draft)[:n]
+            pos = np.concatenate([pos, *(np.arange(start, start + n) for _, start, n in chunks)])
+        elif self.graphs is not None and net == 0:
+            return self._replay(ids, pos, decode)
+        ids, at = torch.tensor(ids, device=self.device), torch.from_numpy(pos).to(self.device)
+        return self.nets[net].hidden(ids, at, self.cache.plan(decode, chunks, pos, net))
+
+    def _replay(self, ids, pos, decode):
+        """Decode on CUDA: one captured graph for each power of two of rows; padding rows write to the spare block. A decode step
+        of a small model is some hundred launches of a few microseconds each; a graph makes them one."""
+        n, cache = max(1, 1 << (len(ids) - 1).bit_length()), self.cache
+        if n not in self.graphs:
+            z = lambda *shape, dtype=torch.int64, fill=0: torch.full(shape, fill, dtype=dtype, device=self.device)
+            spare = self.num_blocks
+            box = [z(n), z(n), z(n, fill=spare * self.block_size), z(n, cache.width, dtype=torch.int32, fill=spare), z(n, dtype=torch.int32, fill=1)]
+            attend = cache.graph_attend(*box[2:])
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # kernels compile outside the capture
+                for _ in range(2):
+                    self.net.hidden(box[0], box[1], attend)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.net.hidden(box[0], box[1], attend)
+            self.graphs[n] = graph, box, out
+        graph, box, out = self.graphs[n]
+        spare, table = self.num_blocks, np.full((n, cache.width), self.num_blocks, np.int32)
+        for row, r in zip(table, decode):
+            row[:len(r.blocks)] = r.blocks
+        pad = n - len(ids)
+        values = (np.array(ids + [0] * pad), np.pad(pos, (0, pad)), np.pad(cache.slots(decode, pos), (0, pad), constant_values=spare * self.block_size),
+                  table, np.pad(pos.astype(np.int32) + 1, (0, pad), constant_values=1))
+        for buffer, value in zip(box, values):
+            buffer.copy_(torch.from_numpy(value), non_blocking=True)
+        graph.replay()
+        return out[:len(ids)]
+
+    # ---- who runs --------------------------------------------------------------------------------------------------
+
+    def _schedule(self):
+        """-> (decode requests in the cache's order, chunks [(request, start, n)]) within the token budget: first what runs, oldest
+        first, then who waits. Memory short: the youngest is thrown out and starts over later, from the prefix cache if it can."""
+        budget, decode, chunks = self.budget, [], []
+
+        def place(r):
+            nonlocal budget
+            n = len(r.tokens) + len(r.draft) - r.n
+            if n > budget:
+                r.draft = []
+                n = min(len(r.tokens) - r.n, budget)
+            if n and self._grow(r, r.n + n):
+                budget -= n
+                if n == 1 and r.n == len(r.tokens) - 1 and not r.siblings:
+                    decode.append(r)
+                else:
+                    chunks.append((r, r.n, n))
+        i = 0
+        while i < len(self.running):  # place() may shorten it from the end
+            place(self.running[i])
+            i += 1
+        while self.waiting and self.admitting and budget and len(self.running) < self.max_num_seqs and self._admit(self.waiting[0]):
+            place(self.running[-1])
+        return self.cache.order(decode), chunks
+
+    def _admit(self, r):
+        """Blocks for all of its tokens, cached ones where there are; False when they are not to be had yet."""
+        size, found = self.block_size, []
+        if self.prefix_caching:
+            found = self.blocks.match(self.blocks.names(r.tokens, r.names, self.weight_version), r.tokens)
+        for block in found:
+            self.blocks.hold(block)
+        need = -(-len(r.tokens) // size) - len(found)
+        if self.blocks.available() < need + bool(self.running):  # one to spare, or it would be thrown out at once
+            self.blocks.drop(found)
+            return False
+        self.waiting.popleft()
+        self.running.append(r)
+        r.blocks, r.n, r.named, r.kv_version = found + [self.blocks.take() for _ in range(need)], len(found) * size, len(found), self.weight_version
+        self.cache.reserve(r, len(r.tokens))
+        if found:
+            self.cache.load(r, found)
+        self.counts['cached_tokens'] += r.n
+        self.counts['prompt_tokens'] += len(r.tokens)
+        return True
+
+    def _room(self, r, n):
+        """Blocks for n tokens if they are to be had."""
+        more = -(-n // self.block_size) - len(r.blocks)
+        if more > self.blocks.available():
+            return False
+        for _ in range(more):
+            r.blocks.append(self.blocks.take())
+        self.cache.reserve(r, n)
+        return True
+
+    def _grow(self, r, n):
+        """Blocks for n tokens, at others' cost; False when r itself was the youngest and had to go."""
+        while not self._room(r, n):
+            victim = self.running.pop()
+            self._release(victim)
+            victim.names, victim.n, victim.draft, victim.draft_n = [], 0, [], 0
+            self.waiting.appendleft(victim)
+            self.counts['preemptions'] += 1
+            if victim is r:
+                return False
+        return True
+
+    def _fork(self, r):
+        """The other samples of r's prompt take over its keys and values: full blocks shared, the unfinished one copied."""
+        if self.prefix_caching:
+            self._publish(r)
+        new, later, full = [], [], r.n // self.block_size
+        for s in r.siblings:
+            need = -(-r.n // self.block_size) - full
+            if len(self.running) >= self.max_num_seqs or self.blocks.available() < need + 1:
+                later.append(s)
+                continue
+            for block in r.blocks[:full]:
+                self.blocks.hold(block)
+            s.blocks, s.n, s.names, s.named, s.kv_version = r.blocks[:full] + [self.blocks.take() for _ in range(need)], r.n, list(r.names), r.named, r.kv_version
+            self.cache.reserve(s, r.n)
+            self.cache.fork(r, s)
+            self.running.append(s)
+            new.append(s)
+        self.waiting.extendleft(reversed(later))
+        r.siblings = []
+        return new
+
+    def _publish(self, r):
+        """r's full blocks into the prefix cache, unless other weights computed them."""
+        full = r.n // self.block_size
+        if r.kv_version != self.weight_version or r.named >= full:
+            return
+        names, size, new = self.blocks.names(r.tokens, r.names, self.weight_version), self.block_size, []
+        for i in range(r.named, full):
+            if self.blocks.publish(r.blocks[i], names[i], r.tokens[i * size:(i + 1) * size]):
+                new.append(i)
+        if new and new[-1] - new[0] == len(new) - 1:
+            self.cache.save(r, new[0], [r.blocks[i] for i in new])
+        else:
+            for i in new:
+                self.cache.save(r, i, [r.blocks[i]])
+        r.named = full
+
+    def _release(self, r):
+        if self.prefix_caching:
+            self._publish(r)
+        self.cache.release(r)
+        self.blocks.drop(r.blocks)
+        r.blocks = []
+
+    # ---- what was drawn --------------------------------------------------------------------------------------------
+
+    def _draw(self, rows, extra, logits):
+        """-> tokens, logprobs, raw_logprobs as NumPy arrays, top log-probs or None, the Settings, outputs before each."""
+        if rows != self.settings_of:
+            self.settings, self.settings_of = Settings(rows, self.eot, logits.device, logits.dtype), list(rows)
+        outs = np.fromiter((len(r.tokens) - r.P for r in rows), np.int64, len(rows))
+        if extra is not None:
+            outs += np.fromiter(map(len, extra), np.int64, len(rows))
+        tokens, lp, raw, top = sample(logits, self.settings, rows, extra or [()] * len(rows), outs)
+        return tokens.cpu().numpy(), lp.cpu().numpy(), raw.cpu().numpy(), top, self.settings, outs
+
+    def _accept(self, rows, extra, logits):
+        """Draws for every row, appends, ends what is done. A request with drafts has several rows, row j drawn as if its first j
+        drafts were right: they count up to the first draft that was not. -> events."""
+        tokens, lp, raw, top, s, outs = self._draw(rows, extra, logits)
+        ended = (s.stop_ids == tokens[:, None]).any(1) & (outs >= s.min_tokens)
+        done, tokens = (ended | (outs + 1 >= s.limit)).tolist(), tokens.tolist()
+        over, events, finished = set(), [], []
+        for i, (r, t, a, b) in enumerate(zip(rows, tokens, lp.tolist(), raw.tolist())):
+            if r.draft and r in over:
+                continue
+            r.tokens.append(t)
+            r.logprobs.append(a)
+            r.raw_logprobs.append(b)
+            if r.params.logprobs:
+                r.top_logprobs.append(dict(zip(*(x[:r.params.logprobs] for x in top[i]))))
+            if r.params.stop and self._stopped(r, outs[i] + 1 >= r.params.min_tokens):
+                r.finish_reason = 'stop'
+            elif done[i]:
+                r.closed = bool(ended[i])
+                r.finish_reason = 'stop' if r.closed else 'length'
+            if r.draft:
+                j = len(extra[i])
+                if r.finish_reason is None and j < len(r.draft) and t == r.draft[j]:
+                    continue
+                over.add(r)
+                self.counts['accepted'] += j
+                r.draft_n = min(r.draft_n, len(r.tokens) - 1)
+                r.draft = []
+                count = j + 1
+            else:
+                r.draft_n, count = min(r.draft_n, len(r.tokens) - 1), 1
+            r.n = len(r.tokens) - 1
+            self.counts['output_tokens'] += count
+            if r.stream:
+                events.append(self._event(r, count))
+            if r.finish_reason is not None:
+                finished.append(r)
+        for r in finished:  # after the loop: leaving rows move others, which must know all of their tokens
+            self._finish(r)
+        return events
+
+    def _finish(self, r):
+        self.running.remove(r)
+        self._release(r)
+        self._ended(r)
+
+    def _ended(self, r):
+        if r.left is not None:
+            r.left[0] -= 1
+        group = self.requests[r.id]
+        if all(x.finish_reason is not None for x in group):
+            del self.requests[r.id]
+
+    def _event(self, r, count):
+        self._read_text(r)
+        text = r.text if r.finish_reason is not None else r.text[:len(r.text) - _held_back(r.text, r.params.stop)]
+        new, r.sent = text[r.sent:], max(r.sent, len(text))
+        cut = len(r.tokens) - r.P - count
+        return dict(request_id=r.id, index=r.index, token_ids=r.tokens[len(r.tokens) - count:], text=new, finished=r.finish_reason is not None, finish_reason=r.finish_reason,
+                    logprobs=r.logprobs[cut:], raw_logprobs=r.raw_logprobs[cut:], top_logprobs=r.top_logprobs[cut:])
+
+    def _read_text(self, r):
+        """Decodes what is new, up to the last whole character, in the light of the tokens before (spaces of SentencePiece)."""
+        tokens = r.tokens[:-1] if r.closed else r.tokens
+        if self.tokenizer is None or r.cut or r.read >= len(tokens):
+            return
+        before, after = (self.tokenizer.decode(tokens[r.prefix:end]) for end in (r.read, len(tokens)))
+        if r.finish_reason is not None or not after.endswith('\ufffd'):
+            r.text += after[len(before):]
+            r.prefix, r.read = r.read, len(tokens)
+
+    def _stopped(self, r, may):
+        """Cuts the text at the earliest stop string, if there is one that ends in what is new."""
+        seen = len(r.text)
+        self._read_text(r)
+        hits = [at for s in r.params.stop if (at := r.text.find(s, max(0, seen - len(s) + 1))) >= 0] if may else ()
+        if hits:
+            r.text, r.cut = r.text[:min(hits)], True
+        return bool(hits)
+
+    # ---- speculation -----------------------------------------------------------------------------------------------
+
+    def _propose(self):
+        """Fills r.draft of decoding requests: by the draft model, or with what followed the last `ngram` tokens before."""
+        ready = []
+        for r in self.running:
+            k = min(self.num_draft, r.limit - len(r.tokens) - 1)
+            if r.n == len(r.tokens) - 1 and r.n >= r.P and k > 0 and self._room(r, len(r.tokens) + k):
+                ready.append((r, k))
+        if len(self.nets) == 1:
+            for r, k in ready:
+                r.draft = _lookup(r.tokens, self.ngram, k)
+        elif ready:
+            self._propose_by_model(ready)
+        self.counts['drafted'] += sum(len(r.draft) for r, _ in ready)
+
+    def _propose_by_model(self, ready):
+        """The draft model's layers are further layers of the same cache. It draws with the settings and the random numbers of the
+        request, so where the two models agree they draw the same token."""
+        for j in range(self.num_draft):
+            rows = [r for r, k in ready if k > j]
+            if not rows:
+                break
+            lag = {r: len(r.tokens) + len(r.draft) - r.draft_n for r in rows}
+            decode = self.cache.order([r for r in rows if lag[r] == 1])
+            chunks = [(r, r.draft_n, lag[r]) for r in rows if lag[r] > 1]
+            x = self._forward(1, decode, chunks)
+            rows = decode + [r for r, _, _ in chunks]
+            at = list(range(len(decode))) + (len(decode) - 1 + np.cumsum([n for *_, n in chunks], dtype=int)).tolist()
+            tokens = self._draw(rows, [r.draft for r in rows], self.nets[1].logits(x[at]))[0].tolist()
+            for r, t in zip(rows, tokens):
+                r.draft_n = len(r.tokens) + len(r.draft)
+                r.draft = r.draft + [t]
+
+    # ---- verbs -----------------------------------------------------------------------------------------------------
+
+    def abort(self, request_id):
+        """Ends all samples of a request and frees its blocks; nothing happens when it has ended."""
+        with self.lock:
+            for r in [r for r in self.requests.get(request_id, ()) if r.finish_reason is None]:
+                r.finish_reason = 'abort'
+                if r in self.running:
+                    self.running.remove(r)
+                    self._release(r)
+                elif r in self.waiting:
+                    self.waiting.remove(r)
+                self._ended(r)
+
+    def pause(self, mode='keep'):
+        """No step is made until resume(). 'keep': requests stay where they are; 'wait': what runs is finished first, what waits
+        waits on; 'abort': all are ended, with what they have, finish_reason 'abort'."""
+        if mode not in ('keep', 'wait', 'abort'):
+            raise ValueError(f"pause mode {mode!r}: expected 'keep', 'wait' or 'abort'")
+        with self.lock, self._threads():
+            if mode == 'abort':
+                for group in list(self.requests.values()):
+                    alive = [r for r in group if r.finish_reason is None]
+                    self.abort(group[0].id)
+                    self.undelivered += [self._event(r, 0) for r in alive if r.stream]
+            self.admitting = False
+            while mode == 'wait' and self.running:
+                self.undelivered += self._step()
+            self.go.clear()
+
+    def resume(self):
+        with self.lock:
+            self.admitting = True
+            self.go.set()
+
+    def load_weights(self, state, version=None):
+        """Copies a state dict of the model in place, also between two tokens of a request; see weights_changed. ValueError when a name or a
+        shape is another model's; nothing is changed then."""
+        own, tie = self.model.state_dict(), self.model.config.tie
+        for k in own.keys() | state.keys():
+            if k == 'lm_head.weight' and tie and k not in state:
+                continue
+            want, got = (list(t[k].shape) if k in t else 'no such tensor' for t in (own, state))
+            if want != got:
+                raise ValueError(f'load_weights: these are another model\'s: {k} is {got} there and {want} here')
+        with self.lock, torch.no_grad():
+            for k in state:
+                own[k].copy_(state[k])
+            self.weights_changed(version)
+
+    def weights_changed(self, version=None):
+        """To be called after the model's weights were changed where they lie. The prefix cache is emptied; running requests keep their
+        keys and values (made by the old weights) and go on under the new ones; their tokens carry the version. Returns it."""
+        with self.lock:
+            for i, net in enumerate(self.nets):
+                if net.refresh() and i == 0 and self.graphs:
+                    self.graphs.clear()
+            self.weight_version = self.weight_version + 1 if version is None else version
+            self.blocks.forget()
+            for r in (r for group in self.requests.values() for r in group):
+                if r.marks[-1][0] == len(r.tokens) - r.P:
+                    r.marks.pop()
+                r.marks.append((len(r.tokens) - r.P, self.weight_version))
+                if not r.blocks:
+                    r.names = []
+        return self.weight_version
+
+    def _reset(self):
+        """After logits that are not finite: nothing in the cache can be trusted."""
+        for request_id in list(self.requests):
+            self.abort(request_id)
+        self.blocks.forget()
+        self.cache.clear()
+
+    def stats(self):
+        """{num_blocks, free_blocks, cached_blocks, running, waiting, weight_version} and counts since the start."""
+        with self.lock:
+            waiting = len(self.waiting) + sum(len(r.siblings) for r in [*self.waiting, *self.running])
+            return dict(num_blocks=self.num_blocks, free_blocks=len(self.blocks.free), cached_blocks=len(self.blocks.cached), running=len(self.running),
+                        waiting=waiting, weight_version=self.weight_version, **self.counts)
+
+    @torch.no_grad()
+    def mismatch(self, completions, model=None):
+        """Parity meter: |raw log-prob of the engine - model.logprobs| over the completions' tokens -> {'max', 'mean'} nats. In fp32 about 1e-6."""
+        seqs = [c.prompt_token_ids + c.token_ids for c in completions]
+        idx = torch.zeros(len(seqs), max(map(len, seqs)), dtype=torch.long)
+        mask, ours = torch.zeros_like(idx, dtype=torch.bool), torch.zeros(idx.shape, dtype=torch.float64)
+        for i, (seq, c) in enumerate(zip(seqs, completions)):
+            idx[i, :len(seq)], mask[i, :len(seq)] = torch.tensor(seq), True
+            ours[i, len(c.prompt_token_ids):len(seq)] = torch.tensor(c.raw_logprobs, dtype=torch.float64)
+        where = (ours[:, 1:] != 0) & mask[:, 1:]
+        logp = (model or self.model).logprobs(idx.to(self.device), mask=mask.to(self.device), where=where.to(self.device)).cpu().double()
+        delta = (logp - ours[:, 1:])[where].abs()
+        return dict(max=float(delta.max()), mean=float(delta.mean())) if len(delta) else dict(max=0.0, mean=0.0)
+
+
+def _held_back(text, stops):
+    """How many last characters may be the beginning of a stop string: they are not sent yet."""
+    return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
+def _lookup(tokens, ngram, k):
+    """Up to k tokens that followed the last occurrence of the last `ngram` tokens (prompt lookup, Saxena 2023).
+    [5, 6, 7, 8, 5, 6] with ngram=2, k=2 -> [7, 8]"""
+    a, n = np.array(tokens), len(tokens)
+    if n <= ngram:
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(a[:-1], ngram)
+    hits = np.nonzero((windows == a[n - ngram:]).all(1))[0]
+    return a[hits[-1] + ngram:hits[-1] + ngram + k].tolist() if len(hits) else []
