@@ -1,10 +1,96 @@
-"""DPO and its kin: preferences without a reward model (Rafailov et al. 2023, arXiv 2305.18290)."""
+"""DPO and its kin: learn from preferences without a reward model and without sampling.
+
+    L = - log sigmoid(beta (log pi/pi_ref (chosen) - log pi/pi_ref (rejected)))         Rafailov et al. 2023 (2305.18290), eq. 7
+
+The optimum of "reward minus beta KL" is pi_ref exp(r / beta) / Z; solved for r, the reward is beta log pi/pi_ref + const, and the
+constant cancels in Bradley-Terry's difference: the policy is its own reward model. How it goes:
+  1. the reference is the start point: a frozen copy, the LoRA adapter switched off, or its log-probs computed once, to disk
+  2. chosen and rejected of a micro-batch go through ONE forward without padding, in which the prompt they share is computed once
+  3. log pi(y|x) is the sum over the answer's tokens, its end token included; the loss is a mean over pairs
+  4. losses: sigmoid (smoothed: cDPO), robust, ipo, hinge, apo_zero; simpo and orpo need no reference, kto no pairs
+  5. the chosen log-prob may fall while the margin grows (it often does): the log says so; sft_coef holds it up
+  6. held-out accuracy, margin, log-probs, and the KL to the reference on samples of the policy
+Changed from the paper: nothing in the equation; RMSprop is AdamW here.
+
+    python dpo.py config/dpo_toy.py                              # CPU
+    python dpo.py config/dpo_gpt2.py                             # one GPU
+    python dpo.py config/dpo_toy.py --loss_type=kto --lora_r=8
+"""
+import os
+import math
+import time
+import hashlib
+import contextlib
+
+import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as F
+
+import infer
+import kernels
+import lora
+from dataset import Sampler, encode_completion, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
+from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, load_safetensors, memory_now, memory_plan, open_run, pick_device,
+                   pick_threads, rng_state, save_checkpoint, save_safetensors, set_rng_state, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the equations. All take log-probs of whole responses, (B,) float; all losses are (B,), rewards are detached
+# I/O
+out_dir = 'out-dpo'
+init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: where the policy starts
+overwrite = False # start anew in an out_dir that already holds a run
+eval_interval = 100 # iterations between evaluations; a checkpoint is written at each
+eval_iters = 0 # batches an evaluation; 0 = the whole validation set
+eval_only = False # evaluate once and stop
+# data
+dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}; kto also {"prompt", "completion", "label": true}
+val_dataset = '' # '' keeps 5 % of dataset aside
+tokenizer = '' # '' = the one of init_from
+block_size = 0 # tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
+max_rows = 0 # train on the first so many rows; 0 = all
+seed = 1337
+# algorithm
+loss_type = 'sigmoid' # 'sigmoid' | 'robust' | 'ipo' | 'hinge' | 'apo_zero' | 'simpo' | 'orpo' | 'kto'
+beta = 0.1 # strength of the pull to the reference; simpo wants 2.0 to 2.5, orpo 0.1
+label_smoothing = 0.0 # share of swapped labels that is expected (sigmoid, robust, simpo)
+length_norm = False # mean instead of sum of the token log-probs (simpo and orpo: always); TRL's ipo has it
+gamma = 1.0 # the margin that simpo asks for
+sft_coef = 0.0 # adds so much SFT loss on the chosen answer (2404.19733); 0 = off
+desirable_weight = 1.0 # of good answers in kto
+undesirable_weight = 1.0 # of bad answers in kto
+ref = '' # reference model; '' = init_from itself
+precompute_ref = False # its log-probs once, to out_dir/ref_*.safetensors: no second model in memory
+eval_samples = 64 # held-out prompts answered at each evaluation for the KL to the reference; 0 = none
+max_new_tokens = 64 # of those answers
+temperature = 1.0 # of those answers
+# LoRA (2106.09685)
+lora_r = 0 # rank; 0 = train all weights
+lora_alpha = 16.0 # the adapter is scaled by alpha / r
+lora_dropout = 0.0
+lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
+# optimizer
+epochs = 1.0 # passes over the rows; ignored when max_iters is set
+max_iters = 0 # 0 = as many as epochs says
+batch_size = 64 # pairs (kto: answers) an iteration, over all processes
+micro_tokens = 8192 # tokens a forward pass sees at most
+learning_rate = 5e-7 # linear to 0; 5e-7 for billions of parameters, 5e-6 for GPT-2, 1e-4 for tiny ones
+warmup_iters = 10
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.999
+adam_eps = 1e-8
+grad_clip = 1.0 # global norm; 0 = off
+# system
+device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
+dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
+compile = False # torch.compile
+kernels_mode = 'auto' # 'auto' | 'torch' | 'triton'
+threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
 # ---------------------------------------------------------------------------------------------------------------------
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+config = {k: globals()[k] for k in config_keys} # will be useful for logging
+# ---------------------------------------------------------------------------------------------------------------------
+# the equations: log-probs of whole answers (B,) in, losses (B,) out, rewards detached
 
 PAIRED = ('sigmoid', 'robust', 'ipo', 'hinge', 'apo_zero')  # against a reference
 REFERENCE_FREE = ('simpo', 'orpo')  # length-normalised by definition
@@ -75,3 +161,340 @@ def kto_loss(policy_logp, ref_logp, desirable, kl, beta, desirable_weight=1.0, u
     z = beta * torch.as_tensor(kl, dtype=rewards.dtype, device=rewards.device).detach().clamp(min=0)
     losses = torch.where(desirable, desirable_weight * (1 - torch.sigmoid(rewards - z)), undesirable_weight * (1 - torch.sigmoid(z - rewards)))
     return losses, rewards.detach()
+
+
+def wilson(k, n, z=1.96):
+    """95 % interval of a share k/n (Wilson 1927): sensible near 0 and 1, where the normal one is not. 60 of 100 -> (0.502, 0.691)."""
+    p, w = k / n, z * z / n
+    mid, half = (p + w / 2) / (1 + w), z * math.sqrt(p * (1 - p) / n + w / (4 * n)) / (1 + w)
+    return mid - half, mid + half
+
+
+def linear_lr(it, peak, warmup, total):
+    """Linear warm-up, then linear to 0 at iteration `total`."""
+    return peak * min((it + 1) / (warmup + 1), max(0.0, (total - it) / max(1, total - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: items (prompt ids, [two answers' ids], label); kto's second answer belongs to another prompt
+
+
+def encode_items(rows, tok, block_size, name, unpaired):
+    """Rows -> items. Pairs: [chosen, rejected], label None. unpaired: [answer, an answer to another prompt], label True for
+    good; a pair gives two. A prompt that does not fit loses its beginning; an item whose answer alone is too long is dropped."""
+    items, cut, dropped, tied = [], 0, 0, 0
+    for i, row in enumerate(rows):
+        try:
+            if row.get('tie'):
+                tied += 1
+                continue
+            if unpaired and 'label' in row:
+                talk = row.get('messages')
+                prompt, answer = (talk[:-1], talk[-1:]) if talk else (row['prompt'], row['completion'])
+                found = [(encode_prompt(prompt, tok), [encode_completion(answer, tok)], bool(row['label']))]
+            else:
+                prompt, chosen, rejected = encode_pair(row, tok)
+                found = [(prompt, [chosen], True), (prompt, [rejected], False)] if unpaired else [(prompt, [chosen, rejected], None)]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f'{name}, row {i + 1}: {e if isinstance(e, ValueError) else f"no {e} in it"}') from None
+        for prompt, answers, label in found:
+            longest = max(map(len, answers))
+            if longest >= block_size:
+                dropped += 1
+                continue
+            cut += len(prompt) + longest > block_size
+            if not prompt:
+                raise ValueError(f'{name}, row {i + 1}: the prompt is empty: the first token of an answer needs one before it')
+            items.append((prompt[-(block_size - longest):], answers, label))
+    if not items:
+        raise ValueError(f'{name}: no usable row of {len(rows)} within block_size {block_size} ({dropped} too long, {tied} ties)')
+    if cut or dropped or tied:
+        print(f'{name}: {cut} prompts cut on the left, {dropped} answers dropped (longer than {block_size}), {tied} ties left out')
+    if unpaired:
+        items = [(p, a + [stranger(items, i)[:block_size - len(p)]], label) for i, (p, a, label) in enumerate(items)]
+    return items
+
+
+def stranger(items, i):
+    """An answer to the next item with another prompt: y' for x in KTO's estimate of KL(pi || pi_ref)."""
+    for k in range(1, len(items)):
+        prompt, answers, _ = items[(i + k) % len(items)]
+        if prompt != items[i][0]:
+            return answers[0]
+    raise ValueError('kto estimates the KL on answers to other prompts, and all rows have the same prompt: add rows')
+
+
+def answer_logps(model, groups, device, temperature=1.0):
+    """Token log-probs of answers by one forward without padding, in which a prompt is computed ONCE for all its answers.
+    groups: [(prompt ids, [answer ids, ...])]. Returns (logp, entropy, mask), all (S, R), S answers in order, padded on the right.
+
+        flat tokens   p p p | a a | b b b | ...        what embeddings, linear layers and norms see: N = P + 2 + 3
+        attention     p p p a a | p p p b b b | ...    gathered for the attention alone: each answer sees its prompt and itself
+    An answer's last token predicts nothing that counts, so it is not in the input at all."""
+    tokens, pos, gather, slot, predict, lengths, n, m = [], [], [], [], [], [], 0, 0
+    for prompt, answers in groups:
+        P, head = len(prompt), np.arange(n, n + len(prompt))
+        tokens.append(prompt), pos.append(np.arange(P)), slot.append(np.arange(m, m + P))
+        n += P
+        for a in answers:
+            k = len(a) - 1
+            path = np.concatenate([head, np.arange(n, n + k)])
+            tokens.append(a[:-1]), pos.append(np.arange(P, P + k)), slot.append(np.arange(m + P, m + P + k))
+            gather.append(path), predict.append(path[P - 1:]), lengths.append(P + k)
+            n, m = n + k, m + P + k
+    tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
+    answers = [a for _, answers in groups for a in answers]
+    at = Layout((1, m), torch.device(device), doc=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(device))
+    if at.buckets is not None:  # CPU: its rectangles are gathered straight from the flat tokens
+        at.buckets, at.slot = [(gather[g], rows, width) for g, rows, width in at.buckets], at.slot[slot]
+        attend = at.attend()
+    else:
+        packed = at.attend()
+        attend = lambda layer, q, k, v: packed(layer, q[gather], k[gather], v[gather])[slot]
+    x = model.hidden(tokens, pos, attend)
+    targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(device)
+    found = kernels.linear_logprobs(*model.head_weight(x[predict]), targets, temperature)
+    sizes = torch.tensor([len(a) for a in answers], device=device)
+    mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
+    where = mask.reshape(-1).nonzero()[:, 0]
+    logp, entropy = (f.new_zeros(mask.numel()).index_copy(0, where, f).view(mask.shape) for f in found)
+    return logp, entropy.detach(), mask
+
+
+def logps_of(model, groups, device, micro_tokens, average):
+    """log pi(answer | prompt) of groups with the same number A of answers each, (len(groups), A), without gradient, on the CPU."""
+    out = torch.empty(len(groups), len(groups[0][1]))
+    lengths = [len(p) + sum(map(len, answers)) for p, answers in groups]
+    for bin in pack(lengths, max([micro_tokens, *lengths])):
+        with torch.no_grad():
+            logp, _, mask = answer_logps(model, [groups[i] for i in bin], device)
+        out[bin] = sequence_logp(logp, mask, average).view(len(bin), -1).float().cpu()
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+if __name__ == '__main__':
+    # ---- process and models --------------------------------------------------------------------------------------
+    config['stage'] = 'dpo'
+    device, amp_dtype = pick_device(device, dtype)
+    amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
+    kernels.use(kernels_mode)
+    torch.manual_seed(seed)
+    if loss_type not in LOSSES:
+        raise ValueError(f'loss_type {loss_type!r} is unknown: one of {", ".join(LOSSES)}')
+    unpaired, needs_ref, average = loss_type == 'kto', loss_type not in REFERENCE_FREE, length_norm or loss_type in REFERENCE_FREE
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type not in ('sigmoid', 'robust', 'simpo')):
+        raise ValueError(f"label_smoothing {label_smoothing} with loss_type {loss_type!r}: it is in [0, 0.5), for sigmoid (cDPO), robust and simpo only")
+    for key, given, fine in (('precompute_ref', precompute_ref, needs_ref), ('ref', ref, needs_ref), ('sft_coef', sft_coef, loss_type not in ('kto', 'orpo'))):
+        if given and not fine:
+            raise ValueError(f'{key}={given} means nothing to loss_type {loss_type!r}: leave it out, or take another loss_type')
+    if beta <= 0:
+        raise ValueError(f'beta {beta}: wants to be above 0')
+    if not os.path.exists(dataset):
+        raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
+    ckpt = open_run(out_dir, init_from, overwrite, 'dpo')
+    if init_from == 'scratch':
+        raise ValueError('DPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
+    config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
+    policy, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
+    tok = get_tokenizer(tokenizer)
+    if tok.vocab_size > policy.config.vocab_size:
+        raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {policy.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
+    policy.config.dropout, T = 0.0, min(block_size or policy.config.block_size, policy.config.block_size)
+    policy = policy.to(device)
+    use_adapter = bool(lora.adapted(policy)) and not ref
+    threads = pick_threads(threads, policy.num_params(), device)
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+    rows, val_rows = load_dataset(dataset), load_dataset(val_dataset) if val_dataset else None
+    if val_rows is None:
+        parts = rows.train_test_split(0.05, seed)
+        rows, val_rows = parts['train'], parts['test']
+    items = encode_items(rows.select(range(min(max_rows or len(rows), len(rows)))), tok, T, dataset, unpaired)
+    val_items = encode_items(val_rows, tok, T, val_dataset or f'{dataset} (5 % kept aside)', unpaired)
+    max_iters = max_iters or math.ceil(epochs * len(items) / batch_size)
+    sampler = Sampler(len(items), batch_size, seed)
+    print(f'{dataset}: {len(items):,} {"answers" if unpaired else "pairs"}, {len(val_items):,} held out; {max_iters} iterations of {batch_size} = {max_iters * batch_size / len(items):.2f} epochs')
+
+    # ---- reference: three ways to the same numbers ----------------------------------------------------------------
+    def load_reference():
+        return load_model(ref or config['init_from'], device)[0].requires_grad_(False)
+
+    @contextlib.contextmanager
+    def reference():
+        """The reference model, wherever it comes from; a precomputed one is loaded for the moment (evaluation samples)."""
+        if use_adapter:
+            with lora.lora_disabled(policy):
+                yield policy
+        else:
+            yield frozen if frozen is not None else load_reference()
+
+    def reference_logps(items):
+        """(n, 2) of the items' two answers."""
+        with reference() as m, amp():
+            return logps_of(m, [(p, a) for p, a, _ in items], device, micro_tokens, average)
+
+    def precomputed(items, split):
+        """The same from disk, computed if it is not there; the file names the data and the reference that it belongs to."""
+        file = os.path.join(out_dir, f'ref_{split}.safetensors')
+        name = hashlib.sha256(repr((ref or config['init_from'], average, str(amp_dtype), items)).encode()).digest()
+        name = torch.frombuffer(bytearray(name), dtype=torch.uint8)
+        if os.path.exists(file):
+            stored = load_safetensors(file)
+            if torch.equal(stored.get('belongs_to', name[:0]), name):
+                return stored['logps'].clone()
+            print(f'{file} belongs to other data or another reference: computed anew')
+        logps = reference_logps(items)
+        save_safetensors(file, dict(logps=logps, belongs_to=name))
+        return logps
+    frozen = load_reference() if needs_ref and not use_adapter else None
+    ref_logps = val_ref_logps = None
+    if precompute_ref:
+        ref_logps, val_ref_logps, frozen = precomputed(items, 'train'), precomputed(val_items, 'val'), None
+
+    # ---- the loss of a few items ----------------------------------------------------------------------------------
+    forward = torch.compile(answer_logps) if compile else answer_logps
+
+    def losses_of(items, ref_logps, kl):
+        """(losses (b,), rewards (b, 2), log-probs (b, 2)) with gradient; ref_logps (b, 2). kto: one answer, column 0."""
+        with amp():
+            logp, _, mask = forward(policy, [(p, a[:1] if unpaired else a) for p, a, _ in items], device)
+        logps = sequence_logp(logp, mask, average).view(len(items), -1)
+        ref_logps = None if ref_logps is None else ref_logps.to(device)
+        if unpaired:
+            label = torch.tensor([label for _, _, label in items], device=device)
+            losses, rewards = kto_loss(logps[:, 0], ref_logps[:, 0], label, kl, beta, desirable_weight, undesirable_weight)
+            return losses, rewards[:, None], logps.detach()
+        if loss_type == 'simpo':
+            losses, chosen, rejected = simpo_loss(*logps.unbind(1), beta, gamma, label_smoothing)
+        elif loss_type == 'orpo':
+            losses, chosen, rejected = orpo_loss(*logps.unbind(1), beta)
+        else:
+            losses, chosen, rejected = dpo_loss(*logps.unbind(1), *ref_logps.unbind(1), beta, loss_type, label_smoothing)
+        if sft_coef:
+            losses = losses - sft_coef * (sequence_logp(logp, mask, True).view(len(items), 2)[:, 0])
+        return losses, torch.stack([chosen, rejected], 1), logps.detach()
+
+    def run_batch(items, ref_logps, train):
+        """The batch in micro-batches (with gradients added up when training) -> metrics."""
+        if needs_ref and ref_logps is None:
+            ref_logps = reference_logps(items)
+        kl, found = 0.0, []
+        if unpaired:  # KTO's reference point: how far the policy is from the reference on answers that have nothing to do with the prompt
+            with amp():
+                kl = (logps_of(policy, [(p, a[1:]) for p, a, _ in items], device, micro_tokens, average)[:, 0] - ref_logps[:, 1]).mean().clamp(min=0).item()
+        lengths = [len(p) + sum(map(len, a[:1] if unpaired else a)) for p, a, _ in items]
+        bins = pack(lengths, max([micro_tokens, *lengths]))
+        for bin in bins:
+            with torch.set_grad_enabled(train):
+                losses, rewards, logps = losses_of([items[i] for i in bin], None if ref_logps is None else ref_logps[bin], kl)
+                if train:
+                    (losses.sum() / len(items)).backward()
+            found.append((losses.detach().float().cpu(), rewards.float().cpu(), logps.float().cpu()))
+        losses, rewards, logps = (torch.cat(x) for x in zip(*found))
+        if unpaired:
+            good = torch.tensor([items[i][2] for bin in bins for i in bin])
+            split = lambda x: (x[good, 0], x[~good, 0])
+            right = ((rewards[:, 0] > beta * kl) == good).float()
+        else:
+            split = lambda x: x.unbind(1)
+            right = ((rewards[:, 0] - rewards[:, 1]).sign() + 1) / 2  # step 0: no margin yet, half a point each
+        out = dict(loss=losses.mean(), accuracy=right.mean())
+        for name, x in (('reward', rewards), ('logp', logps)):
+            out |= {f'{side}_{name}': v.mean() for side, v in zip(('chosen', 'rejected'), split(x)) if len(v)}  # kto: a batch may lack one side
+        if 'chosen_reward' in out and 'rejected_reward' in out:
+            out['margin'] = out['chosen_reward'] - out['rejected_reward']
+        return {k: v.item() for k, v in out.items()} | ({'kto_kl': kl} if unpaired else {})
+
+    def kl_on_samples():
+        """KL(policy || reference), nats a sequence, and length, on the policy's own answers to held-out prompts, fixed seeds."""
+        asked = list(dict.fromkeys(tuple(p[-(policy.config.block_size - max_new_tokens):]) for p, _, _ in val_items))[:eval_samples]
+        engine.weights_changed()
+        done = engine.generate([list(p) for p in asked], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=i) for i in range(len(asked))])
+        groups = [(list(p), [c.token_ids]) for p, c in zip(asked, done)]
+        with amp():
+            logp = logps_of(policy, groups, device, micro_tokens, False)
+            with reference() as m:
+                kl = (logp - logps_of(m, groups, device, micro_tokens, False)).mean().item()
+        return dict(kl=kl, len=sum(len(c.token_ids) for c in done) / len(done)), tok.decode(groups[0][0] + groups[0][1][0])
+
+    def evaluate():
+        """Means over held-out items, batch by batch; the KL on samples."""
+        policy.eval()
+        n = min(eval_iters * batch_size or len(val_items), len(val_items))
+        total, seen = {}, {}
+        for i in range(0, n, batch_size):
+            part = val_items[i:min(i + batch_size, n)]
+            for k, v in run_batch(part, None if val_ref_logps is None else val_ref_logps[i:i + len(part)], train=False).items():
+                total[k], seen[k] = total.get(k, 0.0) + v * len(part), seen.get(k, 0) + len(part)
+        out, sample = {k: v / seen[k] for k, v in total.items()}, ''
+        if eval_samples and needs_ref:
+            more, sample = kl_on_samples()
+            out |= more
+        policy.train()
+        return out | dict(pairs=n, accuracy_95=wilson(round(out['accuracy'] * n), n)), sample
+
+    # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
+    optimizer = policy.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), adam_eps)
+    start, best, first_logp = 0, float('inf'), None
+    if ckpt:
+        optimizer.load_state_dict(ckpt['optimizer'])
+        set_rng_state(ckpt['rng'], device)
+        sampler.load_state_dict(ckpt['data'])
+        start, best, first_logp = ckpt['iter'], ckpt['best'], ckpt['first_logp']
+    log = RunLog(out_dir, config, ckpt)
+    engine = infer.Engine(policy, tok, max_num_seqs=64) if eval_samples and needs_ref else None
+    weights, grads, moments = training_bytes(policy)
+    frozen_bytes = sum(p.nbytes for p in frozen.parameters()) if frozen is not None else 0
+    base_memory = memory_now(device) - weights - frozen_bytes
+    longest = max(len(p) + sum(map(len, a)) for p, a, _ in items)
+    planned = memory_plan(dict(weights=weights, reference=frozen_bytes, grads=grads, adam=moments,
+                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), batch_size * longest), T)))
+    trains = sum(p.numel() for _, p in lora.trainable(policy))
+    way = 'none' if not needs_ref else 'precomputed' if precompute_ref else 'adapter disabled' if use_adapter else 'frozen copy'
+    print(f'{policy.num_params() / 1e6:.2f} M parameters ({trains:,} trained), reference: {way}, {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
+
+    # ---- loop ----------------------------------------------------------------------------------------------------
+    policy.train()
+    for it in range(start, max_iters + 1):
+        if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only):
+            seen, sample = evaluate()
+            first_logp = seen['chosen_logp'] if first_logp is None else first_logp
+            lo, hi = seen['accuracy_95']
+            print(f"step {it}: held-out loss {seen['loss']:.4f}, accuracy {seen['accuracy']:.1%} ({lo:.1%} to {hi:.1%}), margin {seen.get('margin', 0):.3f}, "
+                  f"log-prob chosen {seen['chosen_logp']:.2f} rejected {seen.get('rejected_logp', 0):.2f} nats" + (f", kl {seen['kl']:.2f} nats/seq, len {seen['len']:.1f} tok | {sample!r}" if sample else ''))
+            fell = first_logp - seen['chosen_logp']
+            if fell > 0.05 * abs(first_logp):
+                print(f'  the chosen log-prob has fallen by {fell:.2f} nats since step 0: DPO widens the margin by pushing both down; sft_coef, a larger beta or fewer steps hold it')
+            log.row(it, 'eval', chosen_logp_change=-fell, **{k: v for k, v in seen.items() if isinstance(v, (int, float))})
+            check_finite(it, out_dir, val_loss=seen['loss'])
+            if eval_only:
+                break
+            better, best = seen['loss'] < best, min(best, seen['loss'])
+            saved = dict(**lora.checkpoint_parts(policy), optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it, best=best, first_logp=first_logp,
+                         rng=rng_state(device), data=sampler.state_dict(), time=log.elapsed())
+            save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
+            if better:
+                save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
+        if it == max_iters:
+            break
+        t0 = time.time()
+        lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        picked = next(sampler).tolist()
+        batch = [items[i] for i in picked]
+        stats = run_batch(batch, None if ref_logps is None else ref_logps[picked], train=True)
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in lora.trainable(policy)], grad_clip or float('inf')).item()
+        check_finite(it, out_dir, loss=stats['loss'], grad_norm=norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        dt, tokens = time.time() - t0, sum(len(p) + len(a) for p, answers, _ in batch for a in answers[:1 if unpaired else 2])
+        log.row(it, 'train', grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt, pairs_per_s=batch_size / dt, **stats)
+        if it % 10 == 0:
+            print(f"iter {it}/{max_iters} | loss {stats['loss']:.4f} | acc {stats['accuracy']:.1%} | margin {stats.get('margin', 0):.3f} | logp {stats.get('chosen_logp', 0):.1f} / "
+                  f"{stats.get('rejected_logp', 0):.1f} | norm {norm:.2f} | lr {lr:.1e} | {dt * 1e3:.0f} ms | {tokens / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
+
+    # ---- end -----------------------------------------------------------------------------------------------------
+    peak = memory_now(device, peak=True) - max(0, base_memory)
+    print(f'done: best held-out loss {best:.4f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt')
