@@ -1,12 +1,39 @@
 """Columns without copies: Arrow IPC over mmap, `load_dataset`, batching and packing; below them tokenizers and chat templates."""
 import bisect
+import builtins
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import datetime
+import functools
 import gzip
+import hashlib
+import io
+import itertools
 import json
 import math
+import mmap
+import multiprocessing
+import operator
 import os
+import pickle
 import queue
+import re
+import shutil
+import struct
+import sys
+import sysconfig
+import tempfile
 import threading
+import time
+import types
+import warnings
 import weakref
+import zlib
+import zoneinfo
+from types import NoneType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,86 +42,1929 @@ import torch
 # part 1: Arrow IPC, load_dataset, Dataset, batching, packing, linter
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Dataset:
-    """Rows of one table. ds[i] a dict, ds[i:j] a dict of columns, ds['col'] a column."""
+class ArrowError(ValueError):
+    """A file that is not what it claims to be: corrupt, cut off, or of an Arrow type or feature that is not read here (then named)."""
 
-    def __init__(self, rows, names=None):
-        self._rows = rows
-        self.column_names = list(dict.fromkeys(k for r in rows for k in r)) if names is None else names
+
+class Type(NamedTuple):
+    """An Arrow type. arg: unit of time32/time64/duration; (unit, zone) of timestamp; width of fixed_size_binary and fixed_size_list; keys
+    sorted, of map; (index kind, ordered) of dictionary. fields: children (list, struct; map: one struct of key and value; dictionary: the
+    values). Type('timestamp', ('us', 'UTC')), Type('list', None, (Field('item', Type('int64')),))."""
+    kind: str
+    arg: object = None
+    fields: tuple = ()
+
+
+class Field(NamedTuple):
+    name: str
+    type: Type
+    nullable: bool = True
+    meta: tuple = ()  # ((key, value), ...), bytes
+
+
+_NUMPY = {**{k: np.dtype(k) for k in 'int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64'.split()}, **{k: np.dtype('i4') for k in
+          ('date32', 'time32')}, **{k: np.dtype('i8') for k in ('date64', 'time64', 'timestamp', 'duration')}}
+_WIDE = {'string': False, 'binary': False, 'list': False, 'map': False, 'large_string': True, 'large_binary': True, 'large_list': True}  # 64-bit offsets?
+_TEXT, _UNITS, _PER = ('string', 'large_string'), ('s', 'ms', 'us', 'ns'), {'s': 1, 'ms': 10**3, 'us': 10**6, 'ns': 10**9}
+_EPOCH, _DAY0 = datetime.datetime(1970, 1, 1), datetime.date(1970, 1, 1).toordinal()
+
+
+class Array:
+    """n values of one type in Arrow's memory layout. valid: None (no nulls) or bits, LSB first; data: numbers (numpy), bits (bool), dictionary
+    indices, or the bytes (memoryview) that offs cuts into strings; offs cuts kids[0] into lists; kids: children."""
+    __slots__ = ('type', 'n', 'valid', 'data', 'offs', 'kids', 'ok', 'memo')
+
+    def __init__(self, type, n, valid=None, data=None, offs=None, kids=(), ok=True):
+        self.type, self.n, self.valid, self.data, self.offs, self.kids, self.ok, self.memo = type, n, valid, data, offs, kids, ok, None
+
+    def check(self):
+        """What costs a pass over the offsets, done at first use and not when a file is opened."""
+        if not self.ok:
+            if self.offs is not None and self.n and not (self.offs[1:] >= self.offs[:-1]).all():
+                raise ArrowError(f'corrupt: the offsets of a {self.type.kind} column fall')
+            if self.type.kind == 'dictionary' and self.n:
+                at = self.data if self.valid is None else self.data[_bits(self.valid, 0, self.n)]
+                if at.size and not 0 <= at.min() <= at.max() < self.kids[0].n:
+                    raise ArrowError('corrupt: a dictionary index points outside of its dictionary')
+            self.ok = True
+        if self.type.kind in _TEXT and self.valid is None and self.memo is None:
+            self.memo = memoryview(self.offs)
+        return self
+
+    def get(self, i):
+        """Value i as a Python object."""
+        o = self.memo
+        if o is None or self.type.kind not in _TEXT:
+            return self.list(i, i + 1)[0]
+        try:
+            return str(self.data[o[i]:o[i + 1]], 'utf-8')
+        except UnicodeDecodeError as e:
+            raise ArrowError(f'corrupt: text that is not UTF-8 ({e.reason})') from None
+
+    def list(self, lo, hi):
+        """Values lo..hi as Python objects, what pyarrow's to_pylist() gives; nanosecond times are np.datetime64 and np.timedelta64."""
+        self.check()
+        k, valid = self.type.kind, None if self.valid is None else _bits(self.valid, lo, hi)
+        if valid is not None and valid.all():
+            valid = None
+        if k == 'null':
+            return [None] * (hi - lo)
+        if k in ('bool', 'dictionary') or k in _NUMPY:
+            raw = _bits(self.data, lo, hi) if k == 'bool' else self.data[lo:hi]
+            out = (raw if valid is None or k == 'bool' else np.where(valid, raw, raw.dtype.type(0))).tolist()  # a null slot may hold anything
+            if k == 'dictionary' and self.memo is None:
+                self.memo = self.kids[0].list(0, self.kids[0].n) or [None]
+            out = [self.memo[i] for i in out] if k == 'dictionary' else _times(out, self.type) if k[:4] in ('date', 'time', 'dura') else out
+        elif self.offs is not None:
+            base = int(self.offs[lo])
+            o = (self.offs[lo:hi + 1] - base).tolist()
+            if self.kids:
+                flat = self.kids[0].list(base, base + o[-1])
+                flat = [tuple(kv.values()) for kv in flat] if k == 'map' else flat
+                out = [flat[x:y] for x, y in zip(o, o[1:])]
+            else:
+                out = _strings(bytes(self.data[base:base + o[-1]]), o, valid, k in _TEXT)
+        elif k == 'fixed_size_binary':
+            w = self.type.arg
+            out = [bytes(self.data[i * w:i * w + w]) for i in range(lo, hi)]
+        elif k == 'fixed_size_list':
+            w = self.type.arg
+            flat = self.kids[0].list(lo * w, hi * w)
+            out = [flat[i * w:i * w + w] for i in range(hi - lo)]
+        else:
+            names = [f.name for f in self.type.fields]
+            out = [dict(zip(names, row)) for row in zip(*[kid.list(lo, hi) for kid in self.kids])] if names else [{} for _ in range(lo, hi)]
+        return out if valid is None else [v if ok else None for v, ok in zip(out, valid.tolist())]
+
+
+def _strings(blob, o, valid, text):
+    if text and valid is None and blob.isascii():  # decode once: characters are bytes
+        blob = blob.decode()
+        return [blob[x:y] for x, y in zip(o, o[1:])]
+    try:
+        keep = [True] * (len(o) - 1) if valid is None else valid.tolist()
+        return [(blob[x:y].decode() if text else blob[x:y]) if k else None for x, y, k in zip(o, o[1:], keep)]
+    except UnicodeDecodeError as e:
+        raise ArrowError(f'corrupt: text that is not UTF-8 ({e.reason})') from None
+
+
+def _times(values, t):
+    """Integers to the objects of the datetime module."""
+    k, unit = t.kind, t.arg[0] if t.kind == 'timestamp' else t.arg
+    try:
+        if k in ('date32', 'date64'):
+            return [datetime.date.fromordinal(_DAY0 + v // (1 if k == 'date32' else 86400000)) for v in values]
+        if unit == 'ns' and k in ('timestamp', 'duration'):
+            return [(np.datetime64 if k == 'timestamp' else np.timedelta64)(v, 'ns') for v in values]
+        spans = [datetime.timedelta(microseconds=v * 10**6 // _PER[unit]) for v in values]
+        if k == 'duration':
+            return spans
+        if k != 'timestamp':
+            if spans and not datetime.timedelta(0) <= min(spans) <= max(spans) < datetime.timedelta(1):
+                raise ArrowError(f'corrupt: a {k} outside of the day')
+            return [(_EPOCH + s).time() for s in spans]
+        if not t.arg[1]:
+            return [_EPOCH + s for s in spans]
+        zone, utc = _zone(t.arg[1]), datetime.timezone.utc
+        return [(_EPOCH + s).replace(tzinfo=utc).astimezone(zone) for s in spans]
+    except OverflowError as e:
+        raise ArrowError(f"a {k} beyond Python's range ({e})") from None
+
+
+def _zone(name):
+    fixed = re.fullmatch(r'([+-])(\d\d):?(\d\d)', name)
+    try:
+        if fixed:
+            return datetime.timezone((1 if fixed[1] == '+' else -1) * datetime.timedelta(hours=int(fixed[2]), minutes=int(fixed[3])))
+        return datetime.timezone.utc if name.upper() in ('UTC', 'Z') else zoneinfo.ZoneInfo(name)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        raise ArrowError(f'unknown time zone {name[:40]!r}') from None
+
+
+def _bits(b, lo, hi):
+    return np.unpackbits(b[lo >> 3:(hi + 7) >> 3], bitorder='little')[lo & 7:(lo & 7) + hi - lo].view(bool)
+
+
+def _pack(mask):
+    """bool (n,) -> bits, or None where all are set."""
+    return None if mask.all() else np.packbits(mask, bitorder='little')
+
+
+# --- arrays out of Python values, and out of each other ---
+
+_MIX = {frozenset(('int', 'float')): 'float'}
+
+
+class _Mixed(ValueError):
+    """No one type for these values; .path leads to the column."""
+
+    def __init__(self, message, path=()):
+        super().__init__(f"column {'.'.join(path)!r}: {message}" if path else message)
+        self.message, self.path = message, path
+
+
+@functools.cache
+def _group(t):
+    for name, kinds in (('bool', (bool, np.bool_)), ('int', (int, np.integer)), ('float', (float, np.floating)), ('string', str),
+                        ('binary', (bytes, bytearray, memoryview)), ('object', dict), ('list', (list, tuple, np.ndarray, torch.Tensor)), ('datetime64',
+                        np.datetime64), ('timedelta64', np.timedelta64), ('datetime', datetime.datetime), ('date', datetime.date),
+                        ('time', datetime.time), ('timedelta', datetime.timedelta)):
+        if issubclass(t, kinds) and not (name == 'int' and issubclass(t, np.timedelta64)):
+            return name
+    raise _Mixed(f'values of type {t.__name__} have no column type')
+
+
+def array(values, type=None):
+    """A sequence of Python values (or a numpy array, a tensor) -> Array; the type is inferred from all of them, or cast to `type`. None is
+    null, missing keys are null, int with float is float64. ValueError where one type cannot hold them, or a number does not fit."""
+    if type is not None:
+        return cast(array(_demap(values, type)), type)
+    values = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    if isinstance(values, np.ndarray):
+        if values.ndim > 1 and values.dtype != object:
+            kid = array(values.reshape(-1, *values.shape[2:]))
+            return _lists(np.arange(len(values) + 1) * values.shape[1], kid)
+        if values.dtype.name in _NUMPY:
+            return Array(Type(values.dtype.name), len(values), data=np.ascontiguousarray(values))
+        values = values if values.dtype.kind in 'mM' else values.tolist()
+    n, kinds = len(values), set(map(builtins.type, values))
+    none = NoneType in kinds
+    kinds.discard(NoneType)
+    groups = {_group(t) for t in kinds}
+    group = groups.pop() if len(groups) == 1 else _MIX.get(frozenset(groups))
+    if group is None:
+        if groups:
+            raise _Mixed(f"mixed types: {' and '.join(sorted(groups))}")
+        return Array(Type('null'), n)
+    valid, rest = None, values
+    if none:
+        mask = np.fromiter((v is not None for v in values), bool, n)
+        valid, rest = _pack(mask), [v for v in values if v is not None]
+    if group == 'object':
+        return _structs(values, n, valid, none)
+    if group == 'list':
+        rest = [v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for v in rest] if torch.Tensor in kinds else rest
+        lengths = np.fromiter((0 if v is None else len(v) for v in values) if none else map(len, values), np.int64, n)
+        same = rest and all(isinstance(v, np.ndarray) and v.ndim == 1 and v.dtype == rest[0].dtype for v in rest)
+        return _lists(np.concatenate([[0], np.cumsum(lengths)]), array(np.concatenate(rest) if same else list(itertools.chain.from_iterable(rest))), valid)
+    if group in ('string', 'binary'):
+        return _texts(rest, group == 'string', n, valid)
+    kind, data = _numbers(rest, group, kinds)
+    if none:
+        full = np.zeros(n, data.dtype)  # null slots are zero
+        full[mask] = data
+        data = full
+    return Array(kind, n, valid, np.packbits(data, bitorder='little') if group == 'bool' else data)
+
+
+def _numbers(values, group, kinds):
+    try:
+        if group == 'bool':
+            return Type('bool'), np.array(values, bool)
+        if group in ('int', 'float'):
+            name = np.dtype(next(iter(kinds))).name if len(kinds) == 1 and issubclass(next(iter(kinds)), np.generic) else None
+            name = name if name in _NUMPY else 'float64' if group == 'float' else 'uint64' if max(values) > 2**63 - 1 else 'int64'
+            return Type(name), np.array(values, name)
+        if group in ('datetime64', 'timedelta64'):
+            return Type('timestamp', ('ns', None)) if group == 'datetime64' else Type('duration', 'ns'), np.array(values, f'{group}[ns]').view('i8')
+        us = datetime.timedelta(microseconds=1)
+        if group == 'datetime':
+            zone = values[0].tzinfo
+            base = _EPOCH.replace(tzinfo=datetime.timezone.utc) if zone else _EPOCH
+            return Type('timestamp', ('us', (getattr(zone, 'key', None) or str(zone).removeprefix('UTC') or 'UTC') if zone else None)), np.array([(v - base) // us for v in values])
+        if group == 'date':
+            return Type('date32'), np.array([v.toordinal() - _DAY0 for v in values], 'i4')
+        if group == 'time':
+            return Type('time64', 'us'), np.array([(datetime.datetime.combine(_EPOCH, v) - _EPOCH) // us for v in values])
+        return Type('duration', 'us'), np.array([v // us for v in values])
+    except (OverflowError, TypeError) as e:
+        raise _Mixed('an integer beyond 64 bits' if group == 'int' else f'{group}: {e}') from None
+
+
+def _texts(values, text, n, valid):
+    """Strings of the valid slots -> Array. One join, one encode; lengths in bytes only where they differ from those in characters."""
+    try:
+        blob = ''.join(values) if text else b''.join(values)
+        raw = blob.encode() if text else blob
+        lens = map(len, values if not text or len(raw) == len(blob) else [v.encode() for v in values])
+    except UnicodeEncodeError:
+        raise _Mixed('text with a lone surrogate (half a character), which UTF-8 cannot hold') from None
+    lengths = np.zeros(n, np.int64)
+    lengths[slice(None) if valid is None else _bits(valid, 0, n)] = np.fromiter(lens, np.int64, len(values))
+    wide = len(raw) > _MAX32
+    offs = np.concatenate([[0], np.cumsum(lengths)]).astype('i8' if wide else 'i4')
+    return Array(Type(('large_' if wide else '') + ('string' if text else 'binary')), n, valid, memoryview(raw), offs)
+
+
+def _lists(offs, kid, valid=None):
+    wide = offs[-1] > _MAX32
+    return Array(Type('large_list' if wide else 'list', None, (Field('item', kid.type),)), len(offs) - 1, valid, None, offs.astype('i8' if wide else 'i4'), (kid,))
+
+
+def _structs(values, n, valid, none):
+    rows = [{} if v is None else v for v in values] if none else values
+    names = list(dict.fromkeys(itertools.chain.from_iterable(rows))) if none or len(set(map(len, rows))) > 1 else list(rows[0])
+    odd = [k for k in names if not isinstance(k, str)]
+    if odd:
+        raise _Mixed(f'the key {odd[0]!r} is not a string')
+    kids = []
+    for name in names:
+        try:
+            try:
+                column = list(map(operator.itemgetter(name), rows))
+            except KeyError:
+                if not none and len(set(map(len, rows))) == 1:  # as many keys in each row, but not the same ones
+                    return _structs(values, n, valid, True)
+                column = [r.get(name) for r in rows]
+            kids.append(array(column))
+        except _Mixed as e:
+            raise _Mixed(e.message, (name, *e.path)) from None
+    return Array(Type('struct', None, tuple(Field(k, kid.type) for k, kid in zip(names, kids))), n, valid, kids=tuple(kids))
+
+
+def _demap(values, t):
+    """Maps as lists of pairs -> lists of {'key', 'value'}, which is how Arrow stores them."""
+    def has(t):
+        return t.kind == 'map' or any(has(f.type) for f in t.fields)
+    if not has(t):
+        return values
+    if t.kind == 'struct':
+        return [v and {f.name: _demap([v.get(f.name)], f.type)[0] for f in t.fields} for v in values]
+    pairs = (lambda v: [{'key': a, 'value': b} for a, b in (v.items() if isinstance(v, dict) else v)]) if t.kind == 'map' else (lambda v: v)
+    return [None if v is None else _demap(pairs(v), t.fields[0].type) for v in values]
+
+
+def nulls(t, n):
+    """n nulls of a type, as cheap as they come."""
+    valid, w = np.zeros((n + 7) // 8, np.uint8), t.arg if t.kind.startswith('fixed') else 0
+    if t.kind == 'null':
+        return Array(t, n)
+    if t.kind == 'dictionary':
+        return Array(t, n, valid, np.zeros(n, t.arg[0]), kids=(nulls(t.fields[0].type, 0),))
+    if t.kind in _WIDE:
+        return Array(t, n, valid, memoryview(b''), np.zeros(n + 1, 'i8' if _WIDE[t.kind] else 'i4'), tuple(nulls(f.type, 0) for f in t.fields))
+    data = valid if t.kind == 'bool' else np.zeros(n, _NUMPY[t.kind]) if t.kind in _NUMPY else memoryview(bytes(n * w)) if t.kind == 'fixed_size_binary' else None
+    return Array(t, n, valid, data, kids=tuple(nulls(f.type, n * (w or 1)) for f in t.fields))
+
+
+def take(a, at):
+    """The rows `at`: a slice (without a copy, but for bits) or int64 indices, -1 = null."""
+    a.check()
+    t, piece, lack = a.type, isinstance(at, slice), None
+    if piece:
+        lo, hi, _ = at.indices(a.n)
+        if lo == 0 and hi == a.n:
+            return a
+        n = max(hi - lo, 0)
+    else:
+        n, miss = len(at), at < 0
+        if miss.any():
+            if a.n == 0 or miss.all():
+                return nulls(t, n)
+            lack, at = ~miss, np.where(miss, 0, at)
+    if t.kind == 'null':
+        return Array(t, n)
+    bits = (lambda b: _bits(b, lo, hi)) if piece else (lambda b: _bits(b, 0, a.n)[at])
+    valid = None if a.valid is None else bits(a.valid)
+    valid = lack if valid is None else valid if lack is None else valid & lack
+    valid = None if valid is None else _pack(valid)
+    if t.kind == 'bool':
+        return Array(t, n, valid, np.packbits(bits(a.data), bitorder='little'))
+    if t.kind == 'dictionary' or t.kind in _NUMPY:
+        return Array(t, n, valid, a.data[at], kids=a.kids)
+    if t.kind == 'struct':
+        return Array(t, n, valid, kids=tuple(take(k, at) for k in a.kids))
+    if t.kind.startswith('fixed'):
+        w = t.arg
+        rows = slice(lo * w, hi * w) if piece else (at[:, None] * w + np.arange(w)).reshape(-1)
+        data = None if a.kids else a.data[rows] if piece else memoryview(np.frombuffer(a.data, np.uint8)[rows].tobytes())
+        return Array(t, n, valid, data, kids=tuple(take(k, rows) for k in a.kids))
+    if piece:
+        return Array(t, n, valid, a.data, a.offs[lo:hi + 1], a.kids)
+    first = a.offs[:-1][at].astype('i8')
+    lengths = a.offs[1:][at] - first
+    offs = np.concatenate([[0], np.cumsum(lengths)])
+    if a.kids:
+        rows = np.arange(offs[-1]) + np.repeat(first - offs[:-1], lengths)
+        return Array(t, n, valid, None, _narrow(offs, t), (take(a.kids[0], rows),))
+    data = b''.join([a.data[x:y] for x, y in zip(first.tolist(), (first + lengths).tolist())])
+    return Array(t, n, valid, memoryview(data), _narrow(offs, t))
+
+
+def _narrow(offs, t):
+    if not _WIDE[t.kind] and offs[-1] > _MAX32:
+        raise OverflowError(f'more than 2 GiB in one batch of a {t.kind} column')
+    return offs.astype('i8' if _WIDE[t.kind] else 'i4')
+
+
+def concat(arrays):
+    """Arrays of one type, end to end."""
+    t, n = arrays[0].type, sum(a.n for a in arrays)
+    if len(arrays) == 1 or t.kind == 'null':
+        return arrays[0] if len(arrays) == 1 else Array(t, n)
+    arrays = [a.check() for a in arrays]
+    valid = None
+    if any(a.valid is not None for a in arrays):
+        valid = _pack(np.concatenate([np.ones(a.n, bool) if a.valid is None else _bits(a.valid, 0, a.n) for a in arrays]))
+    if t.kind == 'dictionary':
+        kids = list({id(a.kids[0]): a.kids[0] for a in arrays}.values())
+        bases = dict(zip(map(id, kids), np.cumsum([0, *(k.n for k in kids)]).tolist()))
+        if sum(k.n for k in kids) - 1 > np.iinfo(t.arg[0]).max:
+            return cast(concat([cast(a, t.fields[0].type) for a in arrays]), t)  # too many for the index: count again
+        return Array(t, n, valid, np.concatenate([a.data + _NUMPY[t.arg[0]].type(bases[id(a.kids[0])]) for a in arrays]), kids=(concat(kids),))
+    if t.kind == 'bool':
+        return Array(t, n, valid, np.packbits(np.concatenate([_bits(a.data, 0, a.n) for a in arrays]), bitorder='little'))
+    if t.kind in _NUMPY:
+        return Array(t, n, valid, np.concatenate([a.data for a in arrays]))
+    if t.kind in _WIDE:
+        spans = [(int(a.offs[0]), int(a.offs[-1])) for a in arrays]
+        offs = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(a.offs) for a in arrays]), dtype='i8')])
+        if t.fields:
+            return Array(t, n, valid, None, _narrow(offs, t), (concat([take(a.kids[0], slice(*s)) for a, s in zip(arrays, spans)]),))
+        return Array(t, n, valid, memoryview(b''.join(a.data[x:y] for a, (x, y) in zip(arrays, spans))), _narrow(offs, t))
+    data = memoryview(b''.join(a.data[:a.n * t.arg] for a in arrays)) if t.kind == 'fixed_size_binary' else None
+    return Array(t, n, valid, data, kids=tuple(concat([a.kids[i] for a in arrays]) for i in range(len(t.fields))))
+
+
+def unify(a, b):
+    """The type that holds both. ValueError where there is none. int64, float32 -> float64; null, x -> x; structs: all fields of both."""
+    ka, kb = a.kind, b.kind
+    if a == b or kb == 'null':
+        return a
+    if ka == 'null':
+        return b
+    if ka.strip('0123456789') in ('int', 'uint', 'float') and kb.strip('0123456789') in ('int', 'uint', 'float'):
+        wide = np.promote_types(ka, kb).name
+        if ka[0] == kb[0] == 'f' or not wide.startswith('float'):
+            return Type(wide)
+        if 'f' in (ka[0], kb[0]):
+            return Type('float64')
+    if ka == 'struct' == kb:
+        mine, other = ({f.name: f for f in t.fields} for t in (a, b))
+        out = []
+        for name in {**mine, **other}:
+            f, g = mine.get(name), other.get(name)
+            try:
+                both = f and g and unify(f.type, g.type)
+            except _Mixed as e:
+                raise _Mixed(e.message, (name, *e.path)) from None
+            out.append(Field(name, both, f.nullable or g.nullable, f.meta) if both else f or g)
+        return Type('struct', None, tuple(out))
+    lists = ('list', 'large_list', 'fixed_size_list')
+    if ka in lists and kb in lists:
+        kind = ka if ka == kb and a.arg == b.arg else 'large_list' if 'large_list' in (ka, kb) else 'list'
+        return Type(kind, a.arg if kind == ka else None, (Field('item', unify(a.fields[0].type, b.fields[0].type)),))
+    if ka.removeprefix('large_') == kb.removeprefix('large_') in ('string', 'binary'):
+        return Type('large_' + ka.removeprefix('large_'))
+    if 'dictionary' in (ka, kb):
+        values = unify(*(t.fields[0].type if t.kind == 'dictionary' else t for t in (a, b)))
+        return a if ka == kb and a.arg == b.arg and values == a.fields[0].type else values
+    raise _Mixed(f'mixed types: {type_name(a)} and {type_name(b)}')
+
+
+def type_name(t):
+    """'int64', 'list<string>', 'struct<role: string>': pyarrow's words, float32 for float."""
+    if t.kind == 'struct':
+        return f"struct<{', '.join(f'{f.name}: {type_name(f.type)}' for f in t.fields)}>"
+    if t.kind == 'timestamp':
+        return f"timestamp[{t.arg[0]}{f', tz={t.arg[1]}' if t.arg[1] else ''}]"
+    if t.fields:
+        return f"{t.kind}<{', '.join(type_name(f.type) for f in t.fields)}>" + (f'[{t.arg}]' if t.kind == 'fixed_size_list' else '')
+    return t.kind + (f'[{t.arg}]' if t.arg is not None else '')
+
+
+def cast(a, t):
+    """The same values as another type; ValueError where a value does not survive. A field that is missing becomes null."""
+    s, k = a.type, t.kind
+    if s == t:
+        return a
+    a.check()
+    if s.kind == 'null':
+        return nulls(t, a.n)
+    if s.kind == 'dictionary':
+        at = a.data.astype('i8') if a.valid is None else np.where(_bits(a.valid, 0, a.n), a.data.astype('i8'), -1)
+        return cast(take(a.kids[0], at), t)
+    if k == 'dictionary':
+        words = {v: i for i, v in enumerate(dict.fromkeys(v for v in a.list(0, a.n) if v is not None))}
+        at = np.array([words.get(v, 0) for v in a.list(0, a.n)], t.arg[0])
+        return Array(t, a.n, a.valid, at, kids=(array(list(words), t.fields[0].type),))
+    if s.kind == 'struct' == k:
+        mine = {f.name: kid for f, kid in zip(s.fields, a.kids)}
+        return Array(t, a.n, a.valid, kids=tuple(cast(mine[f.name], f.type) if f.name in mine else nulls(f.type, a.n) for f in t.fields))
+    if s.kind == 'fixed_size_list' and k in ('list', 'large_list'):
+        a = _lists(np.arange(a.n + 1) * s.arg, a.kids[0], a.valid)
+        s = a.type
+    if a.kids and k in _WIDE and t.fields:
+        return Array(t, a.n, a.valid, None, _narrow(a.offs.astype('i8'), t), (cast(a.kids[0], t.fields[0].type),))
+    if a.offs is not None and not a.kids and k in _WIDE and not (k in _TEXT and s.kind not in _TEXT):
+        return Array(t, a.n, a.valid, a.data, _narrow(a.offs.astype('i8'), t))
+    if a.offs is not None and k in ('fixed_size_list', 'fixed_size_binary'):
+        on = np.ones(a.n, bool) if a.valid is None else _bits(a.valid, 0, a.n)
+        if (np.diff(a.offs)[on] != t.arg).any():
+            raise _Mixed(f'{s.kind}: not every value has the length {t.arg} of {type_name(t)}')
+        at = np.where(on[:, None], a.offs[:-1, None] + np.arange(t.arg), -1).reshape(-1).astype('i8')
+        if a.kids:
+            return Array(t, a.n, a.valid, kids=(cast(take(a.kids[0], at), t.fields[0].type),))
+        return Array(t, a.n, a.valid, memoryview(np.append(np.frombuffer(a.data, np.uint8), np.uint8(0))[at].tobytes()))
+    if s.kind in _NUMPY and k in _NUMPY:
+        return Array(t, a.n, a.valid, _renumber(a, s, t))
+    raise _Mixed(f'{type_name(s)} cannot become {type_name(t)}')
+
+
+def _renumber(a, s, t):
+    unit = [{'date32': 86400, 'date64': 1000}.get(x.kind) or _PER.get(x.arg[0] if x.kind == 'timestamp' else x.arg) for x in (s, t)]
+    old = a.data
+    if s.kind == 'date32' and t.kind == 'date64':
+        return old.astype('i8') * 86400000
+    if s.kind.rstrip('3264') == t.kind.rstrip('3264') and unit[0] and unit[1]:  # times of one sort, another unit
+        new = old.astype('i8') * (unit[1] // unit[0]) if unit[1] >= unit[0] else old.astype('i8') // (unit[0] // unit[1])
+        back = new // (unit[1] // unit[0]) if unit[1] >= unit[0] else new * (unit[0] // unit[1])
+        new = new.astype(_NUMPY[t.kind])
+    elif unit == [None, None]:
+        with np.errstate(all='ignore'):
+            new = old.astype(_NUMPY[t.kind])
+            back = old if new.dtype.kind == 'f' else new.astype(old.dtype) if (new < 0).sum() == (old < 0).sum() else ~old
+    else:
+        raise _Mixed(f'{type_name(s)} cannot become {type_name(t)}')
+    same = back == old
+    if not (same if a.valid is None else same | ~_bits(a.valid, 0, a.n)).all():
+        raise _Mixed(f'a {type_name(s)} that {type_name(t)} cannot hold')
+    return new
+
+
+# --- Arrow IPC: flatbuffers in and out, messages, files ----------------------------------------------------------------
+# Message: FF FF FF FF, int32 n, n bytes of flatbuffer, body. A stream is Schema, (DictionaryBatch | RecordBatch)*, end mark; a file is
+# ARROW1, a stream, a footer that lists the batches. https://arrow.apache.org/docs/format/Columnar.html, Message.fbs, Schema.fbs, File.fbs
+
+_U8, _U16, _I16, _I32, _U32, _I64 = (struct.Struct('<' + c).unpack_from for c in 'BHhiIq')
+_MAX32, _SPILL = 2**31 - 1, 256 << 20
+_REFUSED = {0: 'none', 7: 'decimal', 11: 'interval', 14: 'union', 22: 'run-end encoded', 23: 'binary_view', 24: 'string_view', 25: 'list_view', 26: 'large_list_view'}
+
+
+class _Table:
+    """A flatbuffer table read in place. Out of bounds raises struct.error; `left` bounds what one message may make us do (subtle: tables
+    and strings may be shared, so a small buffer can describe an endless tree)."""
+    __slots__ = ('buf', 'pos', 'vt', 'size', 'left')
+
+    def __init__(self, buf, pos, left):
+        self.buf, self.pos, self.vt, self.left = buf, pos, pos - _I32(buf, pos)[0], left
+        if self.vt < 0 or left[0] < 0:
+            raise ArrowError('corrupt metadata')
+        self.size = _U16(buf, self.vt)[0]
+        left[0] -= 8
+
+    def at(self, slot):
+        o = _U16(self.buf, self.vt + 4 + 2 * slot)[0] if 4 + 2 * slot < self.size else 0
+        return self.pos + o if o else 0
+
+    def num(self, slot, unpack, default=0):
+        at = self.at(slot)
+        return unpack(self.buf, at)[0] if at else default
+
+    def table(self, slot):
+        at = self.at(slot)
+        return _Table(self.buf, at + _U32(self.buf, at)[0], self.left) if at else None
+
+    def vec(self, slot, width):
+        """(start, count) of a vector."""
+        at = self.at(slot)
+        if not at:
+            return 0, 0
+        at += _U32(self.buf, at)[0]
+        n = _U32(self.buf, at)[0]
+        self.left[0] -= n * width
+        if at + 4 + n * width > len(self.buf) or self.left[0] < 0:
+            raise ArrowError('corrupt metadata: a vector beyond its end')
+        return at + 4, n
+
+    def text(self, slot):
+        start, n = self.vec(slot, 1)
+        return self.buf[start:start + n]
+
+    def tables(self, slot):
+        start, n = self.vec(slot, 4)
+        return [_Table(self.buf, p + _U32(self.buf, p)[0], self.left) for p in range(start, start + 4 * n, 4)]
+
+    def pairs(self, slot):
+        return tuple((kv.text(0), kv.text(1)) for kv in self.tables(slot))
+
+
+def _root(buf):
+    return _Table(buf, _U32(buf, 0)[0], [4 * len(buf) + 1024])
+
+
+def _put(out, obj):
+    """Appends obj to the flatbuffer `out`, returns its position. bytes: a string; _Rows: a vector of structs; tuple: a vector of tables;
+    list: a table, each slot None, (format, number) or one of these."""
+    if isinstance(obj, bytes):
+        out += bytes(-len(out) % 4)
+        pos = len(out)
+        out += struct.pack('<I', len(obj)) + obj + b'\0'
+        return pos
+    if isinstance(obj, _Rows):
+        out += bytes(-(len(out) + 4) % 8)
+        pos = len(out)
+        out += struct.pack('<I', obj.n) + obj.raw
+        return pos
+    if isinstance(obj, tuple):
+        out += bytes(-len(out) % 4)
+        pos = len(out)
+        out += struct.pack('<I', len(obj)) + bytes(4 * len(obj))
+        refs = list(zip(range(pos + 4, len(out), 4), obj))
+    else:
+        formats = ['' if v is None else v[0] if isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) else 'I' for v in obj]
+        vt, at, size = 4 + 2 * len(obj), [0] * len(obj), 4
+        for i in sorted(range(len(obj)), key=lambda i: -struct.calcsize('<' + formats[i])):
+            width = struct.calcsize('<' + formats[i])
+            if width:
+                at[i] = size + -size % width
+                size = at[i] + width
+        out += bytes(-(len(out) + vt) % 8)
+        pos = len(out) + vt
+        out += struct.pack(f'<HH{len(obj)}Hi', vt, size, *at, vt) + bytes(size - 4)
+        refs = []
+        for v, f, o in zip(obj, formats, at):
+            if f == 'I':
+                refs.append((pos + o, v))
+            elif f:
+                struct.pack_into('<' + f, out, pos + o, v[1])
+    for where, v in refs:
+        struct.pack_into('<I', out, where, _put(out, v) - where)
+    return pos
+
+
+class _Rows(NamedTuple):
+    n: int
+    raw: bytes
+
+
+def _flatbuffer(table):
+    out = bytearray(4)
+    struct.pack_into('<I', out, 0, _put(out, table))
+    return bytes(out)
+
+
+_PLAIN = {'null': 1, 'binary': 4, 'string': 5, 'bool': 6, 'list': 12, 'struct': 13, 'large_binary': 19, 'large_string': 20, 'large_list': 21}
+
+
+def _type_out(t):
+    """Type -> (type id, slots of its flatbuffer table)."""
+    k, unit = t.kind, lambda u: ('h', _UNITS.index(u))
+    if k in _PLAIN:
+        return _PLAIN[k], []
+    if k.lstrip('u').startswith('int'):
+        return 2, [('i', int(k.lstrip('uint'))), ('B', k[0] == 'i')]
+    if k.startswith('float'):
+        return 3, [('h', {'float16': 0, 'float32': 1, 'float64': 2}[k])]
+    if k in ('date32', 'date64'):
+        return 8, [('h', int(k == 'date64'))]
+    if k in ('time32', 'time64'):
+        return 9, [unit(t.arg), ('i', int(k[4:]))]
+    if k == 'timestamp':
+        return 10, [unit(t.arg[0]), t.arg[1].encode() if t.arg[1] else None]
+    return {'fixed_size_binary': (15, [('i', t.arg)]), 'fixed_size_list': (16, [('i', t.arg)]), 'map': (17, [('B', bool(t.arg))]), 'duration': (18, [unit(t.arg) if k == 'duration' else None])}[k]
+
+
+def _field_out(f, path, ids):
+    t, coded = f.type, None
+    if t.kind == 'dictionary':
+        ids[path] = len(ids)
+        coded, t = [('q', ids[path]), _type_out(Type(t.arg[0]))[1], ('B', bool(t.arg[1]))], t.fields[0].type
+        path += (0,)
+    tid, slots = _type_out(t)
+    kids = tuple(_field_out(kid, path + (i,), ids) for i, kid in enumerate(t.fields))
+    return [f.name.encode(), ('B', f.nullable), ('B', tid), slots, coded, kids, _pairs_out(f.meta)]
+
+
+def _pairs_out(meta):
+    return tuple([k, v] for k, v in meta) if meta else None
+
+
+def _type_in(f, path, ids, depth=0):
+    """Field table -> Type; ids takes the dictionary ids by path."""
+    if depth > 64:
+        raise ArrowError('types nested deeper than 64')
+    coded = f.table(4)
+    if coded:
+        index = coded.table(1)
+        name = 'int32' if index is None else ('' if index.num(1, _U8) else 'u') + f'int{index.num(0, _I32)}'
+        if name not in _NUMPY:
+            raise ArrowError(f'corrupt: dictionary indices of type {name}')
+        ids[path] = coded.num(0, _I64)
+        return Type('dictionary', (name, bool(coded.num(2, _U8))), (Field('', _plain_in(f, path + (0,), ids, depth)),))
+    return _plain_in(f, path, ids, depth)
+
+
+def _plain_in(f, path, ids, depth):
+    tid, t, fields = f.num(2, _U8), f.table(3), f.tables(5)
+    if tid in _REFUSED:
+        raise ArrowError(f'column {f.text(0)[:40].decode()!r} is of type {_REFUSED[tid]}, which is not read here: cast it before it is written')
+    if t is None:
+        raise ArrowError('corrupt: a field without its type')
+    kids = tuple(Field(k.text(0).decode(), _type_in(k, path + (i,), ids, depth + 1), bool(k.num(1, _U8)), k.pairs(6)) for i, k in enumerate(fields))
+    unit = lambda default: _UNITS[t.num(0, _I16, default)]
+    out = None
+    if tid in _PLAIN.values():
+        out = Type(next(k for k, v in _PLAIN.items() if v == tid), None, kids)
+    elif tid == 2:
+        out = Type(('' if t.num(1, _U8) else 'u') + f'int{t.num(0, _I32)}')
+    elif tid == 3:
+        out = Type(('float16', 'float32', 'float64')[t.num(0, _I16)])
+    elif tid == 8:
+        out = Type(('date32', 'date64')[t.num(0, _I16, 1)])
+    elif tid == 9:
+        out = Type(f'time{t.num(1, _I32, 32)}', unit(1))
+        out = out if (out.kind, out.arg) in (('time32', 's'), ('time32', 'ms'), ('time64', 'us'), ('time64', 'ns')) else None
+    elif tid == 10:
+        out = Type('timestamp', (unit(0), t.text(1).decode() or None))
+    elif tid == 18:
+        out = Type('duration', unit(1))
+    elif tid in (15, 16):
+        out = Type('fixed_size_binary' if tid == 15 else 'fixed_size_list', t.num(0, _I32), kids)
+        out = out if out.arg >= 0 else None
+    elif tid == 17:
+        out = Type('map', bool(t.num(0, _U8)), kids)
+        out = out if kids and kids[0].type.kind == 'struct' and len(kids[0].type.fields) == 2 else None
+    want = {'list': 1, 'large_list': 1, 'fixed_size_list': 1, 'map': 1}.get(out.kind, 0) if out else -1
+    if out is None or (out.kind != 'struct' and len(kids) != want) or (tid == 2 and out.kind not in _NUMPY):
+        raise ArrowError(f'corrupt: a field of type id {tid} with {len(kids)} children and impossible parameters')
+    return out
+
+
+class _Source:
+    """The bytes of an open file: one map of it, or (an address space too small for that: ulimit -v, or still_growing) maps of parts."""
+
+    def __init__(self, file, windows=False):
+        self.file, self.size, self.map = file, os.fstat(file.fileno()).st_size, None
+        try:
+            if not windows and self.size:
+                self.map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError:
+            self.map = None  # parts, then
+        self.batch = functools.lru_cache(4)(lambda read: read())  # with parts: the last few batches stay mapped
+
+    def view(self, lo, hi):
+        if not 0 <= lo <= hi <= self.size:
+            raise ArrowError(f'cut off: bytes {lo} to {hi} are wanted, the file has {self.size}')
+        if self.map is not None:
+            return self.map[lo:hi]
+        if hi - lo < 1 << 16:
+            self.file.seek(lo)
+            return memoryview(self.file.read(hi - lo))
+        page = lo - lo % mmap.ALLOCATIONGRANULARITY
+        return memoryview(mmap.mmap(self.file.fileno(), hi - page, offset=page, access=mmap.ACCESS_READ))[lo - page:]
+
+
+class _Body:
+    """The nodes and buffers of one batch, handed out in order; every length is checked against what is there."""
+
+    def __init__(self, header, source, lo, size, dicts, budget):
+        if header.at(3):
+            raise ArrowError(f"the batches are compressed with {('LZ4', 'ZSTD')[header.table(3).num(0, _U8) & 1]}, which is not read here: write them uncompressed")
+        (a, n), (b, m) = header.vec(1, 16), header.vec(2, 16)
+        self.nodes = iter(list(struct.iter_unpack('<qq', header.buf[a:a + 16 * n])))
+        self.bufs = iter(list(struct.iter_unpack('<qq', header.buf[b:b + 16 * m])))
+        self.body, self.size, self.left, self.dicts, self.budget = source.view(lo, lo + size), size, size, dicts, budget
+
+    def node(self, want):
+        n, nulls = next(self.nodes, (-1, 0))
+        if n < 0 or not 0 <= nulls <= n or (want is not None and n != want):
+            raise ArrowError(f'corrupt: an array of {n} values, {nulls} of them null, where {want} belong')
+        return n, nulls
+
+    def buf(self, least):
+        lo, n = next(self.bufs, (-1, 0))
+        self.left -= n
+        if lo < 0 or n < 0 or lo + n > self.size or self.left < 0 or n < least:
+            raise ArrowError(f'corrupt: a buffer of {n} bytes at {lo} in a body of {self.size}, where {least} bytes are needed')
+        return self.body[lo:lo + n]
+
+    def free(self, n):
+        """Counts rows that no byte of the file vouches for (nulls, empty structs): a length field alone may not fill the memory."""
+        self.budget[0] -= n
+        if self.budget[0] < 0:
+            raise ArrowError('corrupt: far more rows than the file has bytes for')
+
+    def bits(self, n, nulls=1):
+        raw = self.buf((n + 7) // 8 if nulls else 0)
+        return np.frombuffer(raw, np.uint8) if nulls else None
+
+    def read(self, t, path, want=None):
+        n, nulls = self.node(want)
+        k = t.kind
+        if k == 'null':
+            self.free(n)
+            return Array(t, n)
+        valid = self.bits(n, nulls)
+        if k == 'bool':
+            return Array(t, n, valid, self.bits(n))
+        if k == 'dictionary' or k in _NUMPY:
+            dtype = _NUMPY[t.arg[0] if k == 'dictionary' else k]
+            data = np.frombuffer(self.buf(n * dtype.itemsize), dtype, n)
+            if k == 'dictionary' and path not in self.dicts:
+                raise ArrowError('corrupt: a column before its dictionary')
+            return Array(t, n, valid, data if data.flags.aligned else data.copy(), kids=(self.dicts[path],) if k == 'dictionary' else (), ok=k != 'dictionary')
+        if k in _WIDE:
+            dtype = np.dtype('i8' if _WIDE[k] else 'i4')
+            raw = self.buf((n + 1) * dtype.itemsize if n else 0)
+            offs = np.frombuffer(raw, dtype, n + 1) if n else np.zeros(1, dtype)  # no rows: the buffer may be empty
+            kid = self.read(t.fields[0].type, path + (0,)) if t.fields else None
+            data = None if kid else self.buf(0)
+            if not 0 <= offs[0] <= offs[-1] <= (kid.n if kid else len(data)):
+                raise ArrowError(f'corrupt: the offsets of a {k} column lead beyond its {kid.n if kid else len(data)} values')
+            return Array(t, n, valid, data, offs if offs.flags.aligned else offs.copy(), (kid,) if kid else (), ok=False)
+        if k == 'struct':
+            if not t.fields:
+                self.free(n)
+            return Array(t, n, valid, kids=tuple(self.read(f.type, path + (i,), n) for i, f in enumerate(t.fields)))
+        if not t.arg:
+            self.free(n)
+        if k == 'fixed_size_binary':
+            return Array(t, n, valid, self.buf(n * t.arg))
+        return Array(t, n, valid, kids=(self.read(t.fields[0].type, path + (0,), n * t.arg),))
+
+
+class _Chunk:
+    """n rows of a table. cols() -> {name: Array}, kept unless the chunk is read from a window of its file each time anew."""
+    __slots__ = ('n', 'load', 'keep', 'kept', 'id')
+
+    def __init__(self, n, load, keep=True, id=None):
+        self.n, self.load, self.keep, self.kept, self.id = n, load, keep, None, id
+
+    def cols(self):
+        if self.kept is not None:
+            return self.kept
+        table = self.load()
+        cols = {f.name: kid for f, kid in zip(table.type.fields, table.kids)}
+        if self.keep:
+            self.kept = cols
+        return cols
+
+    def view(self, names, t):
+        """The columns names = {new: old or None} as the struct type t."""
+        def load():
+            cols = self.cols()
+            kids = [cast(cols[names[f.name]], f.type) if names[f.name] else nulls(f.type, self.n) for f in t.fields]
+            return Array(t, self.n, kids=tuple(kids))
+        return _Chunk(self.n, load, self.keep)
+
+
+def _message(source, pos):
+    """The message at pos: (header type, header table, metadata version, start and length of the body), or None at the end."""
+    if pos == source.size:
+        return None
+    n, head = _I32(source.view(pos, pos + 4))[0], 4
+    if n == -1:  # the continuation word; files from before Arrow 0.15 lack it
+        n, head = _I32(source.view(pos + 4, pos + 8))[0], 8
+    if n == 0:
+        return None
+    m = _root(bytes(source.view(pos + head, pos + head + n)))
+    size, header = m.num(3, _I64), m.table(2)
+    if header is None or size < 0 or m.num(0, _I16) not in (3, 4) or pos + head + n + size > source.size:
+        raise ArrowError(f'corrupt or cut off: a message at byte {pos} with a body of {size} bytes, metadata version {m.num(0, _I16) + 1}')
+    return m.num(1, _U8), header, pos + head + n, size
+
+
+def _read_ipc(source, many=False):
+    """An Arrow stream or file -> [(struct type, metadata, chunks)], one entry; many: streams laid end to end, as we spill them."""
+    tables, budget = [], [2**24 + 8 * source.size]  # nulls and empty structs that may be claimed without bytes of their own
+    if source.size >= 8 and bytes(source.view(0, 6)) == b'ARROW1':
+        return [_read_file(source, budget)]
+    pos = 0
+    while not tables or (many and pos < source.size):
+        first = _message(source, pos)
+        if first is None or first[0] != 1:
+            raise ArrowError('corrupt: no schema at the beginning')
+        t, meta, ids = _schema(first[1])
+        dicts, chunks, pos = {}, [], first[2] + first[3]
+        while (m := _message(source, pos)) is not None:
+            if m[0] not in (2, 3):
+                raise ArrowError(f'corrupt: a message of type {m[0]} among the batches')
+            dicts = _batch(m, source, t, ids, dicts, chunks, budget)
+            pos = m[2] + m[3]
+        pos = min(pos + 8, source.size)
+        tables.append((t, meta, chunks))
+    return tables
+
+
+def _schema(s):
+    if s.num(0, _I16):
+        raise ArrowError('big-endian columns, which are not read here')
+    ids = {}
+    fields = tuple(Field(f.text(0).decode(), _type_in(f, (i,), ids), bool(f.num(1, _U8)), f.pairs(6)) for i, f in enumerate(s.tables(1)))
+    twice = [k for k, n in collections.Counter(f.name for f in fields).items() if n > 1]
+    if twice:
+        raise ArrowError(f'two columns with the name {twice[0]!r}: rename one')
+    return Type('struct', None, fields), s.pairs(2), ids
+
+
+def _batch(m, source, t, ids, dicts, chunks, budget):
+    """Reads one message behind the schema: a dictionary changes `dicts` (a new dict: earlier batches keep theirs), a batch is appended."""
+    kind, header, lo, size = m
+    if kind == 2:
+        number, data = header.num(0, _I64), header.table(1)
+        paths = [p for p, i in ids.items() if i == number]
+        if not paths or data is None:
+            raise ArrowError(f'corrupt: a dictionary {number} that no column uses')
+        kid = t
+        for step in paths[0]:
+            kid = kid.fields[step].type
+        values = _Body(data, source, lo, size, dicts, budget).read(kid.fields[0].type, paths[0] + (0,), data.num(0, _I64))
+        if header.num(2, _U8) and paths[0] in dicts:
+            values = concat([dicts[paths[0]], values])
+        return {**dicts, **dict.fromkeys(paths, values)}
+
+    def load():
+        body, n = _Body(header, source, lo, size, dicts, budget), header.num(0, _I64)
+        if not t.fields:
+            body.free(max(n, 0))
+        table = Array(t, n, kids=tuple(body.read(f.type, (i,), n) for i, f in enumerate(t.fields)))
+        if n < 0 or next(body.nodes, None) or next(body.bufs, None):
+            raise ArrowError('corrupt: more arrays or buffers than the schema has')
+        return table
+    table, keep = load(), source.map is not None  # read once now: the structure is checked when the file is opened
+    budget = [2**62]
+    chunk = _Chunk(table.n, (lambda: table) if keep else (lambda: source.batch(load)), keep)
+    chunks.append(chunk)
+    return dicts
+
+
+def _read_file(source, budget):
+    n = _I32(source.view(source.size - 10, source.size - 6))[0]
+    if bytes(source.view(source.size - 6, source.size)) != b'ARROW1' or n <= 0:
+        raise ArrowError('cut off: the ARROW1 mark is missing at the end')
+    footer = _root(bytes(source.view(source.size - 10 - n, source.size - 10)))
+    schema = footer.table(1)
+    if schema is None:
+        raise ArrowError('corrupt: a footer without a schema')
+    t, meta, ids = _schema(schema)
+    dicts, chunks, used = {}, [], 0
+    for kind, slot in ((2, 2), (3, 3)):
+        start, count = footer.vec(slot, 24)
+        for at, length, size in struct.iter_unpack('<qi4xq', footer.buf[start:start + 24 * count]):
+            used += length + size
+            if at < 8 or used > source.size:
+                raise ArrowError('corrupt: batches that overlap')
+            m = _message(source, at)
+            if m is None or m[0] != kind or m[2] != at + length or m[3] != size:
+                raise ArrowError(f'corrupt: the footer and the message at byte {at} disagree')
+            dicts = _batch(m, source, t, ids, dicts, chunks, budget)
+    return t, meta, chunks
+
+
+class _Writer:
+    """Writes struct arrays of one type as an Arrow stream, or as a file with its footer. Buffers stand at multiples of 64 bytes."""
+
+    def __init__(self, f, t, meta=(), file=False):
+        self.f, self.ids, self.seen, self.blocks, self.start, self.file = f, {}, {}, {2: [], 3: []}, f.tell(), file
+        self.schema = [('h', 0), tuple(_field_out(x, (i,), self.ids) for i, x in enumerate(t.fields)), _pairs_out(meta)]
+        if file:
+            f.write(b'ARROW1\0\0')
+        self.send(1, self.schema, [], 0)
+
+    def send(self, kind, header, buffers, size):
+        raw = _flatbuffer([('h', 4), ('B', kind), header, ('q', size)])
+        at = self.f.tell()
+        raw += bytes(-(at - self.start + 8 + len(raw)) % 64)
+        self.f.write(struct.pack('<Ii', 2**32 - 1, len(raw)) + raw)
+        for b in buffers:
+            self.f.write(b)
+            self.f.write(bytes(-memoryview(b).nbytes % 64))
+        if kind > 1:
+            self.blocks[kind].append(struct.pack('<qi4xq', at - self.start, 8 + len(raw), size))
+
+    def batch(self, arrays, n, path=None, delta=None):
+        """One record batch, or with delta the dictionary batch of `path`."""
+        nodes, buffers = [], []
+        for i, a in enumerate(arrays):
+            self.flatten(a, (i,) if path is None else path + (0,), nodes, buffers)
+        at, where = [], 0
+        for b in buffers:
+            at.append((where, memoryview(b).nbytes))
+            where += at[-1][1] + -at[-1][1] % 64
+        rows = [_Rows(len(x), b''.join(struct.pack('<qq', *p) for p in x)) for x in (nodes, at)]
+        batch = [('q', n), *rows]
+        self.send(3 if path is None else 2, batch if path is None else [('q', self.ids[path]), batch, ('B', delta)], buffers, where)
+
+    def flatten(self, a, path, nodes, buffers):
+        a.check()
+        t, off = a.type, 0 if a.valid is None else a.n - int(_bits(a.valid, 0, a.n).sum())
+        nodes.append((a.n, a.n if t.kind == 'null' else off))
+        if t.kind == 'null':
+            return
+        buffers.append(a.valid[:(a.n + 7) // 8] if off else b'')
+        if t.kind == 'dictionary':
+            buffers.append(np.ascontiguousarray(a.data + self.dictionary(a, path), _NUMPY[t.arg[0]]))
+        elif t.kind in _WIDE:
+            lo, hi = int(a.offs[0]), int(a.offs[-1])
+            buffers.append(a.offs - a.offs[0] if lo else np.ascontiguousarray(a.offs))
+            if a.kids:
+                self.flatten(take(a.kids[0], slice(lo, hi)), path + (0,), nodes, buffers)
+            else:
+                buffers.append(a.data[lo:hi])
+        else:
+            if a.data is not None:
+                end = {'bool': (a.n + 7) // 8, 'fixed_size_binary': a.n * (t.arg or 0)}.get(t.kind, a.n) if t.kind in ('bool', 'fixed_size_binary') else a.n
+                buffers.append(np.ascontiguousarray(a.data[:end]) if t.kind != 'fixed_size_binary' else a.data[:end])
+            for i, kid in enumerate(a.kids):
+                self.flatten(kid, path + (i,), nodes, buffers)
+
+    def dictionary(self, a, path):
+        """Sends a dictionary that has not been sent yet, behind those sent before (a delta); returns where its indices start."""
+        sent = self.seen.setdefault(path, [])
+        for words, base in sent:
+            if words is a.kids[0]:
+                return _NUMPY[a.type.arg[0]].type(base)
+        base = sum(w.n for w, _ in sent)
+        if base + a.kids[0].n - 1 > np.iinfo(a.type.arg[0]).max:
+            raise ValueError(f'the dictionaries of a column have more values together than {a.type.arg[0]} can count: cast it to its value type')
+        self.batch([a.kids[0]], a.kids[0].n, path, bool(sent))
+        sent.append((a.kids[0], base))
+        return _NUMPY[a.type.arg[0]].type(base)
+
+    def end(self):
+        self.f.write(struct.pack('<Ii', 2**32 - 1, 0))
+        if self.file:
+            blocks = [_Rows(len(self.blocks[k]), b''.join(self.blocks[k])) for k in (2, 3)]
+            raw = _flatbuffer([('h', 4), self.schema, *blocks])
+            self.f.write(raw + struct.pack('<i', len(raw)) + b'ARROW1')
+
+
+# --- Dataset: rows of chunks behind a lazy index -----------------------------------------------------------------------
+
+class Column:
+    """One column of a Dataset, read when asked for: len, [i], [i:j], iteration, == list. numpy() and torch() are views without a copy where
+    the rows stand together in one chunk (read-only: copy before writing in place), else a copy."""
+
+    def __init__(self, ds, name):
+        self.ds, self.name = ds, name
 
     def __len__(self):
-        return len(self._rows)
+        return len(self.ds)
+
+    def __iter__(self):
+        for lo in range(0, len(self), 1000):
+            yield from self[lo:lo + 1000]
+
+    def __getitem__(self, key):
+        if isinstance(key, (int, np.integer)):
+            return self.ds._row(key, (self.name,))[self.name]
+        return self.ds._read(self.ds._rows(key), (self.name,))[self.name]
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    def __repr__(self):
+        return f"Column {self.name!r} of {len(self)} x {type_name(self.ds.types[self.name])}: {self[:3]}{'...' if len(self) > 3 else ''}"
+
+    def array(self):
+        """The rows as one Array."""
+        return self.ds._gather(self.ds._idx, (self.name,))[self.name]
+
+    def numpy(self):
+        """(n,) numbers, times as datetime64 and timedelta64; (n, w) for fixed_size_list. ValueError on nulls, strings and ragged lists."""
+        return _view(self.array(), self.name)
+
+    def torch(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch warns that the map is read-only
+            return torch.from_numpy(self.numpy())
+
+    def ragged(self):
+        """A column of lists of numbers as (values, offsets): row i is values[offsets[i]:offsets[i + 1]]."""
+        a = self.array().check()
+        if a.type.kind not in ('list', 'large_list') or a.valid is not None:
+            raise ValueError(f'column {self.name!r} is {type_name(a.type)}{" with nulls" if a.valid is not None else ""}: ragged() is for lists without nulls')
+        return _view(a.kids[0], self.name), a.offs
+
+
+def _view(a, name):
+    t = a.type
+    if a.valid is not None and not _bits(a.valid, 0, a.n).all():
+        raise ValueError(f'column {name!r} has nulls, which numpy cannot show: filter them out first')
+    if t.kind == 'fixed_size_list':
+        return _view(a.kids[0], name).reshape(a.n, -1)
+    if t.kind == 'bool':
+        return _bits(a.data, 0, a.n)
+    if t.kind not in _NUMPY:
+        raise ValueError(f'column {name!r} is {type_name(t)}: no numpy view; read it as a list, or with ragged()')
+    unit = {'timestamp': 'datetime64', 'duration': 'timedelta64'}.get(t.kind)
+    return a.data.view(f"{unit}[{t.arg[0] if t.kind == 'timestamp' else t.arg}]") if unit else a.data
+
+
+class Dataset:
+    """A table: chunks of Arrow columns, and a lazy index over their rows, so that select, shuffle, split, filter and slices copy nothing.
+    The verbs are HF datasets'. Made by load_dataset, Dataset.from_dict and Dataset.from_list.
+        ds[3] -> {'prompt': ..., }   ds[3:5], ds[[7, 1]] -> {'prompt': [.., ..], }   ds['prompt'] -> Column"""
+
+    def __init__(self, chunks, t, idx=None, special=None, id=None):
+        self._chunks, self._type, self._special, self._id = chunks, t, special or {}, id
+        self._starts = list(itertools.accumulate((c.n for c in chunks), initial=0))
+        self._idx = range(self._starts[-1]) if idx is None else idx
+        self.types = {f.name: f.type for f in t.fields}
+
+    @classmethod
+    def from_dict(cls, columns, types=None):
+        """{name: values}, all of one length; types {name: Type} for those that are not to be inferred."""
+        kids = {}
+        for k, v in columns.items():
+            try:
+                kids[k] = array(v, (types or {}).get(k))
+            except _Mixed as e:
+                raise _Mixed(e.message, (k, *e.path)) from None
+        if len({a.n for a in kids.values()}) > 1:
+            raise ValueError(f"columns of different lengths: {', '.join(f'{k} {a.n}' for k, a in kids.items())}")
+        t = Type('struct', None, tuple(Field(k, a.type) for k, a in kids.items()))
+        table = Array(t, next((a.n for a in kids.values()), 0), kids=tuple(kids.values()))
+        return cls([_Chunk(table.n, lambda: table)], t)
+
+    @classmethod
+    def from_list(cls, rows):
+        sink = _Sink()
+        for lo in range(0, len(rows), 10000):
+            sink.add(rows[lo:lo + 10000], lambda k, e: f'row {lo + k}: {e}')
+        return sink.dataset()
+
+    @property
+    def column_names(self):
+        return list(self.types)
+
+    @property
+    def num_rows(self):
+        return len(self)
+
+    @property
+    def features(self):
+        """{column: HF feature as JSON}; None for a type that HF datasets does not know."""
+        return {k: self._special.get(k) or _feature(t) for k, t in self.types.items()}
+
+    def __len__(self):
+        return len(self._idx)
+
+    def __repr__(self):
+        return f"Dataset of {len(self):,} rows: {', '.join(f'{k} {type_name(t)}' for k, t in self.types.items())}"
+
+    # reading
+
+    def _rows(self, key):
+        """slice, range, list of numbers or of bools, array -> rows of the chunks: a range or int64 array."""
+        n = len(self)
+        if isinstance(key, slice):
+            return self._idx[key]
+        if isinstance(key, range):
+            key = key if not key or 0 <= min(key) <= max(key) < n else np.arange(key.start, key.stop, key.step)
+            if isinstance(key, range) and isinstance(self._idx, range) and key:
+                i = self._idx
+                return range(i[key[0]], i[key[-1]] + (1 if i.step * key.step > 0 else -1), i.step * key.step)
+        at = np.asarray(list(key) if not isinstance(key, (list, tuple, np.ndarray)) else key)
+        at = at if at.size else at.astype(np.int64)
+        if at.dtype == bool:
+            at = np.flatnonzero(at)
+        if at.dtype.kind not in 'iu' or at.ndim != 1:
+            raise TypeError(f'rows are chosen by integers, a slice or a mask, got {at.dtype} of shape {at.shape}')
+        at = np.where(at < 0, at + n, at).astype(np.int64)
+        if at.size and not 0 <= at.min() <= at.max() < n:
+            raise IndexError(f'row {int(at.max() if at.max() >= n else at.min() - n)} of a dataset of {n} rows')
+        return self._idx[at] if isinstance(self._idx, np.ndarray) else at * self._idx.step + self._idx.start
+
+    def _row(self, i, names):
+        n = len(self._idx)
+        if not -n <= i < n:
+            raise IndexError(f'row {i} of a dataset of {n} rows')
+        row = int(self._idx[i])
+        c = bisect.bisect_right(self._starts, row) - 1
+        cols, row = self._chunks[c].cols(), row - self._starts[c]
+        return {k: cols[k].get(row) for k in names}
+
+    def _pieces(self, rows):
+        """A range of step 1 -> (chunk, first row in it, one past the last)."""
+        lo, hi = rows.start, rows.stop
+        c = bisect.bisect_right(self._starts, lo) - 1
+        while lo < hi:
+            end = min(hi, self._starts[c + 1])
+            if lo < end:
+                yield self._chunks[c], lo - self._starts[c], end - self._starts[c]
+            lo, c = max(lo, end), c + 1
+
+    def _read(self, rows, names):
+        """-> {name: list of Python values}"""
+        if isinstance(rows, range) and rows.step == 1:
+            out = {k: [] for k in names}
+            for chunk, lo, hi in self._pieces(rows):
+                cols = chunk.cols()
+                for k in names:
+                    out[k] = out[k] + cols[k].list(lo, hi) if out[k] else cols[k].list(lo, hi)
+            return out
+        rows = np.asarray(rows, np.int64)
+        which = np.searchsorted(self._starts, rows, 'right') - 1
+        local = (rows - np.asarray(self._starts)[which]).tolist()
+        cols = {c: self._chunks[c].cols() for c in set(which.tolist())} if self._whole() else None
+        if cols is None:  # chunks that are mapped anew each time: one after the other
+            parts = self._gather(rows, names)
+            return {k: a.list(0, a.n) for k, a in parts.items()}
+        return {k: [cols[c][k].get(r) for c, r in zip(which.tolist(), local)] for k in names}
+
+    def _whole(self):
+        return all(c.keep for c in self._chunks)
+
+    def _gather(self, rows, names):
+        """-> {name: Array}, a view if the rows stand together in one chunk."""
+        if isinstance(rows, range) and (rows.step == 1 or not rows):
+            parts = [{k: take(cols[k], slice(lo, hi)) for k in names} for chunk, lo, hi in self._pieces(rows) for cols in [chunk.cols()]]
+            return {k: concat([p[k] for p in parts]) if parts else take(nulls(self.types[k], 1), slice(0, 0)) for k in names}
+        rows = np.asarray(rows, np.int64)
+        which = np.searchsorted(self._starts, rows, 'right') - 1
+        order = np.argsort(which, kind='stable')
+        parts = []
+        for c in np.unique(which).tolist():
+            cols, at = self._chunks[c].cols(), rows[which == c] - self._starts[c]
+            parts.append({k: take(cols[k], at) for k in names})
+        back = np.empty(len(rows), np.int64)
+        back[order] = np.arange(len(rows))
+        return {k: take(concat([p[k] for p in parts]), back) if len(parts) > 1 else parts[0][k] for k in names}
 
     def __getitem__(self, key):
         if isinstance(key, str):
-            if key not in self.column_names:
-                raise KeyError(f'no column {key!r}: this table has {", ".join(self.column_names)}')
-            return [r.get(key) for r in self._rows]
+            if key not in self.types:
+                raise KeyError(f"no column {key!r}: this dataset has {', '.join(self.types)}")
+            return Column(self, key)
         if isinstance(key, (int, np.integer)):
-            return {k: self._rows[key].get(k) for k in self.column_names}
-        picked = self.select(range(*key.indices(len(self))) if isinstance(key, slice) else key)
-        return {k: picked[k] for k in self.column_names}
+            return self._row(key, self.types)
+        return self._read(self._rows(key), self.types)
 
     def __iter__(self):
-        return (self[i] for i in range(len(self)))
+        for block in self.iter(1000):
+            yield from (dict(zip(block, row)) for row in zip(*block.values()))
+
+    def iter(self, batch_size, drop_last_batch=False):
+        """Batches as ds[i:j] gives them."""
+        for lo in range(0, len(self) - (batch_size - 1 if drop_last_batch else 0), batch_size):
+            yield self[lo:lo + batch_size]
+
+    # choosing rows and columns
+
+    def _with(self, idx):
+        return Dataset(self._chunks, self._type, idx, self._special, self._id)
 
     def select(self, indices):
-        return Dataset([self._rows[i] for i in indices], self.column_names)
+        return self._with(self._rows(indices))
 
     def shuffle(self, seed=None):
-        return self.select(np.random.default_rng(seed).permutation(len(self)).tolist())
+        return self._with(self._rows(np.random.default_rng(seed).permutation(len(self))))
 
-    def filter(self, function):
-        return self.select([i for i, row in enumerate(self) if function(row)])
+    def train_test_split(self, test_size=0.25, seed=None, shuffle=True):
+        """test_size: rows, or a share (rounded up) -> {'train', 'test'}. With one seed HF datasets makes the same split."""
+        n = len(self)
+        count = math.ceil(test_size * n) if isinstance(test_size, float) else test_size
+        if not 0 < count < n:
+            raise ValueError(f'test_size {test_size} of {n} rows leaves one side empty: give a share between 0 and 1, or 1 to {n - 1} rows')
+        if not shuffle:
+            return {'train': self.select(range(n - count)), 'test': self.select(range(n - count, n))}
+        order = np.random.default_rng(seed).permutation(n)
+        return {'train': self.select(order[count:]), 'test': self.select(order[:count])}
 
-    def map(self, function, batched=False, batch_size=1000, remove_columns=None):
-        gone, rows = set([remove_columns] if isinstance(remove_columns, str) else remove_columns or []), []
-        for i in range(0, len(self), batch_size if batched else 1):
-            old = self[i:i + batch_size] if batched else {k: [v] for k, v in self[i].items()}
-            new = function(old) if batched else {k: [v] for k, v in function(self[i]).items()}
-            cols = {k: v for k, v in old.items() if k not in gone} | dict(new)
-            rows += [dict(zip(cols, vals)) for vals in zip(*cols.values(), strict=True)]
-        return Dataset(rows)
+    def filter(self, function, batched=False, batch_size=1000):
+        """The rows for which function(row) holds (batched: function(columns) -> a list of bools)."""
+        keep = []
+        for block in self.iter(batch_size):
+            keep += map(bool, function(block)) if batched else [bool(function(dict(zip(block, row)))) for row in zip(*block.values())]
+        return self.select(np.array(keep, bool))
 
-    def train_test_split(self, test_size, seed=None):
-        n = math.ceil(test_size * len(self)) if isinstance(test_size, float) else test_size
-        order = np.random.default_rng(seed).permutation(len(self)).tolist()
-        return {'train': self.select(order[n:]), 'test': self.select(order[:n])}
+    def select_columns(self, names):
+        return self._columns({k: k for k in ([names] if isinstance(names, str) else names)})
+
+    def remove_columns(self, names):
+        gone = self._known([names] if isinstance(names, str) else names)
+        return self._columns({k: k for k in self.types if k not in gone})
+
+    def rename_column(self, old, new):
+        if new in self.types:
+            raise ValueError(f'there is a column {new!r} already')
+        self._known([old])
+        return self._columns({new if k == old else k: k for k in self.types})
+
+    def _known(self, names):
+        for k in names:
+            if k not in self.types:
+                raise ValueError(f"no column {k!r}: this dataset has {', '.join(self.types)}")
+        return names
+
+    def _columns(self, names):
+        self._known(names.values())
+        fields = {f.name: f for f in self._type.fields}
+        t = Type('struct', None, tuple(fields[old]._replace(name=new) for new, old in names.items()))
+        special = {new: self._special[old] for new, old in names.items() if old in self._special}
+        return Dataset([c.view(names, t) for c in self._chunks], t, self._idx, special, self._id and (self._id, tuple(names.items())))
+
+    # new values
+
+    def map(self, function, batched=False, batch_size=1000, remove_columns=(), num_proc=1, with_indices=False, cache=True, cache_dir=None, desc='map'):
+        """function(row) -> dict of new or changed values; batched: function(columns) -> columns, of any length if the old ones are all
+        removed or replaced. Columns that it leaves alone are not touched. The result lies in cache_dir (~/.cache/plainrlhf) under a
+        fingerprint of the function (its code, constants, closure, the functions it calls) and the input; the next run only opens it.
+        A function whose fingerprint cannot be taken (it holds a lock, a file ...) is run each time. cache=False: memory, nothing kept."""
+        gone = self._known([remove_columns] if isinstance(remove_columns, str) else list(remove_columns))
+        job = (self, function, batched, batch_size, gone, with_indices)
+        key = _fingerprint((self._identity(), function, batched, batch_size, gone, with_indices)) if cache else None
+        folder = os.path.join(cache_dir or _cache_dir(), f'map-{key}') if key else tempfile.mkdtemp(prefix='plainrlhf-map-')
+        if not (key and os.path.isdir(folder)):
+            step = batch_size * max(1, -(-len(self) // (batch_size * max(num_proc * 4, 1))))
+            spans = [(lo, min(lo + step, len(self))) for lo in range(0, len(self), step)]
+            work = folder if not key else f'{folder}.{os.getpid()}.tmp'
+            os.makedirs(work, exist_ok=True)
+            try:
+                _pool(_map_piece, [(*s, os.path.join(work, f'{i:06d}.arrow')) for i, s in enumerate(spans)], num_proc, job, _progress(desc, len(self)))
+                if key:
+                    os.rename(work, folder)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                if not (key and os.path.isdir(folder)):  # else another process was faster, with the same result
+                    raise
+        try:
+            out = [d for f in sorted(os.listdir(folder)) for d in _open_arrow(os.path.join(folder, f), many=True)]
+        finally:
+            if not key:
+                shutil.rmtree(folder)
+        if not out:
+            return self._with(self._idx[:0])
+        out = concatenate(out)
+        out._special = {k: v for k, v in self._special.items() if k in out.types and out.types[k] == self.types[k]}
+        return out
+
+    def _identity(self):
+        """What the values depend on: files by name, size and time, memory by content."""
+        ids = self._id or tuple(_digest(self._gather(r, list(self.types))) for r in (range(lo, min(lo + 10000, self._starts[-1])) for lo in range(0, self._starts[-1], 10000)))
+        return ids, tuple(self.types.items()), hashlib.sha256(np.asarray(self._idx, np.int64).tobytes()).hexdigest() if isinstance(self._idx, np.ndarray) else self._idx
+
+    # files
+
+    def _blocks(self, rows=None):
+        """The dataset as struct arrays to be written: chunk by chunk where the rows stand in order, else gathered 10,000 at a time."""
+        t, names = self._type, list(self.types)
+        plain = isinstance(self._idx, range) and self._idx.step == 1
+        spans = [(lo, hi) for lo, hi in zip(self._starts, self._starts[1:])] if plain else []
+        todo = [range(max(lo, self._idx.start), min(hi, self._idx.stop)) for lo, hi in spans] if plain else [self._idx[i:i + 10000] for i in range(0, len(self), 10000)]
+        todo = [r for r in todo if len(r)][::-1]
+        while todo:
+            rows = todo.pop()
+            try:
+                cols = self._gather(rows, names)
+            except OverflowError:  # more than 2 GiB of text: halves
+                if len(rows) == 1:
+                    raise
+                todo += [rows[len(rows) // 2:], rows[:len(rows) // 2]]
+                continue
+            yield Array(t, len(rows), kids=tuple(cols[k] for k in names))
+
+    def to_arrow(self, path, file=False):
+        """One Arrow IPC file: the stream format (what HF datasets reads), or with file=True the random-access file format. Atomic."""
+        with _atomic(path) as f:
+            w = _Writer(f, self._type, self._metadata(), file)
+            for table in self._blocks():
+                w.batch(table.kids, table.n)
+            w.end()
+
+    def _metadata(self):
+        features = self.features
+        return () if None in features.values() else ((b'huggingface', json.dumps({'info': {'features': features}}).encode()),)
+
+    def save_to_disk(self, path, max_shard_size=500 << 20):
+        """A folder as HF datasets' save_to_disk makes it (load_from_disk opens it). Atomic; an older dataset there is replaced."""
+        path = os.path.normpath(os.fspath(path))
+        if os.path.exists(path) and not os.path.isfile(os.path.join(path, 'state.json')) and (not os.path.isdir(path) or os.listdir(path)):
+            raise ValueError(f'{path} exists and is no saved dataset: give another folder, or remove it')
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        work = tempfile.mkdtemp(prefix=os.path.basename(path) + '.', dir=os.path.dirname(os.path.abspath(path)))
+        os.chmod(work, 0o755)
+        files, w, f = [], None, None
+        for table in self._blocks():
+            if f is None or f.tell() > max_shard_size:
+                _close(w, f)
+                files.append(os.path.join(work, f'{len(files)}.arrow'))
+                f = open(files[-1], 'wb')
+                w = _Writer(f, self._type, self._metadata())
+            w.batch(table.kids, table.n)
+        _close(w, f)
+        if not files:
+            files = [os.path.join(work, '0.arrow')]
+            self.to_arrow(files[0])
+        names = [f'data-{i:05d}-of-{len(files):05d}.arrow' for i in range(len(files))]
+        for old, new in zip(files, names):
+            os.rename(old, os.path.join(work, new))
+        features = {} if None in self.features.values() else {'features': self.features}
+        state = {'_data_files': [{'filename': n} for n in names], '_fingerprint': os.urandom(8).hex(), '_format_columns': None, '_format_kwargs': {},
+                 '_format_type': None, '_output_all_columns': False, '_split': None}
+        for name, content in (('dataset_info.json', {'citation': '', 'description': '', 'homepage': '', 'license': '', **features}), ('state.json', state)):
+            with _atomic(os.path.join(work, name)) as f:
+                f.write(json.dumps(content, indent=2).encode())
+        if os.path.exists(path):
+            old = tempfile.mkdtemp(prefix=os.path.basename(path) + '.old', dir=os.path.dirname(os.path.abspath(path)))
+            os.rename(path, os.path.join(old, 'old'))
+            os.rename(work, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(work, path)
 
     def to_json(self, path):
-        with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in self)
-        os.replace(path + '.tmp', path)
+        """One JSON object a line, UTF-8; .gz compresses. Atomic."""
+        with _atomic(path) as raw, (gzip.open(raw, 'wb') if str(path).endswith('.gz') else contextlib.nullcontext(raw)) as f:
+            for block in self.iter(1000):
+                try:
+                    f.write(''.join(json.dumps(dict(zip(block, row)), ensure_ascii=False) + '\n' for row in zip(*block.values())).encode())
+                except TypeError as e:
+                    raise ValueError(f'{path}: {e}: JSON has no such type; map the column to text, or write to_arrow') from None
 
 
-def load_dataset(path):
-    """JSONL, JSON (a list of objects or one object a line), .gz of these; one path or several."""
-    paths, rows = [path] if isinstance(path, (str, os.PathLike)) else path, []
+def _close(w, f):
+    if f is not None:
+        w.end()
+        f.flush()
+        os.fsync(f.fileno())
+        f.close()
+
+
+def concatenate(datasets):
+    """Datasets end to end; columns that one lacks are null there. ValueError naming the column where the types do not meet."""
+    t = functools.reduce(unify, (d._type for d in datasets))
+    chunks, idx, base = [], [], 0
+    for d in datasets:
+        same = d._type == t
+        chunks += d._chunks if same else [c.view({f.name: f.name if f.name in d.types else None for f in t.fields}, t) for c in d._chunks]
+        idx.append(range(d._idx.start + base, d._idx.stop + base, d._idx.step) if isinstance(d._idx, range) else d._idx + base)
+        base += d._starts[-1]
+    whole = all(isinstance(i, range) and i == range(d._starts[-1]) or len(i) == d._starts[-1] and isinstance(i, range) and i.step == 1 for i, d in zip(idx, datasets))
+    special = {k: v for k, v in datasets[0]._special.items() if all(d._special.get(k) == v for d in datasets)}
+    ids = tuple(d._id for d in datasets)
+    return Dataset(chunks, t, None if whole else np.concatenate([np.asarray(i, np.int64) for i in idx]), special, None if None in ids else ids)
+
+
+def _feature(t):
+    """Type -> HF feature as JSON, or None."""
+    if t.kind == 'struct':
+        kids = {f.name: _feature(f.type) for f in t.fields}
+        return None if None in kids.values() else kids
+    if t.kind in ('list', 'large_list', 'fixed_size_list'):
+        kid = _feature(t.fields[0].type)
+        return kid and {'feature': kid, **({'length': t.arg} if t.arg else {}), '_type': 'LargeList' if t.kind == 'large_list' else 'List'}
+    return None if t.kind in ('map', 'dictionary', 'fixed_size_binary') else {'dtype': type_name(t), '_type': 'Value'}
+
+
+def _cache_dir():
+    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'plainrlhf')
+
+
+@contextlib.contextmanager
+def _atomic(path):
+    """A file that is there whole or not at all: temporary name, fsync, rename."""
+    temporary = f'{os.fspath(path)}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+# --- map: workers, progress, fingerprints ---
+
+_JOB = None  # set in each worker before its first piece; under fork it needs no pickling, so closures work
+
+
+def _set_job(job):
+    global _JOB
+    _JOB = job
+    torch.set_num_threads(1)  # a forked child must not wait for its parent's OpenMP threads
+
+
+def _pool(work, pieces, num_proc, job, progress=lambda n: None):
+    """[work(job, *piece)] in order, in num_proc processes."""
+    if num_proc <= 1 or len(pieces) <= 1:
+        return [progress(p) or work(job, *p) for p in pieces]
+    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
+    with concurrent.futures.ProcessPoolExecutor(min(num_proc, len(pieces)), multiprocessing.get_context(method), _set_job, (job,)) as pool:
+        futures = [pool.submit(_work, work, p) for p in pieces]
+        try:
+            return [progress(p) or f.result() for f, p in zip(futures, pieces)]
+        except concurrent.futures.process.BrokenProcessPool:
+            raise ValueError('a worker process died (killed, or out of memory): try a smaller batch_size or num_proc') from None
+        finally:
+            for f in futures:
+                f.cancel()
+
+
+def _work(work, piece):
+    return work(_JOB, *piece)
+
+
+def _progress(desc, total):
+    start = time.time()
+
+    def show(piece):
+        if sys.stderr.isatty():
+            print(f'\r{desc} {piece[0]:,}/{total:,} rows, {piece[0] / max(time.time() - start, 1e-9):,.0f} rows/s', end='' if piece[1] < total else '\n', file=sys.stderr, flush=True)
+    return show
+
+
+def _map_piece(job, lo, hi, path):
+    """Rows lo..hi of a map into one file of streams."""
+    ds, function, batched, batch_size, gone, with_indices = job
+    with open(path, 'wb') as f:
+        sink = _Sink(f)
+        for at in range(lo, hi, batch_size):
+            rows = ds._rows(slice(at, min(at + batch_size, hi)))
+            old = ds._read(rows, ds.types)
+            n = len(rows)
+            number = range(at, at + n)
+            if batched:
+                new = function(dict(old), list(number)) if with_indices else function(dict(old))
+            else:
+                outs = [function(dict(zip(old, row)), i) if with_indices else function(dict(zip(old, row))) for i, row in zip(number, zip(*old.values()))]
+                bad = [o for o in outs if not isinstance(o, dict) and o is not None]
+                new = bad[0] if bad else None if None in outs else {k: [o.get(k) for o in outs] for k in dict.fromkeys(itertools.chain.from_iterable(outs))}
+            if new is not None and not isinstance(new, dict):
+                raise ValueError(f'map: the function returned {builtins.type(new).__name__}, expected a dict of new values (or None)')
+            sink.put(_merge(ds, rows, n, new or {}, gone, at), f'map, rows {at} to {at + n}')
+
+
+def _merge(ds, rows, n, new, gone, at):
+    """The struct array of a mapped batch: old columns untouched as arrays, new ones built, with the old type where it still holds."""
+    stay = [k for k in ds.types if k not in gone and k not in new]
+    kids = ds._gather(rows, stay) if stay else {}
+    for k, values in new.items():
+        try:
+            kids[k] = array(values)
+            if k in ds.types:
+                with contextlib.suppress(_Mixed):
+                    kids[k] = array(values, ds.types[k])
+        except _Mixed as e:
+            raise ValueError(f"map, rows {at} to {at + n}: column {'.'.join((k, *e.path))!r}: {e.message}") from None
+    if len({a.n for a in kids.values()}) > 1:
+        raise ValueError(f"map, rows {at} to {at + n}: columns of different lengths ({', '.join(f'{k} {a.n}' for k, a in kids.items())}): "
+                         'name the old ones in remove_columns')
+    kids = {k: kids[k] for k in [*(k for k in ds.types if k in kids), *(k for k in new if k not in ds.types)]}
+    t = Type('struct', None, tuple(Field(k, a.type) for k, a in kids.items()))
+    return Array(t, next((a.n for a in kids.values()), 0), kids=tuple(kids.values()))
+
+
+class _Hasher(pickle.Pickler):
+    """Pickles an object to be hashed, never to be read: functions and classes by what they do, not by their name."""
+    _installed = tuple(sysconfig.get_paths()[k] for k in ('stdlib', 'purelib', 'platlib'))
+
+    def __init__(self, out):
+        super().__init__(out, 4)
+        self.fast, self.seen = True, set()  # no memo: equal objects give equal bytes
+
+    def reducer_override(self, o):
+        if isinstance(o, types.ModuleType):
+            return str, (o.__name__,)
+        if isinstance(o, types.CodeType):
+            return tuple, ((o.co_code, o.co_names, o.co_varnames, tuple(sorted(c) if isinstance(c, frozenset) else c for c in o.co_consts)),)
+        if isinstance(o, types.FunctionType) and not o.__code__.co_filename.startswith(self._installed):
+            if o in self.seen:
+                return str, (o.__qualname__,)
+            self.seen.add(o)
+            names = set(_names(o.__code__))
+            cells = [c.cell_contents for c in o.__closure__ or ()]
+            return tuple, ((o.__code__, o.__defaults__, o.__kwdefaults__, cells, [(k, o.__globals__[k]) for k in sorted(names & o.__globals__.keys())]),)
+        if isinstance(o, type) and o.__module__ not in sys.stdlib_module_names and isinstance(getattr(o, '__dict__', None), types.MappingProxyType):
+            parts = [(k, getattr(v, '__func__', v)) for k, v in sorted(vars(o).items()) if isinstance(getattr(v, '__func__', v), types.FunctionType)]
+            if o not in self.seen and parts and not parts[0][1].__code__.co_filename.startswith(self._installed):
+                self.seen.add(o)
+                return tuple, ((o.__qualname__, parts, o.__bases__),)
+            return str, (f'{o.__module__}.{o.__qualname__}',)
+        return NotImplemented
+
+
+def _names(code):
+    yield from code.co_names
+    for c in code.co_consts:
+        if isinstance(c, types.CodeType):
+            yield from _names(c)
+
+
+def _fingerprint(obj):
+    """Hex digest of any Python object, functions by content; None where one cannot be taken."""
+    out = io.BytesIO()
+    try:
+        _Hasher(out).dump(obj)
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError):
+        return None
+    return hashlib.sha256(out.getvalue()).hexdigest()[:32]
+
+
+def _digest(arrays):
+    out = io.BytesIO()
+    w = _Writer(out, Type('struct', None, tuple(Field(k, a.type) for k, a in arrays.items())))
+    w.batch(list(arrays.values()), next((a.n for a in arrays.values()), 0))
+    return hashlib.sha256(out.getbuffer()).hexdigest()
+
+
+# --- load_dataset ------------------------------------------------------------------------------------------------------
+
+_BLOCK = 4 << 20  # bytes of JSON parsed at a time: large enough for long columns, small enough for the cache of the machine
+_SCAN = json.JSONDecoder().scan_once
+_FORMS = '.jsonl, .json, .csv, .tsv (each also .gz), .arrow, .parquet, a folder of save_to_disk'
+
+
+class _Sink:
+    """Takes record batches whose types may differ, keeps their common type. In memory up to 256 MB, then in an unnamed temporary file; or
+    all of them in `file`. Memory is bounded by one batch whatever the input."""
+
+    def __init__(self, file=None, t=Type('struct')):
+        self.spill, self.type, self.chunks, self.bytes = file, t, [], 0
+
+    def add(self, rows, where):
+        """A list of dicts. where(k, error) -> the message for a row k that does not fit."""
+        try:
+            table = array(rows)
+            self.type = unify(self.type, table.type)
+        except _Mixed as e:
+            lo, hi, worst = 0, len(rows), e  # a prefix that fails keeps failing: bisect for the first row
+            while lo < hi:
+                mid = (lo + hi) // 2
+                try:
+                    unify(self.type, array(rows[:mid + 1]).type)
+                    lo = mid + 1
+                except _Mixed as e:
+                    hi, worst = mid, e
+            raise ValueError(where(lo, worst)) from None
+        self.put(table)
+
+    def put(self, table, where=''):
+        try:
+            self.type = unify(self.type, table.type)
+        except _Mixed as e:
+            raise ValueError(f'{where}: {e}') from None
+        if self.spill is None and self.bytes < _SPILL:
+            self.bytes += _nbytes(table)
+            self.chunks.append((_Chunk(table.n, lambda: table), table.type))
+            return
+        self.spill = self.spill or tempfile.TemporaryFile()
+        w = _Writer(self.spill, table.type)
+        w.batch(table.kids, table.n)
+        w.end()
+
+    def dataset(self, id=None):
+        if self.spill is not None:
+            self.spill.flush()
+            self.chunks += [(c, t) for t, _, chunks in _read_ipc(_Source(self.spill, windows=True), many=True) for c in chunks]
+        return _unified(self.chunks, self.type, id)
+
+
+def _unified(parts, t, id=None):
+    """[(chunk, its struct type)] -> Dataset of the type t."""
+    return Dataset([c if s == t else c.view({f.name: f.name if any(g.name == f.name for g in s.fields) else None for f in t.fields}, t) for c, s in parts], t, id=id)
+
+
+def _nbytes(a):
+    own = sum(memoryview(b).nbytes for b in (a.valid, a.data, a.offs) if b is not None)
+    return own + sum(map(_nbytes, a.kids))
+
+
+def load_dataset(path, num_proc=1):
+    """One file or several (in order, as one dataset): .jsonl, .json (a list of objects, or one a line), .csv, .tsv, .gz of these, .arrow
+    (stream or file), .parquet where pyarrow is installed, or a folder that save_to_disk made. Types are inferred over all rows: null then
+    string is string, int and float is float64, a missing key is null; a column of mixed types is an error that names file, line and column.
+    num_proc: processes for a large .jsonl. ValueError (ArrowError for Arrow data) with one line for anything that cannot be read."""
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise ValueError('load_dataset: no files given')
+    out = []
     for p in map(os.fspath, paths):
-        if not os.path.isfile(p):
-            raise ValueError(f'{p}: no such file')
-        with (gzip.open if p.endswith('.gz') else open)(p, 'rb') as f:
-            data = f.read()
-        if not data.strip():
-            raise ValueError(f'{p}: empty file, expected one JSON object a line')
-        if data.lstrip()[:1] == b'[':
-            try:
-                found = list(enumerate(json.loads(data), 1))
-            except ValueError as e:
-                raise ValueError(f'{p}:{e.lineno}:{e.colno}: {e.msg}' if hasattr(e, 'lineno') else f'{p}: {e}') from None
+        try:
+            out += _load(p, num_proc)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise ValueError(f'{p}: corrupt gzip data ({e})') from None
+    if len(out) == 1:
+        return out[0]
+    for i in range(1, len(out)):
+        try:
+            functools.reduce(unify, (d._type for d in out[:i + 1]))
+        except _Mixed as e:
+            raise ValueError(f'{paths[i]}: {e} in the files before') from None
+    return concatenate(out)
+
+
+def _load(path, num_proc):
+    """-> [Dataset], one entry but for a folder of several shards."""
+    if os.path.isdir(path):
+        return _load_folder(path)
+    if not os.path.isfile(path):
+        raise ValueError(f'{path}: no such file')
+    stat = os.stat(path)
+    id = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+    if stat.st_size == 0:
+        raise ValueError(f'{path}: the file is empty')
+    kind = os.path.splitext(path.removesuffix('.gz'))[1]
+    with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
+        head = f.read(256).removeprefix(b'\xef\xbb\xbf').lstrip()
+        f.seek(0)
+        if kind == '.arrow' or head[:6] == b'ARROW1' or head[:4] == b'\xff\xff\xff\xff':
+            return _open_arrow(path)
+        if kind == '.parquet':
+            return [_load_parquet(path)]
+        sink = _Sink()
+        if kind in ('.csv', '.tsv'):
+            sink = _read_csv(f, path, '\t' if kind == '.tsv' else ',')
+        elif head[:1] == b'[':
+            _read_list(f, path, sink)
+        elif head[:1] == b'{' or kind in ('.jsonl', '.json', '.ndjson'):
+            if num_proc > 1 and stat.st_size > 4 * _BLOCK and not path.endswith('.gz') and (done := _parallel(path, stat.st_size, num_proc)):
+                return [Dataset(done._chunks, done._type, id=id)]
+            _read_lines(f, path, sink, None)
         else:
-            found = []
-            for i, line in enumerate(data.split(b'\n'), 1):
-                if line.strip():
-                    try:
-                        found.append((i, json.loads(line)))
-                    except ValueError as e:
-                        raise ValueError(f'{p}:{i}:{getattr(e, "colno", 1)}: {getattr(e, "msg", e)}') from None
-        for i, row in found:
+            raise ValueError(f'{path}: not one of {_FORMS}')
+    ds = sink.dataset(id)
+    if not len(ds):
+        raise ValueError(f'{path}: no rows in it')
+    return [ds]
+
+
+@contextlib.contextmanager
+def _corrupt(path):
+    """Whatever untrusted bytes can make the reader raise is one error."""
+    try:
+        yield
+    except (ValueError, struct.error, IndexError, KeyError, OverflowError, RecursionError, MemoryError) as e:
+        raise ArrowError(f'{path}: {e if isinstance(e, ArrowError) else f"corrupt ({type(e).__name__}: {e})"}') from None
+
+
+def _open_arrow(path, many=False):
+    with _corrupt(path), open(path, 'rb') as f:
+        found = _read_ipc(_Source(f if not many else f), many)
+    stat = os.stat(path)
+    return [Dataset(chunks, t, None, _special(meta, t), (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)) for t, meta, chunks in found]
+
+
+def _special(meta, t):
+    """HF features out of the schema's metadata, where they say more than the types do (ClassLabel ...)."""
+    try:
+        found = json.loads(dict(meta).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
+        return {f.name: found[f.name] for f in t.fields if f.name in found and found[f.name] != _feature(f.type)}
+    except (ValueError, AttributeError, TypeError):
+        return {}  # another program's metadata under that key
+
+
+def _load_folder(path):
+    state, splits = os.path.join(path, 'state.json'), os.path.join(path, 'dataset_dict.json')
+    try:
+        if os.path.isfile(splits):
+            with open(splits, 'rb') as f:
+                names = json.load(f)['splits']
+            if len(names) != 1:
+                raise ValueError(f"{path} holds the splits {', '.join(names)}: give one of them, {os.path.join(path, names[0])}")
+            path, state = os.path.join(path, names[0]), os.path.join(path, names[0], 'state.json')
+        if not os.path.isfile(state):
+            raise ValueError(f'{path} is a folder without state.json: give a folder that save_to_disk made, or a list of files')
+        with open(state, 'rb') as f:
+            files = [os.path.join(path, os.path.basename(x['filename'])) for x in json.load(f)['_data_files']]
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ArrowError(f'{path}: corrupt state ({type(e).__name__}: {e})') from None
+    missing = [f for f in files if not os.path.isfile(f)]
+    if missing or not files:
+        raise ArrowError(f'{path}: {missing[0] if missing else "no data files"} is missing')
+    return [d for f in files for d in _open_arrow(f)]
+
+
+def _load_parquet(path):
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f'{path}: parquet is read by pyarrow, which is not installed: pip install pyarrow') from None
+    spill = tempfile.TemporaryFile()
+    try:
+        with pa.parquet.ParquetFile(path) as f, pa.ipc.new_stream(spill, f.schema_arrow) as w:
+            for batch in f.iter_batches():
+                w.write_batch(batch)
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f'{path}: {" ".join(str(e).split())}') from None
+    spill.flush()
+    with _corrupt(path):
+        (t, meta, chunks), = _read_ipc(_Source(spill))
+    stat = os.stat(path)
+    return Dataset(chunks, t, None, _special(meta, t), (os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+
+
+def _read_lines(f, path, sink, end):
+    """JSON lines from f (to byte `end`) into the sink."""
+    line, rest, eof = 1, [], False
+    while not eof:
+        block = f.read(_BLOCK if end is None else min(_BLOCK, end - f.tell()))
+        eof = not block
+        cut = block.rfind(b'\n') + 1
+        if not cut and not eof:
+            rest.append(block)  # a line longer than a block
+            continue
+        data, rest = b''.join([*rest, block[:cut]]), [block[cut:]]
+        data = data.removeprefix(b'\xef\xbb\xbf') if line == 1 else data
+        if not data:
+            continue
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as e:
+            before = data[:e.start]
+            raise ValueError(f"{path}:{line + before.count(10)}:{e.start - before.rfind(10)}: not UTF-8 ({e.reason})") from None
+        text = text.replace('\r\n', '\n') if '\r' in text else text
+        text += '' if text[-1] == '\n' else '\n'
+        rows, at, size = [], 0, len(text)
+        try:
+            while at < size:
+                row, at = _SCAN(text, at)
+                if text[at] != '\n':
+                    break
+                rows.append(row)
+                at += 1
+        except (StopIteration, ValueError, RecursionError):
+            at = -1
+        lines = range(line, line + len(rows))
+        if at != size or set(map(type, rows)) != {dict}:  # blank lines, spaces, or a fault: line by line
+            rows, lines = _slow_lines(text, path, line)
+        if rows:
+            sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
+        line += text.count('\n')
+
+
+def _slow_lines(text, path, first):
+    rows, lines = [], []
+    for i, line in enumerate(text.split('\n'), first):
+        if line and not line.isspace():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise ValueError(f'{path}:{i}:{e.colno}: {e.msg}; expected one JSON object a line') from None
+            except (ValueError, RecursionError) as e:
+                raise ValueError(f'{path}:{i}: {e}') from None
             if not isinstance(row, dict):
-                raise ValueError(f'{p}:{i}:1: expected an object {{...}}, got {json.dumps(row)[:40]}')
+                raise ValueError(f'{path}:{i}:1: expected an object {{...}}, got {line.strip()[:40]}')
             rows.append(row)
-    return Dataset(rows)
+            lines.append(i)
+    return rows, lines
+
+
+def _read_list(f, path, sink):
+    """One JSON list of objects, parsed piece by piece: memory holds a block, not the file."""
+    text, buf, at, line, space = io.TextIOWrapper(f, 'utf-8-sig', newline=''), '', 0, 1, json.decoder.WHITESPACE.match
+
+    def fail(pos, message):
+        raise ValueError(f'{path}:{line + buf.count(chr(10), at, pos)}:{pos - buf.rfind(chr(10), 0, pos)}: {message}')
+
+    def more():
+        nonlocal buf, at
+        try:
+            new = text.read(_BLOCK)
+        except UnicodeDecodeError as e:
+            raise ValueError(f'{path}: behind line {line}: not UTF-8 ({e.reason})') from None
+        buf, at = buf[at:] + new, 0
+        return bool(new)
+
+    def peek():
+        """The next character that is no space, '' at the end."""
+        nonlocal at, line
+        while True:
+            end = space(buf, at).end()
+            line, at = line + buf.count('\n', at, end), end
+            if at < len(buf) or not more():
+                return buf[at:at + 1]
+
+    rows, lines, first = [], [], True
+    peek()
+    at += 1  # the '[', which the caller has seen
+    while (char := peek()) != ']':
+        if not first:
+            if char != ',':
+                fail(at, "expected ',' or ']'" if char else 'the list is cut off')
+            at += 1
+            char = peek()
+        if char != '{':
+            fail(at, f'expected an object {{...}}, got {buf[at:at + 40]!r}' if char else 'the list is cut off')
+        while True:
+            try:
+                row, end = _SCAN(buf, at)
+                break
+            except (StopIteration, ValueError, RecursionError) as e:  # a fault, or an object that the end of the buffer cuts
+                ahead, why = getattr(e, 'pos', at) - at, getattr(e, 'msg', str(e))
+                cut = at + ahead > len(buf) - 16 or why.startswith('Unterminated') or isinstance(e, StopIteration)
+                if not cut or not more():
+                    fail(at + ahead, why)
+        rows.append(row)
+        lines.append(line)
+        line, at, first = line + buf.count('\n', at, end), end, False
+        if len(rows) == 10000:
+            sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
+            rows, lines = [], []
+    at += 1
+    if peek():
+        fail(at, 'something stands behind the end of the list')
+    if rows:
+        sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
+
+
+def _parallel(path, size, num_proc):
+    """JSON lines in num_proc processes -> Dataset, or None on any fault: the caller reads again in one, for the exact place."""
+    cuts, work = [0], tempfile.mkdtemp(prefix='plainrlhf-load-')
+    with open(path, 'rb') as f:
+        for k in range(1, 2 * num_proc):
+            f.seek(max(size * k // (2 * num_proc), cuts[-1]))
+            f.readline()
+            cuts.append(f.tell())
+    pieces = [(path, lo, hi, os.path.join(work, f'{i:06d}.arrow')) for i, (lo, hi) in enumerate(zip(cuts, [*cuts[1:], size])) if lo < hi]
+    try:
+        _pool(_lines_piece, pieces, num_proc, None)
+        return concatenate([d for p in pieces for d in _open_arrow(p[3], many=True)])
+    except ValueError:
+        return None
+    finally:
+        shutil.rmtree(work)
+
+
+def _lines_piece(job, path, lo, hi, out):
+    with open(path, 'rb') as f, open(out, 'wb') as g:
+        f.seek(lo)
+        _read_lines(f, path, _Sink(g), hi)
+
+
+_INT, _FLOAT = re.compile(r'-?(0|[1-9]\d*)').fullmatch, re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[nN]a[nN]').fullmatch
+_CSV = {'int64': (lambda v: _INT(v) and -2**63 <= int(v) < 2**63, int), 'float64': (_FLOAT, float), 'bool': (lambda v: v.lower() in ('true', 'false'), lambda v: v.lower() == 'true'),
+        'string': (lambda v: True, str)}
+
+
+def _read_csv(f, path, delimiter):
+    """Comma- or tab-separated values with a header -> _Sink. A column is int64, float64 or bool if all its values are, else string; an
+    empty field is null. Texts first, numbers in a second pass: a late word in a column of numbers must not have cost the early "007"."""
+    csv.field_size_limit(_MAX32)
+    reader, raw, out = csv.reader(io.TextIOWrapper(f, 'utf-8-sig', newline=''), delimiter=delimiter, strict=True), _Sink(), _Sink()
+    try:
+        names = next(reader)
+        if len(set(names)) < len(names):
+            raise ValueError(f'{path}:1: two columns with one name: {", ".join(names)}')
+        kinds, rows = {k: dict(_CSV) for k in names}, []
+        for row in itertools.chain(reader, [None]):
+            if row and len(row) != len(names):
+                raise ValueError(f'{path}:{reader.line_num}: {len(row)} fields, the header has {len(names)}')
+            if row:
+                rows.append(row)
+            if rows and (row is None or len(rows) == 10000):
+                columns = dict(zip(names, zip(*rows)))
+                for k, values in columns.items():
+                    kinds[k] = {n: fit for n, fit in kinds[k].items() if all(fit[0](v) for v in set(values) if v)}
+                raw.add([dict(zip(names, (v or None for v in row))) for row in rows], lambda k, e: f'{path}: {e}')
+                rows = []
+    except StopIteration:
+        raise ValueError(f'{path}: the file is empty') from None
+    except csv.Error as e:
+        raise ValueError(f'{path}:{reader.line_num}: {e}') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path}: behind line {reader.line_num}: not UTF-8 ({e.reason})') from None
+    for block in raw.dataset().iter(10000):
+        make = {k: next(iter(kinds[k].values()))[1] for k in names}
+        rows = zip(*([None if v is None else make[k](v) for v in values] for k, values in block.items()))
+        out.add([dict(zip(block, row)) for row in rows], lambda k, e: f'{path}: {e}')
+    return out
 
 
 # --- training side: order, packing, collation, prefetch ---------------------------------------------------------------
@@ -288,6 +2158,64 @@ def _fetch(iterator, read, out, room, stop):  # a function, not a method: the th
             out.put((None, None, e))
     if hasattr(iterator, 'close'):
         iterator.close()
+# --- linter ------------------------------------------------------------------------------------------------------------
+
+def lint(ds, tok=None, max_len=None, test=None):
+    """What spoils a run without a word, looked for before it: [(grave, message)]. Without a tokenizer: duplicates, equal pairs, length
+    bias, overlap with `test`; with one also: rows that cannot be read, no token to train on, no EOS at the end, answers cut at max_len."""
+    said, pairs = [], {'chosen', 'rejected'} <= set(ds.types)
+    lead = [k for k in ('prompt', 'messages', 'question', 'instruction', 'text', 'chosen') if k in ds.types][:1] or ds.column_names
+    keys = [json.dumps(row, default=str, sort_keys=True, ensure_ascii=False) for row in ds]
+    prompts = [json.dumps([*block], default=str, ensure_ascii=False) for b in ds.select_columns(lead).iter(1000) for block in zip(*b.values())]
+    nulls_ = {k: sum(v is None for v in ds[k]) for k in ds.types}
+    said += [(False, f'{k}: {n} of {len(ds)} rows are null') for k, n in nulls_.items() if n]
+
+    def where(rows):
+        return f"{len(rows)} rows ({', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''})"
+    seen, twice = {}, []
+    for i, k in enumerate(keys):
+        if seen.setdefault(k, i) != i:
+            twice.append(i)
+    if twice:
+        said.append((False, f'duplicates: {where(twice)} repeat an earlier row'))
+    if test is not None:
+        held = {json.dumps([*block], default=str, ensure_ascii=False) for b in test.select_columns(lead).iter(1000) for block in zip(*b.values())}
+        both = [i for i, p in enumerate(prompts) if p in held]
+        if both:
+            said.append((True, f"train/test overlap: {where(both)} have a {' + '.join(lead)} of the test set"))
+    if pairs:
+        a, b = list(ds['chosen']), list(ds['rejected'])
+        equal = [i for i, (x, y) in enumerate(zip(a, b)) if x == y]
+        if equal:
+            said.append((True, f'chosen == rejected: {where(equal)}'))
+        sizes = np.array([[len(str(x)), len(str(y))] for x, y in zip(a, b)], float).reshape(-1, 2)
+        longer = float((sizes[:, 0] > sizes[:, 1]).mean()) if len(sizes) else 0.5
+        if abs(longer - 0.5) > 0.1:
+            said.append((False, f'length bias: chosen is the longer one in {longer:.0%} of the pairs (mean {sizes[:, 0].mean():.0f} against {sizes[:, 1].mean():.0f} '
+                                'characters): a reward model can learn length alone'))
+    if tok is not None:
+        bad, empty, open_, cut, lengths = [], [], [], [], []
+        for i, row in enumerate(ds):
+            try:
+                if pairs:
+                    p, x, y = encode_pair(row, tok)
+                    rows = [(p + x, [False] * len(p) + [True] * len(x)), (p + y, [False] * len(p) + [True] * len(y))]
+                else:
+                    rows = [encode_row(row, tok)]
+            except ValueError as e:
+                bad.append((i, str(e)))
+                continue
+            lengths.append(max(len(ids) for ids, _ in rows))
+            empty += [i] if any(not any(on) for _, on in rows) else []
+            open_ += [i] if any(not (any(on) and tok.eot in [t for t, m in zip(ids[-4:], on[-4:]) if m]) for ids, on in rows) else []
+            cut += [i] if max_len and any(any(on[max_len:]) for _, on in rows) else []
+        said += [(True, f'unreadable: {where([i for i, _ in bad])}: {bad[0][1]}')] if bad else []
+        said += [(True, f'nothing to train on: {where(empty)} have an empty mask')] if empty else []
+        said += [(True, f'no EOS: {where(open_)} do not end in a trained end token: the model will not learn to stop')] if open_ else []
+        said += [(True, f'cut answers: {where(cut)} have trained tokens beyond max_len {max_len}')] if cut else []
+        if lengths:
+            said.append((False, f'tokens a row: median {int(np.median(lengths))}, 95 % {int(np.quantile(lengths, 0.95))}, longest {max(lengths)}'))
+    return said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1008,3 +2936,34 @@ def show_masks(ids, trained, tok):
 # ---------------------------------------------------------------------------------------------------------------------
 # command line: python dataset.py head FILE | lint FILE
 # ---------------------------------------------------------------------------------------------------------------------
+
+def _main(words):
+    """head FILE [rows] | lint FILE [--tokenizer=NAME] [--max_len=N] [--test=FILE]"""
+    usage = 'usage: python dataset.py head FILE [ROWS] | python dataset.py lint FILE [--tokenizer=gpt2] [--max_len=1024] [--test=FILE]'
+    options = dict(w[2:].split('=', 1) for w in words if w.startswith('--') and '=' in w)
+    plain = [w for w in words if not w.startswith('--')]
+    if len(plain) < 2 or plain[0] not in ('head', 'lint') or options.keys() - {'tokenizer', 'max_len', 'test'} or len(plain) + len(options) < len(words):
+        raise ValueError(usage)
+    ds = load_dataset(plain[1])
+    print(ds)
+    if plain[0] == 'head':
+        for row in ds.select(range(min(int(plain[2]) if len(plain) > 2 else 3, len(ds)))):
+            print('---')
+            for k, v in row.items():
+                text = v if isinstance(v, str) else repr(v)
+                print(f'{k}: {text[:500]}' + (f' ... ({len(text)} characters)' if len(text) > 500 else ''))
+        return 0
+    tok = get_tokenizer(options['tokenizer']) if 'tokenizer' in options else None
+    said = lint(ds, tok, int(options.get('max_len', 0)) or None, load_dataset(options['test']) if 'test' in options else None)
+    for grave, message in said:
+        print(('FAULT  ' if grave else 'note   ') + message)
+    print(f'{sum(g for g, _ in said)} faults' + ('' if tok else ' (give --tokenizer=... to check masks, EOS and lengths too)'))
+    return int(any(g for g, _ in said))
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(_main(sys.argv[1:]))
+    except (ValueError, OSError) as _e:
+        print(f'error: {" ".join(str(_e).split())}', file=sys.stderr)
+        sys.exit(2)
