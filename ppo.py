@@ -1,0 +1,509 @@
+"""Proximal policy optimisation of a language model against a reward model, with a KL leash to where it started.
+
+    maximise  E_{x ~ prompts, y ~ pi}[ r(x, y) ] - beta KL(pi || pi_ref)
+
+PPO: Schulman et al. 2017 (1707.06347); for language models: Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020
+(2009.01325); the details as in lm-human-preference-details and "N+ implementation details" (2403.17031). One iteration:
+  1. rollout: the policy answers batch_size prompts at `temperature`
+  2. score: the reward model reads each answer at its end token; an answer without an end gets a fixed bad score
+  3. log-probs under policy and reference at the SAME temperature; reward per token = -beta (logp - ref_logp), score on the last
+  4. values, GAE on the response tokens only (eq. 16 of 1506.02438), advantages whitened over the batch
+  5. ppo_epochs passes over minibatches: clipped policy loss (eq. 7) + vf_coef * clipped value loss, AdamW, lr linear to 0
+  6. beta moves so that the KL meets target_kl (section 2.2 of 1909.08593), or stays fixed
+Changed from the papers: the value network may be one of its own, started from the reward model (2009.01325) or a head on
+the policy's trunk (1909.08593); padding is removed before every matrix product.
+
+    python ppo.py config/ppo_toy.py                              # CPU
+    python ppo.py config/ppo_gpt2.py                             # one GPU
+    python ppo.py --init_from=out-sft --reward=my_reward.py --dataset=my_prompts.jsonl
+"""
+import os
+import math
+import time
+import json
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import infer
+import kernels
+import lora
+from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
+from model import (RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run,
+                   pick_device, pick_threads, rng_state, save_checkpoint, set_rng_state, training_bytes)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# I/O
+out_dir = 'out-ppo'
+init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: policy and reference start here
+overwrite = False # start anew in an out_dir that already holds a run
+eval_interval = 20 # iterations between evaluations; a checkpoint is written at each
+eval_iters = 64 # validation prompts an evaluation answers
+eval_only = False # evaluate once and stop
+# data
+dataset = 'data/toy/prompts_train.jsonl' # rows {"prompt", ...}; the whole row goes to a reward of your own
+val_dataset = '' # '' keeps 5 % of dataset aside
+tokenizer = '' # '' = the one of init_from
+long_prompts = 'error' # a prompt that leaves no room for max_new_tokens: 'error' | 'drop' | 'cut' (its beginning)
+seed = 1337
+# reward
+reward = 'out-reward' # a reward model (out_dir, HF directory), or a Python file with reward(prompt, completion, row) -> float
+missing_eos = 'score' # an answer without end token: 'score' = gets missing_eos_value | 'penalty' = it is added | 'none'
+missing_eos_value = -1.0
+value = 'auto' # value network: 'reward' = starts as the reward model | 'policy' = as the policy | 'trunk' = a head on the policy; auto: reward if there is one, else policy
+# algorithm
+batch_size = 64 # completions an iteration, over all processes
+minibatch_size = 32 # completions an optimizer step
+micro_tokens = 8192 # tokens a forward pass sees at most; the result is the same
+ppo_epochs = 4 # passes over each batch
+max_new_tokens = 64
+temperature = 0.7 # of the samples, and of every log-prob
+kl_kind = 'k1' # estimator in the reward: 'k1' | 'k2' | 'k3'
+beta = 0.05 # weight of the KL; the start value when target_kl > 0
+target_kl = 0.0 # nats a sequence; 0 = beta stays fixed
+kl_horizon = 10000 # completions over which beta adapts
+gamma = 1.0
+lam = 0.95
+clip = 0.2 # of the ratio
+vf_clip = 0.2 # of the value's step; 0 = off
+vf_coef = 0.1
+whiten_rewards = False # scale the per-token rewards to unit variance, mean kept
+whiten_advantages = True # over the whole batch
+entropy_coef = 0.0
+kl_stop = 0.0 # end an update's passes when its approximate KL exceeds this; 0 = off
+# LoRA (2106.09685)
+lora_r = 0 # rank; 0 = train all weights; with an adapter the reference is the same model without it, for free
+lora_alpha = 16.0 # the adapter is scaled by alpha / r
+lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
+# optimizer
+max_iters = 100
+learning_rate = 1e-5 # linear to 0
+value_lr = 0.0 # of the value network; 0 = learning_rate
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.999
+adam_eps = 1e-5 # large on purpose: small first steps [lm-human-preferences]
+grad_clip = 1.0 # global norm; 0 = off
+# system
+max_num_seqs = 64 # completions generated at once
+device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
+dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
+compile = False # torch.compile of the update's forward pass
+kernels_mode = 'auto' # 'auto' | 'torch' | 'triton'
+threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+# ---------------------------------------------------------------------------------------------------------------------
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+config = {k: globals()[k] for k in config_keys} # will be useful for logging
+# ---------------------------------------------------------------------------------------------------------------------
+# the equations. (B, R) arrays: R response tokens, right-padded, mask (B, R) bool, True = counts. A masked position may hold
+# any finite value; it changes neither results nor gradients.
+
+
+def kl_estimate(logp, ref_logp, kind='k1'):
+    """Per-token estimate of KL(pi || ref) from tokens sampled by pi; d = logp - ref_logp, any shape.
+    k1 = d (unbiased, may be negative), k2 = d^2/2 (biased, low variance), k3 = exp(-d) - 1 + d (unbiased, never negative).
+    Schulman, "Approximating KL divergence", 2020. d = 0.5 -> k1 0.5, k2 0.125, k3 0.1065."""
+    d = logp - ref_logp
+    if kind == 'k1':
+        return d
+    if kind == 'k2':
+        return 0.5 * d * d
+    if kind == 'k3':
+        return torch.exp(-d) - 1 + d
+    raise ValueError(f"kl_kind {kind!r}: expected 'k1', 'k2' or 'k3'")
+
+
+def masked_mean(x, mask):
+    """Mean of x over True positions, 0 for none. x, mask same shape. [1, 9], [True, False] -> 1.0."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x, mask, shift_mean=True):
+    """(x - mean) / sqrt(var + 1e-8) over True positions, biased variance; with shift_mean=False the mean is added back
+    (rewards: only their scale changes). 0 where masked. [1, 3] all True -> [-1, 1]; shift_mean=False -> [1, 3]."""
+    mean = masked_mean(x, mask)
+    var = masked_mean((torch.where(mask, x, mean) - mean) ** 2, mask)
+    out = (x - mean) * torch.rsqrt(var + 1e-8)
+    return torch.where(mask, out if shift_mean else out + mean, 0.0)
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """GAE, Schulman et al. 2015 (1506.02438) eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1},
+    the response ends after its last True position. rewards, values (B, R) float, mask (B, R) bool. Returns advantages and
+    returns = advantages + values, (B, R), 0 where masked. ValueError on an empty row.
+    R=3, r=[1,0,0], V=0, gamma=lam=1 -> A = [1,0,0]; r=[0,0,1] -> A = [1,1,1]."""
+    if not bool(mask.any(1).all()):
+        raise ValueError(f'gae: row {int((~mask.any(1)).nonzero()[0])} has no response token: drop empty responses before')
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    advantages, last, next_value = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        last = torch.where(mask[:, t], delta + gamma * lam * last, 0.0)
+        advantages[:, t], next_value = last, values[:, t]
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip):
+    """PPO's clipped surrogate, eq. 7: mean of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = exp(logp - old_logp).
+    All (B, R). Returns (loss, stats): clip_frac, approx_kl = mean (logp - old_logp)^2 / 2, ratio_max = largest |ratio - 1|.
+    logp - old_logp = ln 2, A = 1, clip 0.2 -> loss -1.2, clip_frac 1."""
+    d = torch.where(mask, logp - old_logp, 0.0)
+    ratio, a = d.exp(), torch.where(mask, advantages, 0.0)
+    plain, clipped = -a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)
+    with torch.no_grad():
+        stats = dict(clip_frac=masked_mean((clipped > plain).float(), mask), approx_kl=0.5 * masked_mean(d * d, mask), ratio_max=(ratio - 1).abs().max())
+    return masked_mean(torch.maximum(plain, clipped), mask), stats
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """0.5 mean max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of old_values (clip 0: no clipping). All (B, R).
+    Returns (loss, stats): vf_clip_frac, explained = 1 - var(R - V)/var(R). V=1, old=0, R=0, clip=0.2 -> 0.5."""
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    plain = (values - returns) ** 2
+    clipped = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2 if clip else plain
+    with torch.no_grad():
+        rest = returns - values
+        var = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+        explained = 1 - masked_mean((rest - masked_mean(rest, mask)) ** 2, mask) / var.clamp(min=1e-8)
+        stats = dict(vf_clip_frac=masked_mean((clipped > plain).float(), mask), explained=explained)
+    return 0.5 * masked_mean(torch.maximum(plain, clipped), mask), stats
+
+
+def token_rewards(scores, logp, ref_logp, mask, beta, kind='k1'):
+    """-beta * KL estimate at every response token, the score (B,) added at the last one -> (B, R), 0 where masked."""
+    rewards = torch.where(mask, -beta * kl_estimate(logp, ref_logp, kind), 0.0)
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+    return rewards.index_put((torch.arange(len(scores), device=scores.device), last), scores, accumulate=True)
+
+
+def adapt_beta(beta, kl, target, n, horizon):
+    """Proportional controller, 1909.08593 section 2.2: beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon).
+    0.15, KL 12, target 6, n 512, horizon 10000 -> 0.15154."""
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+
+
+def linear_lr(it, peak, warmup, total):
+    """Linear warm-up, then linear to 0 at iteration `total`."""
+    return peak * min((it + 1) / (warmup + 1), max(0.0, (total - it) / max(1, total - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data and reward
+
+
+def encode_prompts(rows, tok, room, name, long_prompts):
+    """Rows -> ([row], [prompt ids]); a prompt over `room` tokens is an error, dropped, or loses its beginning."""
+    kept, prompts, long = [], [], 0
+    for i, row in enumerate(rows):
+        if 'prompt' not in row:
+            raise ValueError(f'{name}, row {i + 1}: no "prompt", it has {sorted(row)}')
+        ids = encode_prompt(row['prompt'], tok)
+        if not ids:
+            raise ValueError(f'{name}, row {i + 1}: empty prompt')
+        if len(ids) > room:
+            if long_prompts == 'error':
+                raise ValueError(f'{name}, row {i + 1}: prompt of {len(ids)} tokens, block_size minus max_new_tokens leaves {room}: '
+                                 f'lower --max_new_tokens, or --long_prompts=drop or cut')
+            long += 1
+            if long_prompts == 'drop':
+                continue
+            ids = ids[-room:]
+        kept.append(row)
+        prompts.append(ids)
+    if long:
+        print(f'{name}: {long} prompts over {room} tokens, {long_prompts}')
+    if not prompts:
+        raise ValueError(f'{name}: no prompt left')
+    return kept, prompts
+
+
+def score_with_model(model, sequences, device, micro_tokens):
+    """Rewards (S,) of token lists, read at the last token of each; packed without padding, float32 on the CPU."""
+    out, lengths = torch.empty(len(sequences)), [len(s) for s in sequences]
+    for bin in pack(lengths, max([micro_tokens, *lengths])):
+        n = torch.tensor([lengths[i] for i in bin])
+        idx = torch.from_numpy(np.concatenate([np.asarray(sequences[i], np.int64) for i in bin]))[None]
+        doc = torch.arange(len(bin)).repeat_interleave(n)[None]
+        with torch.no_grad():
+            out[bin] = model(idx.to(device), doc=doc.to(device))[0][0, (n.cumsum(0) - 1).to(device)].float().cpu()
+    return out
+
+
+def collate(prompts, responses):
+    """Token lists -> idx (B, T) right-padded, mask (B, T), at (B, R): the position that PREDICTS response token j, P + j - 1
+    (state once: the logits at t predict token t + 1), resp (B, R) bool. Prompt [5, 6], response [7] -> at [[1]]."""
+    idx, mask = pad([p + r for p, r in zip(prompts, responses)])
+    _, resp = pad(responses)
+    at = torch.tensor([len(p) - 1 for p in prompts])[:, None] + torch.arange(resp.shape[1])
+    return idx, mask, at.clamp(max=idx.shape[1] - 2), resp
+
+
+def response_positions(mask, at, resp):
+    """(B, T-1) bool: the positions `at` that predict a response token; the head is computed there and nowhere else."""
+    return torch.zeros_like(mask[:, 1:], dtype=torch.int32).scatter_add(1, at, resp.int()) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+if __name__ == '__main__':
+    # ---- process and models --------------------------------------------------------------------------------------
+    config['stage'] = 'ppo'
+    device, amp_dtype = pick_device(device, dtype)
+    amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
+    kernels.use(kernels_mode)
+    torch.manual_seed(seed)
+    for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('missing_eos', missing_eos, ('score', 'penalty', 'none')),
+                              ('value', value, ('auto', 'reward', 'policy', 'trunk')), ('kl_kind', kl_kind, ('k1', 'k2', 'k3'))):
+        if given not in known:
+            raise ValueError(f'{key} {given!r}: expected one of {", ".join(known)}')
+    if batch_size % minibatch_size:
+        fits = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
+        raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: set --minibatch_size to one of {fits}')
+    if temperature <= 0:
+        raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
+    if not os.path.exists(dataset):
+        raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
+    ckpt = open_run(out_dir, init_from, overwrite, 'ppo')
+    if init_from == 'scratch':
+        raise ValueError('PPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
+    config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
+    policy, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, 0.0, lora_targets)
+    tok = get_tokenizer(tokenizer)
+    if tok.vocab_size > policy.config.vocab_size:
+        raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {policy.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
+    if tok.eot is None:
+        raise ValueError(f'tokenizer {tokenizer!r} has no end token, so no answer could ever end: PPO needs one that has')
+    policy.config.dropout = 0.0  # dropout off everywhere: the ratio must be 1 before the first step
+    policy = policy.to(device)
+    use_adapter = bool(lora.adapted(policy))
+    reference = None if use_adapter else load_model(config['init_from'], device)[0].requires_grad_(False)
+    if reward.endswith('.py'):
+        reward_fn, reward_model, reward_tok = infer.load_reward(reward), None, None
+    else:
+        reward_model, reward_tok = load_model(reward, device, head='scalar')
+        reward_model.requires_grad_(False)
+        reward_tok = None if reward_tok == tokenizer else get_tokenizer(reward_tok)  # None: the same ids, nothing to re-encode
+    start_value = value if value != 'auto' else 'reward' if reward_model is not None else 'policy'
+    if start_value == 'trunk':
+        value_net = nn.Linear(policy.config.n_embd, 1).to(device)
+        nn.init.zeros_(value_net.weight)
+        nn.init.zeros_(value_net.bias)
+    elif start_value == 'reward':
+        if reward_model is None or reward_tok is not None:
+            raise ValueError(f'--value=reward needs a reward model that shares the tokenizer of the policy; {reward} does not: --value=policy')
+        value_net = load_model(reward, device, head='scalar')[0]
+    else:
+        value_net = load_model(config['init_from'], device, head='scalar')[0]
+        nn.init.zeros_(value_net.score.weight)
+    value_net.requires_grad_(True)
+    threads = pick_threads(threads, policy.num_params(), device)
+
+    # ---- prompts -------------------------------------------------------------------------------------------------
+    T = policy.config.block_size
+    if max_new_tokens >= T:
+        raise ValueError(f'max_new_tokens {max_new_tokens} leaves no room for a prompt in block_size {T}: lower it')
+    rows, val_rows = load_dataset(dataset), load_dataset(val_dataset) if val_dataset else None
+    if val_rows is None:
+        parts = rows.train_test_split(0.05, seed)
+        rows, val_rows = parts['train'], parts['test']
+    rows, prompts = encode_prompts(rows, tok, T - max_new_tokens, dataset, long_prompts)
+    val_rows, val_prompts = encode_prompts(val_rows, tok, T - max_new_tokens, val_dataset or dataset, long_prompts)
+    sampler = Sampler(len(prompts), batch_size, seed)
+
+    # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
+    policy_params, value_params = [p for _, p in lora.trainable(policy)], list(value_net.parameters())
+    optimizer = torch.optim.AdamW([dict(params=policy_params, peak=learning_rate), dict(params=value_params, peak=value_lr or learning_rate)],
+                                  lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=True)
+    start, best = 0, -float('inf')
+    if ckpt:
+        value_net.load_state_dict(ckpt['value'])
+        optimizer.load_state_dict(ckpt['optimizer'])
+        set_rng_state(ckpt['rng'], device)
+        sampler.load_state_dict(ckpt['data'])
+        start, best, beta = ckpt['iter'], ckpt['best'], ckpt['beta']
+    log = RunLog(out_dir, config, ckpt)
+    engine = infer.Engine(policy, tok, max_num_seqs=max_num_seqs)
+    if compile:
+        policy.hidden = torch.compile(policy.hidden, dynamic=True)
+    (pw, pg, pm), (vw, vg, vm) = training_bytes(policy), training_bytes(value_net)
+    rw = sum(p.nbytes for m in (reference, reward_model) if m is not None for p in m.parameters())
+    longest = max(map(len, prompts)) + max_new_tokens
+    networks = 1 if start_value == 'trunk' else 2
+    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest),
+                               activations=networks * activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
+    base_memory = memory_now(device) - pw - vw - rw
+    print(f'policy {policy.num_params() / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
+          f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
+
+    # ---- the phases of an iteration ------------------------------------------------------------------------------
+    def rollout(prompts, seeds):
+        """One completion a prompt -> (responses [[int]], ended [bool], log-probs that the engine sampled with)."""
+        engine.weights_changed()
+        with lora.merged(policy):
+            params = [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s)) for s in seeds]
+            done = engine.generate(prompts, params)
+        return [c.token_ids for c in done], torch.tensor([c.finish_reason == 'stop' for c in done]), [c.logprobs for c in done]
+
+    def score(rows, prompts, responses, ended):
+        """Reward of each completion, the end-token rule applied -> (B,) float32 on the device."""
+        texts = lambda ids: tok.decode(ids)
+        if reward_model is None:
+            s = torch.tensor([reward_fn(texts(p), texts([t for t in r if t != tok.eot]), row) for p, r, row in zip(prompts, responses, rows)])
+        else:
+            seqs = [p + r for p, r in zip(prompts, responses)]
+            if reward_tok is not None:
+                seqs = [reward_tok.encode(texts(p) + texts([t for t in r if t != tok.eot])) + [reward_tok.eot] for p, r in zip(prompts, responses)]
+            with amp():
+                s = score_with_model(reward_model, seqs, device, micro_tokens)
+        bad = ~s.isfinite()
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(f'reward {reward} returned {s[i].item()} for completion {texts(responses[i])[:60]!r} of row {str(rows[i])[:80]}: rewards must be finite')
+        s = s.float()
+        if missing_eos != 'none':
+            s = torch.where(ended, s, missing_eos_value if missing_eos == 'score' else s + missing_eos_value)
+        return s.to(device)
+
+    def forward(rows, batch, need_value=True):
+        """Log-probs, entropies, values (b, R) of some rows of the batch, at the sampling temperature."""
+        idx, mask, at, resp = (x[rows].to(device) for x in batch)
+        where = response_positions(mask, at, resp)
+        x, layout = policy.encode(idx, mask)
+        logp, entropy = policy.logprobs(idx, temperature, mask, where=where, entropy=True, encoded=(x, layout))
+        logp, entropy = logp.gather(1, at), entropy.gather(1, at)
+        if not need_value:
+            return logp, entropy, None
+        v = layout.put(value_net(x)[:, 0].float()) if start_value == 'trunk' else value_net(idx, mask=mask)[0]
+        return logp, entropy, v.gather(1, at)
+
+    def micro_batches(rows, lengths):
+        """Rows of a minibatch in groups of at most micro_tokens tokens, always cut the same way."""
+        own = [lengths[i] for i in rows]
+        return [[rows[i] for i in bin] for bin in pack(own, max([micro_tokens, *own]))]
+
+    def in_micro_batches(fn, rows, lengths):
+        """fn(micro rows) -> tuple of (b, R); the whole put together in the order of rows."""
+        parts = [(m, fn(m)) for m in micro_batches(rows, lengths)]
+        order = torch.tensor([i for m, _ in parts for i in m]).argsort()
+        return [None if p[0] is None else torch.cat(p)[order.to(device)] for p in zip(*(out for _, out in parts))]
+
+    def reference_logp(rows, batch):
+        idx, mask, at, resp = (x[rows].to(device) for x in batch)
+        where = response_positions(mask, at, resp)
+        if reference is not None:
+            return (reference.logprobs(idx, temperature, mask, where=where).gather(1, at),)
+        with lora.lora_disabled(policy):
+            return (policy.logprobs(idx, temperature, mask, where=where).gather(1, at),)
+
+    def evaluate(it):
+        """Validation prompts answered with fixed seeds: score, KL to the reference, length; the samples are written."""
+        n = min(eval_iters, len(val_prompts))
+        responses, ended, _ = rollout(val_prompts[:n], range(n))
+        scores = score(val_rows[:n], val_prompts[:n], responses, ended)
+        batch = collate(val_prompts[:n], responses)
+        lengths = [len(p) + len(r) for p, r in zip(val_prompts, responses)]
+        with torch.no_grad(), amp():
+            logp = in_micro_batches(lambda m: forward(m, batch, need_value=False), list(range(n)), lengths)[0]
+            ref = in_micro_batches(lambda m: reference_logp(m, batch), list(range(n)), lengths)[0]
+        resp = batch[3].to(device)
+        kl = torch.where(resp, logp - ref, 0.0).sum(1).mean().item()
+        with open(os.path.join(out_dir, 'samples.jsonl'), 'a') as f:
+            for p, r, s in zip(val_prompts[:8], responses, scores.tolist()):
+                f.write(json.dumps(dict(step=it, prompt=tok.decode(p), completion=tok.decode(r), score=s)) + '\n')
+        return dict(score=scores.mean().item(), score_std=scores.std().item() if n > 1 else 0.0, kl=kl, len=resp.sum(1).float().mean().item(), ended=ended.float().mean().item()), tok.decode(val_prompts[0] + responses[0])
+
+    # ---- loop ----------------------------------------------------------------------------------------------------
+    checked = start > 0
+    for it in range(start, max_iters + 1):
+        if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only):
+            seen, sample = evaluate(it)
+            print(f"step {it}: val score {seen['score']:.3f} | kl {seen['kl']:.2f} nats/seq | len {seen['len']:.1f} tok | ended {seen['ended']:.0%} | {sample!r}")
+            log.row(it, 'eval', **seen, beta=beta)
+            if eval_only:
+                break
+            objective = seen['score'] - beta * seen['kl']
+            better, best = objective > best, max(best, objective)
+            saved = dict(**lora.checkpoint_parts(policy), value=value_net.state_dict(), value_kind=start_value, optimizer=optimizer.state_dict(), config=config,
+                         tokenizer=tokenizer, iter=it, best=best, beta=beta, rng=rng_state(device), data=sampler.state_dict(), time=log.elapsed())
+            save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
+            if better:
+                save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
+        if it == max_iters:
+            break
+
+        # ---- rollout and score -----------------------------------------------------------------------------------
+        t0 = time.time()
+        picked = next(sampler).tolist()
+        mine = [prompts[i] for i in picked]
+        responses, ended, engine_logp = rollout(mine, (seed * 1000003 + it * batch_size + np.arange(batch_size)) % (1 << 31))
+        t_gen = time.time() - t0
+        scores = score([rows[i] for i in picked], mine, responses, ended)
+
+        # ---- log-probs, values, advantages -----------------------------------------------------------------------
+        batch = collate(mine, responses)
+        resp, lengths = batch[3].to(device), [len(p) + len(r) for p, r in zip(mine, responses)]
+        minibatches = [list(range(i, i + minibatch_size)) for i in range(0, batch_size, minibatch_size)]
+        with torch.no_grad(), amp():  # minibatch by minibatch as the first epoch will cut them: its ratios are 1 to the bit
+            parts = [in_micro_batches(lambda m: (*forward(m, batch), *reference_logp(m, batch)), mb, lengths) for mb in minibatches]
+            old_logp, _, old_values, ref_logp = (torch.cat(p) for p in zip(*parts))
+            rewards = token_rewards(scores, old_logp, ref_logp, resp, beta, kl_kind)
+            if whiten_rewards:
+                rewards = whiten(rewards, resp, shift_mean=False)
+            advantages, returns = gae(rewards, old_values, resp, gamma, lam)
+            if whiten_advantages:
+                advantages = whiten(advantages, resp)
+        sampled, _ = pad(engine_logp, 0.0)
+        mismatch = torch.where(resp, (old_logp - sampled.to(device)).abs(), 0.0)
+        kl = torch.where(resp, old_logp - ref_logp, 0.0).sum(1).mean().item()
+
+        # ---- update ----------------------------------------------------------------------------------------------
+        t1 = time.time()
+        for group in optimizer.param_groups:
+            group['lr'] = linear_lr(it, group['peak'], 0, max_iters)
+        stats, stop, steps = {}, False, 0
+        for epoch in range(ppo_epochs):
+            order = list(range(batch_size)) if epoch == 0 else torch.randperm(batch_size).tolist()
+            for mb in (order[i:i + minibatch_size] for i in range(0, batch_size, minibatch_size)):
+                tokens, step_stats = resp[mb].sum().item(), {}
+                for m in micro_batches(mb, lengths):
+                    with amp():
+                        logp, entropy, v = forward(m, batch)
+                    pg_loss, ps = policy_loss(logp, old_logp[m], advantages[m], resp[m], clip)
+                    vf_loss, vs = value_loss(v, old_values[m], returns[m], resp[m], vf_clip)
+                    ent, share = masked_mean(entropy, resp[m]), resp[m].sum().item() / tokens
+                    ((pg_loss + vf_coef * vf_loss - entropy_coef * ent) * share).backward()
+                    for k, x in dict(**ps, **vs, pg=pg_loss, vf=vf_loss, entropy=ent).items():
+                        step_stats[k] = max(step_stats.get(k, 0.0), x.item()) if k == 'ratio_max' else step_stats.get(k, 0.0) + x.item() * share
+                if not checked:  # the invariant of every correct PPO: before the first step nothing has moved
+                    checked = True
+                    print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, approx KL = {step_stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
+                    if step_stats['ratio_max'] > 1e-3:
+                        raise ValueError(f"first update: |ratio - 1| is {step_stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
+                norm = torch.nn.utils.clip_grad_norm_(policy_params + value_params, grad_clip or float('inf')).item()
+                check_finite(it, out_dir, grad_norm=norm, pg=step_stats['pg'], vf=step_stats['vf'])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                steps += 1
+                for k, x in {**step_stats, 'grad_norm': norm}.items():
+                    stats[k] = stats.get(k, 0.0) + x
+                stop = bool(kl_stop) and step_stats['approx_kl'] > kl_stop
+                if stop:
+                    break
+            if stop:
+                break
+        stats = {k: x / steps for k, x in stats.items()}
+        if target_kl:
+            beta = adapt_beta(beta, kl, target_kl, batch_size, kl_horizon)
+
+        # ---- log -------------------------------------------------------------------------------------------------
+        dt, n = time.time() - t0, int(resp.sum())
+        row = dict(score=scores.mean(), score_std=scores.std(), kl=kl, beta=beta, len=n / batch_size, ended=ended.float().mean(), mismatch=mismatch.sum().item() / n,
+                   mismatch_max=mismatch.max(), value_mean=masked_mean(old_values, resp), gen_s=t_gen, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, lr=optimizer.param_groups[0]['lr'], steps=steps, **stats)
+        log.row(it, 'train', **row)
+        print(f"iter {it}/{max_iters} | score {row['score']:.2f} | kl {kl:.2f} nats/seq | pg {stats['pg']:.3f} | vf {stats['vf']:.3f} | clip {stats['clip_frac']:.1%} | "
+              f"len {n / batch_size:.1f} tok | gen {t_gen:.1f}s upd {row['upd_s']:.1f}s | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
+
+    # ---- end -----------------------------------------------------------------------------------------------------
+    peak = memory_now(device, peak=True) - max(0, base_memory)
+    print(f'done: best score - beta kl {best:.3f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, samples in {out_dir}/samples.jsonl')

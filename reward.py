@@ -1,0 +1,323 @@
+"""The reward model: learn from pairs which of two answers people (or a gold scorer) prefer.
+
+    L = - mean log sigmoid(r(x, chosen) - r(x, rejected) - margin)  +  center * mean (r_chosen + r_rejected)^2
+
+Bradley & Terry 1952; Christiano et al. 2017 (1706.03741); Stiennon et al. 2020 (2009.01325); margin and centring as in
+Llama 2 (2307.09288) and Eisenstein et al. 2023 (2312.09244). How it goes:
+  1. a language model gets a scalar head, N(0, 1/sqrt(d+1)); the reward is read at the last real token, the end token
+  2. chosen and rejected of a micro-batch go through ONE forward, packed without padding
+  3. one epoch, learning rate linear to 0 (more epochs overfit: 2009.01325 section 3.4)
+  4. held-out accuracy with its interval, margin, calibration, correlation of reward and length, histograms: report.json
+  5. gain and bias: rewards of samples of the initial policy get mean 0 and standard deviation 1, folded into the weights
+Changed from the papers: ties are either left out or trained with both orders at half weight (ties='half').
+
+    python reward.py config/reward_toy.py                        # CPU
+    python reward.py config/reward_gpt2.py                       # one GPU
+    python reward.py --dataset=my_pairs.jsonl --init_from=gpt2
+"""
+import os
+import math
+import time
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import infer
+import kernels
+import lora
+from dataset import Sampler, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
+from model import (RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
+                   rng_state, save_checkpoint, set_rng_state, training_bytes, write_json)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# I/O
+out_dir = 'out-reward'
+init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: the language model that gets the head
+overwrite = False # start anew in an out_dir that already holds a run
+eval_interval = 100 # iterations between evaluations; a checkpoint is written at each
+eval_iters = 0 # batches an evaluation; 0 = the whole validation set
+eval_only = False # evaluate once and stop
+# data
+dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}, optionally "margin", "tie": true
+val_dataset = '' # '' keeps 5 % of dataset aside
+tokenizer = '' # '' = the one of init_from
+block_size = 0 # tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
+max_rows = 0 # train on the first so many pairs; 0 = all
+seed = 1337
+# algorithm
+center = 0.0 # weight of (r_chosen + r_rejected)^2; 0.01 keeps rewards around 0
+margin_scale = 1.0 # multiplies a row's "margin"
+ties = 'drop' # 'drop' | 'half': rows with "tie": true are left out, or pulled together
+normalize = 'samples' # after training: 'samples' of the initial policy | 'responses' of the data | 'none'
+normalize_n = 256 # samples (or responses) that give gain and bias
+max_new_tokens = 64 # of those samples
+temperature = 1.0 # of those samples
+# LoRA (2106.09685)
+lora_r = 0 # rank; 0 = train all weights
+lora_alpha = 16.0 # the adapter is scaled by alpha / r
+lora_dropout = 0.0
+lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
+# optimizer
+epochs = 1.0 # passes over the pairs; ignored when max_iters is set
+max_iters = 0 # 0 = as many as epochs says
+batch_size = 64 # pairs an iteration, over all processes
+micro_tokens = 8192 # tokens a forward pass sees at most
+learning_rate = 5e-5 # linear to 0
+warmup_iters = 0
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.999
+adam_eps = 1e-5 # large on purpose: small first steps [lm-human-preferences]
+grad_clip = 1.0 # global norm; 0 = off
+# system
+device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
+dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
+compile = False # torch.compile
+kernels_mode = 'auto' # 'auto' | 'torch' | 'triton'
+threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+# ---------------------------------------------------------------------------------------------------------------------
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+config = {k: globals()[k] for k in config_keys} # will be useful for logging
+# ---------------------------------------------------------------------------------------------------------------------
+# the equations
+
+
+def bradley_terry_loss(chosen, rejected, margin=None):
+    """-log sigmoid(chosen - rejected - margin), mean over pairs. chosen, rejected (B,) rewards; margin float or (B,).
+    Bradley-Terry: P(chosen beats rejected) = sigmoid(r_chosen - r_rejected). chosen [1], rejected [0] -> 0.3133."""
+    return -F.logsigmoid(chosen - rejected - (0.0 if margin is None else margin)).mean()
+
+
+def pair_losses(chosen, rejected, margin, tie, center):
+    """(B,) loss of each pair: Bradley-Terry, a tie as the mean over both orders, plus the centring term."""
+    d = chosen - rejected
+    win, lose = -F.logsigmoid(d - margin), -F.logsigmoid(-d - margin)
+    return torch.where(tie, 0.5 * (win + lose), win) + center * (chosen + rejected) ** 2
+
+
+def wilson(k, n, z=1.96):
+    """95 % interval of a share k/n (Wilson 1927): sensible near 0 and 1, where the normal one is not. 60 of 100 -> (0.502, 0.691)."""
+    p, w = k / n, z * z / n
+    mid, half = (p + w / 2) / (1 + w), z * math.sqrt(p * (1 - p) / n + w / (4 * n)) / (1 + w)
+    return mid - half, mid + half
+
+
+def calibration(margins, bins=10):
+    """Is sigmoid(margin) the share of pairs that it claims? margins (B,): r_chosen - r_rejected. The model's confidence in
+    its own choice, sigmoid(|margin|) in [0.5, 1], against how often that choice is right. Returns (ECE, rows of
+    (from, to, pairs, mean confidence, accuracy)). Guo et al. 2017 (1706.04599)."""
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    edges = np.linspace(0.5, 1.0, bins + 1)
+    which = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
+    rows = [(float(edges[b]), float(edges[b + 1]), int(m.sum()), float(confidence[m].mean()), float(right[m].mean()))
+            for b in range(bins) if (m := which == b).any()]
+    return sum(n * abs(conf - acc) for _, _, n, conf, acc in rows) / len(margins), rows
+
+
+def correlation(x, y):
+    """Pearson's r; 0 where one side is constant."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / scale) if scale else 0.0
+
+
+def linear_lr(it, peak, warmup, total):
+    """Linear warm-up, then linear to 0 at iteration `total`."""
+    return peak * min((it + 1) / (warmup + 1), max(0.0, (total - it) / max(1, total - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def encode_pairs(rows, tok, block_size, name, ties):
+    """Rows -> [(chosen ids, rejected ids, answer lengths, margin, tie)]. A prompt that does not fit loses its beginning
+    (the answer and its end token must stay); a pair whose answer alone is too long is dropped and counted."""
+    pairs, cut, dropped, tied = [], 0, 0, 0
+    for i, row in enumerate(rows):
+        if row.get('tie') and ties == 'drop':
+            tied += 1
+            continue
+        try:
+            prompt, chosen, rejected = encode_pair(row, tok)
+        except ValueError as e:
+            raise ValueError(f'{name}, row {i + 1}: {e}') from None
+        longest = max(len(chosen), len(rejected))
+        if longest >= block_size:
+            dropped += 1
+            continue
+        cut += len(prompt) + longest > block_size
+        prompt = prompt[-(block_size - longest):]
+        pairs.append((prompt + chosen, prompt + rejected, len(chosen), len(rejected), float(row.get('margin') or 0.0), bool(row.get('tie'))))
+    if not pairs:
+        raise ValueError(f'{name}: no usable pair of {len(rows)} within block_size {block_size} ({dropped} too long, {tied} ties)')
+    if cut or dropped or tied:
+        print(f'{name}: {cut} prompts cut on the left, {dropped} pairs dropped (answer longer than {block_size}), {tied} ties left out')
+    return pairs
+
+
+def packed_rewards(model, sequences, device):
+    """Rewards (S,) of token lists, read at the last token of each, by one forward without padding."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    idx = torch.from_numpy(np.concatenate([np.asarray(s, np.int64) for s in sequences]))[None]
+    doc = torch.arange(len(sequences)).repeat_interleave(lengths)[None]
+    return model(idx.to(device), doc=doc.to(device))[0][0, (lengths.cumsum(0) - 1).to(device)]
+
+
+def reward_of(model, sequences, device, micro_tokens):
+    """The same for any number of sequences, without gradient, in micro-batches; float32 on the CPU, in their order."""
+    out = torch.empty(len(sequences))
+    lengths = [len(s) for s in sequences]
+    for bin in pack(lengths, max([micro_tokens, *lengths])):
+        with torch.no_grad():
+            out[bin] = packed_rewards(model, [sequences[i] for i in bin], device).float().cpu()
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+if __name__ == '__main__':
+    # ---- process, model, data ------------------------------------------------------------------------------------
+    config['stage'] = 'reward'
+    device, amp_dtype = pick_device(device, dtype)
+    kernels.use(kernels_mode)
+    torch.manual_seed(seed)
+    for key, value, known in (('ties', ties, ('drop', 'half')), ('normalize', normalize, ('samples', 'responses', 'none'))):
+        if value not in known:
+            raise ValueError(f'{key} {value!r}: expected one of {", ".join(known)}')
+    if not os.path.exists(dataset):
+        raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
+    ckpt = open_run(out_dir, init_from, overwrite, 'reward')
+    if init_from == 'scratch':
+        raise ValueError('a reward model starts from a language model: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
+    model, tokenizer = lora.open_model(init_from, ckpt, 'scalar', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
+    tok = get_tokenizer(tokenizer)
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {model.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
+    model.config.dropout, T = 0.0, min(block_size or model.config.block_size, model.config.block_size)
+    model = model.to(device)
+    threads = pick_threads(threads, model.num_params(), device)
+    rows, val_rows = load_dataset(dataset), load_dataset(val_dataset) if val_dataset else None
+    if val_rows is None:
+        parts = rows.train_test_split(0.05, seed)
+        rows, val_rows = parts['train'], parts['test']
+    pairs = encode_pairs(rows.select(range(min(max_rows or len(rows), len(rows)))), tok, T, dataset, ties)
+    val_pairs = encode_pairs(val_rows, tok, T, val_dataset or f'{dataset} (5 % kept aside)', 'drop')
+    max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
+    sampler = Sampler(len(pairs), batch_size, seed)
+    print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of {batch_size} = {max_iters * batch_size / len(pairs):.2f} epochs')
+
+    def evaluate(part):
+        """What there is to say about a reward model on held-out pairs; see the glossary of the README."""
+        model.eval()
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            r = reward_of(model, [s for p in part for s in p[:2]], device, micro_tokens).view(-1, 2)
+        model.train()
+        chosen, rejected = r[:, 0].numpy().astype(float), r[:, 1].numpy().astype(float)
+        margins = chosen - rejected
+        ece, table = calibration(margins)
+        right = int((margins > 0).sum())
+        edges = np.histogram_bin_edges(r.numpy(), 30)
+        return dict(loss=float(np.logaddexp(0, -margins).mean()), accuracy=right / len(part), accuracy_95=wilson(right, len(part)), pairs=len(part),
+                    margin=float(margins.mean()), ece=ece, reliability=table, length_correlation=correlation(r.flatten(), [n for p in part for n in p[2:4]]),
+                    longer_is_chosen=float(np.mean([p[2] > p[3] for p in part])), reward_mean=float(r.mean()), reward_std=float(r.std()),
+                    histogram=dict(edges=edges.tolist(), chosen=np.histogram(chosen, edges)[0].tolist(), rejected=np.histogram(rejected, edges)[0].tolist()))
+
+    # ---- optimizer, resume ---------------------------------------------------------------------------------------
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), adam_eps)
+    start, best = 0, 0.0
+    if ckpt:
+        with torch.no_grad():  # the weights as trained, before gain and bias
+            model.score.weight.copy_(ckpt['raw_score'])
+        model.config.reward_bias = 0.0
+        optimizer.load_state_dict(ckpt['optimizer'])
+        set_rng_state(ckpt['rng'], device)
+        sampler.load_state_dict(ckpt['data'])
+        start, best = ckpt['iter'], ckpt['best']
+    log = RunLog(out_dir, config, ckpt)
+    weights, grads, moments = training_bytes(model)
+    base_memory = memory_now(device) - weights
+    longest = max(len(p[0]) + len(p[1]) for p in pairs)
+    planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, min(max(micro_tokens, longest), batch_size * longest), T)))
+    print(f'{model.num_params() / 1e6:.2f} M parameters on {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
+    rewards_of_batch = torch.compile(packed_rewards) if compile else packed_rewards
+
+    def checkpoint(name, it):
+        raw = model.score.weight.detach().clone() if model.config.reward_bias == 0 else raw_score
+        saved = dict(**lora.checkpoint_parts(model), raw_score=raw, optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it,
+                     best=best, rng=rng_state(device), data=sampler.state_dict(), time=log.elapsed())
+        save_checkpoint(os.path.join(out_dir, name), saved)
+
+    # ---- loop ----------------------------------------------------------------------------------------------------
+    model.train()
+    for it in range(start, max_iters + 1):
+        if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only and it < max_iters):
+            seen = evaluate(val_pairs[:eval_iters * batch_size or None])
+            lo, hi = seen['accuracy_95']
+            print(f"step {it}: held-out accuracy {seen['accuracy']:.1%} ({lo:.1%} to {hi:.1%}), loss {seen['loss']:.4f}, margin {seen['margin']:.3f}, "
+                  f"ece {seen['ece']:.3f}, length correlation {seen['length_correlation']:+.2f}")
+            log.row(it, 'eval', **{k: v for k, v in seen.items() if isinstance(v, (int, float))})
+            check_finite(it, out_dir, val_loss=seen['loss'])
+            if eval_only:
+                break
+            better, best = seen['accuracy'] > best, max(best, seen['accuracy'])
+            checkpoint('ckpt.pt', it)
+            if better:
+                checkpoint('ckpt_best.pt', it)
+        if it == max_iters:
+            break
+        t0 = time.time()
+        lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        batch = [pairs[i] for i in next(sampler)]
+        lengths, loss, right, margin, tokens = [len(p[0]) + len(p[1]) for p in batch], 0.0, 0, 0.0, 0
+        for bin in pack(lengths, max([micro_tokens, *lengths])):
+            mine = [batch[i] for i in bin]
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                r = rewards_of_batch(model, [s for p in mine for s in p[:2]], device).view(-1, 2)
+            margins, tie = torch.tensor([margin_scale * p[4] for p in mine], device=device), torch.tensor([p[5] for p in mine], device=device)
+            part = pair_losses(r[:, 0], r[:, 1], margins, tie, center).sum() / len(batch)
+            part.backward()
+            d = (r[:, 0] - r[:, 1]).detach()
+            loss, right, margin, tokens = loss + part.item(), right + int((d > 0).sum()), margin + d.sum().item(), tokens + sum(lengths[i] for i in bin)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip or float('inf')).item()
+        check_finite(it, out_dir, loss=loss, grad_norm=norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        dt = time.time() - t0
+        log.row(it, 'train', loss=loss, accuracy=right / len(batch), margin=margin / len(batch), grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt)
+        if it % 10 == 0:
+            print(f'iter {it}/{max_iters} | loss {loss:.4f} | acc {right / len(batch):.1%} | margin {margin / len(batch):.3f} | norm {norm:.2f} | lr {lr:.1e} | '
+                  f'{dt * 1e3:.0f} ms | {tokens / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}')
+
+    # ---- gain and bias, report -----------------------------------------------------------------------------------
+    if not eval_only and normalize != 'none':
+        sequences = [s for p in pairs for s in p[:2]][:normalize_n]
+        if normalize == 'samples':
+            policy_name = (ckpt['config'] if ckpt else config)['init_from']
+            policy = load_model(policy_name, device)[0].eval()
+            engine = infer.Engine(policy, tok, max_num_seqs=64)
+            prompts = [p[:-a] for p, _, a, _, _, _ in (pairs[i % len(pairs)] for i in range(normalize_n))]
+            prompts = [p[-(T - max_new_tokens):] for p in prompts]
+            done = engine.generate(prompts, infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed))
+            sequences = [prompts[c.prompt_index] + c.token_ids for c in done]
+            del engine, policy
+        r = reward_of(model, sequences, device, micro_tokens)
+        gain = 1 / r.std(correction=0).clamp(min=1e-6).item()
+        raw_score, bias = model.score.weight.detach().clone(), -gain * r.mean().item()
+        with torch.no_grad():
+            model.score.weight.mul_(gain)
+        model.config.reward_bias = bias
+        r = reward_of(model, sequences, device, micro_tokens)
+        print(f'normalised on {len(sequences)} {normalize}: gain {gain:.3f}, bias {bias:+.3f}; their rewards now have mean {r.mean():.4f} and std {r.std(correction=0):.4f}')
+        checkpoint('ckpt.pt', max_iters)
+    seen = evaluate(val_pairs)
+    write_json(os.path.join(out_dir, 'report.json'), seen)
+    print('reliability: confidence of its choice | how often right | pairs')
+    for lo, hi, n, conf, acc in seen['reliability']:
+        print(f'  {lo:.2f}-{hi:.2f}: {conf:.3f} | {acc:.3f} | {n}')
+    peak = memory_now(device, peak=True) - max(0, base_memory)
+    print(f"done: held-out accuracy {seen['accuracy']:.1%}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, report in {out_dir}/report.json")
