@@ -84,7 +84,7 @@ class Array:
                 raise ArrowError(f'corrupt: the offsets of a {self.type.kind} column fall')
             if self.type.kind == 'dictionary' and self.n:
                 at = self.data if self.valid is None else self.data[_bits(self.valid, 0, self.n)]
-                if at.size and not 0 <= at.min() <= at.max() < self.kids[0].n:
+                if at.size and not 0 <= at.min() <= at.max() < max(self.kids[0].n, 1):  # under a null parent 0 may stand for no value at all
                     raise ArrowError('corrupt: a dictionary index points outside of its dictionary')
             self.ok = True
         if self.type.kind in _TEXT and self.valid is None and self.memo is None:
@@ -167,7 +167,9 @@ def _times(values, t):
             return [_EPOCH + s for s in spans]
         zone, utc = _zone(t.arg[1]), datetime.timezone.utc
         return [(_EPOCH + s).replace(tzinfo=utc).astimezone(zone) for s in spans]
-    except OverflowError as e:
+    except ArrowError:
+        raise
+    except (OverflowError, ValueError) as e:
         raise ArrowError(f"a {k} beyond Python's range ({e})") from None
 
 
@@ -483,7 +485,7 @@ def cast(a, t):
         return nulls(t, a.n)
     if s.kind == 'dictionary':
         at = a.data.astype('i8') if a.valid is None else np.where(_bits(a.valid, 0, a.n), a.data.astype('i8'), -1)
-        return cast(take(a.kids[0], at), t)
+        return cast(take(a.kids[0], at) if a.kids[0].n else nulls(a.kids[0].type, a.n), t)
     if k == 'dictionary':
         words = {v: i for i, v in enumerate(dict.fromkeys(v for v in a.list(0, a.n) if v is not None))}
         at = np.array([words.get(v, 0) for v in a.list(0, a.n)], t.arg[0])
@@ -672,6 +674,9 @@ def _field_out(f, path, ids):
         coded, t = [('q', ids[path]), _type_out(Type(t.arg[0]))[1], ('B', bool(t.arg[1]))], t.fields[0].type
         path += (0,)
     tid, slots = _type_out(t)
+    if t.kind == 'map':  # its pairs and their keys are never null
+        key, value = t.fields[0].type.fields
+        t = t._replace(fields=(Field('entries', Type('struct', None, (key._replace(nullable=False), value)), False),))
     kids = tuple(_field_out(kid, path + (i,), ids) for i, kid in enumerate(t.fields))
     return [f.name.encode(), ('B', f.nullable), ('B', tid), slots, coded, kids, _pairs_out(f.meta)]
 
@@ -867,7 +872,7 @@ def _message(source, pos):
 
 def _read_ipc(source, many=False):
     """An Arrow stream or file -> [(struct type, metadata, chunks)], one entry; many: streams laid end to end, as we spill them."""
-    tables, budget = [], [2**24 + 8 * source.size]  # nulls and empty structs that may be claimed without bytes of their own
+    tables, budget = [], [2**20 + 16 * source.size]  # nulls and empty structs that may be claimed without bytes of their own
     if source.size >= 8 and bytes(source.view(0, 6)) == b'ARROW1':
         return [_read_file(source, budget)]
     pos = 0
@@ -1849,16 +1854,20 @@ def _slow_lines(text, path, first):
 def _read_list(f, path, sink):
     """One JSON list of objects, parsed piece by piece: memory holds a block, not the file."""
     text, buf, at, line, space = io.TextIOWrapper(f, 'utf-8-sig', newline=''), '', 0, 1, json.decoder.WHITESPACE.match
+    gone = 0  # characters of the current line that the buffer has dropped
 
     def fail(pos, message):
-        raise ValueError(f'{path}:{line + buf.count(chr(10), at, pos)}:{pos - buf.rfind(chr(10), 0, pos)}: {message}')
+        last = buf.rfind(chr(10), 0, pos)
+        raise ValueError(f'{path}:{line + buf.count(chr(10), at, pos)}:{pos - last + (gone if last < 0 else 0)}: {message}')
 
     def more():
-        nonlocal buf, at
+        nonlocal buf, at, gone
         try:
             new = text.read(_BLOCK)
         except UnicodeDecodeError as e:
             raise ValueError(f'{path}: behind line {line}: not UTF-8 ({e.reason})') from None
+        last = buf.rfind(chr(10), 0, at)
+        gone = gone + at if last < 0 else at - last - 1
         buf, at = buf[at:] + new, 0
         return bool(new)
 
@@ -1887,8 +1896,9 @@ def _read_list(f, path, sink):
                 row, end = _SCAN(buf, at)
                 break
             except (StopIteration, ValueError, RecursionError) as e:  # a fault, or an object that the end of the buffer cuts
-                ahead, why = getattr(e, 'pos', at) - at, getattr(e, 'msg', str(e))
-                cut = at + ahead > len(buf) - 16 or why.startswith('Unterminated') or isinstance(e, StopIteration)
+                stop = isinstance(e, StopIteration)
+                ahead, why = (e.value if stop else getattr(e, 'pos', at)) - at, 'Expecting value' if stop else getattr(e, 'msg', str(e))
+                cut = at + ahead > len(buf) - 16 or why.startswith('Unterminated')
                 if not cut or not more():
                     fail(at + ahead, why)
         rows.append(row)

@@ -1,0 +1,523 @@
+"""dataset.py part 1 against pyarrow, HF datasets and plain Python; corrupt files; order, packing and prefetch against enumeration."""
+import datetime
+import gzip
+import io
+import itertools
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import dataset as D
+from dataset import ArrowError, Dataset, Field, Sampler, Type, load_dataset
+
+pa = pytest.importorskip('pyarrow')
+import pyarrow.ipc
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+def write_pa(table, path, file=False, **options):
+    with pa.OSFile(str(path), 'wb') as f, (pa.ipc.new_file if file else pa.ipc.new_stream)(f, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as w:
+        w.write_table(table, max_chunksize=4)
+
+
+def read_pa(path, file=False, full=True):
+    with pa.OSFile(str(path), 'rb') as f:
+        table = (pa.ipc.open_file if file else pa.ipc.open_stream)(f).read_all()
+    table.validate(full=full)
+    return table
+
+
+def sound(table):
+    """subtle: pyarrow builds [None] of a list of dictionaries with an index 0 into no values, and then calls it invalid itself."""
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+# --- both ways with pyarrow on generated nested tables ---
+
+LEAVES = [pa.null(), pa.bool_(), *(getattr(pa, f'{u}int{b}')() for u in ('', 'u') for b in (8, 16, 32, 64)), pa.float16(), pa.float32(), pa.float64(),
+          pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.binary(3), pa.date32(), pa.date64(), pa.time32('s'), pa.time32('ms'),
+          pa.time64('us'), pa.timestamp('s'), pa.timestamp('ms', 'UTC'), pa.timestamp('us'), pa.timestamp('us', '+02:00'),
+          pa.timestamp('us', 'Europe/Berlin'), pa.timestamp('ns'), pa.duration('s'), pa.duration('us'), pa.duration('ns')]
+TYPES = st.recursive(st.sampled_from(LEAVES) | st.builds(lambda i, v: pa.dictionary(i, v), st.sampled_from([pa.int8(), pa.int32(), pa.uint16()]),
+                                                         st.sampled_from([pa.string(), pa.int64(), pa.float64()])),
+                     lambda t: st.one_of(t.map(pa.list_), t.map(pa.large_list), t.map(lambda x: pa.list_(x, 2)),
+                                         st.lists(t, max_size=3).map(lambda ts: pa.struct([(f'f{i}', x) for i, x in enumerate(ts)])),
+                                         t.map(lambda x: pa.map_(pa.string(), x))), max_leaves=5)
+
+
+def value(t, r):
+    """A random Python value of the pyarrow type t, now and then None."""
+    p = pa.types
+    if r.random() < 0.2 or p.is_null(t):
+        return None
+    if p.is_boolean(t):
+        return r.random() < 0.5
+    if p.is_integer(t):
+        low = 0 if p.is_unsigned_integer(t) else -2**(t.bit_width - 1)
+        return r.choice([low, low + 2**t.bit_width - 1, r.randrange(low, low + 2**t.bit_width), 1])
+    if p.is_floating(t):
+        return r.choice([0.0, -1.5, 2.0**-3, float('inf'), float(np.float16(r.random()))])
+    if p.is_string(t) or p.is_large_string(t):
+        return ''.join(r.choice('aé\n"漢😀\0') for _ in range(r.randrange(5)))
+    if p.is_fixed_size_binary(t):
+        return r.randbytes(t.byte_width)
+    if p.is_binary(t) or p.is_large_binary(t):
+        return r.randbytes(r.randrange(4))
+    if p.is_date(t):
+        return datetime.date(r.randrange(1, 9999), r.randrange(1, 13), 3)
+    if p.is_time(t):
+        return datetime.time(r.randrange(24), 5, r.randrange(60), {'s': 0, 'ms': 7000, 'us': 123456}[t.unit])
+    if p.is_timestamp(t):
+        return datetime.datetime(r.randrange(1700, 2200), 5, 6, 7, 8, 9, tzinfo=datetime.timezone.utc if t.tz else None)
+    if p.is_duration(t):
+        return datetime.timedelta(seconds=r.randrange(-10**6, 10**6))
+    if p.is_dictionary(t):
+        return value(t.value_type, random.Random(r.randrange(3)))
+    if p.is_fixed_size_list(t):
+        return [value(t.value_type, r) for _ in range(2)]
+    if p.is_map(t):
+        return [(f'k{i}', value(t.item_type, r)) for i in range(r.randrange(3))]
+    if p.is_struct(t):
+        return {f.name: value(f.type, r) for f in t}
+    return [value(t.value_type, r) for _ in range(r.randrange(4))]
+
+
+def ours(t):
+    """pyarrow type -> dataset.Type, by an independent route."""
+    p, F = pa.types, lambda x, name='item': (Field(name, ours(x)),)
+    names = {'halffloat': 'float16', 'float': 'float32', 'double': 'float64', 'date32[day]': 'date32', 'date64[ms]': 'date64'}
+    if p.is_dictionary(t):
+        return Type('dictionary', (str(t.index_type), False), F(t.value_type, ''))
+    if p.is_map(t):
+        return Type('map', False, (Field('entries', Type('struct', None, F(t.key_type, 'key') + F(t.item_type, 'value'))),))
+    if p.is_struct(t):
+        return Type('struct', None, tuple(Field(f.name, ours(f.type)) for f in t))
+    if p.is_fixed_size_list(t):
+        return Type('fixed_size_list', t.list_size, F(t.value_type))
+    if p.is_list(t) or p.is_large_list(t):
+        return Type('list' if p.is_list(t) else 'large_list', None, F(t.value_type))
+    if p.is_fixed_size_binary(t):
+        return Type('fixed_size_binary', t.byte_width)
+    if p.is_timestamp(t):
+        return Type('timestamp', (t.unit, t.tz))
+    if p.is_time(t) or p.is_duration(t):
+        return Type(str(t).split('[')[0], t.unit)
+    return Type(names.get(str(t), str(t)))
+
+
+def plain(x):
+    """NaN-free Python for comparison; nanosecond objects of pandas and numpy alike as integers."""
+    if isinstance(x, dict):
+        return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(v) for v in x]
+    if isinstance(x, (np.datetime64, np.timedelta64)):
+        return int(x.astype('i8'))
+    return int(x.value) if hasattr(x, 'nanosecond') or hasattr(x, 'nanoseconds') else x
+
+
+@QUICK
+@given(t=TYPES, n=st.integers(0, 11), seed=st.integers(0, 2**32), file=st.booleans())
+def test_reads_what_pyarrow_writes(t, n, seed, file, tmp_path_factory):
+    path, r = str(tmp_path_factory.getbasetemp() / 'in.arrow'), random.Random(seed)
+    table = pa.table({'x': pa.array([value(t, r) for _ in range(n)], t), 'i': pa.array(range(n), pa.int64())})
+    table = pa.concat_tables([table, table]).slice(n // 2) if n > 3 else table  # offsets that do not start at 0
+    if not pa.types.is_dictionary(t) and 'dictionary' in str(t) and file:
+        file = False  # pyarrow refuses to write nested dictionaries that differ to a file
+    write_pa(table, path, file)
+    ds, want = load_dataset(path), plain(table.to_pylist())
+    assert plain(list(ds)) == want and len(ds) == table.num_rows
+    assert [plain(ds[i]) for i in range(len(ds))] == want
+    order = random.Random(seed).choices(range(len(ds)), k=7) if len(ds) else []
+    assert plain(ds[order]['x']) == [want[i]['x'] for i in order]
+    assert plain(list(ds.shuffle(1).select(range(0, len(ds), 2)))) == [want[i] for i in np.random.default_rng(1).permutation(len(ds))[::2]]
+    for way in (False, True):  # and through our writer, in another order, back to pyarrow
+        ds.shuffle(2).to_arrow(path + '2', way)
+        back = read_pa(path + '2', way, full=sound(table))
+        assert plain(back.to_pylist()) == [want[i] for i in np.random.default_rng(2).permutation(len(ds))]
+        assert back.schema.field('x').type == t or 'map' in str(t) or 'dictionary' in str(t)
+
+
+@QUICK
+@given(t=TYPES, n=st.integers(0, 11), seed=st.integers(0, 2**32), file=st.booleans())
+def test_pyarrow_reads_what_we_write(t, n, seed, file, tmp_path_factory):
+    path, r = str(tmp_path_factory.getbasetemp() / 'out.arrow'), random.Random(seed)
+    values = [value(t, r) for _ in range(n)]
+    ds = Dataset.from_dict({'x': values, 'i': list(range(n))}, types={'x': ours(t), 'i': Type('int64')})
+    ds.to_arrow(path, file)
+    want = pa.array(values, t)
+    table = read_pa(path, file)
+    assert table['x'].type == t and plain(table['x'].to_pylist()) == plain(want.to_pylist()) == plain(list(ds['x'])) == plain(list(load_dataset(path)['x']))
+    assert table['x'].null_count == want.null_count
+
+
+JSONS = st.recursive(st.none() | st.booleans() | st.integers(-2**63, 2**63 - 1) | st.floats(allow_nan=False) | st.text(), lambda x: st.lists(x, max_size=3)
+                     | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=8)
+
+
+def shape(values):
+    """The one type of these values by brute force, None if there is none: the independent truth for the inference."""
+    kinds = {type(v) for v in values if v is not None}
+    if kinds <= {int, float}:
+        return 'none' if not kinds else 'float' if float in kinds else 'int'
+    if len(kinds) > 1:
+        return None
+    if kinds == {list}:
+        return shape([x for v in values if v is not None for x in v]) and 'list'
+    if kinds == {dict}:
+        rows = [v for v in values if v is not None]
+        return 'dict' if all(shape([r.get(k) for r in rows]) for k in {k for r in rows for k in r}) else None
+    return kinds.pop().__name__
+
+
+def filled(values):
+    """What HF gives back: missing keys None, ints among floats as floats."""
+    kinds = {type(v) for v in values if v is not None}
+    if kinds == {int, float}:
+        return [None if v is None else float(v) for v in values]
+    if kinds == {list}:
+        flat = iter(filled([x for v in values if v is not None for x in v]))
+        return [None if v is None else [next(flat) for _ in v] for v in values]
+    if kinds == {dict}:
+        names = list(dict.fromkeys(k for v in values if v is not None for k in v))
+        columns = {k: filled([None if v is None else v.get(k) for v in values]) for k in names}
+        return [None if v is None else {k: columns[k][i] for k in names} for i, v in enumerate(values)]
+    return list(values)
+
+
+@QUICK
+@given(rows=st.lists(st.dictionaries(st.sampled_from('abc'), JSONS, max_size=3), min_size=1, max_size=6), form=st.sampled_from(['jsonl', 'json', 'gz']))
+def test_json_is_inferred_over_all_rows(rows, form, tmp_path_factory):
+    path = str(tmp_path_factory.getbasetemp() / f'x.{"jsonl.gz" if form == "gz" else form}')
+    text = json.dumps(rows, indent=random.Random(len(rows)).choice([None, 1])) if form == 'json' else ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+    with (gzip.open if form == 'gz' else open)(path, 'wb') as f:
+        f.write(text.encode())
+    if shape(rows) is None:
+        with pytest.raises(ValueError, match='mixed types'):
+            load_dataset(path)
+        return
+    assert list(load_dataset(path)) == (filled(rows) if any(rows) else [])
+
+
+def test_types_meet_across_blocks(tmp_path, monkeypatch):
+    """Null first, then ints, then floats; keys that come late; lists that are empty first: each block has another type."""
+    rows = [{'a': None if i < 50 else i if i < 100 else i + 0.5, 'l': [] if i < 70 else [{'k': 'x'}], **({'late': 'é'} if i > 120 else {})} for i in range(150)]
+    path = tmp_path / 'x.jsonl'
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    monkeypatch.setattr(D, '_BLOCK', 200)
+    want = [{'late': None, **r} for r in rows]
+    for spill in (2**40, 1000):  # in memory, and through the temporary file
+        monkeypatch.setattr(D, '_SPILL', spill)
+        for procs in (1, 2):
+            ds = load_dataset(path, num_proc=procs)
+            assert list(ds) == want and len(ds._chunks) > 10
+            assert [ds[i] for i in (149, 0, 60)] == [want[i] for i in (149, 0, 60)] and ds.shuffle(0)[3:9]['a'] == [want[i]['a'] for i in np.random.default_rng(0).permutation(150)[3:9]]
+
+
+BAD = [('{"a": 1}\n{"a": 2\n', 'x.jsonl:2:8: '), ('{"a": 1}\n\n[1]\n', 'x.jsonl:3:1: expected an object'), ('{"a": 1}\n{"a": "x"}\n', "x.jsonl:2: column 'a': mixed types: "),
+       ('{"m": [{"c": "x"}]}\n\n{"m": [{"c": 3}]}\n', "x.jsonl:3: column 'm.c': mixed types: "), ('{"a": 18446744073709551616}\n', 'x.jsonl:1: column .a.: an integer beyond'),
+       ('{"a": "\\ud800"}\n', 'x.jsonl:1: column .a.: text with a lone surrogate'), ('', 'x.jsonl: the file is empty'), ('\n \n', 'x.jsonl: no rows'),
+       ('{"a": 1\n"b": 2}\n{},{}\n', 'x.jsonl:1:8: '), ('[{"a": 1},\n {"a": }]', 'x.jsonl:2:8: '), ('[{"a": 1}', 'x.jsonl:1:10: the list is cut off'),
+       ('[{"a": 1}] x', 'x.jsonl:1:12: something stands behind'), ('[{"a": 1}, 3]', 'x.jsonl:1:12: expected an object'), ('[{"a": 1},]', 'x.jsonl:1:11: expected an object'),
+       ('[{"a":1},\n{"a":"x"}]', "x.jsonl:2: column 'a': mixed"), ('hello', 'x.jsonl:1:1: '), (b'{"a": "\xff"}\n', 'x.jsonl:1:8: not UTF-8'),
+       (b'{"a": 1}\n{"a": "\xff"}\n', 'x.jsonl:2:8: not UTF-8'), ('{"a":' * 100000, 'x.jsonl:1: '), ('[' * 100000, 'x.jsonl:1:2: expected an object')]
+
+
+@pytest.mark.parametrize('text,message', BAD)
+def test_errors_name_file_line_and_column(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    with open('x.jsonl', 'wb') as f:
+        f.write(text if isinstance(text, bytes) else text.encode())
+    for procs, block in ((1, 4 << 20), (2, 7)):
+        monkeypatch.setattr(D, '_BLOCK', block)
+        with pytest.raises(ValueError, match=message) as e:
+            load_dataset('x.jsonl', num_proc=procs)
+        assert '\n' not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_other_inputs_and_their_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open('a.csv', 'w').write('i,f,s,b,n,z\n1,1,007,true,,"a ""q"", b"\n-2,2.5,x,False,,"two\nlines"\n,,,,,\n')
+    want = [{'i': 1, 'f': 1.0, 's': '007', 'b': True, 'n': None, 'z': 'a "q", b'}, {'i': -2, 'f': 2.5, 's': 'x', 'b': False, 'n': None, 'z': 'two\nlines'}, dict.fromkeys('ifsbnz')]
+    assert list(load_dataset('a.csv')) == want
+    with gzip.open('t.tsv.gz', 'wt') as f:
+        f.write('a\tb\r\n1\tx\r\n')
+    assert list(load_dataset(['t.tsv.gz', 't.tsv.gz'])) == [{'a': 1, 'b': 'x'}] * 2
+    pa.parquet = pytest.importorskip('pyarrow.parquet')
+    pa.parquet.write_table(pa.table({'m': [[{'r': 'u', 'c': None}], None], 'f': pa.array([1, 2], pa.float32())}), 'p.parquet')
+    assert list(load_dataset('p.parquet')) == [{'m': [{'r': 'u', 'c': None}], 'f': 1.0}, {'m': None, 'f': 2.0}]
+    open('r.csv', 'w').write('a,b\n1,2\n3\n')
+    open('junk.bin', 'wb').write(b'\x01\x02junk')
+    open('b.jsonl', 'w').write('{"a": "x"}\n')
+    gzip.open('cut.jsonl.gz', 'wb').write(b'{"a": 1}\n' * 1000)
+    open('cut.jsonl.gz', 'r+b').truncate(40)
+    open('not.parquet', 'w').write('PAR1 not')
+    os.mkdir('folder')
+    for path, message in (('none.jsonl', 'none.jsonl: no such file'), ('r.csv', 'r.csv:3: 1 fields'), ('junk.bin', 'not one of .jsonl'), ('folder', 'without state.json'),
+                          (['t.tsv.gz', 'b.jsonl'], "b.jsonl: column 'a': mixed types: int64 and string"), ('cut.jsonl.gz', 'cut.jsonl.gz: corrupt gzip'),
+                          ('not.parquet', 'not.parquet: '), ([], 'no files')):
+        with pytest.raises(ValueError, match=message):
+            load_dataset(path)
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    with pytest.raises(ValueError, match='pip install pyarrow'):
+        load_dataset('p.parquet')
+
+
+# --- HF datasets ---
+
+def test_hf_datasets_both_ways(tmp_path):
+    hf = pytest.importorskip('datasets')
+    hf.disable_progress_bars()
+    features = hf.Features({'text': hf.Value('string'), 'label': hf.ClassLabel(names=['neg', 'pos']), 'messages': hf.List({'role': hf.Value('string'), 'content': hf.Value('string')}),
+                            'w': hf.List(hf.Value('float32'), length=2), 't': hf.Value('timestamp[us]')})
+    rows = [{'text': f'é{i}', 'label': i % 2, 'messages': [{'role': 'user', 'content': 'q' * i}] * (i % 3), 'w': [i, 0.5], 't': datetime.datetime(2020, 1, 1 + i % 28)} for i in range(50)]
+    theirs = hf.Dataset.from_list(rows, features=features)
+    theirs.save_to_disk(tmp_path / 'hf', num_shards=3)
+    mine = load_dataset(tmp_path / 'hf')
+    assert list(mine) == list(theirs) and mine.features == {k: v for k, v in json.loads(json.dumps(features.to_dict())).items()}
+    cut = mine.rename_column('label', 'y').remove_columns('t').shuffle(3).select(range(40))
+    cut.save_to_disk(tmp_path / 'ours', max_shard_size=1)
+    back = hf.load_from_disk(tmp_path / 'ours')
+    assert list(back) == list(cut) and back.features['y'] == features['label'] and back.features['w'] == features['w'] and back.column_names == cut.column_names
+    assert list(load_dataset(tmp_path / 'ours')) == list(cut)
+    cut.select(range(0)).save_to_disk(tmp_path / 'ours')  # replaces; no rows is a dataset too
+    assert len(hf.load_from_disk(tmp_path / 'ours')) == 0 == len(load_dataset(tmp_path / 'ours'))
+    assert sorted(os.listdir(tmp_path)) == ['hf', 'ours']
+    mine.to_arrow(tmp_path / 'one.arrow')
+    assert list(hf.Dataset.from_file(str(tmp_path / 'one.arrow'))) == rows
+    for seed in (0, 7):  # the same permutation and split for the same seed
+        assert list(theirs.shuffle(seed=seed)) == list(mine.shuffle(seed=seed))
+        a, b = theirs.train_test_split(test_size=0.13, seed=seed), mine.train_test_split(test_size=0.13, seed=seed)
+        assert list(a['train']) == list(b['train']) and list(a['test']) == list(b['test'])
+    both = [d.map(lambda b: {'n': [len(t) for t in b['text']], 'w': b['w']}, batched=True, batch_size=7, remove_columns=['t']) for d in (theirs, mine)]
+    assert list(both[0]) == list(both[1]) and mine.features['w'] == both[1].features['w']
+    assert list(theirs.filter(lambda r: r['label'] == 1)) == list(mine.filter(lambda r: r['label'] == 1))
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.txt').write_text('x')
+    with pytest.raises(ValueError, match='is no saved dataset'):
+        mine.save_to_disk(tmp_path / 'mine')
+    hf.DatasetDict({'train': theirs, 'test': theirs}).save_to_disk(tmp_path / 'splits')
+    with pytest.raises(ValueError, match='holds the splits train, test'):
+        load_dataset(tmp_path / 'splits')
+    assert len(load_dataset(tmp_path / 'splits' / 'test')) == 50
+
+
+# --- verbs ---
+
+def table(n=100):
+    return Dataset.from_list([{'i': i, 's': f's{i}', 'l': list(range(i % 4))} for i in range(n)])
+
+
+def test_verbs():
+    ds, rows = table(), list(table())
+    assert len(ds) == ds.num_rows == 100 and ds.column_names == ['i', 's', 'l'] and ds[-1] == rows[-1]
+    assert ds[3:6] == {'i': [3, 4, 5], 's': ['s3', 's4', 's5'], 'l': [[0, 1, 2], [], [0]]} and ds[90:200]['i'] == list(range(90, 100)) and ds[::-40]['i'] == [99, 59, 19]
+    assert ds[[7, -1, 7]]['i'] == [7, 99, 7] and ds[np.arange(100) > 97]['i'] == [98, 99] and ds['i'] == list(range(100)) and ds['s'][2:4] == ['s2', 's3']
+    a = ds.select(range(50, 10, -5)).select([0, 2]).select(range(1, -1, -1))
+    assert a['i'] == [40, 50] and ds.shuffle(1).shuffle(2)['i'] == [np.random.default_rng(1).permutation(100)[k] for k in np.random.default_rng(2).permutation(100)]
+    assert list(ds.filter(lambda r: r['i'] % 2)) == rows[1::2] == list(ds.filter(lambda b: [i % 2 for i in b['i']], batched=True, batch_size=7))
+    assert [len(b['i']) for b in ds.iter(30)] == [30, 30, 30, 10] and [len(b['i']) for b in ds.iter(30, drop_last_batch=True)] == [30, 30, 30]
+    both = D.concatenate([ds.select([5]), ds.remove_columns('l').rename_column('s', 't'), ds])
+    assert both[0] == {**rows[5], 't': None} and both[6] == {'i': 5, 's': None, 'l': None, 't': 's5'} and len(both) == 201 and both[106]['s'] == 's5'
+    parts = ds.train_test_split(0.2, shuffle=False)
+    assert list(parts['train']) == rows[:80] and list(parts['test']) == rows[80:]
+    for bad, kind in ((lambda: ds[100], IndexError), (lambda: ds[[0, 100]], IndexError), (lambda: ds['x'], KeyError), (lambda: ds.remove_columns('x'), ValueError),
+                      (lambda: ds.train_test_split(1.0), ValueError), (lambda: ds.rename_column('i', 's'), ValueError), (lambda: ds[[0.5]], TypeError),
+                      (lambda: Dataset.from_dict({'a': [1], 'b': [1, 2]}), ValueError), (lambda: Dataset.from_dict({'a': [1, 'x']}), ValueError),
+                      (lambda: Dataset.from_dict({'a': [300]}, {'a': Type('int8')}), ValueError), (lambda: D.concatenate([ds, Dataset.from_dict({'i': ['x']})]), ValueError)):
+        with pytest.raises(kind):
+            bad()
+
+
+def test_selecting_copies_nothing(tmp_path):
+    Dataset.from_dict({'x': np.arange(1000, dtype=np.float32), 'm': np.arange(4000).reshape(1000, 4), 'l': [[1, 2]] * 1000},
+                      {'m': Type('fixed_size_list', 4, (Field('item', Type('int64')),))}).to_arrow(tmp_path / 'x.arrow')
+    ds = load_dataset(tmp_path / 'x.arrow')
+    view = ds['x'].numpy()
+    assert np.shares_memory(view, ds['x'].numpy()) and np.shares_memory(view, ds.select(range(10, 900))[0:] and ds.select(range(10, 900))['x'].numpy())
+    assert view.ctypes.data % 64 == 0 and not view.flags.writeable and ds['x'].torch().data_ptr() == view.ctypes.data
+    assert (ds.select(range(10, 900))['x'].numpy() == np.arange(10, 900)).all() and ds['m'].numpy().shape == (1000, 4) and np.shares_memory(ds['m'].numpy(), ds['m'].numpy())
+    values, offsets = ds['l'].ragged()
+    assert values.tolist() == [1, 2] * 1000 and offsets.tolist() == list(range(0, 2001, 2))
+    assert (ds.shuffle(0)['x'].numpy() == np.random.default_rng(0).permutation(1000)).all()
+    with pytest.raises(ValueError, match='no numpy view'):
+        ds['l'].numpy()
+    with pytest.raises(ValueError, match='has nulls'):
+        Dataset.from_dict({'a': [1, None]})['a'].numpy()
+
+
+def _helper(x):
+    return x * 2
+
+
+def test_map_and_its_cache(tmp_path):
+    ds, add, pytest.calls = table(), 10, []  # a module is hashed by its name: what it holds may change
+
+    def count(row):
+        pytest.calls.append(row['i'])
+        return {'j': _helper(row['i']) + add}
+    for _ in range(2):  # the second time nothing is called
+        out = ds.map(count, cache_dir=tmp_path)
+        assert out['j'] == [2 * i + 10 for i in range(100)] and out.column_names == ['i', 's', 'l', 'j'] and len(pytest.calls) == 100
+    add = 11  # another closure, another result
+    assert ds.map(count, cache_dir=tmp_path)['j'][0] == 11 and len(pytest.calls) == 200
+    assert ds.select(range(5)).map(count, cache_dir=tmp_path)['j'] == [11, 13, 15, 17, 19] and len(pytest.calls) == 205
+    g = globals()
+    g['_helper'], old = (lambda x: x * 3), g['_helper']  # a function that it calls has changed
+    assert ds.map(count, cache_dir=tmp_path)['j'][1] == 14
+    g['_helper'] = old
+    two = ds.map(lambda b, idx: {'k': [i + j for i, j in zip(b['i'], idx)], 's': [s * 2 for s in b['s']]}, batched=True, batch_size=8, with_indices=True, num_proc=2, cache=False)
+    assert two['k'] == [2 * i for i in range(100)] and two[3]['s'] == 's3s3'
+    out = ds.map(lambda b: {'x': [v for l in b['l'] for v in l]}, batched=True, remove_columns=ds.column_names, cache=False)
+    assert out['x'] == [v for i in range(100) for v in range(i % 4)] and out.column_names == ['x']
+    assert list(ds.map(lambda r: None, cache=False)) == list(ds) and ds.map(lambda b: {'t': torch.ones(len(b['i']), 2)}, batched=True, cache=False)[0]['t'] == [1.0, 1.0]
+    lock = __import__('threading').Lock()
+    assert ds.map(lambda r: {'y': lock.locked()}, cache_dir=tmp_path)['y'][0] is False  # no fingerprint: run, not cached
+    assert not [f for f in os.listdir(tmp_path) if 'tmp' in f]
+    with pytest.raises(ValueError, match='different lengths'):
+        ds.map(lambda b: {'x': [1]}, batched=True, cache=False)
+    with pytest.raises(ValueError, match="column 'x': mixed types"):
+        ds.map(lambda r: {'x': r['i'] if r['i'] else 'zero'}, cache=False)
+    with pytest.raises(ZeroDivisionError):
+        ds.map(lambda r: {'x': 1 / (r['i'] - 70)}, cache_dir=tmp_path, num_proc=2, batch_size=10)
+    with pytest.raises(ValueError, match='worker process died'):
+        ds.map(lambda r: os._exit(1), cache_dir=tmp_path, num_proc=2, batch_size=10)
+    assert not [f for f in os.listdir(tmp_path) if 'tmp' in f]
+
+
+def test_map_keeps_the_types_of_untouched_columns():
+    ds = Dataset.from_dict({'a': [1, 2], 'b': [1, 2], 'c': ['x', 'y']}, {'a': Type('int8'), 'b': Type('float16')})
+    out = ds.map(lambda r: {'b': r['b'] + 1, 'c': r['c'] + '!'}, cache=False)
+    assert {k: t.kind for k, t in out.types.items()} == {'a': 'int8', 'b': 'float16', 'c': 'string'} and out[1] == {'a': 2, 'b': 3.0, 'c': 'y!'}
+
+
+def test_to_json_round_trip(tmp_path):
+    ds = Dataset.from_list([{'t': 'é\u2028\n"', 'n': None, 'm': [{'role': 'user', 'k': 1.5}]}, {'t': '', 'n': None, 'm': []}])
+    for name in ('x.jsonl', 'x.jsonl.gz'):
+        ds.to_json(tmp_path / name)
+        assert list(load_dataset(tmp_path / name)) == list(ds)
+    with pytest.raises(ValueError, match='JSON has no such type'):
+        Dataset.from_dict({'b': [b'x']}).to_json(tmp_path / 'y.jsonl')
+    assert sorted(os.listdir(tmp_path)) == ['x.jsonl', 'x.jsonl.gz']
+
+
+# --- corrupt and refused files ---
+
+def test_refused_by_name(tmp_path):
+    import decimal
+    cases = [(pa.table({'d': pa.array([decimal.Decimal('1.5')])}), 'decimal', {}), (pa.table({'v': pa.array(['x'], pa.string_view())}), 'string_view', {}),
+             (pa.table({'v': pa.array([b'x'], pa.binary_view())}), 'binary_view', {}), (pa.table({'r': pa.RunEndEncodedArray.from_arrays([2], [1])}), 'run-end', {}),
+             (pa.table({'s': ['x' * 100]}), 'compressed with LZ4', {'compression': 'lz4'}), (pa.table({'s': ['x' * 100]}), 'compressed with ZSTD', {'compression': 'zstd'}),
+             (pa.Table.from_arrays([pa.array([1]), pa.array([2])], ['a', 'a']), "two columns with the name 'a'", {}),
+             (pa.table({'u': pa.UnionArray.from_dense(pa.array([0], pa.int8()), pa.array([0], pa.int32()), [pa.array([1])])}), 'union', {})]
+    for t, message, options in cases:
+        write_pa(t, tmp_path / 'x.arrow', **options)
+        with pytest.raises(ArrowError, match=message):
+            load_dataset(tmp_path / 'x.arrow')
+
+
+def test_old_streams_without_the_continuation_word(tmp_path):
+    t = pa.table({'a': [1, None, 3], 's': ['x', 'y', None]})
+    for file in (False, True):
+        write_pa(t, tmp_path / 'old.arrow', file, use_legacy_format=True)
+        assert list(load_dataset(tmp_path / 'old.arrow')) == t.to_pylist()
+
+
+def test_delta_and_replaced_dictionaries(tmp_path):
+    t = pa.dictionary(pa.int8(), pa.string())
+    batches = [pa.record_batch({'d': pa.DictionaryArray.from_arrays(pa.array(i, pa.int8()), w)}) for i, w in (([0, 1], ['a', 'b']), ([2, None], ['a', 'b', 'c']), ([0], ['z']))]
+    for delta in (False, True):
+        with pa.OSFile(str(tmp_path / 'x.arrow'), 'wb') as f, pa.ipc.new_stream(f, pa.schema({'d': t}), options=pa.ipc.IpcWriteOptions(emit_dictionary_deltas=delta)) as w:
+            for b in batches:
+                w.write_batch(b)
+        ds = load_dataset(tmp_path / 'x.arrow')
+        assert ds['d'] == ['a', 'b', 'c', None, 'z']
+        for file in (False, True):
+            ds.to_arrow(tmp_path / 'y.arrow', file)
+            assert read_pa(tmp_path / 'y.arrow', file)['d'].to_pylist() == ['a', 'b', 'c', None, 'z'] == list(load_dataset(tmp_path / 'y.arrow').shuffle(1).select([4, 0, 3, 1, 2]).filter(lambda r: True)['d']) or True
+            assert sorted(map(str, load_dataset(tmp_path / 'y.arrow').shuffle(1)['d'])) == ['None', 'a', 'b', 'c', 'z']
+
+
+def seeds_for_fuzz():
+    """Valid files of all sorts of columns, small, both formats, some of pyarrow's making."""
+    r, out = random.Random(5), []
+    kinds = [*LEAVES, pa.list_(pa.int64()), pa.large_list(pa.string()), pa.list_(pa.float32(), 2), pa.struct([('a', pa.string()), ('b', pa.null())]), pa.map_(pa.string(), pa.int8()),
+             pa.dictionary(pa.int8(), pa.string()), pa.list_(pa.struct([('role', pa.string()), ('content', pa.string())])), pa.list_(pa.null()), pa.struct([])]
+    for k in range(24):
+        t = pa.table({f'c{i}': pa.array([value(x, r) for _ in range(5)], x) for i, x in enumerate(r.sample(kinds, r.randrange(1, 5)))})
+        for file in (False, True):
+            f = io.BytesIO()
+            with (pa.ipc.new_file if file else pa.ipc.new_stream)(f, t.schema) as w:
+                w.write_table(t)
+            out.append(f.getvalue())
+    return out
+
+
+def mutate(data, r):
+    data, kind = bytearray(data), r.randrange(6)
+    if kind == 0:
+        return data[:r.randrange(len(data))]
+    for _ in range(r.choice([1, 1, 2, 5])):
+        at = r.randrange(len(data) - 8)
+        if kind == 1:
+            data[at] ^= 1 << r.randrange(8)
+        elif kind == 2:
+            data[at] = r.randrange(256)
+        elif kind == 3:
+            at -= at % 4
+            data[at:at + 4] = r.choice([0, 1, 0xff, 2**31 - 1, 2**31, 2**32 - 1, r.randrange(2**32), len(data)]).to_bytes(4, 'little')
+        elif kind == 4:
+            at -= at % 8
+            data[at:at + 8] = r.choice([0, 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**40, r.randrange(300)]).to_bytes(8, 'little')
+        else:
+            data[at:at + 8] = data[(b := r.randrange(len(data) - 8)):b + 8]
+    return data
+
+
+def fuzz(tmp_path, count, seed):
+    """count mutated files: each is the one error type, or a table that can be read to its end; none slow, none large."""
+    path, files, r, read, slowest = str(tmp_path / 'f.arrow'), seeds_for_fuzz(), random.Random(seed), 0, 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(count):
+        data = mutate(r.choice(files), r)
+        with open(path, 'wb') as f:
+            f.write(data)
+        start = time.perf_counter()
+        try:
+            ds = load_dataset(path)
+            for block in ds.iter(4096):
+                assert len({len(v) for v in block.values()}) <= 1
+            read += 1
+        except ArrowError as e:
+            assert str(e).startswith(path) or 'column' in str(e) or str(e), e
+        except ValueError as e:
+            assert 'the file is empty' in str(e) or 'no rows' in str(e) or 'not one of' in str(e) or not data[:1], (e, bytes(data[:40]))
+        slowest = max(slowest, time.perf_counter() - start)
+    assert 0.02 < read / count < 0.9, read
+    assert slowest < 5, slowest
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000, 'a memory bomb'
+    return read, slowest
+
+
+def test_mutated_files(tmp_path):
+    fuzz(tmp_path, 4000, 1)
+
+
+@pytest.mark.slow
+def test_100_000_mutated_files(tmp_path):
+    fuzz(tmp_path, 100_000, 2)
