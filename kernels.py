@@ -1,88 +1,471 @@
 """
-Kernels: what a Transformer and its RL losses spend their time in, each with a plain PyTorch twin of the same signature.
+Kernels: what a Transformer and its RL losses spend their time in, each as a lesson: a drawing of the tiles, the algorithm in a
+few lines of NumPy (the lines behind #| are real code: a test runs them), the Triton kernel, and a plain PyTorch twin.
 
-    CUDA -> Triton.   CPU -> the twin.   TRITON_INTERPRET=1 -> the Triton source, interpreted on the CPU (for tests).
+    CUDA -> Triton.   CPU -> the twin.   TRITON_INTERPRET=1 -> the Triton source, interpreted on the CPU (for tests; not bfloat16).
     kernels.use('auto' | 'torch' | 'triton') switches all of them; kernels.which() says in one line what runs.
+
+Left to torch on purpose: dense attention on CUDA (its cuDNN and FlashAttention kernels beat a readable one; ours takes packed
+batches, windows and paged caches), the matmuls themselves, and AdamW (fused=True is one pass over its four tensors already).
+Triton 3.6 to 3.9: plain pointers, a mask on every load, float32 inside, no atomics (two runs agree to the bit), a table of sizes
+instead of autotuning.
 """
 import importlib.util
-import math
 import os
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 << 20  # the most that a block of logits may take on CPU; GPUs get 8 times that
+INTERPRET = os.environ.get('TRITON_INTERPRET') == '1'
+triton = None
+if importlib.util.find_spec('triton') and (torch.version.cuda or torch.version.hip or INTERPRET):
+    import triton
+    import triton.language as tl
+else:  # Mac, Windows, a CPU-only torch: the sources below are only read, never run
+    class tl:
+        constexpr = None
+
+jit = triton.jit if triton else (lambda f: f)
+CHUNK_BYTES = 64 << 20  # the most that a block of logits may take on CPU; on CUDA 2 GiB, or 1/32 of a smaller card
 _mode = 'auto'
 
 
 def use(mode='auto'):
-    """Choose the implementation: 'auto' (Triton on CUDA, else PyTorch), 'torch', 'triton' (an error where it cannot run)."""
+    """Choose the implementation: 'auto' (Triton on CUDA, else PyTorch), 'torch', 'triton' (a ValueError where it cannot run)."""
     global _mode
     if mode not in ('auto', 'torch', 'triton'):
         raise ValueError(f"kernels '{mode}' is unknown: set --kernels=auto, torch or triton")
     if mode == 'triton' and importlib.util.find_spec('triton') is None:
         raise ValueError('kernels triton: the package triton is not installed here: pip install triton (Linux), or set --kernels=torch')
-    if mode == 'triton' and not (torch.cuda.is_available() or os.environ.get('TRITON_INTERPRET') == '1'):
+    if mode == 'triton' and not (torch.cuda.is_available() or INTERPRET):
         raise ValueError('kernels triton: no CUDA device here: set --kernels=torch, or TRITON_INTERPRET=1 to interpret the source on the CPU')
     _mode = mode
 
 
 def which():
-    """One line for the log: what a call would run now, e.g. 'torch (CPU)'."""
-    return 'torch (CPU)'
+    """One line for the log: what a call on the best device here would run, 'torch (CPU)', 'triton (CUDA)' ..."""
+    device = 'CUDA' if torch.cuda.is_available() else 'CPU'
+    if _mode == 'torch' or triton is None or not (torch.cuda.is_available() or INTERPRET):
+        return f'torch ({device})'
+    return 'triton (interpreted on CPU)' if INTERPRET else 'triton (CUDA)'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PyTorch twins
-# ---------------------------------------------------------------------------------------------------------------------
-
-def rms_norm(x, weight, eps, residual=None):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis; with `residual` h = x + residual is normed: (y, h)."""
-    h = x if residual is None else x + residual
-    y = F.rms_norm(h, (h.size(-1),), weight.to(h.dtype), eps)
-    return y if residual is None else (y, h)
+def _triton(x):
+    """Does the Triton kernel take this tensor? float64 and empty tensors are the twin's."""
+    if _mode == 'torch' or triton is None or not (x.is_cuda or INTERPRET) or x.numel() == 0 or x.dtype == torch.float64:
+        return False
+    if INTERPRET and x.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or unset TRITON_INTERPRET")
+    return True
 
 
-def layer_norm(x, weight, bias, eps, residual=None):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias (bias may be None); with `residual` h = x + residual is normed: (y, h)."""
-    h = x if residual is None else x + residual
-    y = F.layer_norm(h, (h.size(-1),), weight.to(h.dtype), None if bias is None else bias.to(h.dtype), eps)
-    return y if residual is None else (y, h)
+def _launch(kernel, grid, *args, **meta):
+    """Every kernel starts here: on its tensors' device, whichever is current."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **meta)
 
 
-def _rotate(x, cos, sin, interleaved):
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (T, 1, hs/2): one angle for all heads of a position
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.float().chunk(2, -1)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    y = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    return y.to(x.dtype)
+def _pow2(n, least=1):
+    return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def rope(q, k, cos, sin, interleaved=False):
-    """Rotary embedding. q (..., T, nh, hs), k (..., T, nkv, hs), cos and sin (T, hs/2) or (..., T, hs/2) -> rotated q, k."""
-    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+def _cdiv(a, b):
+    return -(-a // b)
 
 
-def swiglu(gate, up):
-    """silu(gate) * up."""
-    return F.silu(gate) * up
-
-
-def gelu(x):
-    """GPT-2's GELU, tanh form."""
-    return F.gelu(x, approximate='tanh')
+def _flat(x):
+    """(..., C) -> (N, C) with neighbours in memory along C; a copy only where the strides demand one."""
+    x = x.reshape(-1, x.size(-1))
+    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
 
 
 def _wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# RMSNorm and LayerNorm, with the residual add in the same pass
+#
+#        C ->                    a program: ROWS whole rows, so sums stay inside it. One read of x (and residual), one write of
+#      +--------------+          h and y. Backward: a program strides down the rows  p, p + P, p + 2P ...  and keeps its sum of
+#    N | ROWS x C     |  p = 0   dw, db in registers; P partial sums are added at the end, in a fixed order.
+#      +--------------+
+#      | ROWS x C     |  p = 1
+#      +--------------+
+#| def norm(x, w, b, eps, layer):                    # rms: layer=False, b=0
+#|     d = x - x.mean(-1, keepdims=True) if layer else x
+#|     return d / np.sqrt((d * d).mean(-1, keepdims=True) + eps) * w + b
+#| def norm_backward(dy, x, w, eps, layer):          # the norm removes from its gradient what it removed from x: scale (and mean)
+#|     d = x - x.mean(-1, keepdims=True) if layer else x
+#|     rstd = 1 / np.sqrt((d * d).mean(-1, keepdims=True) + eps)
+#|     xhat, g = d * rstd, dy * w
+#|     g = g - xhat * (g * xhat).mean(-1, keepdims=True) - (g.mean(-1, keepdims=True) if layer else 0)
+#|     return g * rstd, (dy * xhat).sum(0), dy.sum(0)
+
+@jit
+def _norm_fwd(X, R, W, B, Y, H, MEAN, RSTD, N, C, sx, sr, eps, LAYER: tl.constexpr, RES: tl.constexpr, BIAS: tl.constexpr,
+              ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    ok = (r < N)[:, None] & (c < C)[None, :]
+    x = tl.load(X + r[:, None] * sx + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    if RES:
+        x += tl.load(R + r[:, None] * sr + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        h = x.to(H.dtype.element_ty)
+        tl.store(H + r[:, None] * C + c[None, :], h, mask=ok)
+        x = h.to(tl.float32)  # subtle: norm what was stored, for the backward will read that
+    if LAYER:
+        mean = tl.sum(x, 1) / C
+        tl.store(MEAN + r, mean, mask=r < N)
+        x = tl.where(ok, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
+    tl.store(RSTD + r, rstd, mask=r < N)
+    y = x * rstd[:, None] * tl.load(W + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        y += tl.load(B + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(Y + r[:, None] * C + c[None, :], y.to(Y.dtype.element_ty), mask=ok)
+
+
+@jit
+def _norm_bwd(DY, GH, H, W, MEAN, RSTD, DX, DW, DB, N, C, sh, P, LAYER: tl.constexpr, RES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    p = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    w = tl.load(W + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    dw = tl.zeros([BLOCK], dtype=tl.float32)
+    db = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(p * ROWS, N, P * ROWS):
+        r = (start + tl.arange(0, ROWS)).to(tl.int64)
+        ok = (r < N)[:, None] & (c < C)[None, :]
+        dy = tl.load(DY + r[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        xhat = tl.load(H + r[:, None] * sh + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        rstd = tl.load(RSTD + r, mask=r < N, other=0.0)[:, None]
+        if LAYER:
+            xhat = tl.where(ok, xhat - tl.load(MEAN + r, mask=r < N, other=0.0)[:, None], 0.0)
+        xhat = xhat * rstd
+        g = dy * w
+        d = g - xhat * (tl.sum(g * xhat, 1) / C)[:, None]
+        if LAYER:
+            d = d - (tl.sum(g, 1) / C)[:, None]
+        d = d * rstd
+        if RES:  # h = x + residual is an output too: its own gradient joins
+            d += tl.load(GH + r[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        tl.store(DX + r[:, None] * C + c[None, :], d.to(DX.dtype.element_ty), mask=ok)
+        dw += tl.sum(dy * xhat, 0)
+        db += tl.sum(dy, 0)
+    tl.store(DW + p * C + c, dw, mask=c < C)
+    tl.store(DB + p * C + c, db, mask=c < C)
+
+
+def _norm_sizes(N, C):
+    """Tiles of 4096 numbers, or one row: hs=128 -> 32 rows at once; warps by the tile's size."""
+    block = _pow2(C, 16)
+    rows = max(1, min(4096 // block, _pow2(N)))
+    return rows, block, 4 if rows * block <= 4096 else 8 if block <= 8192 else 16
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, residual, layer):
+        flat = _flat(x)
+        (N, C), res = flat.shape, residual is not None
+        r = _flat(residual) if res else flat
+        dtype = torch.promote_types(x.dtype, r.dtype)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        h = torch.empty(x.shape, dtype=dtype, device=x.device) if res else flat
+        mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
+        ROWS, BLOCK, warps = _norm_sizes(N, C)
+        _launch(_norm_fwd, (_cdiv(N, ROWS),), flat, r, weight, weight if bias is None else bias, y, h, mean, rstd, N, C, flat.stride(0),
+                r.stride(0), eps, LAYER=layer, RES=res, BIAS=bias is not None, ROWS=ROWS, BLOCK=BLOCK, num_warps=warps)
+        ctx.save_for_backward(h, weight, bias, mean, rstd)
+        ctx.layer, ctx.res, ctx.dtypes = layer, res, (x.dtype, r.dtype)
+        ctx.set_materialize_grads(True)
+        return (y, h) if res else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, gh=None):
+        h, weight, bias, mean, rstd = ctx.saved_tensors
+        shape, h, dy, gh = dy.shape, h.reshape(-1, dy.size(-1)), dy.contiguous(), dy if gh is None else gh.contiguous()
+        N, C = h.shape
+        ROWS, BLOCK, warps = _norm_sizes(N, C)
+        P = min(_cdiv(N, ROWS), 2 * torch.cuda.get_device_properties(h.device).multi_processor_count if h.is_cuda else 3)
+        dx = torch.empty(shape, dtype=h.dtype, device=h.device)
+        dw, db = (torch.empty(P, C, dtype=torch.float32, device=h.device) for _ in range(2))
+        _launch(_norm_bwd, (P,), dy, gh, h, weight, mean, rstd, dx, dw, db, N, C, h.stride(0), P, LAYER=ctx.layer, RES=ctx.res, ROWS=ROWS,
+                BLOCK=BLOCK, num_warps=warps)
+        return (dx.to(ctx.dtypes[0]), dw.sum(0).to(weight.dtype), None if bias is None else db.sum(0).to(bias.dtype), None,
+                dx.to(ctx.dtypes[1]) if ctx.res else None, None)
+
+
+def rms_norm(x, weight, eps, residual=None):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (1910.07467). x (..., C), weight (C,). With `residual` (like x),
+    h = x + residual is normed: -> (y, h). Any float dtype, float32 inside. x=[3,4], weight 1, eps 0 -> [3,4] / 3.536 = [.849, 1.131]."""
+    if _triton(x):
+        return _Norm.apply(x, weight, None, eps, residual, False)
+    h = x if residual is None else x + residual
+    y = F.rms_norm(h, (h.size(-1),), weight.to(h.dtype), eps)
+    return y if residual is None else (y, h)
+
+
+def layer_norm(x, weight, bias, eps, residual=None):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis (1607.06450), biased variance; bias may be None. With
+    `residual`, h = x + residual is normed: -> (y, h). x=[1,3], weight 1, bias 0, eps 0 -> [-1, 1]."""
+    if _triton(x):
+        return _Norm.apply(x, weight, bias, eps, residual, True)
+    h = x if residual is None else x + residual
+    y = F.layer_norm(h, (h.size(-1),), weight.to(h.dtype), None if bias is None else bias.to(h.dtype), eps)
+    return y if residual is None else (y, h)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary embedding (2104.09864)
+#
+#      hs ->   half:  a a a a b b b b     interleaved:  a b a b a b a b     each pair (a, b) of a head is turned by the angle of
+#    h +----------------+                                                   its position. A program: one token, all heads of q
+#    e | a       b      |  cos, sin of the token are read once, for all     (or of k). The backward turns by minus the angle, so
+#    a | a       b      |  heads.                                           no activation has to be kept, and in place is fine.
+#    d +----------------+
+#| def rope(x, cos, sin, interleaved):               # x (T, nh, hs), tables (T, hs/2)
+#|     a, b = (x[..., ::2], x[..., 1::2]) if interleaved else np.split(x, 2, -1)
+#|     c, s = cos[:, None], sin[:, None]
+#|     a, b = a * c - b * s, b * c + a * s
+#|     return np.stack([a, b], -1).reshape(x.shape) if interleaved else np.concatenate([a, b], -1)
+
+@jit
+def _rope_heads(X, Y, COS, SIN, n, T, sxb, sxt, sxh, syb, syt, syh, nh, half, PER_TOKEN: tl.constexpr, BACK: tl.constexpr,
+                PAIRS: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
+    h = tl.arange(0, BH)[:, None]
+    d = tl.arange(0, BD)[None, :]
+    ok = (h < nh) & (d < half)
+    row = n if PER_TOKEN else n % T
+    cos = tl.load(COS + row * half + d, mask=d < half, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + row * half + d, mask=d < half, other=0.0).to(tl.float32)
+    if BACK:
+        sin = -sin
+    da = 2 * d if PAIRS else d
+    db = 2 * d + 1 if PAIRS else d + half
+    x = X + (n // T) * sxb + (n % T) * sxt + h * sxh
+    y = Y + (n // T) * syb + (n % T) * syt + h * syh
+    a = tl.load(x + da, mask=ok, other=0.0).to(tl.float32)
+    b = tl.load(x + db, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y + da, (a * cos - b * sin).to(Y.dtype.element_ty), mask=ok)
+    tl.store(y + db, (b * cos + a * sin).to(Y.dtype.element_ty), mask=ok)
+
+
+@jit
+def _rope(Q, K, YQ, YK, COS, SIN, T, sqb, sqt, sqh, skb, skt, skh, yqb, yqt, yqh, ykb, ykt, ykh, nh, nkv, half, PER_TOKEN: tl.constexpr,
+          BACK: tl.constexpr, PAIRS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _rope_heads(Q, YQ, COS, SIN, n, T, sqb, sqt, sqh, yqb, yqt, yqh, nh, half, PER_TOKEN, BACK, PAIRS, BQ, BD)
+    else:
+        _rope_heads(K, YK, COS, SIN, n, T, skb, skt, skh, ykb, ykt, ykh, nkv, half, PER_TOKEN, BACK, PAIRS, BK, BD)
+
+
+def _run_rope(q, k, cos, sin, pairs, back, inplace):
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    yq, yk = (q, k) if inplace else (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
+    B, T, nh, hs = q.shape
+    _launch(_rope, (B * T, 2), q, k, yq, yk, cos, sin, T, *q.stride()[:3], *k.stride()[:3], *yq.stride()[:3], *yk.stride()[:3], nh, k.size(2),
+            hs // 2, PER_TOKEN=cos.dim() > 2, BACK=back, PAIRS=pairs, BQ=_pow2(nh), BK=_pow2(k.size(2)), BD=_pow2(hs // 2), num_warps=4)
+    return yq, yk
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, pairs, inplace):
+        ctx.save_for_backward(cos, sin)
+        ctx.pairs = pairs
+        if inplace:
+            ctx.mark_dirty(q, k)
+        return _run_rope(q, k, cos, sin, pairs, False, inplace)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk):
+        return *_run_rope(dq, dk, *ctx.saved_tensors, ctx.pairs, True, False), None, None, None, None
+
+
+def _rotate(x, cos, sin, interleaved):
+    wide, half = x.to(_wide(x.dtype)), x.size(-1) // 2
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads of a position
+    a, b = a * cos - b * sin, b * cos + a * sin
+    return (torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)).to(x.dtype)
+
+
+def rope(q, k, cos, sin, interleaved=False, inplace=False):
+    """Turns q (B, T, nh, hs) and k (B, T, nkv, hs) by the angles of their positions; cos, sin (T, hs/2) or (B, T, hs/2) float. -> (q, k)
+    like the inputs. inplace overwrites q and k (inference: no second copy). hs=2, angle 90 degrees: [1, 0] -> [0, 1]."""
+    if q.dim() != 4 or k.dim() != 4 or q.size(-1) != 2 * cos.size(-1):
+        raise ValueError(f'rope: got q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}; expected (B, T, heads, hs), cos (T, hs/2)')
+    if _triton(q):
+        return _Rope.apply(q, k, cos.contiguous(), sin.contiguous(), interleaved, inplace)
+    yq, yk = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    return (q.copy_(yq), k.copy_(yk)) if inplace else (yq, yk)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SwiGLU and GELU
+#
+#    flat, 1024 numbers a program. Eager SwiGLU is two kernels (silu; times up: 5 reads and writes of C numbers a token), this is
+#    one (3). The backward computes silu again from gate instead of keeping it.
+#| def swiglu(g, u): return g / (1 + np.exp(-g)) * u
+#| def swiglu_backward(dy, g, u):
+#|     s = 1 / (1 + np.exp(-g))
+#|     return dy * u * s * (1 + g * (1 - s)), dy * g * s
+#| def gelu(x): return 0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x ** 3)))
+#| def gelu_backward(dy, x):
+#|     t = np.tanh(0.7978845608 * (x + 0.044715 * x ** 3))
+#|     return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608 * (1 + 3 * 0.044715 * x * x))
+
+@jit
+def _act(G, U, DY, Y, DU, N, C, sg, su, GATED: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(C, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    row, c = pid // blocks, (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    ok = c < C
+    g = tl.load(G + row * sg + c, mask=ok, other=0.0).to(tl.float32)
+    if GATED:
+        u = tl.load(U + row * su + c, mask=ok, other=0.0).to(tl.float32)
+        s = tl.sigmoid(g)
+    else:
+        t = 2.0 * tl.sigmoid(1.5957691216 * (g + 0.044715 * g * g * g)) - 1.0  # tanh z = 2 sigmoid(2z) - 1
+    if BACK:
+        dy = tl.load(DY + row * C + c, mask=ok, other=0.0).to(tl.float32)
+        if GATED:
+            tl.store(Y + row * C + c, (dy * u * s * (1.0 + g * (1.0 - s))).to(Y.dtype.element_ty), mask=ok)
+            tl.store(DU + row * C + c, (dy * g * s).to(DU.dtype.element_ty), mask=ok)
+        else:
+            d = 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * 0.7978845608 * (1.0 + 0.134145 * g * g)
+            tl.store(Y + row * C + c, (dy * d).to(Y.dtype.element_ty), mask=ok)
+    elif GATED:
+        tl.store(Y + row * C + c, (g * s * u).to(Y.dtype.element_ty), mask=ok)
+    else:
+        tl.store(Y + row * C + c, (0.5 * g * (1.0 + t)).to(Y.dtype.element_ty), mask=ok)
+
+
+class _Act(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _run_act(gate, up, None)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _run_act(*ctx.saved_tensors, dy.contiguous())
+
+
+def _run_act(gate, up, dy):
+    g, u = (_flat(t) for t in (gate, gate if up is None else up))
+    if g.is_contiguous() and u.is_contiguous():
+        g, u = g.view(1, -1), u.view(1, -1)  # one long row: no block is cut short at a row's end
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    du = torch.empty_like(y) if up is not None and dy is not None else y
+    N, C = g.shape
+    _launch(_act, (N * _cdiv(C, 1024),), g, u, y if dy is None else dy, y, du, N, C, g.stride(0), u.stride(0), GATED=up is not None,
+            BACK=dy is not None, BLOCK=1024, num_warps=4)
+    return y, None if up is None else du
+
+
+def swiglu(gate, up):
+    """silu(gate) * up (2002.05202), any shape, both alike. gate=1, up=2 -> 2 * 0.7311 = 1.4621."""
+    return _Act.apply(gate, up) if _triton(gate) else F.silu(gate) * up
+
+
+def gelu(x):
+    """GPT-2's GELU, tanh form (1606.08415). 1 -> 0.8412."""
+    return _Act.apply(x, None) if _triton(x) else F.gelu(x, approximate='tanh')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross entropy: loss and entropy of each row of logits in one pass
+#
+#         V ->                                    a program: one row, walked in blocks. Running maximum m, sum s of e^(z-m) and sum a
+#      +------+------+------+------+              of e^(z-m) z are rescaled by e^(m - m') when the maximum grows to m':
+#    N | blk0 > blk1 > blk2 > blk3 |  -> m, s, a      lse = m + log s,   log p = z[y] - lse,   entropy = lse - a / s
+#      +------+------+------+------+              Backward: dz = g_l (1[y] - p) - g_H p (log p + H), every block by itself.
+#| def online_softmax(z, y, block=3):
+#|     m, s, a = -np.inf, 0.0, 0.0
+#|     for v in range(0, len(z), block):
+#|         new = max(m, z[v:v + block].max())
+#|         e = np.exp(z[v:v + block] - new)
+#|         m, s, a = new, s * np.exp(m - new) + e.sum(), a * np.exp(m - new) + (e * z[v:v + block]).sum()
+#|     return z[y] - m - np.log(s), m + np.log(s) - a / s   # log p(y), entropy
+
+@jit
+def _softmax_block(z, m, s, a):
+    """One step of the online softmax over the last axis of z (rows, block): -> m, s, a, each (rows,)."""
+    new = tl.maximum(m, tl.max(z, 1))
+    base = tl.where(new == float('-inf'), 0.0, new)  # subtle: -inf - -inf is nan; a row that is -inf so far adds exactly 0
+    e = tl.exp(z - base[:, None])
+    keep = tl.exp(m - base)
+    return new, s * keep + tl.sum(e, 1), a * keep + tl.sum(tl.where(e > 0.0, e * z, 0.0), 1)
+
+
+@jit
+def _ce_fwd(Z, Y, LOGP, MAX, LOGS, ENT, V, sz, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.full([1], float('-inf'), dtype=tl.float32)
+    s = tl.zeros([1], dtype=tl.float32)
+    a = tl.zeros([1], dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)[None, :]
+        z = tl.load(Z + row * sz + v, mask=v < V, other=float('-inf')).to(tl.float32)
+        m, s, a = _softmax_block(z, m, s, a)
+    dead = s == 0.0  # nothing but -inf
+    s, m = tl.where(dead, 1.0, s), tl.where(dead, 0.0, m)
+    z_y = tl.load(Z + row * sz + tl.load(Y + row)).to(tl.float32)
+    one = row + tl.arange(0, 1)
+    tl.store(LOGP + one, z_y - m - tl.log(s))
+    tl.store(MAX + one, m)
+    tl.store(LOGS + one, tl.log(s))
+    tl.store(ENT + one, m - a / s + tl.log(s))
+
+
+@jit
+def _ce_bwd(Z, Y, MAX, LOGS, ENT, GL, GH, D, V, sz, sd, v0, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(V, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    row, v = pid // blocks, (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(Z + row * sz + v, mask=v < V, other=float('-inf')).to(tl.float32) * scale
+    logp = z - tl.load(MAX + row) - tl.load(LOGS + row)  # subtle: in two steps; the rounding of m + log s would be in every p
+    p = tl.exp(logp)
+    gl = tl.load(GL + row)
+    d = -p * gl
+    if ENTROPY:
+        d -= tl.where(p > 0.0, p * (logp + tl.load(ENT + row)), 0.0) * tl.load(GH + row)
+    d = (d + tl.where(v == tl.load(Y + row) - v0, gl, 0.0)) * scale
+    tl.store(D + row * sd + v, d.to(D.dtype.element_ty), mask=v < V)
+
+
+def _run_ce_fwd(z, targets):
+    """-> log p(target), entropy, and (m, log s) for the backward, each (N,)."""
+    logp, m, logs, entropy = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(4))
+    V = z.size(1)
+    _launch(_ce_fwd, (len(z),), z, targets, logp, m, logs, entropy, V, z.stride(0), BLOCK=min(_pow2(V, 16), 4096), num_warps=8)
+    return logp, entropy, (m, logs)
+
+
+def _run_ce_bwd(z, targets, stats, entropy, g_logp, g_entropy, dtype, v0=0, temperature=1.0):
+    d, V, BLOCK = torch.empty(z.shape, dtype=dtype, device=z.device), z.size(1), min(_pow2(z.size(1), 16), 4096)
+    g_logp, g_h = g_logp.contiguous(), g_logp if g_entropy is None else g_entropy.contiguous()
+    _launch(_ce_bwd, (len(z) * _cdiv(V, BLOCK),), z, targets, *stats, entropy, g_logp, g_h, d, V, z.stride(0), d.stride(0), v0, 1.0 / temperature,
+            ENTROPY=g_entropy is not None, BLOCK=BLOCK, num_warps=8)
+    return d
+
+
 def _softmax_stats(z, targets):
-    """z (n, V) float -> p = softmax(z), log p[target], entropy. log-sum-exp = max z - log max p: p of the maximum is 1/V at least."""
-    p = torch.softmax(z, 1)
-    lse = z.amax(1) - p.amax(1).log_()
-    return p, z.gather(1, targets[:, None])[:, 0] - lse, lse - torch.linalg.vecdot(p, z)
+    """z (n, V) finite -> p = softmax(z), log p[target], entropy. log s = -log max p, and the largest p is 1/V at least."""
+    p, m = torch.softmax(z, 1), z.amax(1)
+    logs = p.amax(1).log_().neg_()
+    return p, z.gather(1, targets[:, None])[:, 0] - m - logs, m - torch.linalg.vecdot(p, z) + logs
+
+
+def _plogp(p):
+    return p.clamp_min(1e-37).log_().mul_(p)  # 0 where p is 0; twice as fast as xlogy
 
 
 def _softmax_grad(p, targets, g_logp, g_entropy, out):
@@ -90,7 +473,7 @@ def _softmax_grad(p, targets, g_logp, g_entropy, out):
     if g_entropy is None:
         torch.mul(p, -g_logp[:, None], out=out)
     else:
-        plogp = p.clamp_min(1e-37).log_().mul_(p)  # 0 where p is 0; twice as fast as xlogy
+        plogp = _plogp(p)
         share = plogp.sum(1).mul_(g_entropy).sub_(g_logp)[:, None]  # sum p log p is -H
         torch.addcmul(p * share, plogp, g_entropy[:, None], value=-1, out=out)
     return out.scatter_add_(1, targets[:, None], g_logp[:, None])
@@ -100,35 +483,132 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, ignore_index):
         ctx.set_materialize_grads(False)
-        valid = targets != ignore_index
+        valid, ctx.triton = targets != ignore_index, _triton(logits)
         safe = torch.where(valid, targets, 0)
-        z = logits.to(_wide(logits.dtype))
-        p = torch.softmax(z.clamp_min(-1e30), 1)  # words masked with -inf, even all of them, leave no nan
-        logp = z.gather(1, safe[:, None])[:, 0] - (z.amax(1).clamp_min(-1e30) - p.amax(1).log())
-        ctx.save_for_backward(p.to(logits.dtype), safe, valid)
-        return torch.where(valid, -logp, 0), torch.where(valid, -torch.xlogy(p, p).sum(1), 0)
+        if ctx.triton:
+            logits = _flat(logits)
+            logp, entropy, stats = _run_ce_fwd(logits, safe)
+        else:
+            z, stats = logits.to(_wide(logits.dtype)), ()
+            logp = torch.log_softmax(z, 1)
+            entropy, logp = -_plogp(logp.exp()).sum(1), logp.gather(1, safe[:, None])[:, 0]
+            dead = torch.isnan(entropy)  # nothing but -inf: loss inf, entropy 0
+            entropy, logp = entropy.masked_fill(dead, 0), logp.masked_fill(dead, -torch.inf)
+        ctx.save_for_backward(logits, safe, valid, entropy, *stats)
+        return torch.where(valid, -logp, 0), torch.where(valid, entropy, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_loss, g_entropy):
-        p, targets, valid = ctx.saved_tensors
-        g_logp = torch.zeros_like(valid, dtype=_wide(p.dtype)) if g_loss is None else torch.where(valid, -g_loss, 0)
+        logits, targets, valid, entropy, *stats = ctx.saved_tensors
+        g_logp = torch.zeros_like(entropy) if g_loss is None else torch.where(valid, -g_loss, 0)
         g_entropy = None if g_entropy is None else torch.where(valid, g_entropy, 0)
-        d = torch.empty_like(p, dtype=g_logp.dtype)
-        return _softmax_grad(p.to(d.dtype), targets, g_logp, g_entropy, d).to(p.dtype), None, None
+        if ctx.triton:
+            return _run_ce_bwd(logits, targets, stats, entropy, g_logp, g_entropy, logits.dtype), None, None
+        p = torch.softmax(logits.to(entropy.dtype), 1).nan_to_num_(0.0)
+        return _softmax_grad(p, targets, g_logp, g_entropy, torch.empty_like(p)).to(logits.dtype), None, None
 
 
 def cross_entropy(logits, targets, ignore_index=-1):
-    """-> (loss, entropy), each (N,) float32, for logits (N, V) and targets (N,); both 0 where targets == ignore_index."""
+    """-log softmax(logits)[target] and the entropy of each row. logits (N, V), targets (N,) int64 -> (loss, entropy), (N,) float32
+    (float64 for float64), both differentiable, both 0 where targets == ignore_index. -inf masks a word; a row of nothing
+    else has loss inf, entropy 0 and a finite gradient. V=2, logits [0,0] -> loss log 2, entropy log 2."""
+    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f'cross_entropy: got logits {tuple(logits.shape)}, targets {tuple(targets.shape)}; expected (N, V) and (N,): flatten them')
     return _CrossEntropy.apply(logits, targets, ignore_index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layer + softmax without the logits: log-prob and entropy of the targets straight from x and weight
+#
+#                 V ->   split 0          split 1            a program: BM rows of x against one split of the vocabulary. A tile of
+#               +-------------------+-------------------+    logits (BM x BN) lives in registers: C / BK small matmuls fill it, the
+#          N BM | tile > tile > ... | tile > tile > ... |    online softmax above eats it. What leaves is m, s, a, z[y] of each row
+#               +-------------------+-------------------+    and split; a few torch lines join the splits. 4096 x 131072 logits in
+#            BM | tile > ...        | ...               |    float32 would be 2.1 GB; this leaves 4096 * splits * 16 B.
+#               +-------------------+-------------------+
+#    Backward: needs whole matmuls, so the library does them, in blocks of the vocabulary: z = x W_b', _ce_bwd in between, then
+#    dx += dz W_b and dW_b = dz' x. A block of dW is written once; by blocks of rows all of dW would be read and written each time.
+#| def linear_logprobs(x, w, y, T, block=4):          # one row x (C,), w (V, C)
+#|     parts = [w[v:v + block] @ x / T for v in range(0, len(w), block)]
+#|     m = max(z.max() for z in parts)
+#|     s = sum(np.exp(z - m).sum() for z in parts)
+#|     a = sum((np.exp(z - m) * z).sum() for z in parts)
+#|     return parts[y // block][y % block] - m - np.log(s), m + np.log(s) - a / s
+
+@jit
+def _linear_stats(X, W, Y, OUT, N, V, C, sx, sw, per_split, scale, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # row blocks run fastest: neighbours read the same split of W, from L2
+    split = tl.program_id(1)
+    y = tl.load(Y + r, mask=r < N, other=-1)
+    m = tl.full([BM], float('-inf'), dtype=tl.float32)
+    s = tl.zeros([BM], dtype=tl.float32)
+    a = tl.zeros([BM], dtype=tl.float32)
+    z_y = tl.zeros([BM], dtype=tl.float32)
+    for start in range(split * per_split, tl.minimum(V, (split + 1) * per_split), BN):
+        v = (start + tl.arange(0, BN)).to(tl.int64)
+        z = tl.zeros([BM, BN], dtype=tl.float32)
+        for k0 in range(0, C, BK):
+            k = k0 + tl.arange(0, BK)
+            x = tl.load(X + r[:, None] * sx + k[None, :], mask=(r < N)[:, None] & (k < C)[None, :], other=0.0)
+            w = tl.load(W + v[None, :] * sw + k[:, None], mask=(v < V)[None, :] & (k < C)[:, None], other=0.0)
+            z = tl.dot(x, w, z, input_precision='ieee')
+        z = tl.where((v < V)[None, :], z * scale, float('-inf'))
+        z_y += tl.sum(tl.where(v[None, :] == y[:, None], z, 0.0), 1)
+        m, s, a = _softmax_block(z, m, s, a)
+    out = OUT + split.to(tl.int64) * 4 * N + r
+    tl.store(out, m, mask=r < N)
+    tl.store(out + N, s, mask=r < N)
+    tl.store(out + 2 * N, a, mask=r < N)
+    tl.store(out + 3 * N, z_y, mask=r < N)
+
+
+def _run_linear_stats(x, weight, targets, temperature):
+    x, weight = _flat(x), _flat(weight)
+    (N, C), V = x.shape, weight.size(0)
+    BM, BN, BK, warps, stages = (16, 16, 16, 4, 1) if INTERPRET else (128, 128, 64, 8, 3) if x.element_size() == 2 else (64, 64, 32, 4, 2)
+    splits = min(_cdiv(V, BN), 3 if INTERPRET else max(1, _cdiv(1024, _cdiv(N, BM))))  # about 8 programs for each of 132 processors
+    per_split = _cdiv(_cdiv(V, splits), BN) * BN
+    splits = _cdiv(V, per_split)
+    out = torch.empty(splits, 4, N, dtype=torch.float32, device=x.device)
+    _launch(_linear_stats, (_cdiv(N, BM), splits), x, weight, targets, out, N, V, C, x.stride(0), weight.stride(0), per_split, 1.0 / temperature,
+            BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages)
+    m, s, a, z_y = out.unbind(1)
+    top = m.amax(0)
+    keep = (m - top).exp()
+    s, a = (s * keep).sum(0), (a * keep).sum(0)
+    return z_y.sum(0) - top - s.log(), top - a / s + s.log(), (top, s.log())
+
+
+def _mm32(a, b):
+    """float32 out of 16-bit operands: a bfloat16 logit of 20 is off by 0.06, and a PPO ratio with it."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.element_size() == 2 else torch.mm(a, b).float()
+
+
+def _budget(x):
+    return min(2 << 30, torch.cuda.get_device_properties(x.device).total_memory // 32) if x.is_cuda else CHUNK_BYTES
+
+
+def _grads_by_vocabulary(x, weight, targets, stats, entropy, g_logp, g_entropy, temperature, needed):
+    n = max(128, _budget(x) // (6 * len(x)) // 128 * 128)  # 4 bytes of z and 2 of dz
+    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needed[0] else None
+    dw = torch.empty_like(weight) if needed[1] else None
+    for v in range(0, len(weight), n):
+        w = weight[v:v + n]
+        d = _run_ce_bwd(_mm32(x, w.t()), targets, stats, entropy, g_logp, g_entropy, x.dtype, v, temperature)
+        if dx is not None:
+            dx += _mm32(d, w)
+        if dw is not None:
+            dw[v:v + n] = d.t() @ x
+    return None if dx is None else dx.to(x.dtype), dw
 
 
 def _blocks(x, weight):
     """Row blocks of the logits: [(rows of the matmul's block, the smaller blocks inside it that the softmax walks through)].
     The first is bounded by memory, 64 MiB on CPU = 333 rows of V=50257; the second by the cache: a block of 1 MiB is read five times."""
-    N, V, budget = len(x), weight.size(0), CHUNK_BYTES << (3 if x.is_cuda else 0)
-    n = min(max(64, budget // (4 * V)), max(N, 1))
-    n = -(-N // -(-N // n)) if N else 1  # of one size: 256 rows in blocks of 110 at most are 86 + 86 + 84
+    N, V = len(x), weight.size(0)
+    n = min(max(64, _budget(x) // (4 * V)), max(N, 1))
+    n = _cdiv(N, _cdiv(N, n)) if N else 1  # of one size: 256 rows in blocks of 110 at most are 86 + 86 + 84
     m = n if x.is_cuda else max(1, (1 << 20) // (4 * V))
     return [(slice(i, min(i + n, N)), [slice(j, min(j + m, i + n, N)) for j in range(i, min(i + n, N), m)]) for i in range(0, N, n)]
 
@@ -136,48 +616,6 @@ def _blocks(x, weight):
 def _buffer(x, weight, blocks):
     """Room for the largest block of logits, taken once: fresh pages cost as much as the softmax that fills them."""
     return x.new_empty(blocks[0][0].stop if blocks else 0, weight.size(0))
-
-
-class _LinearLogprobs(torch.autograd.Function):
-    """Logits come and go block by block; the backward computes them again (4 matmuls for 3) unless all of them fit into one block."""
-    @staticmethod
-    def forward(ctx, x, weight, targets, temperature, grad):
-        ctx.set_materialize_grads(False)
-        wide, blocks = _wide(x.dtype), _blocks(x, weight)
-        logp, entropy = (torch.empty(len(x), dtype=wide, device=x.device) for _ in range(2))
-        buf = _buffer(x, weight, blocks)
-        held = torch.empty(len(x), weight.size(0), dtype=wide, device=x.device) if grad and len(blocks) == 1 else None
-        for rows, parts in blocks:
-            z = torch.mm(x[rows], weight.t(), out=buf[:rows.stop - rows.start])
-            for s in parts:
-                p, logp[s], entropy[s] = _softmax_stats(_scaled(z[s.start - rows.start:s.stop - rows.start], wide, temperature), targets[s])
-                if held is not None:
-                    held[s] = p
-        ctx.save_for_backward(x, weight, targets, held)
-        ctx.temperature = temperature
-        return logp, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_logp, g_entropy):
-        x, weight, targets, held = ctx.saved_tensors
-        wide, blocks, T = _wide(x.dtype), _blocks(x, weight), ctx.temperature
-        g_logp = torch.zeros_like(targets, dtype=wide) if g_logp is None else g_logp / T
-        g_entropy = None if g_entropy is None else g_entropy / T
-        dx, dw, buf = *_grad_buffers(x, weight, ctx.needs_input_grad), _buffer(x, weight, blocks)
-        for rows, parts in blocks:
-            z = buf[:rows.stop - rows.start]
-            if held is None:
-                torch.mm(x[rows], weight.t(), out=z)
-            for s in parts:
-                zs = z[s.start - rows.start:s.stop - rows.start]
-                p = torch.softmax(_scaled(zs, wide, T), 1) if held is None else held[s]
-                d = zs if zs.dtype == wide else torch.empty_like(p)
-                _softmax_grad(p, targets[s], g_logp[s], None if g_entropy is None else g_entropy[s], d)
-                if d is not zs:
-                    zs.copy_(d)
-            _grad_matmuls(z, x, weight, rows, dx, dw)
-        return dx, None if dw is None else dw.to(weight.dtype), None, None, None
 
 
 def _scaled(z, wide, temperature):
@@ -194,26 +632,79 @@ def _grad_matmuls(dz, x, weight, rows, dx, dw):
     if dx is not None:
         torch.mm(dz, weight, out=dx[rows])
     if dw is not None:
-        dw.addmm_(dz.t(), x[rows]) if dw.dtype == dz.dtype else dw.add_(dz.t() @ x[rows])
+        dw.addmm_(dz.t(), x[rows]) if dw.dtype == dz.dtype else dw.add_(_mm32(dz.t(), x[rows]))
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Logits come and go block by block; the backward computes them again (4 matmuls for 3) unless all of them fit into one block."""
+    @staticmethod
+    def forward(ctx, x, weight, targets, temperature, grad):
+        ctx.set_materialize_grads(False)
+        ctx.temperature, ctx.triton, held, stats = temperature, _triton(x), None, ()
+        if ctx.triton:
+            logp, entropy, stats = _run_linear_stats(x, weight, targets, temperature)
+        else:
+            wide, blocks = _wide(x.dtype), _blocks(x, weight)
+            logp, entropy = (torch.empty(len(x), dtype=wide, device=x.device) for _ in range(2))
+            buf = _buffer(x, weight, blocks)
+            held = torch.empty(len(x), weight.size(0), dtype=wide, device=x.device) if grad and len(blocks) == 1 else None
+            for rows, parts in blocks:
+                z = torch.mm(x[rows], weight.t(), out=buf[:rows.stop - rows.start])
+                for s in parts:
+                    zs = _scaled(z[s.start - rows.start:s.stop - rows.start], wide, temperature)
+                    p, logp[s], entropy[s] = _softmax_stats(zs, targets[s])
+                    if held is not None:
+                        held[s] = p
+        ctx.save_for_backward(x, weight, targets, entropy, held, *stats)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp, g_entropy):
+        x, weight, targets, entropy, held, *stats = ctx.saved_tensors
+        wide, T, needed = entropy.dtype, ctx.temperature, ctx.needs_input_grad
+        g_logp = torch.zeros_like(entropy) if g_logp is None else g_logp
+        if ctx.triton:
+            return *_grads_by_vocabulary(x, weight, targets, stats, entropy, g_logp, g_entropy, T, needed), None, None, None
+        g_logp, g_entropy, blocks = g_logp / T, None if g_entropy is None else g_entropy / T, _blocks(x, weight)
+        dx, dw, buf = *_grad_buffers(x, weight, needed), _buffer(x, weight, blocks)
+        for rows, parts in blocks:
+            z = buf[:rows.stop - rows.start]
+            if held is None:
+                torch.mm(x[rows], weight.t(), out=z)
+            for s in parts:
+                zs = z[s.start - rows.start:s.stop - rows.start]
+                p = torch.softmax(_scaled(zs, wide, T), 1) if held is None else held[s]
+                d = zs if zs.dtype == wide else torch.empty_like(p)
+                _softmax_grad(p, targets[s], g_logp[s], None if g_entropy is None else g_entropy[s], d)
+                if d is not zs:
+                    zs.copy_(d)
+            _grad_matmuls(z, x, weight, rows, dx, dw)
+        return dx, None if dw is None else dw.to(weight.dtype), None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean loss. A scalar's gradient is known but for one factor, so it is computed with the loss: 3 matmuls, as without blocks."""
     @staticmethod
     def forward(ctx, x, weight, targets, grad):
-        wide, blocks = _wide(x.dtype), _blocks(x, weight)
+        wide, blocks, kernel = _wide(x.dtype), _blocks(x, weight), _triton(x)
         loss = torch.zeros((), dtype=wide, device=x.device)
         dx, dw = _grad_buffers(x, weight, ctx.needs_input_grad if grad else (False, False))
-        buf = _buffer(x, weight, blocks)
+        buf = None if kernel else _buffer(x, weight, blocks)
         for rows, parts in blocks:
-            z = torch.mm(x[rows], weight.t(), out=buf[:rows.stop - rows.start])
-            for s in parts:
-                zs = z[s.start - rows.start:s.stop - rows.start]
-                zw, y = zs.to(wide), targets[s, None]
-                p = torch.softmax(zw, 1)
-                loss += (zw.amax(1) - p.amax(1).log_() - zw.gather(1, y)[:, 0]).sum()
-                if dx is not None or dw is not None:
-                    zs.copy_(p.scatter_add_(1, y, p.new_full((), -1.0).expand_as(y)).div_(len(x)))
+            if kernel:
+                z, y = _mm32(x[rows], weight.t()), targets[rows]
+                logp, entropy, stats = _run_ce_fwd(z, y)
+                loss -= logp.sum()
+                z = _run_ce_bwd(z, y, stats, entropy, torch.full_like(logp, -1.0 / len(x)), None, x.dtype) if grad else z
+            else:
+                z = torch.mm(x[rows], weight.t(), out=buf[:rows.stop - rows.start])
+                for s in parts:
+                    zs, y = z[s.start - rows.start:s.stop - rows.start], targets[s]
+                    p, logp, _ = _softmax_stats(zs.to(wide), y)
+                    loss -= logp.sum()
+                    if grad:
+                        zs.copy_(p.scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0)).div_(len(x)))
             _grad_matmuls(z, x, weight, rows, dx, dw)
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
         return loss / max(1, len(x))
@@ -226,9 +717,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if d is None else d * g.to(d.dtype) for d in ctx.saved_tensors), None, None
 
 
-def _linear_inputs(x, weight, targets, ignore_index):
+def _linear_inputs(name, x, weight, targets, ignore_index):
     """Flat x and targets without the ignored tokens (a prompt costs no matmul), and their row numbers (None = all). Operands
     of a matmul share a dtype: autocast's, where that is on, else x's."""
+    if x.shape[:-1] != targets.shape or weight.dim() != 2 or weight.size(1) != x.size(-1):
+        raise ValueError(f'{name}: got x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}; expected (..., C), (V, C), (...)')
     device, x, targets = x.device.type, x.reshape(-1, x.size(-1)), targets.reshape(-1)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     rows = (targets != ignore_index).nonzero()[:, 0]
@@ -238,21 +731,254 @@ def _linear_inputs(x, weight, targets, ignore_index):
 
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-1):
-    """Mean over the counted tokens of -log softmax(x @ weight.T)[target], without holding the (N, V) logits.
-    x (..., C), weight (V, C), targets (...) int64 -> float32 scalar; 0 when every target is ignored."""
-    x, weight, targets, _ = _linear_inputs(x, weight, targets, ignore_index)
-    return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+    """Mean over the counted tokens of -log softmax(x @ weight.T)[target], without holding the (N, V) logits. x (..., C), weight
+    (V, C), targets (...) int64 -> float32 scalar; 0 when every target is ignored. x=0, V=50257 -> log 50257 = 10.825."""
+    x, weight, targets, _ = _linear_inputs('linear_cross_entropy', x, weight, targets, ignore_index)
+    return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
 
 def linear_logprobs(x, weight, targets, temperature=1.0, ignore_index=-1):
-    """Log-probability of each target and the entropy of its distribution under softmax(x @ weight.T / temperature), without
-    holding the (N, V) logits; both differentiable. x (..., C), weight (V, C), targets (...) -> (logp (...), entropy (...))
-    float32, both 0 where targets == ignore_index."""
-    flat, weight, y, rows = _linear_inputs(x, weight, targets, ignore_index)
-    outs = _LinearLogprobs.apply(flat, weight, y, temperature, torch.is_grad_enabled())
+    """Log-probability of each target and the entropy of its distribution, softmax(x @ weight.T / temperature), without holding the
+    (N, V) logits; both differentiable. x (..., C), weight (V, C), targets (...) int64 -> (logp, entropy), (...) float32, both 0
+    where targets == ignore_index. x=0, V=4 -> logp -log 4 = -1.386, entropy 1.386."""
+    flat, weight, y, rows = _linear_inputs('linear_logprobs', x, weight, targets, ignore_index)
+    if not temperature > 0:
+        raise ValueError(f'linear_logprobs: temperature {temperature}, expected above 0 (greedy text is scored at the temperature it was sampled at)')
+    outs = _LinearLogprobs.apply(flat, weight, y, float(temperature), torch.is_grad_enabled())
     if rows is not None:
         outs = [o.new_zeros(targets.numel()).index_copy(0, rows, o) for o in outs]
     return tuple(o.view(targets.shape) for o in outs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FlashAttention (2205.14135, 2307.08691): softmax(q k' * scale) v without the (T, T) scores
+#
+#           keys ->                      a program: BM queries of one head. It walks over tiles of BN keys with the online softmax,
+#         +----+----+----+----+          acc = acc * e^(m - m') + p v.   [ ] every pair visible: no mask is computed
+#    q BM | \  |    |    |    |                                         [\] the mask cuts through      blank: never visited
+#         +----+----+----+----+          Documents of a packed batch are rows cu[d]:cu[d+1]: each (document, head) has its own grid
+#      BM | [] | \  |    |    |          of tiles, so nothing is computed between documents. Heads share k, v by h // (nh / nkv).
+#         +----+----+----+----+          Backward: p again from the saved row sums lse (in powers of 2), then
+#      BM | [] | [] | \  |    |            dv = p' do,   ds = p (do v' - delta),   dq = ds k,   dk = ds' q,   delta = rowsum(do o)
+#         +----+----+----+----+          once along the rows (dq), once down the columns and over the heads that share them (dk, dv):
+#                                        each sum is one program's, so no atomics, and two runs agree to the bit.
+#| def flash_row(q, k, v, scale, block=4):            # one query (hs,) over visible keys (n, hs)
+#|     m, l, acc = -np.inf, 0.0, np.zeros(v.shape[1])
+#|     for j in range(0, len(k), block):
+#|         s = k[j:j + block] @ q * scale
+#|         new = max(m, s.max())
+#|         p = np.exp(s - new)
+#|         l, acc, m = l * np.exp(m - new) + p.sum(), acc * np.exp(m - new) + p @ v[j:j + block], new
+#|     return acc / l
+#| def attention_backward(do, q, k, v, scale, visible):
+#|     s = np.where(visible, q @ k.T * scale, -np.inf)
+#|     p = np.exp(s - s.max(1, keepdims=True)); p /= p.sum(1, keepdims=True)
+#|     ds = p * (do @ v.T - (do * (p @ v)).sum(1, keepdims=True))
+#|     return ds @ k * scale, ds.T @ q * scale, p.T @ do  # dq, dk, dv
+
+@jit
+def _rows(X, base, n, limit, st, d, HS: tl.constexpr):
+    """A tile (rows, BD) of a (token, hs) matrix: rows n of it from row base on, zero behind `limit` and behind hs."""
+    at = X + (base + n).to(tl.int64)[:, None] * st + d[None, :]
+    return tl.load(at, mask=(n < limit)[:, None] & (d < HS)[None, :], other=0.0)
+
+
+@jit
+def _seen(i, j, Tq, Tk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """(BM, BN): may query i see key j? The last query stands at the last key."""
+    ok = (i < Tq)[:, None] & (j < Tk)[None, :]
+    if CAUSAL:
+        ok = ok & (j[None, :] <= i[:, None] + (Tk - Tq))
+    if WINDOW:
+        ok = ok & (j[None, :] > i[:, None] + (Tk - Tq) - window)
+    return ok
+
+
+@jit
+def _attn_steps(acc, m, l, q, K, V, base, lo, hi, i, Tq, Tk, skt, svt, d, scale, window, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+                WINDOW: tl.constexpr, HS: tl.constexpr, BN: tl.constexpr):
+    for start in range(lo, hi, BN):
+        j = start + tl.arange(0, BN)
+        s = tl.dot(q, tl.trans(_rows(K, base, j, Tk, skt, d, HS)), input_precision='ieee') * scale
+        if MASK:
+            s = tl.where(_seen(i, j, Tq, Tk, window, CAUSAL, WINDOW), s, float('-inf'))
+        new = tl.maximum(m, tl.max(s, 1))
+        top = tl.where(new == float('-inf'), 0.0, new)
+        p = tl.exp2(s - top[:, None])
+        keep = tl.exp2(m - top)
+        l = l * keep + tl.sum(p, 1)
+        v = _rows(V, base, j, Tk, svt, d, HS)
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision='ieee')
+        m = new
+    return acc, m, l
+
+
+@jit
+def _attn_fwd(Q, K, V, O, LSE, CUQ, CUK, N, sqt, sqh, skt, skh, svt, svh, heads, group, docs, blocks, window, scale, CAUSAL: tl.constexpr,
+              WINDOW: tl.constexpr, HS: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    pid = tl.program_id(0)
+    start = (blocks - 1 - pid // (docs * heads)) * BM  # the longest rows of tiles first: they would be the last to end
+    doc, h = pid % (docs * heads) // heads, pid % heads
+    qa, ka = tl.load(CUQ + doc), tl.load(CUK + doc)
+    Tq, Tk = tl.load(CUQ + doc + 1) - qa, tl.load(CUK + doc + 1) - ka
+    if start < Tq:
+        i, d = start + tl.arange(0, BM), tl.arange(0, BD)
+        K += (h // group).to(tl.int64) * skh
+        V += (h // group).to(tl.int64) * svh
+        q = _rows(Q + h.to(tl.int64) * sqh, qa, i, Tq, sqt, d, HS)
+        m = tl.full([BM], float('-inf'), dtype=tl.float32)
+        l = tl.zeros([BM], dtype=tl.float32)
+        acc = tl.zeros([BM, BD], dtype=tl.float32)
+        lo, hi = 0, Tk
+        full = Tk // BN * BN  # keys that need no mask end here
+        if CAUSAL:
+            hi = tl.maximum(tl.minimum(Tk, start + BM + Tk - Tq), 0)
+            full = tl.minimum(full, tl.maximum(start + 1 + Tk - Tq, 0) // BN * BN)
+        if WINDOW:
+            lo = tl.maximum(start + Tk - Tq - window + 1, 0) // BN * BN
+            full = lo
+        acc, m, l = _attn_steps(acc, m, l, q, K, V, ka, lo, full, i, Tq, Tk, skt, svt, d, scale, window, False, CAUSAL, WINDOW, HS, BN)
+        acc, m, l = _attn_steps(acc, m, l, q, K, V, ka, full, hi, i, Tq, Tk, skt, svt, d, scale, window, True, CAUSAL, WINDOW, HS, BN)
+        blind = l == 0.0  # a query with no visible key: output 0, and lse = inf makes p 0 in the backward
+        l = tl.where(blind, 1.0, l)
+        o = O + ((qa + i).to(tl.int64)[:, None] * heads + h) * HS + d[None, :]
+        tl.store(o, (acc / l[:, None]).to(O.dtype.element_ty), mask=(i < Tq)[:, None] & (d < HS)[None, :])
+        tl.store(LSE + h.to(tl.int64) * N + qa + i, tl.where(blind, float('inf'), m + tl.log2(l)), mask=i < Tq)
+
+
+@jit
+def _attn_delta(O, DO, DELTA, N, heads, sdt, sdh, HS: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
+    n, h, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64), tl.arange(0, BD)
+    o = _rows(O + h * HS, 0, n, N, heads * HS, d, HS).to(tl.float32)
+    tl.store(DELTA + h * N + n, tl.sum(o * _rows(DO + h * sdh, 0, n, N, sdt, d, HS).to(tl.float32), 1), mask=n < N)
+
+
+@jit
+def _attn_dq(Q, K, V, DO, LSE, DELTA, DQ, CUQ, CUK, N, sqt, sqh, skt, skh, svt, svh, sdt, sdh, heads, group, docs, blocks, window, scale, raw,
+             CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HS: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    pid = tl.program_id(0)
+    start = (blocks - 1 - pid // (docs * heads)) * BM
+    doc, h = pid % (docs * heads) // heads, pid % heads
+    qa, ka = tl.load(CUQ + doc), tl.load(CUK + doc)
+    Tq, Tk = tl.load(CUQ + doc + 1) - qa, tl.load(CUK + doc + 1) - ka
+    if start < Tq:
+        i, d = start + tl.arange(0, BM), tl.arange(0, BD)
+        K += (h // group).to(tl.int64) * skh
+        V += (h // group).to(tl.int64) * svh
+        q = _rows(Q + h.to(tl.int64) * sqh, qa, i, Tq, sqt, d, HS)
+        do = _rows(DO + h.to(tl.int64) * sdh, qa, i, Tq, sdt, d, HS)
+        lse = tl.load(LSE + h.to(tl.int64) * N + qa + i, mask=i < Tq, other=float('inf'))
+        delta = tl.load(DELTA + h.to(tl.int64) * N + qa + i, mask=i < Tq, other=0.0)
+        dq = tl.zeros([BM, BD], dtype=tl.float32)
+        lo, hi = 0, Tk
+        if CAUSAL:
+            hi = tl.maximum(tl.minimum(Tk, start + BM + Tk - Tq), 0)
+        if WINDOW:
+            lo = tl.maximum(start + Tk - Tq - window + 1, 0) // BN * BN
+        for at in range(lo, hi, BN):
+            j = at + tl.arange(0, BN)
+            k = _rows(K, ka, j, Tk, skt, d, HS)
+            s = tl.dot(q, tl.trans(k), input_precision='ieee') * scale
+            p = tl.where(_seen(i, j, Tq, Tk, window, CAUSAL, WINDOW), tl.exp2(s - lse[:, None]), 0.0)
+            dp = tl.dot(do, tl.trans(_rows(V, ka, j, Tk, svt, d, HS)), input_precision='ieee')
+            dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision='ieee')
+        out = DQ + ((qa + i).to(tl.int64)[:, None] * heads + h) * HS + d[None, :]
+        tl.store(out, (dq * raw).to(DQ.dtype.element_ty), mask=(i < Tq)[:, None] & (d < HS)[None, :])
+
+
+@jit
+def _attn_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, CUQ, CUK, N, sqt, sqh, skt, skh, svt, svh, sdt, sdh, kv_heads, group, docs, window, scale, raw,
+               CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HS: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    pid = tl.program_id(0)
+    start = pid // (docs * kv_heads) * BN
+    doc, kvh = pid % (docs * kv_heads) // kv_heads, pid % kv_heads
+    qa, ka = tl.load(CUQ + doc), tl.load(CUK + doc)
+    Tq, Tk = tl.load(CUQ + doc + 1) - qa, tl.load(CUK + doc + 1) - ka
+    if start < Tk:
+        j, d = start + tl.arange(0, BN), tl.arange(0, BD)
+        k = _rows(K + kvh.to(tl.int64) * skh, ka, j, Tk, skt, d, HS)
+        v = _rows(V + kvh.to(tl.int64) * svh, ka, j, Tk, svt, d, HS)
+        dk = tl.zeros([BN, BD], dtype=tl.float32)
+        dv = tl.zeros([BN, BD], dtype=tl.float32)
+        lo, hi = 0, Tq
+        if CAUSAL:  # the first query that sees key `start`
+            lo = tl.maximum(start - (Tk - Tq), 0) // BM * BM
+        if WINDOW:  # and the last one that still sees the tile's last key
+            hi = tl.minimum(Tq, tl.maximum(start + BN - 1 - (Tk - Tq) + window, 0))
+        for g in range(0, group):
+            h = (kvh * group + g).to(tl.int64)
+            for at in range(lo, hi, BM):
+                i = at + tl.arange(0, BM)
+                q = _rows(Q + h * sqh, qa, i, Tq, sqt, d, HS)
+                do = _rows(DO + h * sdh, qa, i, Tq, sdt, d, HS)
+                lse = tl.load(LSE + h * N + qa + i, mask=i < Tq, other=float('inf'))
+                delta = tl.load(DELTA + h * N + qa + i, mask=i < Tq, other=0.0)
+                s = tl.dot(q, tl.trans(k), input_precision='ieee') * scale
+                p = tl.where(_seen(i, j, Tq, Tk, window, CAUSAL, WINDOW), tl.exp2(s - lse[:, None]), 0.0)
+                dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision='ieee')
+                ds = p * (tl.dot(do, tl.trans(v), input_precision='ieee') - delta[:, None])
+                dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision='ieee')
+        ok = (j < Tk)[:, None] & (d < HS)[None, :]
+        out = ((ka + j).to(tl.int64)[:, None] * kv_heads + kvh) * HS + d[None, :]
+        tl.store(DK + out, (dk * raw).to(DK.dtype.element_ty), mask=ok)
+        tl.store(DV + out, dv.to(DV.dtype.element_ty), mask=ok)
+
+
+def _attn_sizes(hs, itemsize, back):
+    """(BM, BN, warps, stages). Shared memory of a Hopper block is 227 KB; bf16, hs=128, 128 + 2 * 3 * 64 rows of 256 B = 128 KB."""
+    if INTERPRET:
+        return 16, 16, 4, 1
+    if itemsize == 4:
+        return (32, 32, 4, 1)
+    if back:
+        return (64, 64, 4, 2) if hs <= 64 else (64, 64, 8, 2) if hs <= 128 else (32, 32, 4, 1)
+    return (128, 64, 4, 3) if hs <= 64 else (128, 64, 8, 3) if hs <= 128 else (64, 32, 4, 2)
+
+
+class _Flash(torch.autograd.Function):
+    """q (N, nh, hs), k and v (M, nkv, hs) packed; cu_q, cu_k int32; longest: the most queries and keys in one document."""
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, longest, causal, window, scale):
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        (N, nh, hs), nkv, docs = q.shape, k.size(1), len(cu_q) - 1
+        BM, BN, warps, stages = _attn_sizes(hs, q.element_size(), False)
+        o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # rows behind the last document stay 0
+        lse = torch.zeros(nh, N, dtype=torch.float32, device=q.device)
+        blocks = _cdiv(longest[0], BM)
+        ctx.meta = dict(CAUSAL=causal, WINDOW=window > 0, HS=hs, BD=_pow2(hs, 16))
+        _launch(_attn_fwd, (blocks * docs * nh,), q, k, v, o, lse, cu_q, cu_k, N, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], nh, nh // nkv,
+                docs, blocks, window, scale * 1.4426950408889634, **ctx.meta, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+        ctx.save_for_backward(q, k, v, o, lse, cu_q, cu_k)
+        ctx.longest, ctx.window, ctx.scale = longest, window, scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse, cu_q, cu_k = ctx.saved_tensors
+        do = do if do.stride(-1) == 1 else do.contiguous()
+        (N, nh, hs), nkv, docs, meta = q.shape, k.size(1), len(cu_q) - 1, ctx.meta
+        BM, BN, warps, stages = _attn_sizes(hs, q.element_size(), True)
+        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        delta = torch.empty_like(lse)
+        _launch(_attn_delta, (_cdiv(N, 64), nh), o, do, delta, N, nh, *do.stride()[:2], HS=hs, BD=meta['BD'], BM=64, num_warps=4)
+        strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2]
+        blocks, rest = _cdiv(ctx.longest[0], BM), (ctx.window, ctx.scale * 1.4426950408889634, ctx.scale)
+        size = dict(**meta, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+        _launch(_attn_dq, (blocks * docs * nh,), q, k, v, do, lse, delta, dq, cu_q, cu_k, N, *strides, nh, nh // nkv, docs, blocks, *rest, **size)
+        _launch(_attn_dkdv, (_cdiv(ctx.longest[1], BN) * docs * nkv,), q, k, v, do, lse, delta, dk, dv, cu_q, cu_k, N, *strides, nkv, nh // nkv,
+                docs, *rest, **size)
+        return dq, dk, dv, None, None, None, None, None, None
+
+
+def _flash_triton(q, k, v, cu_seqlens, causal, window, scale):
+    if cu_seqlens is not None:
+        cu = cu_seqlens.int()
+        longest = int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0  # the one host sync
+        return _Flash.apply(q, k, v, cu, cu, (longest, longest), causal, window, scale) if longest else torch.zeros_like(q)
+    (B, T), Tk = q.shape[:2], k.size(1)
+    cu_q, cu_k = (torch.arange(B + 1, dtype=torch.int32, device=q.device) * n for n in (T, Tk))
+    return _Flash.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k, (T, Tk), causal, window, scale).view(q.shape)
 
 
 def _visible(Tq, Tk, causal, window, device):
@@ -274,37 +1000,211 @@ def _attend(q, k, v, causal, window, scale):
 
 def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None):
     """softmax(q k' * scale) v. q (B, T, nh, hs), k and v (B, Tk, nkv, hs), nh a multiple of nkv; or packed (N, nh, hs) with
-    cu_seqlens (n+1,) int: document d is rows cu[d]:cu[d+1] and sees itself only. Tk > T: the queries are the last T positions.
-    window w > 0: only the last w keys, the own one among them. scale defaults to hs^-0.5. Output like q."""
+    cu_seqlens (n+1,) int: document d is rows cu[d]:cu[d+1] and sees itself only, rows behind the last one are 0. Tk > T: the
+    queries are the last T positions. window w > 0: only the last w keys, the own one among them. scale: hs^-0.5. -> like q.
+    T=1: the output is v."""
+    if q.size(-2) % k.size(-2) or q.dim() != (4 if cu_seqlens is None else 3):
+        raise ValueError(f'flash_attention: got q {tuple(q.shape)}, k {tuple(k.shape)}; expected (B, T, heads, hs), or (N, heads, hs) with cu_seqlens, '
+                         'query heads a multiple of key heads')
+    scale = q.size(-1) ** -0.5 if scale is None else float(scale)
+    if _triton(q) and k.numel() and (cu_seqlens is not None or window or _mode == 'triton' or INTERPRET):  # dense on CUDA: torch's is faster
+        return _flash_triton(q, k, v, cu_seqlens, causal, window, scale)
     if cu_seqlens is None:
         return _attend(q, k, v, causal, window, scale)
     cu = cu_seqlens.tolist()
     parts = [_attend(q[None, a:b], k[None, a:b], v[None, a:b], causal, window, scale)[0] for a, b in zip(cu, cu[1:]) if b > a]
-    if cu[-1] < len(q):  # rows behind the last document are padding
+    if cu[-1] < len(q):
         parts.append(torch.zeros_like(q[cu[-1]:]))
     return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Paged attention (2309.06180): one new token a row against keys that lie scattered over the cache's blocks
+#
+#    row b:  block_table [7, 2, 9]     cache:  block 0 | 1 | 2 ######## | ... | 7 ######## | 8 | 9 ##......     (# = this row's keys)
+#            tokens  0........255 | 256......511 | 512...   a program: one split of 256 tokens, one key head and all query heads that
+#            split       0              1            2      share it (a small matmul). Splits are merged by a second kernel: a long
+#    context keeps the whole chip busy. The splits depend on the row's own length only, so neither the batch around a row nor
+#    the width of the table changes a bit of its result.
+#| def merge(ms, ls, accs):                           # split softmaxes -> the whole one
+#|     m = max(ms)
+#|     return sum(np.exp(x - m) * a for x, a in zip(ms, accs)) / sum(np.exp(x - m) * l for x, l in zip(ms, ls))
+
+@jit
+def _paged_split(Q, K, V, TABLE, LENS, M, L, ACC, sqb, sqh, skb, sks, skh, svb, svs, svh, stb, size, heads, group, splits, scale, HS: tl.constexpr,
+                 BD: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
+    b, kvh, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    lo = split * SPLIT
+    hi = tl.minimum(tl.load(LENS + b).to(tl.int32), lo + SPLIT)
+    if lo < hi:
+        g, d = tl.arange(0, BG), tl.arange(0, BD)
+        some = (g < group)[:, None] & (d < HS)[None, :]
+        q = tl.load(Q + b * sqb + (kvh * group + g)[:, None] * sqh + d[None, :], mask=some, other=0.0)
+        m = tl.full([BG], float('-inf'), dtype=tl.float32)
+        l = tl.zeros([BG], dtype=tl.float32)
+        acc = tl.zeros([BG, BD], dtype=tl.float32)
+        for start in range(lo, hi, BN):
+            t = start + tl.arange(0, BN)
+            block = tl.load(TABLE + b * stb + t // size, mask=t < hi, other=0).to(tl.int64)
+            ok = (t < hi)[:, None] & (d < HS)[None, :]
+            k = tl.load(K + (block * skb + t % size * sks + kvh * skh)[:, None] + d[None, :], mask=ok, other=0.0).to(q.dtype)
+            s = tl.where((t < hi)[None, :], tl.dot(q, tl.trans(k), input_precision='ieee') * scale, float('-inf'))
+            new = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - new[:, None])
+            keep = tl.exp2(m - new)
+            v = tl.load(V + (block * svb + t % size * svs + kvh * svh)[:, None] + d[None, :], mask=ok, other=0.0).to(q.dtype)
+            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision='ieee')
+            l = l * keep + tl.sum(p, 1)
+            m = new
+        at = (b * heads + kvh * group + g) * splits + split
+        tl.store(M + at, m, mask=g < group)
+        tl.store(L + at, l, mask=g < group)
+        tl.store(ACC + at[:, None] * HS + d[None, :], acc, mask=some)
+
+
+@jit
+def _paged_merge(M, L, ACC, LENS, OUT, heads, splits, HS: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SPLIT: tl.constexpr):
+    b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BD)
+    n = tl.cdiv(tl.load(LENS + b).to(tl.int32), SPLIT)
+    base = (b * heads + h) * splits
+    top, total = float('-inf'), 0.0
+    acc = tl.zeros([BD], dtype=tl.float32)
+    for start in range(0, n, BS):
+        s = start + tl.arange(0, BS)
+        m = tl.load(M + base + s, mask=s < n, other=float('-inf'))
+        new = tl.maximum(top, tl.max(m, 0))
+        w = tl.exp2(m - new)
+        keep = tl.exp2(top - new)
+        part = tl.load(ACC + (base + s)[:, None] * HS + d[None, :], mask=(s < n)[:, None] & (d < HS)[None, :], other=0.0)
+        total = total * keep + tl.sum(w * tl.load(L + base + s, mask=s < n, other=0.0), 0)
+        acc = acc * keep + tl.sum(w[:, None] * part, 0)
+        top = new
+    acc = acc / tl.where(n > 0, total, 1.0)
+    tl.store(OUT + (b * heads + h) * HS + d, acc.to(OUT.dtype.element_ty), mask=d < HS)
+
+
+@jit
+def _kv_write(K, V, KC, VC, SLOTS, skt, skh, svt, svh, kb, ks, kh, vb, vs, vh, size, nkv, HS: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    slot = tl.load(SLOTS + n).to(tl.int64)
+    if slot >= 0:
+        h, d = tl.arange(0, BH)[:, None], tl.arange(0, BD)[None, :]
+        ok = (h < nkv) & (d < HS)
+        block, at = slot // size, slot % size
+        k = tl.load(K + n * skt + h * skh + d, mask=ok, other=0.0)
+        v = tl.load(V + n * svt + h * svh + d, mask=ok, other=0.0)
+        tl.store(KC + block * kb + at * ks + h * kh + d, k.to(KC.dtype.element_ty), mask=ok)
+        tl.store(VC + block * vb + at * vs + h * vh + d, v.to(VC.dtype.element_ty), mask=ok)
+
+
+def _paged_triton(q, k_cache, v_cache, block_table, context_lens, scale):
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    (B, nh, hs), (_, size, nkv, _) = q.shape, k_cache.shape
+    SPLIT, BN = (32, 16) if INTERPRET else (256, 64 if hs <= 128 else 32)
+    table, splits = block_table if block_table.stride(1) == 1 else block_table.contiguous(), max(1, _cdiv(block_table.size(1) * size, SPLIT))
+    m, l = (torch.empty(B, nh, splits, dtype=torch.float32, device=q.device) for _ in range(2))
+    acc = torch.empty(B, nh, splits, hs, dtype=torch.float32, device=q.device)
+    out, BD = torch.empty(q.shape, dtype=q.dtype, device=q.device), _pow2(hs, 16)
+    _launch(_paged_split, (B, nkv, splits), q, k_cache, v_cache, table, context_lens, m, l, acc, *q.stride()[:2], *k_cache.stride()[:3],
+            *v_cache.stride()[:3], table.stride(0), size, nh, nh // nkv, splits, scale * 1.4426950408889634, HS=hs, BD=BD,
+            BG=_pow2(nh // nkv, 16), BN=BN, SPLIT=SPLIT, num_warps=4, num_stages=3 if q.element_size() == 2 else 1)
+    _launch(_paged_merge, (B, nh), m, l, acc, context_lens, out, nh, splits, HS=hs, BD=BD, BS=16, SPLIT=SPLIT, num_warps=4)
+    return out
+
+
 def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None):
-    """One query token per row against a paged cache. q (B, nh, hs), caches (blocks, block_size, nkv, hs), block_table (B, max_blocks)
-    int, context_lens (B,) int: keys of row b are the first context_lens[b] slots of its blocks. -> (B, nh, hs); length 0 gives 0."""
-    size = k_cache.size(1)
-    longest = int(context_lens.max()) if len(q) else 0
+    """Attention of one query token a row over a paged cache (no gradient). q (B, nh, hs), caches (blocks, block_size, nkv, hs),
+    block_table (B, max_blocks) int, context_lens (B,) int: the keys of row b are the first context_lens[b] slots of its blocks, its
+    own among them. -> (B, nh, hs), 0 where the length is 0. What unused slots hold does not matter. One key: the output is v."""
+    scale = q.size(-1) ** -0.5 if scale is None else float(scale)
+    if _triton(q):
+        return _paged_triton(q, k_cache, v_cache, block_table, context_lens, scale)
+    size, longest = k_cache.size(1), int(context_lens.max()) if len(q) else 0
     if longest == 0:
         return torch.zeros_like(q)
-    table = block_table[:, :-(-longest // size)].long().clamp_min(0)  # unused entries may hold -1
-    k, v = (c[table].flatten(1, 2)[:, :longest].transpose(1, 2) for c in (k_cache, v_cache))  # (B, nkv, L, hs)
+    table = block_table[:, :_cdiv(longest, size)].long().clamp_min(0)  # unused entries may hold -1
+    k, v = (c[table].flatten(1, 2)[:, :longest].transpose(1, 2).to(q.dtype) for c in (k_cache, v_cache))  # (B, nkv, L, hs)
     mask = torch.arange(longest, device=q.device) < context_lens[:, None]
-    k, v = (t.masked_fill(~mask[:, None, :, None], 0) for t in (k, v))  # an unwritten slot may hold nan, and 0 * nan is nan
+    if not mask.all():  # an unwritten slot may hold nan, and 0 * nan is nan
+        k, v = (t.masked_fill(~mask[:, None, :, None], 0) for t in (k, v))
     y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], scale=scale, enable_gqa=q.size(1) != k.size(1))
     return torch.where((context_lens > 0)[:, None, None], y[:, :, 0], 0)
 
 
 def kv_write(k, v, k_cache, v_cache, slots):
-    """Write k, v (N, nkv, hs) into the caches (blocks, block_size, nkv, hs), in place: token i to slot slots[i] = block * block_size
-    + offset; a negative slot is padding and is skipped."""
-    slots = slots.long()
-    if slots.device.type == 'cpu' and len(slots) and int(slots.min()) < 0:
+    """Writes k, v (N, nkv, hs) into the caches (blocks, block_size, nkv, hs), in place: token i goes to slot slots[i] = block *
+    block_size + offset; a negative slot is padding and is skipped. Two tokens must not share a slot."""
+    if _triton(k):
+        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+        _launch(_kv_write, (len(k),), k, v, k_cache, v_cache, slots, *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+                k_cache.size(1), k.size(1), HS=k.size(2), BH=_pow2(k.size(1)), BD=_pow2(k.size(2)), num_warps=4)
+        return
+    slots, size = slots.long(), k_cache.size(1)
+    if (slots < 0).any():
         k, v, slots = k[slots >= 0], v[slots >= 0], slots[slots >= 0]
-    k_cache.flatten(0, 1).index_copy_(0, slots, k.to(k_cache.dtype))
-    v_cache.flatten(0, 1).index_copy_(0, slots, v.to(v_cache.dtype))
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        cache.index_put_((slots // size, slots % size), new.to(cache.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The clipped token loss of PPO and GRPO (1707.06347, eq. 7), loss, statistics and gradient in one pass
+#
+#    flat, 1024 tokens a program: 4 sums leave it (loss, tokens, clipped, KL) and d loss / d logp of every token.
+#| def token_loss(logp, old, adv, mask, lo, hi):
+#|     ratio = np.exp(np.where(mask, logp - old, 0))
+#|     plain, clipped = -adv * ratio, -adv * np.clip(ratio, 1 - lo, 1 + hi)
+#|     n = max(mask.sum(), 1)
+#|     grad = np.where(mask & (plain >= clipped), plain, 0) / n    # d ratio / d logp = ratio; a clipped token has none
+#|     return np.where(mask, np.maximum(plain, clipped), 0).sum() / n, grad
+
+@jit
+def _token_loss(LOGP, OLD, ADV, MASK, GRAD, SUMS, N, lo, hi, BLOCK: tl.constexpr):
+    pid = tl.program_id(0).to(tl.int64)
+    n = pid * BLOCK + tl.arange(0, BLOCK)
+    on = tl.load(MASK + n, mask=n < N, other=0).to(tl.int32) != 0
+    d = tl.load(LOGP + n, mask=on, other=0.0).to(tl.float32) - tl.load(OLD + n, mask=on, other=0.0).to(tl.float32)
+    adv = tl.load(ADV + n, mask=on, other=0.0).to(tl.float32)
+    ratio = tl.exp(d)
+    plain = -adv * ratio
+    clipped = -adv * tl.minimum(tl.maximum(ratio, 1.0 - lo), 1.0 + hi)
+    tl.store(GRAD + n, tl.where(on & (plain >= clipped), plain, 0.0), mask=n < N)
+    tl.store(SUMS + pid * 4, tl.sum(tl.where(on, tl.maximum(plain, clipped), 0.0), 0))
+    tl.store(SUMS + pid * 4 + 1, tl.sum(tl.where(on, 1.0, 0.0), 0))
+    tl.store(SUMS + pid * 4 + 2, tl.sum(tl.where(on & (clipped > plain), 1.0, 0.0), 0))
+    tl.store(SUMS + pid * 4 + 3, tl.sum(tl.where(on, 0.5 * d * d, 0.0), 0))
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp, old_logp, advantages, mask, clip_low, clip_high):
+        args, N = [t.contiguous() for t in (logp, old_logp, advantages, mask)], logp.numel()
+        grad = torch.empty(logp.shape, dtype=torch.float32, device=logp.device)
+        sums = torch.empty(_cdiv(N, 1024), 4, dtype=torch.float32, device=logp.device)
+        _launch(_token_loss, (len(sums),), *args, grad, sums, N, clip_low, clip_high, BLOCK=1024, num_warps=4)
+        loss, count, clipped, kl = sums.sum(0).unbind()
+        count = count.clamp_min(1)
+        ctx.save_for_backward(grad, count)
+        ctx.dtype = logp.dtype
+        clip_frac, kl = clipped / count, kl / count
+        ctx.mark_non_differentiable(clip_frac, kl)
+        return loss / count, clip_frac, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, *_):
+        grad, count = ctx.saved_tensors
+        return (grad * (g / count)).to(ctx.dtype), None, None, None, None, None
+
+
+def token_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
+    """Masked mean of max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r = exp(logp - old_logp). All (B, R), mask bool. -> (loss,
+    clip_frac, approx_kl), 0-d float; the gradient goes to logp only; what masked positions hold does not matter; an empty
+    mask gives 0. r = 1, A = [1, 3] -> -2."""
+    if _triton(logp):
+        return _TokenLoss.apply(logp, old_logp, advantages, mask, float(clip_low), float(clip_high))
+    d = torch.where(mask, logp - old_logp.detach(), 0)
+    adv, ratio, n = torch.where(mask, advantages.detach(), 0), d.exp(), mask.sum().clamp_min(1)
+    plain, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
+    with torch.no_grad():
+        clip_frac, kl = ((clipped > plain) & mask).sum() / n, 0.5 * (d * d).sum() / n
+    return torch.maximum(plain, clipped).sum() / n, clip_frac, kl

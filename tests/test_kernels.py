@@ -1,0 +1,556 @@
+"""kernels.py against float64 formulas written here, forward and every gradient.
+
+Rule (flash-attention's): the error against float64 is at most twice that of plain PyTorch in the same dtype, three times for
+gradients. The same tests run three times: the twins in this process; the Triton source in a child with TRITON_INTERPRET=1 (the
+variable must be set before triton is imported); the kernels on CUDA with `pytest -m gpu`. Uninitialised memory is poisoned
+with nan throughout, so an element that nobody wrote shows. Inputs are drawn anew in each run; KERNEL_SEED=n repeats one.
+"""
+import os
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels as K
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+INTERP = os.environ.get('TRITON_INTERPRET') == '1'
+SEED = int(os.environ.get('KERNEL_SEED', random.SystemRandom().randrange(2 ** 31)))
+SIDES = {'interp': (torch.float32, torch.float16)} if INTERP else {'cpu': (torch.float32, torch.bfloat16), 'cuda': (torch.float32, torch.float16, torch.bfloat16)}
+CASES = [pytest.param(side, dtype, id=f'{side}-{str(dtype)[6:]}', marks=[pytest.mark.gpu] if side == 'cuda' else [])
+         for side, dtypes in SIDES.items() for dtype in dtypes]
+cases = pytest.mark.parametrize('side, dtype', CASES)
+child = pytest.mark.skipif(INTERP, reason='for the parent process')
+
+
+@pytest.fixture(autouse=True)
+def fresh(request):
+    torch.manual_seed(SEED)
+    print(f'KERNEL_SEED={SEED}')
+    K.use('auto')
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty is full of nan
+    chunk = K.CHUNK_BYTES
+    yield
+    K.CHUNK_BYTES = chunk
+    torch.use_deterministic_algorithms(False)
+    K.use('auto')
+
+
+def dev(side):
+    return 'cuda' if side == 'cuda' else 'cpu'
+
+
+def draw(*shape, side='cpu', dtype=torch.float32, layout='plain', scale=1.0):
+    """Random numbers; 'rows': a slice of something wider; 'strided': not even the last axis is dense."""
+    wide = {'plain': shape, 'rows': (*shape[:-1], shape[-1] + 3), 'strided': (*shape[:-1], shape[-1] * 2)}[layout]
+    x = (torch.randn(wide, dtype=torch.float64) * scale).to(dtype).to(dev(side))
+    return x[..., :shape[-1]] if layout == 'rows' else x[..., ::2] if layout == 'strided' else x
+
+
+def run(fn, inputs, dtype, grads):
+    """Outputs and input gradients of fn, float inputs cast to dtype (None keeps theirs). Leaves keep the inputs' strides."""
+    leaves = [x.to(dtype or x.dtype) if dtype == torch.float64 else x for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = fn(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(out, [g.to(o.dtype) for o, g in zip(out, grads)])
+    return [o.detach() for o in out], [x.grad for x in leaves]
+
+
+def hold(ours, plain, exact, factor, what):
+    """The tolerance rule. Where plain PyTorch happens to be exact, a few units in the last place are allowed."""
+    assert ours.shape == exact.shape and torch.isfinite(ours).all(), f'{what}: shape {tuple(ours.shape)} or not finite'
+    if exact.numel() == 0:
+        return
+    floor = 4 * torch.finfo(ours.dtype).eps * max(exact.abs().max().item(), 1e-3)
+    err, limit = (ours.double() - exact).abs().max().item(), factor * (plain.double() - exact).abs().max().item() + floor
+    assert err <= limit, f'{what}: error {err:.3g}, allowed {limit:.3g} (KERNEL_SEED={SEED})'
+
+
+def compare(fn, ref, inputs, what=''):
+    """fn against ref in float64, measured by ref in the dtype of the inputs. All inputs are differentiated."""
+    with torch.no_grad():
+        shapes = ref(*[x.double() for x in inputs])
+    shapes = shapes if isinstance(shapes, tuple) else (shapes,)
+    grads = [torch.randn(o.shape, dtype=torch.float64).to(o.device).to(inputs[0].dtype).double() for o in shapes]
+    ours, g_ours = run(fn, inputs, None, grads)
+    exact, g_exact = run(ref, inputs, torch.float64, grads)
+    plain, g_plain = run(ref, inputs, None, grads)
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact)):
+        hold(a, b, c, 2, f'{what} output {i}')
+    for i, (a, b, c) in enumerate(zip(g_ours, g_plain, g_exact)):
+        assert a.dtype == inputs[i].dtype
+        hold(a, b, c, 3, f'{what} gradient {i}')
+
+
+# ---- norms, rotary, activations ---------------------------------------------------------------------------------------
+
+
+def norm_ref(x, w, b=None, r=None, eps=1e-5, layer=False):
+    h = x if r is None else x + r
+    d = h - h.mean(-1, keepdim=True) if layer else h
+    y = d / (d * d).mean(-1, keepdim=True).add(eps).sqrt() * w
+    y = y if b is None else y + b
+    return y if r is None else (y, h)
+
+
+def check_norm(side, dtype, shape, layout, layer, res, bias):
+    x, r = (draw(*shape, side=side, dtype=dtype, layout=layout) for _ in range(2))
+    w, b = (draw(shape[-1], side=side, dtype=dtype) for _ in range(2))
+    inputs = [x, w] + ([b] if bias else []) + ([r] if res else [])
+
+    def unpack(rest):
+        return dict(b=rest[0] if bias else None, r=rest[-1] if res else None)
+
+    def ours(x, w, *rest):
+        a = unpack(rest)
+        return K.layer_norm(x, w, a['b'], 1e-5, a['r']) if layer else K.rms_norm(x, w, 1e-5, a['r'])
+    compare(ours, lambda x, w, *rest: norm_ref(x, w, **unpack(rest), layer=layer), inputs, f'norm {shape} {layout}')
+
+
+@cases
+@pytest.mark.parametrize('layer, res, bias', [(False, False, False), (False, True, False), (True, True, True), (True, False, False)])
+def test_norm(side, dtype, layer, res, bias):
+    check_norm(side, dtype, (3, 37, 50), 'plain', layer, res, bias)
+    check_norm(side, dtype, (7, 129), 'strided' if res else 'rows', layer, res, bias)
+
+
+@cases
+def test_norm_mixed_dtypes(side, dtype):
+    """float32 stream plus a 16-bit update, as under autocast: summed and normed in float32, each gradient in its own dtype."""
+    x, r, w = draw(5, 24, side=side, dtype=dtype), draw(5, 24, side=side), draw(24, side=side)
+    x, r, w = (t.requires_grad_() for t in (x, r, w))
+    y, h = K.rms_norm(x, w, 1e-6, r)
+    assert y.dtype == h.dtype == torch.float32 and torch.equal(h, x.float() + r)
+    (y.sum() + 2 * h.sum()).backward()
+    assert x.grad.dtype == dtype and r.grad.dtype == torch.float32 and torch.equal(x.grad, r.grad.to(dtype))
+
+
+def rope_ref(q, k, cos, sin, pairs):
+    def turn(x):
+        half = x.size(-1) // 2
+        a, b = (x[..., ::2], x[..., 1::2]) if pairs else (x[..., :half], x[..., half:])
+        c, s = cos.to(x.dtype)[..., None, :], sin.to(x.dtype)[..., None, :]
+        y = torch.empty_like(x)
+        (y[..., ::2] if pairs else y[..., :half]).copy_(a * c - b * s)
+        (y[..., 1::2] if pairs else y[..., half:]).copy_(b * c + a * s)
+        return y
+    return turn(q), turn(k)
+
+
+@cases
+@pytest.mark.parametrize('pairs, batched', [(False, False), (True, False), (False, True)])
+def test_rope(side, dtype, pairs, batched):
+    B, T, nh, nkv, hs = 2, 5, 6, 3, 20
+    angle = torch.rand(*((B,) if batched else ()), T, hs // 2) * 100
+    cos, sin = angle.cos().to(dev(side)), angle.sin().to(dev(side))
+    fused = draw(B, T, nh + 2 * nkv, hs, side=side, dtype=dtype)  # q and k are views of one matrix, as after a fused projection
+    q, k = fused[:, :, :nh], fused[:, :, nh:nh + nkv]
+    compare(lambda q, k: K.rope(q, k, cos, sin, pairs), lambda q, k: rope_ref(q, k, cos, sin, pairs), [q, k], 'rope')
+    want = K.rope(q, k, cos, sin, pairs)
+    got = K.rope(q, k, cos, sin, pairs, inplace=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and got[0].data_ptr() == q.data_ptr() and torch.equal(fused[:, :, :nh], want[0])
+
+
+@cases
+def test_rope_turns_relative(side, dtype):
+    """What rotary is for: q.k depends on the distance only, and lengths stay."""
+    q, k = draw(1, 1, 1, 8, side=side).expand(1, 9, 1, 8), draw(1, 1, 1, 8, side=side).expand(1, 9, 1, 8)
+    angle = torch.arange(9.)[:, None] * torch.tensor([1.0, .1, .01, .001])
+    rq, rk = K.rope(q, k, angle.cos().to(dev(side)), angle.sin().to(dev(side)))
+    dots = torch.einsum('btd,bsd->ts', rq[:, :, 0], rk[:, :, 0])
+    for shift in range(-4, 5):
+        d = torch.diagonal(dots, shift)
+        assert (d - d[0]).abs().max() < 1e-5 * dots.abs().max() + 1e-6
+    assert torch.allclose(rq.norm(dim=-1), q.norm(dim=-1), rtol=1e-5)
+
+
+@cases
+@pytest.mark.parametrize('layout', ['plain', 'rows', 'strided'])
+def test_swiglu_gelu(side, dtype, layout):
+    g, u = (draw(3, 5, 83, side=side, dtype=dtype, layout=layout, scale=3) for _ in range(2))
+    compare(K.swiglu, lambda g, u: g / (1 + torch.exp(-g)) * u, [g, u], 'swiglu')
+    compare(K.gelu, lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x ** 3))), [g], 'gelu')
+    big = torch.tensor([-100.0, 0.0, 100.0], dtype=dtype, device=dev(side))
+    assert torch.equal(K.gelu(big), torch.tensor([-0.0, 0.0, 100.0], dtype=dtype, device=dev(side)))
+
+
+# ---- cross entropy, log-probs ---------------------------------------------------------------------------------------
+
+
+def stats_ref(z, y, ignore=-1):
+    """(log p(y), entropy) by the definition; words at -inf have no share."""
+    logp = torch.log_softmax(z, -1)
+    p = logp.exp()
+    h = -torch.where(p > 0, p * logp.masked_fill(p == 0, 0), 0).sum(-1)
+    on = y != ignore
+    return torch.where(on, logp.gather(-1, y.clamp_min(0)[:, None])[:, 0], 0), torch.where(on, h, 0)
+
+
+@cases
+@pytest.mark.parametrize('N, V, layout', [(9, 37, 'plain'), (5, 4099, 'rows'), (4, 64, 'strided')])
+def test_cross_entropy(side, dtype, N, V, layout):
+    z, y = draw(N, V, side=side, dtype=dtype, layout=layout, scale=3), torch.randint(0, V, (N,)).to(dev(side))
+    y[1] = -1
+    compare(lambda z: K.cross_entropy(z, y), lambda z: (-stats_ref(z, y)[0].to(_out(dtype, z)), stats_ref(z, y)[1].to(_out(dtype, z))), [z], 'cross_entropy')
+
+
+def _out(dtype, z):
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+@cases
+def test_cross_entropy_minus_inf(side, dtype):
+    """Masked words: no nan anywhere; a row of nothing but -inf: loss inf, entropy 0, finite gradient; ignored rows: garbage has no say."""
+    z, y = draw(6, 50, side=side, dtype=dtype), torch.tensor([3, 4, 5, -1, -1, 7], device=dev(side))
+    z[0, 10:], z[1, :4], z[2], z[3], z[4, ::2] = -torch.inf, -torch.inf, -torch.inf, -torch.inf, 60000.0
+    x = z.clone().requires_grad_()
+    loss, entropy = K.cross_entropy(x, y)
+    want, h = stats_ref(z.double(), y)
+    live = [0, 1, 3, 4, 5]
+    assert torch.allclose(loss[live].double(), -want[live], atol=2e-3) and torch.allclose(entropy[[0, 1, 5]].double(), h[[0, 1, 5]], atol=2e-3)
+    assert loss[2] == torch.inf and entropy[2] == 0 and (loss[[3, 4]] == 0).all() and (entropy[[3, 4]] == 0).all()
+    (loss[live].sum() + entropy.sum() + loss[2] * 0.5).backward()
+    assert torch.isfinite(x.grad).all() and (x.grad[[3, 4]] == 0).all() and (x.grad[0, 10:] == 0).all()
+
+
+def linear_ref(x, w, y, T):
+    z = x @ w.t() / T
+    return tuple(o.to(_out(None, x)) for o in stats_ref(z.to(_out(None, x)), y))
+
+
+def check_linear(side, dtype, N, C, V, T, chunk=None, layout='plain'):
+    K.CHUNK_BYTES = chunk or K.CHUNK_BYTES
+    x, w = draw(N, C, side=side, dtype=dtype, layout=layout), draw(V, C, side=side, dtype=dtype, scale=C ** -0.5, layout=layout)
+    y = torch.randint(0, V, (N,)).to(dev(side))
+    y[::3] = -1
+    compare(lambda x, w: K.linear_logprobs(x, w, y, T), lambda x, w: linear_ref(x, w, y, T), [x, w], f'linear_logprobs {N, C, V, T}')
+    compare(lambda x, w: K.linear_logprobs(x, w, y, T)[0], lambda x, w: linear_ref(x, w, y, T)[0], [x, w], 'logp alone')
+    compare(lambda x, w: K.linear_logprobs(x, w, y, T)[1], lambda x, w: linear_ref(x, w, y, T)[1], [x, w], 'entropy alone')
+    n = (y >= 0).sum().clamp_min(1)
+    compare(lambda x, w: K.linear_cross_entropy(x, w, y), lambda x, w: -linear_ref(x, w, y, 1.0)[0].sum() / n, [x, w], 'linear_cross_entropy')
+
+
+@cases
+def test_linear(side, dtype):
+    check_linear(side, dtype, 23, 20, 75, 0.7)
+    check_linear(side, dtype, 130, 17, 33, 1.0, chunk=40 * 33 * 4, layout='strided')  # several blocks, the last one short
+
+
+@cases
+def test_linear_shapes_and_dtypes(side, dtype):
+    x, w = draw(2, 3, 16, side=side, dtype=dtype), draw(40, 16, side=side, dtype=dtype)
+    y = torch.randint(0, 40, (2, 3)).to(dev(side))
+    logp, h = K.linear_logprobs(x, w, y)
+    assert logp.shape == h.shape == (2, 3) and logp.dtype == torch.float32
+    assert K.linear_cross_entropy(x, w, torch.full_like(y, -1)) == 0  # nothing counts: 0, not nan
+    with torch.no_grad():
+        again = K.linear_logprobs(x, w, y)[0]
+    assert torch.equal(again, logp)
+    frozen = x.clone().requires_grad_()
+    K.linear_logprobs(frozen, w, y)[0].sum().backward()  # a frozen head: no gradient for it, none computed
+    assert frozen.grad is not None and w.grad is None
+    with pytest.raises(ValueError, match='expected'):
+        K.linear_logprobs(x, w, y[:1])
+    with pytest.raises(ValueError, match='temperature'):
+        K.linear_logprobs(x, w, y, temperature=0.0)
+
+
+@child
+def test_linear_gradient_accumulates():
+    """Two backward passes through one graph, and a scaled loss, as gradient accumulation does."""
+    x, w, y = draw(9, 8).requires_grad_(), draw(30, 8).requires_grad_(), torch.randint(0, 30, (9,))
+    loss = K.linear_cross_entropy(x, w, y)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone(), w.grad.clone()
+    (loss * 0.5).backward()
+    assert torch.allclose(x.grad, 1.5 * once[0]) and torch.allclose(w.grad, 1.5 * once[1])
+
+
+@child
+def test_linear_autocast():
+    x, w, y = draw(9, 8).requires_grad_(), draw(30, 8).requires_grad_(), torch.randint(0, 30, (9,))
+    with torch.autocast('cpu', torch.bfloat16):
+        logp, _ = K.linear_logprobs(x, w, y)
+    logp.sum().backward()
+    want = stats_ref((x @ w.t()).double(), y)[0]
+    assert logp.dtype == torch.float32 and w.grad.dtype == torch.float32 and (logp.double() - want).abs().max() < 0.1
+
+
+@child
+def test_logits_are_never_held():
+    """No tensor of the size of the logits is made, nor a tenth of it, forward or backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.extend(t.untyped_storage().nbytes() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+            return out
+    K.CHUNK_BYTES = 1 << 20
+    N, C, V = 1024, 8, 3000
+    for fn in (lambda x, w, y: sum(o.sum() for o in K.linear_logprobs(x, w, y)), K.linear_cross_entropy):
+        seen.clear()
+        x, w, y = draw(N, C).requires_grad_(), draw(V, C).requires_grad_(), torch.randint(0, V, (N,))
+        with Sizes():
+            fn(x, w, y).backward()
+        assert seen and max(seen) <= 1.1 * (1 << 20) < 0.1 * 4 * N * V
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_ref(q, k, v, cu=None, causal=True, window=0):
+    """The definition: an explicit mask, softmax, two products; heads repeated. (B, T, nh, hs), or packed with cu."""
+    if cu is not None:
+        parts = [attention_ref(q[None, a:b], k[None, a:b], v[None, a:b], None, causal, window)[0] for a, b in zip(cu[:-1], cu[1:])]
+        return torch.cat(parts + [q[cu[-1]:] * 0])
+    g, (Tq, Tk) = q.size(2) // k.size(2), (q.size(1), k.size(1))
+    k, v = k.repeat_interleave(g, 2), v.repeat_interleave(g, 2)
+    s = torch.einsum('bihd,bjhd->bhij', q, k) * q.size(-1) ** -0.5
+    i, j = torch.arange(Tq, device=q.device)[:, None] + Tk - Tq, torch.arange(Tk, device=q.device)
+    ok = (j <= i if causal else torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)) & (j > i - window if window else j >= 0)
+    p = torch.softmax(s.masked_fill(~ok, -1e4), -1)
+    return torch.einsum('bhij,bjhd->bihd', p, v)
+
+
+def check_flash(side, dtype, q, k, v, cu=None, causal=True, window=0):
+    if side == 'cuda':
+        K.use('triton')  # 'auto' gives dense attention to torch
+    cut = None if cu is None else torch.tensor(cu, dtype=torch.int32, device=dev(side))
+    compare(lambda q, k, v: K.flash_attention(q, k, v, cut, causal, window), lambda q, k, v: attention_ref(q, k, v, cu, causal, window),
+            [q, k, v], f'flash {tuple(q.shape)} {tuple(k.shape)} cu={cu} causal={causal} window={window}')
+
+
+@cases
+@pytest.mark.parametrize('causal, window, Tk', [(True, 0, 37), (False, 0, 50), (True, 7, 37), (True, 0, 61)])
+def test_flash_dense(side, dtype, causal, window, Tk):
+    T = 50 if not causal else 37
+    fused = draw(2, max(T, Tk), 4 + 2 + 2, 20, side=side, dtype=dtype)
+    check_flash(side, dtype, fused[:, :T, :4], fused[:, :Tk, 4:6], fused[:, :Tk, 6:], None, causal, window)
+
+
+@cases
+def test_flash_packed(side, dtype):
+    """Documents shorter and longer than a tile, one empty, one of a single token, padding behind the last; query groups of 3."""
+    cu = [0, 1, 18, 18, 53, 58]
+    q, k, v = (draw(64, n, 16, side=side, dtype=dtype) for n in (3, 1, 1))
+    check_flash(side, dtype, q, k, v, cu)
+    cut = torch.tensor(cu, dtype=torch.int32, device=dev(side))
+    assert (K.flash_attention(q, k, v, cut)[58:] == 0).all()
+    noisy = k.clone()
+    noisy[18:53] = torch.randn(35, 1, 16).to(k) * 100
+    a, b = K.flash_attention(q, k, v, cut), K.flash_attention(q, noisy, v, cut)
+    assert torch.equal(a[:18], b[:18]) and torch.equal(a[53:], b[53:]) and not torch.equal(a[18:53], b[18:53])  # documents do not leak
+
+
+@cases
+def test_flash_repeats_bitwise(side, dtype):
+    cut = torch.tensor([0, 21, 40], dtype=torch.int32, device=dev(side))
+    q, k, v = (draw(40, n, 16, side=side, dtype=dtype).requires_grad_() for n in (2, 1, 1))
+    g, runs = draw(40, 2, 16, side=side, dtype=dtype), []
+    for _ in range(2):
+        q.grad = k.grad = v.grad = None
+        K.flash_attention(q, k, v, cut).backward(g)
+        runs.append([t.grad.clone() for t in (q, k, v)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def paged(side, dtype, lens, nh, nkv, hs, size, blocks=30):
+    """A cache whose unused slots are nan, random block tables (-1 behind the end), and the dense keys and values."""
+    device = dev(side)
+    kc, vc = (torch.full((blocks, size, nkv, hs), torch.nan, dtype=dtype, device=device) for _ in range(2))
+    order, width = torch.randperm(blocks).tolist(), max(-(-n // size) for n in lens) + 1
+    table, dense = torch.full((len(lens), width), -1, dtype=torch.int32), []
+    for b, n in enumerate(lens):
+        mine = [order.pop() for _ in range(-(-n // size))]
+        table[b, :len(mine)] = torch.tensor(mine, dtype=torch.int32)
+        k, v = (draw(n, nkv, hs, side=side, dtype=dtype) for _ in range(2))
+        slots = torch.tensor([mine[t // size] * size + t % size for t in range(n)] + [-1], dtype=torch.int64, device=device)
+        pad = torch.full((1, nkv, hs), 7.0, dtype=dtype, device=device)
+        K.kv_write(torch.cat([k, pad]), torch.cat([v, pad]), kc, vc, slots)
+        dense.append((k, v))
+    return kc, vc, table.to(device), dense
+
+
+@cases
+@pytest.mark.parametrize('nh, nkv, hs, size', [(4, 2, 20, 4), (3, 3, 16, 16)])
+def test_paged(side, dtype, nh, nkv, hs, size):
+    lens = [5, 0, 70, 1]
+    kc, vc, table, dense = paged(side, dtype, lens, nh, nkv, hs, size)
+    filled = sum(n * nkv * hs for n in lens)
+    assert torch.isfinite(kc).sum() == torch.isfinite(vc).sum() == filled  # each slot written once, the padding token nowhere
+    q, n = draw(4, nh, hs, side=side, dtype=dtype), torch.tensor(lens, dtype=torch.int32, device=dev(side))
+    out = K.paged_attention(q, kc, vc, table, n)
+    for b, (k, v) in enumerate(dense):
+        if lens[b] == 0:
+            assert (out[b] == 0).all()
+            continue
+        args = q[b][None, None], k[None], v[None]
+        hold(out[b], attention_ref(*args)[0, 0], attention_ref(*(t.double() for t in args))[0, 0], 2, f'paged row {b}')
+    if side != 'cpu':  # the twin's library may pick another order of sums; the kernel does not
+        assert all(torch.equal(K.paged_attention(q[b:b + 1], kc, vc, table[b:b + 1, :-(-max(lens[b], 1) // size)], n[b:b + 1])[0], out[b]) for b in range(4))
+
+
+# ---- token loss -----------------------------------------------------------------------------------------------------
+
+
+@cases
+def test_token_loss(side, dtype):
+    B, R = 5, 333
+    old, adv = draw(B, R, side=side), draw(B, R, side=side)
+    logp, mask = old + 0.3 * draw(B, R, side=side), torch.rand(B, R).to(dev(side)) < 0.6
+
+    def ref(logp):
+        ratio = (logp - old.to(logp)).exp()
+        clipped = torch.where(ratio > 1.28, 1.28, torch.where(ratio < 0.8, 0.8, ratio))
+        return (torch.maximum(-adv.to(logp) * ratio, -adv.to(logp) * clipped) * mask).sum() / mask.sum()
+    compare(lambda x: K.token_loss(x, old, adv, mask, 0.2, 0.28)[0], ref, [logp], 'token_loss')
+    loss, frac, kl = K.token_loss(logp, old, adv, mask, 0.2, 0.28)
+    ratio = (logp - old).exp()
+    cut = ((ratio > 1.28) & (adv > 0)) | ((ratio < 0.8) & (adv < 0))
+    assert abs(frac - (cut & mask).sum() / mask.sum()) < 1e-6 and abs(kl - 0.5 * ((logp - old)[mask] ** 2).mean()) < 1e-5
+    garbage = [t.clone() for t in (logp, old, adv)]
+    for t, bad in zip(garbage, (1e30, -1e30, 1e30)):
+        t[~mask] = bad
+    x = garbage[0].requires_grad_()
+    dirty = K.token_loss(x, *garbage[1:], mask, 0.2, 0.28)[0]
+    dirty.backward()
+    assert torch.equal(dirty, loss) and torch.isfinite(x.grad).all() and (x.grad[~mask] == 0).all()
+    empty = K.token_loss(x, *garbage[1:], torch.zeros_like(mask))
+    assert all(e == 0 for e in empty)
+
+
+# ---- what holds everywhere ------------------------------------------------------------------------------------------
+
+
+@cases
+def test_empty(side, dtype):
+    x, w = draw(0, 8, side=side, dtype=dtype).requires_grad_(), draw(8, side=side, dtype=dtype)
+    y, head = torch.zeros(0, dtype=torch.int64, device=dev(side)), draw(30, 8, side=side, dtype=dtype).requires_grad_()
+    outs = [K.rms_norm(x, w, 1e-5), *K.layer_norm(x, w, w, 1e-5, x), K.gelu(x), K.swiglu(x, x), *K.cross_entropy(x, y), *K.linear_logprobs(x, head, y)]
+    assert all(o.size(0) == 0 for o in outs) and K.linear_cross_entropy(x, head, y) == 0
+    sum(o.sum() for o in outs).backward()
+    assert x.grad.shape == (0, 8) and (head.grad == 0).all()
+    q = x.detach().view(0, 1, 8)
+    assert K.flash_attention(q, q, q, torch.zeros(1, dtype=torch.int32, device=dev(side))).shape == (0, 1, 8)
+    cache = draw(2, 4, 1, 8, side=side, dtype=dtype)
+    assert K.paged_attention(q, cache, cache, y.view(0, 1), y).shape == (0, 1, 8)
+
+
+@child
+def test_modes():
+    with pytest.raises(ValueError, match='auto, torch or triton'):
+        K.use('cuda')
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='no CUDA device|not installed'):
+            K.use('triton')
+        assert K.which() == 'torch (CPU)'
+    K.use('torch')
+    assert K.which().startswith('torch')
+    with pytest.raises(ValueError, match='expected'):
+        K.cross_entropy(draw(2, 3, 4), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match='multiple of key heads'):
+        K.flash_attention(draw(1, 2, 3, 4), draw(1, 2, 2, 4), draw(1, 2, 2, 4))
+    with pytest.raises(ValueError, match='rope'):
+        K.rope(draw(2, 3, 4), draw(2, 3, 4), draw(2, 2), draw(2, 2))
+
+
+@child
+def test_numpy_lines():
+    """The NumPy beside the kernels is code: run it against the twins."""
+    np_code = {'np': np}
+    exec('\n'.join(re.findall(r'^#\| ?(.*)$', open(os.path.join(ROOT, 'kernels.py')).read(), re.M)), np_code)
+    P = {k: v for k, v in np_code.items() if callable(v)}
+    assert set(P) >= {'norm', 'norm_backward', 'rope', 'swiglu', 'gelu', 'online_softmax', 'linear_logprobs', 'flash_row', 'attention_backward', 'merge', 'token_loss'}
+    x, w, b, dy = (draw(*s, dtype=torch.float64).requires_grad_() for s in ((5, 7), (7,), (7,), (5, 7)))
+
+    def close(a, t):
+        np.testing.assert_allclose(a, t.detach().numpy(), rtol=1e-9, atol=1e-9)
+    for layer in (False, True):
+        y = K.layer_norm(x, w, b, 1e-5) if layer else K.rms_norm(x, w, 1e-5)
+        n = [t.detach().numpy() for t in (x, w, b, dy)]
+        close(P['norm'](n[0], n[1], n[2] if layer else 0, 1e-5, layer), y)
+        for got, want in zip(P['norm_backward'](n[3], n[0], n[1], 1e-5, layer), torch.autograd.grad(y, (x, w, b) if layer else (x, w), dy.detach())):
+            close(got, want)
+    q, angle = draw(3, 2, 8, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    for pairs in (False, True):
+        close(P['rope'](q.numpy(), angle.cos().numpy(), angle.sin().numpy(), pairs), K.rope(q[None], q[None], angle.cos(), angle.sin(), pairs)[0][0])
+    g, u = (draw(11, dtype=torch.float64).requires_grad_() for _ in range(2))
+    close(P['swiglu'](g.detach().numpy(), u.detach().numpy()), K.swiglu(g, u))
+    for got, want in zip(P['swiglu_backward'](1.0, g.detach().numpy(), u.detach().numpy()), torch.autograd.grad(K.swiglu(g, u).sum(), (g, u))):
+        close(got, want)
+    np.testing.assert_allclose(P['gelu'](g.detach().numpy()), K.gelu(g).detach().numpy(), atol=1e-8)
+    np.testing.assert_allclose(P['gelu_backward'](1.0, g.detach().numpy()), torch.autograd.grad(K.gelu(g).sum(), g)[0].numpy(), atol=1e-8)
+    z, y = draw(1, 10, dtype=torch.float64), torch.tensor([4])
+    loss, h = K.cross_entropy(z, y)
+    close(P['online_softmax'](z[0].numpy(), 4), torch.stack([-loss[0], h[0]]))
+    x1, head = draw(1, 6, dtype=torch.float64), draw(10, 6, dtype=torch.float64)
+    close(P['linear_logprobs'](x1[0].numpy(), head.numpy(), 4, 0.7), torch.stack([o[0] for o in K.linear_logprobs(x1, head, y, 0.7)]))
+    q, k, v, do = (draw(9, 8, dtype=torch.float64).requires_grad_() for _ in range(4))
+    out = K.flash_attention(*(t[None, :, None] for t in (q, k, v)))[0, :, 0]
+    n = [t.detach().numpy() for t in (do, q, k, v)]
+    close(P['flash_row'](n[1][8], n[2], n[3], 8 ** -0.5), out[8])
+    for got, want in zip(P['attention_backward'](*n, 8 ** -0.5, np.tril(np.ones((9, 9), bool))), torch.autograd.grad(out, (q, k, v), do.detach())):
+        close(got, want)
+    s = n[2] @ n[1][8] * 8 ** -0.5
+    halves = [(m, np.exp(a - m).sum(), np.exp(a - m) @ b) for a, b in ((s[:4], n[3][:4]), (s[4:], n[3][4:])) for m in [a.max()]]
+    close(P['merge'](*zip(*halves)), out[8])
+    logp, old, adv, mask = draw(4, 6, dtype=torch.float64).requires_grad_(), draw(4, 6, dtype=torch.float64), draw(4, 6, dtype=torch.float64), torch.rand(4, 6) < 0.6
+    loss = K.token_loss(logp, old, adv, mask)[0]
+    got = P['token_loss'](logp.detach().numpy(), old.numpy(), adv.numpy(), mask.numpy(), 0.2, 0.2)
+    close(got[0], loss)
+    close(got[1], torch.autograd.grad(loss, logp)[0])
+
+
+@pytest.mark.slow
+@cases
+@pytest.mark.parametrize('turn', range(6))
+def test_sweep(side, dtype, turn):
+    """Random shapes, layouts and options of every kernel."""
+    r = random.Random(SEED + turn)
+    torch.manual_seed(SEED + turn)
+    layout = lambda: r.choice(['plain', 'rows', 'strided'])
+    check_norm(side, dtype, (r.randint(1, 40), r.randint(1, 300)), layout(), layer := r.random() < 0.5, r.random() < 0.5, layer and r.random() < 0.5)
+    check_linear(side, dtype, r.randint(1, 60), r.randint(1, 70), r.randint(2, 150), r.uniform(0.3, 2), r.choice([None, 5000]), layout())
+    nkv, hs = r.randint(1, 3), r.choice([5, 8, 16, 33, 64])
+    nh, lens = nkv * r.randint(1, 3), [r.choice([0, 1, 5, 16, 17, 40]) for _ in range(4)]
+    cu, window = np.cumsum([0, *lens]).tolist(), r.choice([0, 0, 1, 9])
+    q, k, v = (draw(max(cu[-1], 1) + r.randint(0, 3), n, hs, side=side, dtype=dtype) for n in (nh, nkv, nkv))
+    k, v = (draw(len(q), nkv, hs, side=side, dtype=dtype, layout=layout()) for _ in range(2))
+    check_flash(side, dtype, q, k, v, cu, causal=window > 0 or r.random() < 0.7, window=window)
+    T, Tk = (t := r.randint(1, 40)), t + r.choice([0, 0, 13])
+    q, k, v = (draw(2, n, h, hs, side=side, dtype=dtype) for n, h in ((T, nh), (Tk, nkv), (Tk, nkv)))
+    check_flash(side, dtype, q, k, v)
+    test_cross_entropy(side, dtype, r.randint(2, 9), r.randint(2, 5000), layout())
+    test_paged(side, dtype, nh, nkv, hs, r.choice([3, 8, 16, 64]))
+
+
+def child_pytest(*args):
+    env = dict(os.environ, TRITON_INTERPRET='1', KERNEL_SEED=str(SEED), OMP_NUM_THREADS='1')
+    r = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider', os.path.abspath(__file__), '-k', 'interp', *args],
+                       cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    print(r.stdout[-6000:], r.stderr[-2000:])
+    passed = re.search(r'(\d+) passed', r.stdout)
+    assert r.returncode == 0 and passed, 'the Triton source failed in the interpreter: see above'
+    return int(passed[1])
+
+
+@child
+def test_triton_source_in_the_interpreter():
+    pytest.importorskip('triton')
+    assert child_pytest() >= 20
+
+
+@child
+@pytest.mark.slow
+def test_triton_sweep_in_the_interpreter():
+    pytest.importorskip('triton')
+    assert child_pytest('-m', 'slow') >= 6
