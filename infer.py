@@ -166,7 +166,7 @@ class BlockManager:
 
     def __init__(self, num_blocks, block_size):
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.free, self.cached, self.table = deque(range(num_blocks)), OrderedDict(), {}
+        self.free, self.cached, self.table = list(range(num_blocks)), OrderedDict(), {}  # a stack: memory just used is still warm
         self.ref, self.name, self.tokens = [0] * num_blocks, [None] * num_blocks, [None] * num_blocks
 
     def available(self):
@@ -174,7 +174,7 @@ class BlockManager:
 
     def take(self):
         """A block with ref 1: a free one, else the cached one unused for longest."""
-        block = self.free.popleft() if self.free else self.cached.popitem(last=False)[0]
+        block = self.free.pop() if self.free else self.cached.popitem(last=False)[0]
         self._unname(block)
         self.ref[block] = 1
         return block
@@ -289,6 +289,7 @@ class RowCache:
     """CPU. A request's row moves to an arena of twice the capacity when it outgrows its own, so a row is at least half full and
     the decode attention of an arena is two batched products over [rows, longest of them]. Published blocks are copied to
     `store`, whose pages the system provides only when they are written."""
+    copies = True
 
     def __init__(self, shapes, num_blocks, block_size, max_len, dtype, device, prefix):
         self.shapes, self.block_size, self.dtype = shapes, block_size, dtype
@@ -393,9 +394,10 @@ class RowCache:
                     B = len(arena.rows)
                     mine = q[rows] if full else q.new_zeros(B, nh, hs).index_copy_(0, index, q[rows])
                     y = self._decode(mine, kc[:B], vc[:B], mask, dense)
+                    y = y if full else y.index_select(0, index)
                     if whole:
                         return y
-                    out[rows] = y if full else y.index_select(0, index)
+                    out[rows] = y
             for grid, S, W, real, at in grids:
                 a, b, c = (x.index_select(0, grid).view(S, W, -1, hs).transpose(1, 2) for x in (q, k, v))
                 y = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=nh != nkv).transpose(1, 2).reshape(S * W, -1)
@@ -422,6 +424,7 @@ class RowCache:
 class PagedCache:
     """CUDA (on CPU through the kernels' twins, for tests). kv (2, layers, blocks, block_size, nkv, hs); a request's block i
     holds its positions i * block_size and on. One block more than the manager knows takes the padding of captured graphs."""
+    copies = False
 
     def __init__(self, shapes, num_blocks, block_size, max_len, dtype, device, prefix):
         self.block_size, self.device, self.width = block_size, device, -(-max_len // block_size)
@@ -516,7 +519,8 @@ class Net:
         self.shape = (c.n_layer, c.n_kv_head, c.head_size)
         self.heads, self.fused = c.n_head + 2 * c.n_kv_head, {}
         if c.pos == 'rope':
-            angle = torch.arange(c.block_size)[:, None].float() * rope_frequencies(c).float()
+            inv = rope_frequencies(c).to(torch.float64 if w.dtype == torch.float64 else torch.float32)  # never half: angles need the bits
+            angle = torch.arange(c.block_size)[:, None].float() * inv
             cos, sin = angle.cos().to(w.device), angle.sin().to(w.device)
             self.rope = torch.complex(cos, sin).to(torch.complex128 if w.dtype == torch.float64 else torch.complex64) if self.complex else (cos, sin)
         self.refresh()
@@ -696,6 +700,8 @@ def sample(logits, s, rows, extra, outs):
     """logits (n, V), row i for rows[i] after its output and extra[i] (unconfirmed draft tokens); outs (n,) tokens written before.
     -> tokens (n,) int64, logprobs, raw_logprobs (n,), top [(ids, logprobs)] or None. FloatingPointError when the logits are not finite."""
     raw, lse = logits, logits.logsumexp(-1, keepdim=True)
+    if not bool(torch.isfinite(lse).all()):
+        raise FloatingPointError(f'the logits of {int((~torch.isfinite(lse)).sum())} of {len(lse)} rows are not finite: the weights (or the dtype {logits.dtype}) have overflowed')
     z, z_lse = raw, lse
     early = np.nonzero(outs < s.min_tokens)[0] if s.any_min else ()
     if not s.plain or len(early):
@@ -728,8 +734,6 @@ def sample(logits, s, rows, extra, outs):
     at = tokens[:, None]
     raw_lp = (raw.gather(-1, at) - lse)[:, 0]
     lp = raw_lp if s.all_greedy or z is raw else torch.where(s.greedy_t, raw_lp, (z.gather(-1, at) - z_lse)[:, 0])
-    if not bool(torch.isfinite(raw_lp).all()):
-        raise FloatingPointError(f'the logits of {int((~torch.isfinite(lse)).sum())} of {len(lse)} rows are not finite: the weights (or the dtype {logits.dtype}) have overflowed')
     top = None
     if s.top:
         best = (raw - lse).topk(min(s.top, raw.size(-1)), -1)
@@ -1065,7 +1069,7 @@ class Engine:
         r.named = full
 
     def _release(self, r):
-        if self.prefix_caching:
+        if self.prefix_caching and (r.stream or not self.cache.copies):  # nobody goes on where generate() ended: not worth a copy
             self._publish(r)
         self.cache.release(r)
         self.blocks.drop(r.blocks)
@@ -1091,7 +1095,7 @@ class Engine:
         done, tokens = (ended | (outs + 1 >= s.limit)).tolist(), tokens.tolist()
         over, events, finished = set(), [], []
         for i, (r, t, a, b) in enumerate(zip(rows, tokens, lp.tolist(), raw.tolist())):
-            if r.draft and r in over:
+            if r in over:
                 continue
             r.tokens.append(t)
             r.logprobs.append(a)
@@ -1132,9 +1136,8 @@ class Engine:
     def _ended(self, r):
         if r.left is not None:
             r.left[0] -= 1
-        group = self.requests[r.id]
-        if all(x.finish_reason is not None for x in group):
-            del self.requests[r.id]
+        if all(x.finish_reason is not None for x in self.requests.get(r.id, ())):  # siblings may end in the same step
+            self.requests.pop(r.id, None)
 
     def _event(self, r, count):
         self._read_text(r)
@@ -1199,6 +1202,7 @@ class Engine:
 
     # ---- verbs -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()  # rows of the cache may move, and they are inference tensors
     def abort(self, request_id):
         """Ends all samples of a request and frees its blocks; nothing happens when it has ended."""
         with self.lock:

@@ -1,0 +1,638 @@
+"""The engine against dense forwards: same log-probs, same tokens whatever the schedule; sampling against plain formulas."""
+import itertools
+import math
+import os
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import infer
+from dataset import get_tokenizer
+from infer import BlockManager, Engine, SamplingParams, uniform
+from model import ARCHS, GPT, GPTConfig
+
+SEED = int(os.environ.get('TEST_SEED', random.randrange(1 << 30)))  # drawn anew each run, printed when a test fails; TEST_SEED repeats it
+
+
+def tiny(arch='gpt2', dtype=torch.float64, vocab=23, seed=0, **over):
+    """A random model whose logits are far apart enough that a token never hangs on the last bit."""
+    torch.manual_seed(seed)
+    kw = dict(block_size=64, vocab_size=vocab, n_layer=2, n_head=4, n_kv_head=4 if arch == 'gpt2' else 2, n_embd=32, head_size=8, n_inner=48)
+    model = GPT(GPTConfig(**{**ARCHS[arch], **kw, **over, 'arch': arch})).eval()
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.25)
+        elif 'bias' in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.to(dtype)
+
+
+def idle(engine):
+    """Nothing runs, nothing leaked: free + cached = all, no row is taken, every reference count is 0."""
+    s = engine.stats()
+    assert s['running'] == s['waiting'] == 0 and not engine.requests
+    assert s['free_blocks'] + s['cached_blocks'] == s['num_blocks']
+    assert not any(engine.blocks.ref) and sorted(engine.blocks.free + list(engine.blocks.cached)) == list(range(s['num_blocks']))
+    assert set(engine.blocks.table.values()) == set(engine.blocks.cached)
+    assert all(not a.rows for a in getattr(engine.cache, 'arenas', ()))
+    return True
+
+
+def distribution(logits, tokens, P, p):
+    """What the next token is drawn from, by the contract's order, one row, the plain way. -> probabilities (V,) float64"""
+    z = logits.double().clone()
+    for t, b in p.logit_bias.items():
+        z[t] += b
+    for t in set(tokens):
+        if p.repetition_penalty != 1:
+            z[t] = z[t] / p.repetition_penalty if z[t] > 0 else z[t] * p.repetition_penalty
+    for t in set(tokens[P:]):
+        z[t] -= p.presence_penalty + p.frequency_penalty * tokens[P:].count(t)
+    if p.temperature == 0:
+        return torch.nn.functional.one_hot(z.argmax(), len(z)).double()
+    z = z / p.temperature
+    if p.min_p:
+        probs = z.softmax(-1)
+        z[probs < p.min_p * probs.max()] = -math.inf
+    if p.top_k:
+        z[torch.argsort(z, descending=True)[p.top_k:]] = -math.inf
+    if p.top_p < 1:
+        order = torch.argsort(z, descending=True)
+        probs = z.softmax(-1)[order]
+        z[order[(probs.cumsum(-1) - probs) >= p.top_p]] = -math.inf
+    return z.softmax(-1)
+
+
+def dense(model, prompt, p, index=0, eot=None):
+    """One request by dense forwards over the whole sequence: tokens, processed and raw log-probs."""
+    tokens, lps, raws, key = list(prompt), [], [], infer._mix(p.seed, index)
+    while len(tokens) - len(prompt) < p.max_tokens and len(tokens) < model.config.block_size:
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]))[0][0, -1]
+        probs = distribution(logits, tokens, len(prompt), p)
+        u = uniform(np.array([key], np.uint64), np.array([len(tokens) - len(prompt)], np.uint64))[0]
+        t = int(torch.searchsorted(probs.cumsum(-1), torch.tensor(u, dtype=torch.float64) * probs.sum(), right=True)) if p.temperature else int(probs.argmax())
+        raws.append(float(logits.double().log_softmax(-1)[t]))
+        lps.append(raws[-1] if p.temperature == 0 else float(probs[t].log()))
+        tokens.append(t)
+        if t in p.stop_token_ids or (t == eot and not p.ignore_eos):
+            break
+    return tokens[len(prompt):], lps, raws
+
+
+CASES = [dict(temperature=0), dict(), dict(temperature=0.7), dict(top_k=5), dict(top_p=0.8), dict(min_p=0.1, temperature=1.3), dict(top_k=9, top_p=0.7, min_p=0.02, temperature=0.9),
+         dict(repetition_penalty=1.3), dict(presence_penalty=0.7, frequency_penalty=0.4), dict(temperature=0, repetition_penalty=1.5, frequency_penalty=0.3),
+         dict(logit_bias={3: 2.5, 7: -100}), dict(stop_token_ids=[4, 9])]
+
+
+@pytest.fixture(scope='module')
+def truth():
+    """{arch: (model, [(prompt, params, [(tokens, logprobs, raw) of each of n samples])])} by dense forwards; prompts share beginnings."""
+    rng, out = random.Random(SEED), {}
+    for arch in ARCHS:
+        model, rows = tiny(arch), []
+        trunk = [rng.randrange(23) for _ in range(40)]
+        for i in range(16):
+            n = rng.choice([1, 2, 3, 7, 8, 9, 16, 17, 30, 45])
+            prompt = trunk[:n] if i % 2 else [rng.randrange(23) for _ in range(n)]
+            p = SamplingParams(max_tokens=rng.choice([1, 2, 5, 12, 25]), seed=rng.randrange(1 << 40), n=rng.choice([1, 1, 1, 3]), **CASES[i % len(CASES)])
+            rows.append((prompt, p, [dense(model, prompt, p, j) for j in range(p.n)]))
+        out[arch] = model, rows
+    return out
+
+
+def schedule(model, rows, rng, **over):
+    """One random schedule of random requests through a random engine; every sample must be what the dense forward says."""
+    kw = dict(cache=rng.choice(['rows', 'rows', 'paged']), block_size=rng.choice([1, 2, 3, 4, 8, 16]), max_num_seqs=rng.choice([1, 2, 3, 5, 16]),
+              max_num_batched_tokens=rng.choice([1, 2, 5, 16, 64, 500]), prefix_caching=rng.random() < 0.7, ngram=rng.choice([0, 0, 0, 1, 2]))
+    kw.update(over)
+    kw['num_blocks'] = kw.get('num_blocks') or -(-64 // kw['block_size']) + rng.choice([0, 1, 3, 20, 200])
+    engine = Engine(model, None, **kw)
+    todo, got, gone = [rng.choice(rows) for _ in range(rng.randint(1, 8))], {}, set()
+    arrivals, checked = list(enumerate(todo)), 0
+    while arrivals or engine.has_unfinished():
+        while arrivals and (rng.random() < 0.3 or not engine.has_unfinished()):
+            i, (prompt, p, _) = arrivals.pop()
+            engine.add_request(prompt, p, request_id=i)
+        if rng.random() < 0.02:
+            gone.add(i := rng.randrange(len(todo)))
+            engine.abort(i)
+            arrivals = [a for a in arrivals if a[0] != i]
+        if rng.random() < 0.05:
+            engine.pause('keep')
+            assert engine.step() == []
+            engine.resume()
+        for e in engine.step():
+            row = got.setdefault((e['request_id'], e['index']), ([], [], []))
+            for a, b in zip(row, (e['token_ids'], e['logprobs'], e['raw_logprobs'])):
+                a += b
+    for i, (prompt, p, want) in enumerate(todo):
+        for j in range(p.n):
+            if i not in gone:
+                for a, b in zip(got[i, j], want[j]):
+                    assert a == pytest.approx(b, abs=1e-8), (SEED, kw, i, j, len(prompt), p.max_tokens)
+                checked += 1
+    assert idle(engine)
+    return checked, engine.counts
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_any_schedule_gives_the_tokens_of_the_dense_forward(truth, arch):
+    rng, seen = random.Random(SEED + 1), dict(preemptions=0, cached_tokens=0, accepted=0)
+    checked = 0
+    for _ in range(30):
+        n, counts = schedule(*truth[arch], rng)
+        checked += n
+        seen = {k: v + counts[k] for k, v in seen.items()}
+    assert checked > 50 and all(seen.values()), (SEED, checked, seen)  # the schedules did preempt, share and speculate
+
+
+@pytest.mark.slow
+def test_thousands_of_schedules(truth):
+    rng, checked = random.Random(SEED + 2), 0
+    while checked < 3000:
+        checked += schedule(*truth[rng.choice(list(ARCHS))], rng)[0]
+    assert checked >= 3000
+
+
+@pytest.mark.parametrize('cache', ['rows', 'paged'])
+@pytest.mark.parametrize('arch', ARCHS)
+def test_logprobs_in_float32(arch, cache):
+    model = tiny(arch, torch.float32, vocab=211)
+    engine = Engine(model, None, cache=cache, max_num_batched_tokens=40, max_num_seqs=7)
+    rng = random.Random(SEED)
+    prompts = [[rng.randrange(211) for _ in range(n)] for n in (1, 2, 15, 16, 17, 40, 63, 31)]
+    out = engine.generate(prompts, SamplingParams(max_tokens=30, temperature=0.7, n=2, seed=3))
+    delta = engine.mismatch(out)
+    assert delta['max'] <= 1e-5, delta
+    for c in out:  # the processed ones are those of the temperature that RL divides by
+        idx = torch.tensor([c.prompt_token_ids + c.token_ids])
+        want = model.logprobs(idx, temperature=0.7)[0, len(c.prompt_token_ids) - 1:]
+        assert torch.allclose(want, torch.tensor(c.logprobs), atol=1e-5)
+    assert idle(engine)
+
+
+def test_grouped_heads_untied_long_and_bfloat16():
+    """Odd shapes: 6 heads on 3, head_size that is not C / nh, contexts over several arenas; bfloat16 stays near float32."""
+    model = tiny('qwen3', torch.float32, vocab=50, n_head=6, n_kv_head=3, head_size=10, n_embd=24, block_size=700, tie=False)
+    engine = Engine(model, None, max_num_seqs=3)
+    out = engine.generate([list(range(50)) * 3, [1, 2, 3], [4] * 60], SamplingParams(max_tokens=300, seed=1))
+    assert engine.mismatch(out)['max'] <= 2e-5 and len(engine.cache.arenas) > 2
+    half = Engine(tiny('qwen3', torch.bfloat16, vocab=50), None)
+    assert half.mismatch(half.generate([[1, 2, 3]] * 3, SamplingParams(max_tokens=40, seed=1)), tiny('qwen3', torch.float32, vocab=50))['mean'] < 0.1
+
+
+# ---- blocks ----
+
+
+def test_block_manager_never_loses_a_block():
+    rng, m, held = random.Random(SEED), BlockManager(20, 4), []
+    for i in range(3000):
+        if rng.random() < 0.55 and m.available():
+            b = m.take()
+            if rng.random() < 0.5:
+                m.publish(b, b'%d' % rng.randrange(30), [1, 2, 3, i])
+            held.append(b)
+        elif held and rng.random() < 0.2:
+            held.append(rng.choice(held))
+            m.hold(held[-1])
+        elif held:
+            m.drop([held.pop(rng.randrange(len(held)))])
+        assert sorted(m.free + list(m.cached) + list(set(held))) == list(range(20))
+        assert all(m.name[b] == n for n, b in m.table.items())
+    m.drop(held)
+    m.forget()
+    assert len(m.free) == 20 and not m.table
+
+
+def test_prefix_names_hold_tokens_history_and_version():
+    m = BlockManager(8, 2)
+    a, b = m.names([1, 2, 3, 4, 5], [], 0), m.names([9, 9, 3, 4], [], 0)
+    assert len(a) == 2 and a[1] != b[1] and a != m.names([1, 2, 3, 4], [], 1)
+    blocks = [m.take(), m.take()]
+    for block, name, tokens in zip(blocks, a, ([1, 2], [3, 4])):
+        assert m.publish(block, name, tokens)
+    assert m.match(m.names([1, 2, 3, 4, 7], [], 0), [1, 2, 3, 4, 7]) == blocks
+    assert m.match(a, [1, 2, 3, 4]) == blocks[:1]  # the last token is computed, for its logits
+    m.tokens[blocks[0]] = [1, 3]                    # a collision: the name fits, the tokens do not
+    assert m.match(a, [1, 2, 3, 4, 5]) == []
+
+
+def test_prefix_is_computed_once_and_survives_a_full_hit():
+    engine = Engine(tiny(), None, block_size=4)
+    prompt, p = list(range(16)), SamplingParams(max_tokens=3, temperature=0)
+    first = engine.generate([prompt], p)[0]
+    assert engine.generate([prompt], p)[0].token_ids == first.token_ids
+    assert engine.counts['cached_tokens'] == 12  # of 16: the last block is computed again
+    engine.generate([prompt[:9]], SamplingParams(max_tokens=1))
+    assert engine.counts['cached_tokens'] == 20
+    engine.weights_changed()
+    engine.generate([prompt], p)
+    assert engine.counts['cached_tokens'] == 20 and idle(engine)
+
+
+def test_n_samples_share_one_prefill_and_are_distinct_and_repeatable():
+    engine = Engine(tiny(), None, prefix_caching=False)
+    p = SamplingParams(max_tokens=12, n=6, seed=5)
+    out = engine.generate([[1, 2, 3, 4, 5]], p)
+    assert engine.counts['prompt_tokens'] == 5 and [c.index for c in out] == list(range(6))
+    assert len({tuple(c.token_ids) for c in out}) == 6
+    assert [c.token_ids for c in Engine(tiny(), None, max_num_seqs=2).generate([[7], [1, 2, 3, 4, 5]], p)[6:]] == [c.token_ids for c in out]
+    assert [c.prompt_index for c in engine.generate([[1], [2]], SamplingParams(n=2, max_tokens=1))] == [0, 0, 1, 1]
+    a, b = (Engine(tiny(), None, seed=s).generate([[1], [1]], SamplingParams(max_tokens=20)) for s in (1, 1))
+    assert [c.token_ids for c in a] == [c.token_ids for c in b] and a[0].token_ids != a[1].token_ids  # seed None: the engine's, in order
+
+
+# ---- sampling ----
+
+
+def test_uniform_is_uniform():
+    u = uniform(np.array([infer._mix(i, 0) for i in range(2000)], np.uint64)[:, None], np.arange(100, dtype=np.uint64))
+    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.004 and abs(u.var() - 1 / 12) < 0.002
+    assert abs(np.corrcoef(u[:, 0], u[:, 1])[0, 1]) < 0.1 and abs(np.corrcoef(u[0], u[1])[0, 1]) < 0.4
+    counts = np.histogram(u, 20, (0, 1))[0]
+    assert ((counts - 10000) ** 2 / 10000).sum() < 50  # chi-square, 19 degrees: 43.8 at 0.1 %
+
+
+def test_filters_against_the_plain_formula():
+    """Large vocabularies go through the top few hundred; ties at the border stay together, so inputs have none."""
+    g = torch.Generator().manual_seed(SEED)
+    for V, scale in ((5, 1.0), (300, 3.0), (5000, 0.3), (5000, 6.0)):
+        z = torch.randn(40, V, generator=g, dtype=torch.float64) * scale
+        k = torch.tensor([random.choice([0, 0, 1, 3, 50, V, V + 7]) for _ in range(40)])
+        p = torch.tensor([random.choice([1.0, 0.9, 0.5, 0.05, 0.99]) for _ in range(40)], dtype=torch.float64)
+        m = torch.tensor([random.choice([0.0, 0.0, 0.01, 0.3]) for _ in range(40)], dtype=torch.float64)
+        got = infer._filter(z.clone(), k, p, m).softmax(-1)
+        for i in range(40):
+            want = distribution(z[i], [], 0, SamplingParams(top_k=int(k[i]), top_p=float(p[i]), min_p=float(m[i])))
+            assert torch.allclose(got[i], want, atol=1e-12), (SEED, V, k[i], p[i], m[i])
+
+
+def test_every_setting_keeps_to_itself_in_one_batch():
+    """All cases at once in one batch; each row draws from its own distribution, its log-prob is that distribution's."""
+    model = tiny(vocab=23)
+    params = [SamplingParams(max_tokens=10, seed=i, logprobs=i % 4, **case) for i, case in enumerate(CASES)]
+    out = Engine(model, None).generate([[i, 5, 6] for i in range(len(CASES))], params)
+    for i, (c, p) in enumerate(zip(out, params)):
+        tokens, lps, raws = dense(model, [i, 5, 6], p)
+        assert c.token_ids == tokens and c.logprobs == pytest.approx(lps, abs=1e-9) and c.raw_logprobs == pytest.approx(raws, abs=1e-9)
+        assert all(len(top) == p.logprobs and list(top.values()) == sorted(top.values(), reverse=True) for top in c.top_logprobs)
+        if p.logprobs and p.temperature == 0 and not p.frequency_penalty:
+            assert all(top[t] == pytest.approx(raw) for top, t, raw in zip(c.top_logprobs, c.token_ids, c.raw_logprobs))
+
+
+def chi_square(counts, probs):
+    """-> the statistic divided by its 99.99 % bound (Wilson-Hilferty), over cells that expect 5 or more."""
+    n = sum(counts.values())
+    cells = [(counts.get(k, 0), n * q) for k, q in probs.items() if n * q >= 5]
+    rest = n - sum(o for o, _ in cells), n - sum(e for _, e in cells)
+    cells += [rest] if rest[1] >= 5 else []
+    df = len(cells) - 1
+    return sum((o - e) ** 2 / e for o, e in cells) / (df * (1 - 2 / (9 * df) + 3.72 * math.sqrt(2 / (9 * df))) ** 3)
+
+
+def exact(model, prompt, n, p):
+    """{tokens: probability} of all continuations of n tokens, by enumeration of the vocabulary."""
+    probs = {(): 1.0}
+    for _ in range(n):
+        step = {}
+        for head, q in probs.items():
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + list(head)]))[0][0, -1]
+            for t, x in enumerate(distribution(logits, prompt + list(head), len(prompt), p).tolist()):
+                step[head + (t,)] = q * x
+        probs = step
+    return probs
+
+
+@pytest.mark.parametrize('kind', ['plain', 'ngram', 'draft'])
+def test_samples_follow_the_exact_distribution(kind):
+    """Vocabulary of 3, all 27 continuations enumerated; with speculation the distribution must be the very same one."""
+    model, p = tiny(vocab=3), SamplingParams(max_tokens=3, temperature=0.8, seed=SEED, n=3000)
+    draft = dict(ngram=1) if kind == 'ngram' else dict(draft=tiny(vocab=3, seed=7, n_layer=1)) if kind == 'draft' else {}
+    engine = Engine(model, None, num_draft=2, prefix_caching=False, num_blocks=20000, max_num_batched_tokens=8192, **draft)
+    out = engine.generate([[0, 1, 2, 0, 1]], p)
+    counts = {}
+    for c in out:
+        counts[tuple(c.token_ids)] = counts.get(tuple(c.token_ids), 0) + 1
+    assert chi_square(counts, exact(model, [0, 1, 2, 0, 1], 3, p)) < 1, SEED
+    assert kind == 'plain' or (engine.counts['drafted'] > 1000 and 0 < engine.counts['accepted'] < engine.counts['drafted'])
+
+
+def test_top_p_of_zero_temperature_and_a_peaked_model():
+    """A distribution with all mass on one token, and u at its ends, never draws a token of probability 0."""
+    z = torch.full((4, 9), -80.0)
+    z[:, 4] = 80.0
+    rows = [infer.Request(i, 0, [1], SamplingParams(max_tokens=3, seed=i), infer._mix(i, 0), 4, False, None, 0) for i in range(4)]
+    s = infer.Settings(rows, None, z.device, z.dtype)
+    tokens, lp, raw, _ = infer.sample(z, s, rows, [()] * 4, np.zeros(4, np.int64))
+    assert tokens.tolist() == [4] * 4 and lp.abs().max() < 1e-6 and raw.abs().max() < 1e-6
+    infer_uniform, ends = infer.uniform, np.array([0.0, 1 - 2.0 ** -53, 0.5, 1 - 2.0 ** -53])
+    try:
+        infer.uniform = lambda keys, t: ends
+        z = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]] * 4)
+        assert infer.sample(z, s, rows, [()] * 4, np.zeros(4, np.int64))[0].tolist()[:2] == [1, 2]
+    finally:
+        infer.uniform = infer_uniform
+
+
+# ---- where it ends ----
+
+
+@pytest.fixture(scope='module')
+def byte_engine():
+    tok = get_tokenizer('byte')
+    return Engine(tiny('llama', torch.float32, vocab=tok.vocab_size, block_size=200), tok)
+
+
+def test_eos_is_an_action_without_text(byte_engine):
+    tok = byte_engine.tokenizer
+    force = {tok.eot: 1000.0}
+    c = byte_engine.generate(['ab'], SamplingParams(max_tokens=9, logit_bias=force))[0]
+    assert (c.token_ids, c.text, c.finish_reason) == ([tok.eot], '', 'stop')
+    c = byte_engine.generate(['ab'], SamplingParams(max_tokens=9, logit_bias=force, min_tokens=4))[0]
+    assert len(c.token_ids) == 5 and tok.eot not in c.token_ids[:4] and c.finish_reason == 'stop'
+    c = byte_engine.generate(['ab'], SamplingParams(max_tokens=9, logit_bias=force, ignore_eos=True))[0]
+    assert c.token_ids == [tok.eot] * 9 and c.finish_reason == 'length'
+    c = byte_engine.generate(['ab'], SamplingParams(max_tokens=9, logit_bias={66: 1000.0}, stop_token_ids=[66]))[0]
+    assert (c.token_ids, c.text, c.finish_reason) == ([66], '', 'stop')
+
+
+def script(engine, text):
+    """The engine's sampler draws the bytes of `text`, whatever the logits."""
+    plan = list(text.encode())
+
+    def draw(logits, s, rows, extra, outs):
+        tokens, lp, raw, top = infer_sample(logits, s, rows, extra, outs)
+        return torch.tensor([plan[o % len(plan)] for o in outs.tolist()]), lp, raw, top
+    return draw
+
+
+infer_sample = infer.sample
+
+
+@pytest.mark.parametrize('stop, text, tokens', [('lo w', 'hel', 7), ('world', 'hello ', 11), ('zzz', 'hello world!', 12), (['wor', 'o'], 'hell', 5), ('ab', 'hello world!', 12),
+                                                (['d!', 'world!'], 'hello ', 12)])
+def test_stop_strings_cut_text_not_tokens(byte_engine, monkeypatch, stop, text, tokens):
+    """'ab' ends the prompt and would match only there; two strings that end together: the earlier beginning cuts."""
+    monkeypatch.setattr(infer, 'sample', script(byte_engine, 'hello world!'))
+    p = SamplingParams(max_tokens=12, stop=stop)
+    c = byte_engine.generate(['xxab'], p)[0]
+    assert (c.text, len(c.token_ids)) == (text, tokens) and c.finish_reason == ('length' if tokens == 12 and stop in ('zzz', 'ab') else 'stop')
+    byte_engine.add_request('xxab', p)
+    pieces = []
+    while byte_engine.has_unfinished():
+        pieces += [e['text'] for e in byte_engine.step()]
+    assert ''.join(pieces) == text  # streamed text never shows the beginning of what is cut later
+
+
+def test_streamed_text_waits_for_whole_characters(byte_engine, monkeypatch):
+    monkeypatch.setattr(infer, 'sample', script(byte_engine, 'aé€🙂'))
+    byte_engine.add_request('x', SamplingParams(max_tokens=10))
+    events = []
+    while byte_engine.has_unfinished():
+        events += byte_engine.step()
+    assert [e['text'] for e in events] == ['a', '', 'é', '', '', '€', '', '', '', '🙂']
+    assert [e['finished'] for e in events] == [False] * 9 + [True] and sum(len(e['token_ids']) for e in events) == 10
+
+
+def test_what_can_never_run_is_refused(byte_engine):
+    engine = Engine(byte_engine.model, byte_engine.tokenizer, num_blocks=5, block_size=4)
+    for prompt, p, word in (([], {}, 'empty'), ('', {}, 'empty'), ([1] * 200, {}, 'context'), ([999], {}, 'vocabulary'), ([-1], {}, 'vocabulary'),
+                            ([1] * 10, dict(max_tokens=11), 'blocks'), ([1], dict(logit_bias={999: 1.0}), 'vocabulary')):
+        with pytest.raises(ValueError, match=word):
+            engine.add_request(prompt, SamplingParams(**p))
+        with pytest.raises(ValueError, match=word):
+            engine.generate([[1], prompt], SamplingParams(**p))
+    for bad in (dict(max_tokens=0), dict(temperature=-1), dict(temperature=float('nan')), dict(top_p=0), dict(top_p=1.1), dict(min_p=2), dict(n=0), dict(stop=''), dict(min_tokens=99)):
+        with pytest.raises(ValueError, match='SamplingParams'):
+            SamplingParams(**bad)
+    with pytest.raises(ValueError, match='list'):
+        engine.generate('text')
+    with pytest.raises(ValueError, match='2 prompts'):
+        engine.generate([[1], [2]], [SamplingParams()])
+    with pytest.raises(ValueError, match='already'):
+        engine.add_request([1], request_id='a')
+        engine.add_request([1], request_id='a')
+    engine.abort('a')
+    engine.abort('a')
+    assert len(engine.generate([[1] * 10], SamplingParams(max_tokens=10, ignore_eos=True))[0].token_ids) == 10 and idle(engine)
+
+
+def test_context_caps_the_length():
+    engine = Engine(tiny(), None)
+    c = engine.generate([[1] * 60], SamplingParams(max_tokens=500))[0]
+    assert len(c.token_ids) == 4 and c.finish_reason == 'length' and len(c.weight_versions) == 4
+
+
+# ---- the verbs of RL ----
+
+
+def test_load_weights_between_tokens():
+    """Weights change after 5 tokens: versions tell which made which; later tokens are the new model's on the old cache; nothing
+    of the old prefix cache is found, nothing computed before is published."""
+    a, b = tiny(seed=0), tiny(seed=1)
+    state = {k: v.clone() for k, v in b.state_dict().items()}
+    engine = Engine(a, None, block_size=4)
+    p = SamplingParams(max_tokens=12, temperature=0)
+    engine.add_request(list(range(9)), p)
+    out = [engine.step()[0] for _ in range(5)]
+    engine.load_weights(state)
+    while engine.has_unfinished():
+        out += engine.step()
+    tokens = [e['token_ids'][0] for e in out]
+    old = dense(tiny(seed=0), list(range(9)), SamplingParams(max_tokens=12, temperature=0, seed=0))[0]
+    assert tokens[:5] == old[:5] and engine.stats()['weight_version'] == 1 and engine.stats()['cached_blocks'] == 0
+    fresh = engine.generate([list(range(9))], p)[0]
+    assert engine.counts['cached_tokens'] == 0 and fresh.weight_versions == [1] * 12
+    assert fresh.token_ids == dense(b, list(range(9)), SamplingParams(max_tokens=12, temperature=0, seed=0))[0]
+    with pytest.raises(ValueError, match='wte.weight'):
+        engine.load_weights({**state, 'wte.weight': torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match='nonsense'):
+        engine.load_weights({**state, 'nonsense': torch.zeros(1)})
+    assert idle(engine)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+def test_weights_are_read_where_the_trainer_writes_them(arch, dtype):
+    model = tiny(arch, dtype)
+    engine = Engine(model, None)
+    engine.generate([[1, 2]], SamplingParams(max_tokens=3))
+    opt = model.configure_optimizers(0.0, 0.05, (0.9, 0.95))
+    model(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[2, 3, 4, 5]]))[1].backward()
+    opt.step()
+    assert engine.weights_changed() == 1
+    out = engine.generate([[1, 2, 3]] * 2, SamplingParams(max_tokens=20, n=2))
+    assert engine.mismatch(out)['max'] < 1e-5 and out[0].weight_versions == [1] * 20
+
+
+def test_lora_runs_merged():
+    import lora
+    model = lora.add_lora(tiny('llama', torch.float32), 4, 8, targets=('q_proj', 'v_proj', 'down_proj'))
+    for name, p in model.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(p, std=0.3)
+    engine = Engine(model, None)
+    assert engine.mismatch(engine.generate([[1, 2, 3]] * 2, SamplingParams(max_tokens=20)))['max'] < 1e-5
+    with lora.lora_disabled(model):
+        base = model.logprobs(torch.tensor([[1, 2, 3, 4]]))
+        engine.weights_changed()
+        out = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1, logit_bias={4: 1000.0}))[0]
+        assert out.raw_logprobs[0] == pytest.approx(float(base[0, 2]), abs=1e-5)
+
+
+def test_pause_keep_wait_abort():
+    engine, p = Engine(tiny(), None, max_num_seqs=2), SamplingParams(max_tokens=20, ignore_eos=True)
+    for i in range(3):
+        engine.add_request([1, 2, 3], p, request_id=i)
+    first = engine.step()
+    engine.pause('keep')
+    assert engine.step() == [] and engine.stats()['running'] == 2
+    engine.resume()
+    assert len(engine.step()) == 2
+    engine.pause('wait')  # what ran is finished, what waited waits on
+    assert engine.stats()['running'] == 0 and engine.stats()['waiting'] == 1
+    events = engine.step()
+    assert {e['request_id'] for e in events if e['finished']} == {0, 1} and all(e['finish_reason'] == 'length' for e in events if e['finished'])
+    engine.resume()
+    engine.step()
+    engine.pause('abort')
+    end = engine.step()
+    assert [(e['request_id'], e['finish_reason'], e['token_ids']) for e in end] == [(2, 'abort', [])] and first
+    engine.resume()
+    assert idle(engine) and not engine.has_unfinished()
+    with pytest.raises(ValueError, match='pause'):
+        engine.pause('sleep')
+
+
+def test_another_thread_pauses_loads_and_resumes():
+    """A rollout thread generates while a trainer thread swaps weights: all tokens are accounted to a version, in order."""
+    engine, result = Engine(tiny(dtype=torch.float32), None), []
+    p = SamplingParams(max_tokens=50, ignore_eos=True)
+    worker = threading.Thread(target=lambda: result.extend(engine.generate([[i] for i in range(20)] * 3, p)))
+    worker.start()
+    for seed in range(1, 6):
+        engine.pause('keep')
+        engine.load_weights(tiny(dtype=torch.float32, seed=seed).state_dict(), version=seed * 10)
+        engine.resume()
+    worker.join(60)
+    assert len(result) == 60 and all(len(c.weight_versions) == len(c.token_ids) == 50 and c.weight_versions == sorted(c.weight_versions) for c in result)
+    assert {v for c in result for v in c.weight_versions} <= {0, 10, 20, 30, 40, 50} and idle(engine)
+
+
+def test_generate_and_streams_do_not_steal_from_each_other():
+    engine = Engine(tiny(), None)
+    engine.add_request([1, 2], SamplingParams(max_tokens=30, temperature=0), request_id='s')
+    assert len(engine.generate([[3]], SamplingParams(max_tokens=5, temperature=0))[0].token_ids) == 5
+    tokens = []
+    while engine.has_unfinished():
+        tokens += [t for e in engine.step() for t in e['token_ids']]
+    assert tokens == dense(engine.model, [1, 2], SamplingParams(max_tokens=30, temperature=0, seed=0))[0]
+
+
+def test_logits_that_are_not_finite_stop_the_run():
+    model = tiny(dtype=torch.float32)
+    engine = Engine(model, None)
+    good = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0))[0].token_ids
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    engine.load_weights({k: v * float('nan') for k, v in state.items()})
+    with pytest.raises(FloatingPointError, match='not finite'):
+        engine.generate([[1, 2, 3]] * 4, SamplingParams(max_tokens=5))
+    assert idle(engine)
+    engine.load_weights(state)
+    assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0))[0].token_ids == good
+
+
+# ---- speculation ----
+
+
+def test_lookup():
+    assert infer._lookup([5, 6, 7, 8, 5, 6], 2, 2) == [7, 8] and infer._lookup([1, 1, 1], 1, 5) == [1] and infer._lookup([1, 2], 2, 3) == []
+
+
+@pytest.mark.parametrize('cache', ['rows', 'paged'])
+def test_a_draft_model_changes_nothing_but_the_number_of_steps(cache):
+    model, rng = tiny('llama'), random.Random(SEED)
+    prompts = [[rng.randrange(23) for _ in range(rng.randint(1, 30))] for _ in range(9)]
+    params = [SamplingParams(max_tokens=25, seed=i, **CASES[i]) for i in range(9)]
+    plain = Engine(model, None, cache=cache)
+    want = plain.generate(prompts, params)
+    for draft in (tiny('llama'), tiny('gpt2', seed=3)):  # the model itself: nearly all drafts are right; another one: few
+        spec = Engine(model, None, cache=cache, draft=draft, num_draft=3, max_num_seqs=5, num_blocks=15)
+        got = spec.generate(prompts, params)
+        assert [c.token_ids for c in got] == [c.token_ids for c in want], SEED
+        assert [c.logprobs for c in got] == [pytest.approx(c.logprobs, abs=1e-8) for c in want] and idle(spec)
+        rate = spec.counts['accepted'] / spec.counts['drafted']
+        assert rate > 0.95 if draft.config.arch == 'llama' else 0 < rate < 0.8
+    with pytest.raises(ValueError, match='vocabulary'):
+        Engine(model, None, draft=tiny(vocab=24))
+
+
+# ---- against transformers ----
+
+MODELS = os.path.join(os.path.dirname(infer.__file__), '..', 'shared', 'data', 'models')
+
+
+@pytest.mark.slow
+def test_greedy_equals_transformers_on_a_random_model(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    for arch in ARCHS:
+        model = tiny(arch, torch.float32, vocab=97)
+        model.save_pretrained(tmp_path / arch)
+        check_greedy(transformers, tmp_path / arch, model, [[5, 6, 7], [1], list(range(40))], 20)
+
+
+def check_greedy(transformers, folder, model, prompts, n):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = Engine(model, None, max_num_batched_tokens=16)
+    for prompt, c in zip(prompts, engine.generate(prompts, SamplingParams(max_tokens=n, temperature=0))):
+        idx = torch.tensor([prompt])
+        want = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=len(c.token_ids), do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert c.token_ids == want[0, len(prompt):].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['stories260k', 'tinystories-656k', 'tinystories-656k-qwen2', 'shakespeare-char-gpt2', 'makemore-names-gpt2', 'gpt-nano-sort'])
+def test_greedy_equals_transformers_on_real_models(name):
+    transformers = pytest.importorskip('transformers')
+    folder = os.path.join(MODELS, name)
+    if not os.path.isdir(folder):
+        pytest.skip('the real models are not beside this checkout')
+    model = GPT.from_pretrained(folder)
+    V, T = model.config.vocab_size, model.config.block_size
+    rng = random.Random(1)
+    prompts = [[1], [0, 2, 1, 0, 2, 1]] + [[rng.randrange(V) for _ in range(rng.randint(1, T // 2))] for _ in range(6)]
+    check_greedy(transformers, folder, model, prompts, min(60, T // 2))
+
+
+@pytest.mark.slow
+def test_penalties_and_filters_equal_transformers_processors():
+    transformers = pytest.importorskip('transformers')
+    g = torch.Generator().manual_seed(SEED)
+    z, ids = torch.randn(6, 400, generator=g) * 3, torch.randint(0, 400, (6, 30), generator=g)
+    want = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, z.clone())
+    want = transformers.TemperatureLogitsWarper(0.7)(ids, want)
+    want = transformers.TopPLogitsWarper(0.8)(ids, transformers.TopKLogitsWarper(40)(ids, want)).softmax(-1)
+    got = torch.stack([distribution(z[i], ids[i].tolist(), 30, SamplingParams(repetition_penalty=1.3, temperature=0.7, top_k=40, top_p=0.8)) for i in range(6)])
+    assert torch.allclose(got.float(), want, atol=1e-6)  # the plain formula that everything above is held against
+
+
+# ---- CUDA ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('arch', ARCHS)
+def test_cuda_paged_graphs_against_dense(arch):
+    model = tiny(arch, torch.float32, head_size=16, n_embd=64).cuda()
+    engine = Engine(model, None, max_num_seqs=16, block_size=16)
+    rng = random.Random(SEED)
+    prompts = [[rng.randrange(23) for _ in range(rng.randint(1, 40))] for _ in range(30)]
+    out = engine.generate(prompts, SamplingParams(max_tokens=24, seed=1))
+    assert engine.graphs and engine.mismatch(out)['max'] < 2e-3 and idle(engine)  # TF32 and online softmax against eager
+    model.wte.weight.data.mul_(1.1)
+    engine.weights_changed()
+    assert engine.mismatch(engine.generate(prompts, SamplingParams(max_tokens=24, seed=1)))['max'] < 2e-3
