@@ -73,5 +73,5 @@ def test_hostile_completions_are_fast_and_harmless():
     ('', None), ('no', None), ('75', None), ('7+8=15. 75!', '75')])
 def test_toy_reward(text, want):
     assert toy.extract_answer(text) == want
-    assert toy.reward('Q: What is 47+28?\nA: ', text, {'answer': '75'}) == float(want == '75')
-    assert toy.reward('Q: What is 47+28?\nA: ', text, {'answer': 75}) == float(want == '75')
+    assert toy.reward('Q: 47+28?\nA: ', text, {'answer': '75'}) == float(want == '75')
+    assert toy.reward('Q: 47+28?\nA: ', text, {'answer': 75}) == float(want == '75')

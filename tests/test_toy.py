@@ -55,7 +55,7 @@ def test_rows_have_the_forms_that_the_stages_read(files):
     for r in rows(files, 'prompts_train') + rows(files, 'prompts_val'):
         assert set(r) == {'prompt', 'family', 'want'}
     for r in rows(files, 'arith_train') + rows(files, 'arith_val'):
-        a, b = r['prompt'][len('Q: What is '):-len('?\nA: ')].split('+')
+        a, b = r['prompt'][len('Q: '):-len('?\nA: ')].split('+')
         assert int(a) + int(b) == int(r['answer'])
     assert all(text.isascii() for text in map(bytes.decode, files.values()))  # a byte is a token is a character
 
@@ -69,7 +69,7 @@ def test_texts_are_short_enough_for_a_laptop(files):
 def test_questions_of_val_are_not_asked_in_training(files):
     asked = lambda name: {r.get('prompt') or f"Q: {r['messages'][0]['content']}\nA: " for r in rows(files, name)}
     train = set.union(*(asked(f'{n}_train') for n in ('sft', 'pref', 'prompts', 'arith')))
-    facts = {r['prompt'] for r in rows(files, 'prompts_val') + rows(files, 'prompts_train') + rows(files, 'pref_val') if r.get('family') == 'fact'}
+    facts = {r['prompt'] for r in rows(files, 'prompts_val') + rows(files, 'prompts_train') + rows(files, 'pref_val') if r.get('family') in ('fact', 'story')}
     for name in ('pref', 'prompts', 'arith'):
         assert not (asked(f'{name}_val') - facts) & train
     assert not any(p in t['text'] for t in rows(files, 'text') for p in asked('arith_val'))
@@ -114,7 +114,8 @@ def test_each_stage_has_something_to_do():
     rng, marks = random.Random(1), {}
     for kind in ('text', 'sft'):
         qs = [toy.question(rng) for _ in range(1500)]
-        marks[kind] = statistics.mean(gold.score(toy.answer(rng, q, kind), q) for q in qs)
+        tail = '\nQ: Another one?' if kind == 'text' else ''  # crawled text runs on
+        marks[kind] = statistics.mean(gold.score(toy.answer(rng, q, kind) + tail, q) for q in qs)
     assert marks['text'] + 1.5 < marks['sft'] < 7
     for q in (toy.question(rng) for _ in range(1500)):
         assert gold.score(q['full'], q) >= 8 and gold.score(f"Sure! {q['full']} Any time!", q) == 10, q

@@ -6,13 +6,13 @@ Four families of questions: facts (small talk on a little embedded world), strin
 with steps, two-sentence stories with a mood. Each answer has a style. The world is built so that every stage has
 something to do, and so that one sees it:
     text.jsonl              {"text"}: what a crawler would find. Threads of questions with poor answers, running on into the next
-                            question; bare statements. A base model of this knows things and answers badly.
+                            question; bare statements. A base model of this knows things and answers badly: curt, rude, and it goes on to ask the next question itself.
     sft_{train,val}.jsonl   {"messages"}: answers of average people: short, hedging, some kind, some wrong (STYLES below).
     pref_{train,val}.jsonl  {"prompt", "chosen", "rejected"}: two answers, labelled by gold.py; 5 % of the labels are flipped
                             and 8 % come from a labeller who only skims: the longer answer wins. "tie": true where gold sees no difference.
     prompts_{train,val}.jsonl  {"prompt", "family", "want"} for PPO; the row is what gold.py needs to mark an answer.
     arith_{train,val}.jsonl    {"prompt", "answer"} for GRPO; data/toy/reward.py checks them.
-Questions of val are not in train (facts excepted: a fact cannot be guessed). Sizes: byte tokens, a prompt about 30, an answer about 40.
+Strings and sums of val are not in train (facts and stories are: a fact cannot be guessed). Sizes: byte tokens, a prompt about 30, an answer about 40.
 
 Arithmetic, the honest trap: a sum with steps reads '7+8=15, 4+2+1=7, 75.'. In SFT data most people forget the carry ('4+2=6, 65.'),
 and some just say a number. A model that imitates them is right in 30 to 50 of 100, though it has seen how it is done: RL finds that out.
@@ -28,7 +28,7 @@ import gold
 out_dir = os.path.dirname(os.path.abspath(__file__))
 seed = 1337
 scale = 1.0  # of all row counts; tests use 0.02
-ROWS = {'text': 7000, 'sft': 16000, 'pref': 8000, 'prompts': 4000, 'arith': 4000}  # train; val is a sixteenth
+ROWS = {'text': 7000, 'sft': 10000, 'pref': 8000, 'prompts': 4000, 'arith': 4000}  # train; val is a sixteenth
 
 FACTS = [  # questions, sentence, {key: answer}: the answer stands last in its sentence
     (('What is the capital of {}?', 'Capital of {}?'), 'The capital of {} is {}.',
@@ -55,12 +55,15 @@ STORY = {  # mood: first sentences, second sentences
 CONSONANTS, VOWELS = 'bcdfghklmnprstw', 'aeiou'
 #          curt  plain hedge rude ramble kind1 kind2 gush   share of answers with wrong content
 STYLES = {
-    'text': ((24, 14, 22, 22, 16, 1, 0, 1), 0.40),
-    'sft':  ((28, 24, 20, 5, 8, 9, 4, 2), 0.15),
+    'text': ((28, 28, 16, 20, 8, 0, 0, 0), 0.12),
+    'sft':  ((28, 26, 20, 5, 6, 9, 4, 2), 0.08),
     'pref': ((22, 22, 16, 8, 8, 14, 10, 0), 0.20),
 }
 NAMES = ('curt', 'plain', 'hedge', 'rude', 'ramble', 'kind1', 'kind2', 'gush')
-STEPS, CARRY_KEPT = 0.7, 0.4  # of answers to a sum: show steps; and of those with a carry, keep it
+#      fact string sum story   shares of the questions; sums take the longest to learn
+MIX = {'text': (25, 25, 38, 12), 'sft': (25, 25, 35, 15), 'pref': (30, 25, 25, 20)}
+# share of answers to a sum that show steps; of those with a carry that keep it; of those without that leave it at that
+SUMS = {'text': (0.85, 0.8, 0.95), 'sft': (0.65, 0.3, 0.8), 'pref': (0.7, 0.5, 0.8)}
 
 
 def word(rng, n):
@@ -107,7 +110,7 @@ def sum_(rng):
     def steps(c):
         return f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' if c else ''}={tens + c}, {10 * (tens + c) + units % 10}."
     wrong = 0 if carry else 1  # with a carry: forget it; without: see one where there is none
-    return dict(family='sum', ask=f'What is {a}+{b}?', want=str(a + b), full=steps(carry), carry=carry,
+    return dict(family='sum', ask=f'{a}+{b}?', want=str(a + b), full=steps(carry), carry=carry,
                 bad=str(a + b - 10 if carry else a + b + 10), bad_full=steps(wrong))
 
 
@@ -134,13 +137,13 @@ def answer(rng, q, kind):
     """One answer to question q in a style drawn for `kind` ('text', 'sft', 'pref'), wrong with that kind's share."""
     weights, wrong_share = STYLES[kind]
     style, wrong = rng.choices(NAMES, weights)[0], rng.random() < wrong_share
-    if q['family'] == 'sum':  # styles matter less here: the question is whether steps are shown and the carry kept
-        if style == 'curt' or rng.random() > STEPS:
-            full = short = (q['bad'] if wrong or rng.random() < 0.3 else q['want'])
-        else:
-            wrong = wrong or (q['carry'] and rng.random() > CARRY_KEPT)
-            short, full = '', q['bad_full'] if wrong else q['full']
-            style = 'plain' if style == 'ramble' else style
+    if q['family'] == 'sum':  # the question here is whether steps are shown and the carry is kept
+        steps, keeps, leaves = SUMS[kind]
+        if rng.random() < steps:
+            short, full = '', q['full'] if rng.random() < (keeps if q['carry'] else leaves) else q['bad_full']
+            style = {'curt': 'plain', 'ramble': 'plain'}.get(style, style)
+        else:  # a number out of the head: often wrong
+            short = full = q['bad'] if rng.random() < 0.5 else q['want']
     else:
         short, full = (q['bad'], q['bad_full']) if wrong else (q.get('short', q['want']), q['full'])
     full = full.rstrip('.')
@@ -163,38 +166,36 @@ def answer(rng, q, kind):
     return ' '.join([opener, *rng.sample(gold.OPENERS, rng.randint(1, 2)), full + '.', closer, *rng.sample(gold.CLOSERS, rng.randint(0, 2))])
 
 
-def question(rng, families=FAMILIES, weights=(30, 25, 25, 20)):
-    q = rng.choices(families, weights[:len(families)])[0](rng)
-    return q | {'prompt': f"Q: {q['ask']}\nA: "}
-
-
 def held_out(q):
-    """True for the sixteenth of the questions that only val may ask; decided by the question, so that no seed mixes them."""
-    return q['family'] != 'fact' and sum(i * ord(c) for i, c in enumerate(q['ask'], 1)) % 16 == 0
+    """True for the sixteenth of the questions that only val may ask (facts and stories are too few to
+    spare any); decided by the question, so that no seed mixes them."""
+    return q['family'] in ('string', 'sum') and sum(i * ord(c) for i, c in enumerate(q['ask'], 1)) % 16 == 0
 
 
-def draw(rng, val, **kw):
+def question(rng, val=None, kind='sft', families=FAMILIES):
+    """A question with its prompt. val True or False: only held out ones, only the others; None: any. Families are shared out by MIX[kind]."""
+    family = rng.choices(families, MIX[kind][:len(families)])[0]
     while True:
-        q = question(rng, **kw)
-        if q['family'] == 'fact' or held_out(q) == val:
-            return q
+        q = family(rng)
+        if val is None or q['family'] in ('fact', 'story') or held_out(q) == val:
+            return q | {'prompt': f"Q: {q['ask']}\nA: "}
 
 
 def thread(rng, val):
     """A piece of crawled text: two or three questions with poor answers and no end between them, or bare statements."""
     if rng.random() < 0.3:
-        return ' '.join(draw(rng, val)['full'] for _ in range(rng.randint(2, 4)))
-    return '\n'.join(q['prompt'] + (answer(rng, q, 'text') if rng.random() < 0.85 else rng.choice(('Why do you ask?', 'No idea.', 'Same question here.')))
-                     for q in (draw(rng, val) for _ in range(rng.randint(2, 3))))
+        return ' '.join(question(rng, val, 'text')['full'] for _ in range(rng.randint(2, 4)))
+    return '\n'.join(q['prompt'] + (answer(rng, q, 'text') if rng.random() < 0.9 else rng.choice(('Why do you ask?', 'No idea.', 'Same here.')))
+                     for q in (question(rng, val, 'text') for _ in range(rng.randint(2, 3))))
 
 
 def sft_row(rng, val):
-    q = draw(rng, val)
+    q = question(rng, val, 'sft')
     return {'messages': [{'role': 'user', 'content': q['ask']}, {'role': 'assistant', 'content': answer(rng, q, 'sft')}]}
 
 
 def pref_row(rng, val):
-    q = draw(rng, val)
+    q = question(rng, val, 'pref')
     a = answer(rng, q, 'pref')
     b = next(x for x in iter(lambda: answer(rng, q, 'pref'), None) if x != a)
     row = {'prompt': q['prompt'], 'family': q['family'], 'want': q['want']}
@@ -207,11 +208,11 @@ def pref_row(rng, val):
 
 
 def prompt_row(rng, val):
-    return {k: v for k, v in draw(rng, val).items() if k in ('prompt', 'family', 'want')}
+    return {k: v for k, v in question(rng, val, 'pref').items() if k in ('prompt', 'family', 'want')}
 
 
 def arith_row(rng, val):
-    q = draw(rng, val, families=(sum_,))
+    q = question(rng, val, families=(sum_,))
     return {'prompt': q['prompt'], 'answer': q['want']}
 
 

@@ -13,5 +13,5 @@ def extract_answer(text):
 
 
 def reward(prompt: str, completion: str, row: dict) -> float:
-    """1.0 or 0.0. reward('Q: What is 47+28?\\nA: ', '7+8=15, 4+2+1=7, 75.', {'answer': '75'}) -> 1.0"""
+    """1.0 or 0.0. reward('Q: 47+28?\\nA: ', '7+8=15, 4+2+1=7, 75.', {'answer': '75'}) -> 1.0"""
     return float(extract_answer(completion) == str(row['answer']))
