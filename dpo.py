@@ -188,15 +188,17 @@ def encode_items(rows, tok, block_size, name, unpaired):
             if row.get('tie'):
                 tied += 1
                 continue
-            if unpaired and 'label' in row:
+            if unpaired and row.get('label') is not None:
                 talk = row.get('messages')
-                prompt, answer = (talk[:-1], talk[-1:]) if talk else (row['prompt'], row['completion'])
+                prompt, answer = (talk[:-1], talk[-1:]) if talk else (row.get('prompt'), row.get('completion'))
+                if prompt is None or not answer:
+                    raise ValueError('a row with "label" has "prompt" and "completion", or "messages" that end with the answer')
                 found = [(encode_prompt(prompt, tok), [encode_completion(answer, tok)], bool(row['label']))]
             else:
                 prompt, chosen, rejected = encode_pair(row, tok)
                 found = [(prompt, [chosen], True), (prompt, [rejected], False)] if unpaired else [(prompt, [chosen, rejected], None)]
-        except (ValueError, KeyError) as e:
-            raise ValueError(f'{name}, row {i + 1}: {e if isinstance(e, ValueError) else f"no {e} in it"}') from None
+        except ValueError as e:
+            raise ValueError(f'{name}, row {i + 1}: {e}') from None
         for prompt, answers, label in found:
             longest = max(map(len, answers))
             if longest >= block_size:
@@ -412,10 +414,16 @@ if __name__ == '__main__':
         engine.weights_changed()
         done = engine.generate([list(p) for p in asked], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=i) for i in range(len(asked))])
         groups = [(list(p), [c.token_ids]) for p, c in zip(asked, done)]
-        with amp():
-            logp = logps_of(policy, groups, device, micro_tokens, False)
-            with reference() as m:
-                kl = (logp - logps_of(m, groups, device, micro_tokens, False)).mean().item()
+        lengths = [len(p) + len(a[0]) for p, a in groups]
+        bins = pack(lengths, max([micro_tokens, *lengths]))
+
+        def token_logps(m):
+            with torch.no_grad(), amp():
+                return [answer_logps(m, [groups[i] for i in bin], device, temperature)[0] for bin in bins]
+        own = token_logps(policy)
+        with reference() as m:
+            d = [a - b for a, b in zip(own, token_logps(m))]
+        kl = sum((torch.exp(-x) - 1 + x).sum().item() for x in d) / len(groups)  # k3: unbiased, and never negative on a few samples
         return dict(kl=kl, len=sum(len(c.token_ids) for c in done) / len(done)), tok.decode(groups[0][0] + groups[0][1][0])
 
     def evaluate():

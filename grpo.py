@@ -120,6 +120,12 @@ def group_advantages(rewards, group_size, kind='grpo'):
     return (d * n / (n - 1) if kind == 'rloo' else d / (r.std(1, keepdim=True) + 1e-4)).flatten()
 
 
+def k3(logp, ref_logp):
+    """Schulman's estimate of KL(pi || ref) from tokens sampled by pi: exp(-d) - 1 + d, d = logp - ref_logp. Unbiased, never negative. d=0.5 -> 0.1065."""
+    d = logp - ref_logp
+    return torch.exp(-d) - 1 + d
+
+
 def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_low=0.2, clip_high=0.2, loss_type='grpo', max_len=None,
               weights=None, denom=None):
     """The clipped surrogate of PPO with one advantage for a whole completion. logp, old_logp, ref_logp (B, R) float, advantages (B,), mask (B, R)
@@ -149,8 +155,7 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
         per_token = per_token * torch.where(mask, weights, 0.0)
     stats, tokens = {}, mask.sum().clamp(min=1)
     if ref_logp is not None:
-        d = logp - torch.where(mask, ref_logp, 0.0)
-        kl = torch.exp(-d) - 1 + d  # k3 (Schulman 2020): never negative
+        kl = k3(logp, torch.where(mask, ref_logp, 0.0))
         stats['kl'] = kl.detach().sum() / tokens
         per_token = per_token + beta * kl if beta else per_token
     per_token = torch.where(mask, per_token, 0.0)
@@ -442,7 +447,7 @@ if __name__ == '__main__':
             out |= {f'pass@{k}': pass_at_k(correct, eval_k, k) for k in (1, eval_k)}
         if reference is not None or use_adapter:
             picked = list(range(0, len(asked), eval_k))  # one answer a prompt is enough for the KL
-            out['kl'] = (logps_of(policy, picked, asked, responses) - reference_logp(picked, asked, responses)).sum().item() / n
+            out['kl'] = k3(logps_of(policy, picked, asked, responses), reference_logp(picked, asked, responses)).sum().item() / n
         with open(os.path.join(out_dir, 'samples.jsonl'), 'a') as f:
             for i in range(0, min(8, n) * eval_k, eval_k):
                 f.write(json.dumps(dict(step=it, prompt=tok.decode(asked[i]), completion=tok.decode(responses[i]), score=total[i].item())) + '\n')
@@ -543,7 +548,7 @@ if __name__ == '__main__':
                    gen_s=t_gen, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, completions_per_s=batch_size / dt, lr=optimizer.param_groups[0]['lr'], steps=steps,
                    **{dict(mismatch_mean='mismatch', kl='k3').get(k, k): v for k, v in stats.items()})
         if beta:
-            row['kl'] = torch.where(resp, sampled - ref_logp, 0.0).sum(1).mean()
+            row['kl'] = torch.where(resp, k3(sampled, ref_logp), 0.0).sum(1).mean()
         if len(names) > 1:
             row |= {f'score/{os.path.basename(name)}': torch.cat([e[name] for e in all_each]).mean() for name in names}
         log.row(it, 'train', **row)

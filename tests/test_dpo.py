@@ -1,12 +1,24 @@
 """dpo.py: every loss against TRL's own numbers, central differences and the enumerated optimum; then the stage itself."""
+import contextlib
+import io
+import json
 import math
+import os
+import runpy
+import subprocess
+import sys
 import types
 from unittest import mock
 
 import pytest
 import torch
+from conftest import ROOT
 
 import dpo
+import grpo
+import model as M
+from dataset import get_tokenizer
+from model import ARCHS, GPT, GPTConfig
 from oracle import World, central_difference, gradient
 
 D = torch.float64
@@ -204,3 +216,204 @@ def test_ipo_stops_at_its_margin_where_dpo_runs_away():
     margin = lambda theta: ((world.logp(theta)[0] - ref[0]) - (world.logp(theta)[1] - ref[1])).item()
     assert margin(fit(world, loss('ipo'), beta)) == pytest.approx(1 / (2 * beta), abs=1e-5)
     assert margin(fit(world, loss('sigmoid'), beta)) > 20
+
+
+# ---- one forward, each prompt computed once ------------------------------------------------------------------------
+
+def tiny_model(arch='gpt2', seed=0):
+    torch.manual_seed(seed)
+    kw = dict(n_kv_head=2, n_inner=48, head_size=16, tie=True, **ARCHS['qwen3']) if arch == 'qwen3' else {}
+    return GPT(GPTConfig(arch=arch, n_layer=2, n_head=4, n_embd=32, vocab_size=257, block_size=128, bos_token_id=256, eos_token_id=256, **kw))
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+@pytest.mark.parametrize('script', [dpo, grpo], ids=['dpo', 'grpo'])
+def test_shared_prompts_equal_one_row_at_a_time(arch, script):
+    """Values and gradients of answer_logps against plain forwards of each whole sequence; lengths 1 to 60, one to five answers a prompt."""
+    model, g = tiny_model(arch), torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(0, 257, (n,), generator=g).tolist()
+    groups = [(draw(9), [draw(5), draw(1), draw(17)]), (draw(1), [draw(60)]), (draw(33), [draw(2), draw(2), draw(40), draw(1), draw(7)]), (draw(4), [draw(1)])]
+    logp, entropy, mask = script.answer_logps(model, groups, 'cpu', temperature=0.7)
+    flat = [(p, a) for p, answers in groups for a in answers]
+    assert mask.sum(1).tolist() == [len(a) for _, a in flat] and (logp[~mask] == 0).all() and (entropy[mask] > 0).all()
+    weight = torch.randn(logp.shape, generator=g)
+    (logp * weight).sum().backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    total = 0.0
+    for i, (p, a) in enumerate(flat):
+        one = model.logprobs(torch.tensor([p + a]), 0.7)[0, len(p) - 1:]
+        assert (one - logp[i, :len(a)]).abs().max() < 2e-5
+        total = total + (one * weight[i, :len(a)]).sum()
+    total.backward()
+    for n, p in model.named_parameters():
+        assert (p.grad - ours[n]).abs().max() < 1e-4 * max(1.0, p.grad.abs().max()), n
+
+
+# ---- the stage -----------------------------------------------------------------------------------------------------
+
+def stage(script, *args, cwd, die_at_save=0):
+    """The script run as __main__ in this process (a subprocess costs seconds): what it printed. die_at_save: killed behind its n-th checkpoint."""
+    class Killed(Exception):
+        pass
+    argv, hook, threads, here, saves = sys.argv, sys.excepthook, torch.get_num_threads(), os.getcwd(), []
+    save = M.save_checkpoint
+
+    def counted(path, ckpt):
+        save(path, ckpt)
+        saves.append(path)
+        if die_at_save and sum(p.endswith('ckpt.pt') for p in saves) == die_at_save:
+            raise Killed
+    out = io.StringIO()
+    try:
+        M.save_checkpoint, sys.argv = counted, [script, *args, '--device=cpu', '--overwrite=True']
+        os.chdir(cwd)
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    except Killed:
+        pass
+    finally:
+        M.save_checkpoint, sys.argv, sys.excepthook = save, argv, hook
+        torch.set_num_threads(threads)
+        os.chdir(here)
+    return out.getvalue()
+
+
+def log_rows(folder, split='train'):
+    rows = [json.loads(line) for line in open(os.path.join(folder, 'log.jsonl'))]
+    return [{k: v for k, v in r.items() if k != 'time' and not k.endswith(('_s', 'per_s'))} for r in rows if r['split'] == split]
+
+
+def jsonl(path, rows):
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A folder with a tiny untrained byte model as an HF directory, pairs where the longer run of one letter wins, and labelled answers."""
+    d = tmp_path_factory.mktemp('dpo')
+    tiny_model().save_pretrained(d / 'base')
+    prompt = lambda i: f'Q: Say {"abcdefgh"[i % 8]} {i % 5}\nA: '
+    good, bad = (lambda i: 'abcdefgh'[i % 8] * (2 + i % 5)), (lambda i: 'no.' * (1 + i % 3))
+    jsonl(d / 'pref.jsonl', [dict(prompt=prompt(i), chosen=good(i), rejected=bad(i), **({'tie': True} if i % 9 == 0 else {})) for i in range(60)])
+    jsonl(d / 'kto.jsonl', [dict(prompt=prompt(i), completion=(good if i % 2 else bad)(i), label=bool(i % 2)) for i in range(60)])
+    return d
+
+
+COMMON = ['--init_from=base', '--tokenizer=byte', '--dataset=pref.jsonl', '--batch_size=8', '--max_iters=6', '--eval_interval=3', '--learning_rate=1e-3',
+          '--warmup_iters=0', '--eval_samples=4', '--max_new_tokens=8']
+
+
+def test_the_command_and_what_it_writes(world):
+    r = subprocess.run([sys.executable, os.path.join(ROOT, 'dpo.py'), *COMMON, '--out_dir=out-a', '--device=cpu'], cwd=world, capture_output=True, text=True, timeout=300,
+                       env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert r.returncode == 0, r.stderr[-2000:]
+    train, evals = log_rows(world / 'out-a'), log_rows(world / 'out-a', 'eval')
+    assert [x['step'] for x in train] == list(range(6)) and [x['step'] for x in evals] == [0, 3, 6]
+    assert train[0]['loss'] == pytest.approx(math.log(2), abs=1e-6) and evals[0]['accuracy'] == 0.5 and abs(evals[0]['kl']) < 1e-4
+    assert evals[-1]['loss'] < 0.6 and evals[-1]['accuracy'] == 1.0 and evals[-1]['margin'] > 0.2 and evals[-1]['kl'] > 0
+    assert {'chosen_logp', 'rejected_logp', 'chosen_reward', 'rejected_reward', 'margin', 'grad_norm', 'lr', 'tok_per_s'} <= json.loads(open(world / 'out-a/log.jsonl').readlines()[2]).keys()
+    model, tok = M.load_model(str(world / 'out-a'))
+    assert tok == 'byte' and not torch.equal(model.wte.weight, M.load_model(str(world / 'base'))[0].wte.weight)
+    again = subprocess.run([sys.executable, os.path.join(ROOT, 'dpo.py'), *COMMON, '--out_dir=out-a', '--loss_type=dop'], cwd=world, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 2 and again.stderr.startswith("error: loss_type 'dop' is unknown: one of sigmoid") and again.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('extra', [[], ['--lora_r=4', '--precompute_ref=True'], ['--loss_type=kto']], ids=['full', 'lora', 'kto'])
+def test_a_killed_run_resumes_to_the_bit(world, extra):
+    stage('dpo.py', *COMMON, '--out_dir=out-whole', *extra, cwd=world)
+    stage('dpo.py', *COMMON, '--out_dir=out-cut', *extra, cwd=world, die_at_save=2)
+    assert log_rows(world / 'out-cut')[-1]['step'] == 2
+    stage('dpo.py', *COMMON[1:], '--out_dir=out-cut', '--init_from=resume', *extra, cwd=world)
+    assert log_rows(world / 'out-cut') == log_rows(world / 'out-whole') and log_rows(world / 'out-cut', 'eval') == log_rows(world / 'out-whole', 'eval')
+    a, b = (torch.load(world / f'out-{x}/ckpt.pt', weights_only=True)['model'] for x in ('whole', 'cut'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_three_ways_to_the_reference_give_the_same_losses(world, monkeypatch):
+    """The same adapter run three times: the adapter off, a frozen copy, log-probs from disk."""
+    ways = dict(adapter=[], copy=['--ref=base'], disk=['--precompute_ref=True'])
+    logs, said = {}, {}
+    for name, extra in ways.items():
+        said[name] = stage('dpo.py', *COMMON, f'--out_dir=out-{name}', '--lora_r=4', '--learning_rate=1e-2', *extra, cwd=world)
+        logs[name] = log_rows(world / f'out-{name}') + log_rows(world / f'out-{name}', 'eval')
+    for name, words in (('adapter', 'adapter disabled'), ('copy', 'frozen copy'), ('disk', 'precomputed')):
+        assert f'reference: {words}' in said[name]
+        for a, b in zip(logs[name], logs['adapter']):
+            for key in ('loss', 'margin', 'chosen_reward', 'grad_norm', 'kl'):
+                assert a.get(key) == pytest.approx(b.get(key), abs=2e-5), (name, key, a['step'])
+    assert os.path.exists(world / 'out-disk/ref_train.safetensors')
+    moved = log_rows(world / 'out-adapter', 'eval')
+    assert moved[-1]['loss'] < moved[0]['loss'] - 0.01
+    c = torch.load(world / 'out-adapter/ckpt.pt', weights_only=True)
+    assert all('lora_' in k for k in c['model']) and sum(t.numel() for t in c['model'].values()) == 2 * 4 * (32 + 96)  # the adapter only
+    assert '1,024 trained' in said['adapter']
+    monkeypatch.chdir(world)  # the checkpoint names its base as the command did: 'base'
+    merged = M.load_model('out-adapter')[0]
+    assert not any('lora_' in k for k in merged.state_dict())
+
+
+@pytest.mark.parametrize('loss_type, extra, first', [('robust', ['--label_smoothing=0.1'], math.log(2)), ('sigmoid', ['--label_smoothing=0.1', '--sft_coef=0'], math.log(2)),
+                                                     ('ipo', ['--length_norm=True', '--beta=0.5'], 1.0), ('hinge', [], 1.0), ('apo_zero', [], 1.0), ('kto', [], 0.5),
+                                                     ('simpo', ['--beta=2.0', '--gamma=0.5'], None), ('orpo', [], None), ('sigmoid', ['--sft_coef=0.5'], None)])
+def test_every_loss_trains(world, loss_type, extra, first):
+    stage('dpo.py', *COMMON, '--out_dir=out-loss', f'--loss_type={loss_type}', '--eval_samples=0', *extra, cwd=world)
+    rows = log_rows(world / 'out-loss', 'eval')
+    assert first is None or rows[0]['loss'] == pytest.approx(first, abs=1e-5)
+    assert rows[-1]['loss'] < rows[0]['loss'] and rows[-1]['accuracy'] > 0.6
+
+
+def test_micro_batches_do_not_change_the_result(world):
+    logs = []
+    for tokens in (64, 100_000):
+        stage('dpo.py', *COMMON, '--out_dir=out-micro', f'--micro_tokens={tokens}', cwd=world)
+        logs.append(log_rows(world / 'out-micro'))
+    for a, b in zip(*logs):
+        assert a['loss'] == pytest.approx(b['loss'], abs=1e-5) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-3)
+
+
+def test_kto_reads_labels_and_messages(world):
+    stage('dpo.py', *COMMON, '--dataset=kto.jsonl', '--val_dataset=kto.jsonl', '--loss_type=kto', '--out_dir=out-kto', cwd=world)
+    row = log_rows(world / 'out-kto', 'eval')[-1]
+    assert row['loss'] < 0.5 and row['kto_kl'] >= 0 and row['margin'] > 0
+    talk = [[dict(role='user', content=f'Hi {i}'), dict(role='assistant', content='yes' * (1 + i % 2))] for i in range(24)]
+    jsonl(world / 'talk.jsonl', [dict(messages=t, label=bool(i % 2)) for i, t in enumerate(talk)])
+    stage('dpo.py', *COMMON, '--dataset=talk.jsonl', '--loss_type=kto', '--out_dir=out-kto', '--max_iters=2', cwd=world)
+    assert len(log_rows(world / 'out-kto')) == 2
+    items = dpo.encode_items([dict(prompt='Q', completion=c, label=True) for c in 'ab'] + [dict(prompt='R', completion='c', label=False)], get_tokenizer('byte'), 64, 'x', True)
+    assert [a[1][:1] for _, a, _ in items] == [[ord('c')], [ord('c')], [ord('a')]]  # the KL is estimated on answers to another prompt
+
+
+def test_a_falling_chosen_logprob_is_said(world):
+    said = stage('dpo.py', *COMMON, '--learning_rate=3e-2', '--out_dir=out-fall', '--eval_samples=0', cwd=world)
+    fell = log_rows(world / 'out-fall', 'eval')[-1]['chosen_logp_change']
+    assert ('the chosen log-prob has fallen by' in said) == (fell < -0.05 * abs(log_rows(world / 'out-fall', 'eval')[0]['chosen_logp']))
+    assert fell < 0
+
+
+def test_the_stored_reference_is_not_used_for_other_data(world):
+    first = stage('dpo.py', *COMMON, '--precompute_ref=True', '--out_dir=out-store', '--max_iters=1', cwd=world)
+    second = stage('dpo.py', *COMMON, '--precompute_ref=True', '--out_dir=out-store', '--max_iters=1', '--max_rows=20', cwd=world)
+    assert 'computed anew' not in first and 'ref_train.safetensors belongs to other data' in second and 'ref_val.safetensors' not in second
+
+
+def test_mistakes_are_named(world, tmp_path):
+    def fails(match, *args, rows=None):
+        if rows is not None:
+            jsonl(world / 'bad.jsonl', rows)
+            args = (*args, '--dataset=bad.jsonl')
+        with pytest.raises(ValueError, match=match):
+            stage('dpo.py', *COMMON, '--out_dir=' + str(tmp_path / 'out'), *args, cwd=world)
+    ok = dict(prompt='Q', chosen='yes', rejected='no')
+    fails(r"bad.jsonl, row 2: .*without 'rejected'", rows=[ok, dict(prompt='Q', chosen='a')] + [ok] * 20, *['--val_dataset=pref.jsonl'])
+    fails('row 1: .*equal', '--val_dataset=pref.jsonl', rows=[dict(prompt='Q', chosen='a', rejected='a'), ok])
+    fails('row 1: empty completion', '--val_dataset=pref.jsonl', rows=[dict(prompt='Q', chosen='a', rejected='  '), ok])
+    fails('row 1: the prompt is empty', '--val_dataset=pref.jsonl', rows=[dict(prompt='', chosen='a', rejected='b'), ok])
+    fails('row 1: a row with "label" has "prompt"', '--val_dataset=pref.jsonl', '--loss_type=kto', rows=[dict(completion='a', label=True), ok])
+    fails('all rows have the same prompt', '--val_dataset=pref.jsonl', '--loss_type=kto', rows=[ok, ok])
+    fails('no usable pair|no usable row', '--val_dataset=pref.jsonl', '--block_size=3', rows=[dict(prompt='Q', chosen='aaaa', rejected='b')])
+    fails('precompute_ref=True means nothing', '--loss_type=simpo', '--precompute_ref=True')
+    fails('label_smoothing 0.5', '--label_smoothing=0.5')
+    fails('label_smoothing 0.1 with .*hinge', '--label_smoothing=0.1', '--loss_type=hinge')
+    fails('beta 0', '--beta=0.0')
+    fails('no such data', '--dataset=nowhere.jsonl')
