@@ -444,6 +444,10 @@ class GPT(nn.Module):
             if not (name == 'lm_head.weight' and self.config.tie):
                 value = value.t() if self.config.arch == 'gpt2' and is_conv1d(name) else value
                 state[names[name]] = value.detach().cpu().contiguous()
+        if self.config.arch == 'gpt2':  # HF's GPT-2 always has biases: zeros are the same function
+            for name in [n for n in state if n.endswith('.weight') and re.search(r'ln_|attn|mlp', n) and n[:-6] + 'bias' not in state]:
+                width = state[name].shape[-1]
+                state[name[:-6] + 'bias'] = torch.zeros(width, dtype=state[name].dtype)
         shards, size = [{}], 0
         for name, value in state.items():
             size += value.nbytes

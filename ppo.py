@@ -231,6 +231,19 @@ def score_with_model(model, sequences, device, micro_tokens):
     return out
 
 
+def score_with_files(fn, name, rows, prompts, texts):
+    """(S,) float32 of a reward function; what it raises, and what is no finite number, is named with the row."""
+    out = []
+    for row, prompt, text in zip(rows, prompts, texts):
+        try:
+            out.append(float(fn(prompt, text, row)))
+        except Exception as e:
+            raise ValueError(f'reward {name} raised {type(e).__name__}: {e}, for completion {text[:60]!r} of row {str(row)[:120]}') from e
+        if not math.isfinite(out[-1]):
+            raise ValueError(f'reward {name} returned {out[-1]} for completion {text[:60]!r} of row {str(row)[:120]}: rewards must be finite')
+    return torch.tensor(out, dtype=torch.float32)
+
+
 def collate(prompts, responses):
     """Token lists -> idx (B, T) right-padded, mask (B, T), at (B, R): the position that PREDICTS response token j, P + j - 1
     (state once: the logits at t predict token t + 1), resp (B, R) bool. Prompt [5, 6], response [7] -> at [[1]]."""
@@ -347,20 +360,17 @@ if __name__ == '__main__':
 
     def score(rows, prompts, responses, ended):
         """Reward of each completion, the end-token rule applied -> (B,) float32 on the device."""
-        texts = lambda ids: tok.decode(ids)
+        plain = [tok.decode([t for t in r if t != tok.eot]) for r in responses]
         if reward_model is None:
-            s = torch.tensor([reward_fn(texts(p), texts([t for t in r if t != tok.eot]), row) for p, r, row in zip(prompts, responses, rows)])
+            s = score_with_files(reward_fn, reward, rows, [tok.decode(p) for p in prompts], plain)
         else:
             seqs = [p + r for p, r in zip(prompts, responses)]
-            if reward_tok is not None:
-                seqs = [reward_tok.encode(texts(p) + texts([t for t in r if t != tok.eot])) + [reward_tok.eot] for p, r in zip(prompts, responses)]
+            if reward_tok is not None:  # another tokenizer: the text is read anew, ended answers get its end token
+                seqs = [reward_tok.encode(tok.decode(p) + a) + [reward_tok.eot] * e for p, a, e in zip(prompts, plain, ended.int().tolist())]
             with amp():
                 s = score_with_model(reward_model, seqs, device, micro_tokens)
-        bad = ~s.isfinite()
-        if bad.any():
-            i = int(bad.nonzero()[0])
-            raise ValueError(f'reward {reward} returned {s[i].item()} for completion {texts(responses[i])[:60]!r} of row {str(rows[i])[:80]}: rewards must be finite')
-        s = s.float()
+            if not s.isfinite().all():
+                raise ValueError(f'reward model {reward} returned {s[~s.isfinite()][0].item()}: its weights are broken; train it again')
         if missing_eos != 'none':
             s = torch.where(ended, s, missing_eos_value if missing_eos == 'score' else s + missing_eos_value)
         return s.to(device)

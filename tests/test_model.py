@@ -198,6 +198,14 @@ def test_safetensors_refuses_every_damage(tmp_path):
         M.load_safetensors(path)
 
 
+def test_gpt2_without_biases_is_written_with_zeros(tmp_path):
+    torch.manual_seed(SEED)
+    ours = GPT(GPTConfig.of('gpt2', n_layer=2, n_head=2, n_embd=16, vocab_size=31, block_size=24, bias=False, qkv_bias=False, attn_out_bias=False))
+    ours.save_pretrained(str(tmp_path))
+    idx, hf = torch.randint(0, 31, (2, 9)), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (hf(idx).logits - ours(idx)[0]).abs().max() < 1e-5 and torch.equal(GPT.from_pretrained(str(tmp_path))(idx)[0], ours(idx)[0])
+
+
 def test_wrong_shape_and_missing_weight_are_named(tmp_path):
     m = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, block_size=8))
     m.save_pretrained(str(tmp_path))
