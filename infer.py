@@ -21,10 +21,15 @@ One step of the engine, in the order of this file:
 import bisect
 import contextlib
 import hashlib
+import hmac
+import http.server
 import itertools
 import json
 import os
+import queue
 import runpy
+import select
+import socket
 import sys
 import threading
 import time
@@ -744,23 +749,6 @@ def sample(logits, s, rows, extra, outs):
 
 # -----------------------------------------------------------------------------
 # 5. the engine
-
-
-def load_reward(path):
-    """The function `reward(prompt: str, completion: str, row: dict) -> float` of a Python file of the user's. Its folder can be imported
-    from while it loads. ValueError when the file is missing, does not run, or has no such function."""
-    if not os.path.isfile(path):
-        raise ValueError(f'reward {path}: no such file; it should define reward(prompt, completion, row) -> float')
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-    try:
-        space = runpy.run_path(path, run_name='reward')
-    except Exception as e:
-        raise ValueError(f'reward {path} does not run: {type(e).__name__}: {e}') from e
-    finally:
-        sys.path.pop(0)
-    if not callable(space.get('reward')):
-        raise ValueError(f'reward {path}: it defines no function reward(prompt, completion, row)')
-    return space['reward']
 
 
 class Engine:
@@ -1633,14 +1621,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def load_reward(path):
-    """The function reward(prompt, completion, row) -> float of a Python file (the user's own code: it is run). ValueError when there is none."""
+    """The function `reward(prompt: str, completion: str, row: dict) -> float` of a Python file of the user's. Its folder can be imported
+    from while it loads. ValueError when the file is missing, does not run, or has no such function."""
+    if not os.path.isfile(path):
+        raise ValueError(f'reward {path}: no such file; it should define reward(prompt, completion, row) -> float')
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
-        function = runpy.run_path(path).get('reward')
-    except OSError as e:
-        raise ValueError(f'--reward={path}: {e.strerror}') from None
-    if not callable(function):
-        raise ValueError(f'--reward={path}: the file has no function reward(prompt, completion, row)')
-    return function
+        space = runpy.run_path(path, run_name='reward')
+    except Exception as e:
+        raise ValueError(f'reward {path} does not run: {type(e).__name__}: {e}') from e
+    finally:
+        sys.path.pop(0)
+    if not callable(space.get('reward')):
+        raise ValueError(f'reward {path}: it defines no function reward(prompt, completion, row)')
+    return space['reward']
 
 
 def _stream(engine, prompt, params):
