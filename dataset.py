@@ -737,25 +737,23 @@ def _plain_in(f, path, ids, depth):
 
 
 class _Source:
-    """The bytes of an open file: one map of it, or (an address space too small for that: ulimit -v, or still_growing) maps of parts."""
+    """The bytes of a file: one map of it all, or maps of parts (windows=True: the file still grows; or ulimit -v forbids the one map)."""
 
     def __init__(self, file, windows=False):
-        self.file, self.size, self.map = file, os.fstat(file.fileno()).st_size, None
+        self.size, self.map = os.fstat(file.fileno()).st_size, None
         try:
             if not windows and self.size:
                 self.map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except OSError:
             self.map = None  # parts, then
+        self.file = os.fdopen(os.dup(file.fileno()), 'rb') if self.map is None else None  # ours, whatever becomes of the caller's
         self.batch = functools.lru_cache(4)(lambda read: read())  # with parts: the last few batches stay mapped
 
     def view(self, lo, hi):
         if not 0 <= lo <= hi <= self.size:
             raise ArrowError(f'cut off: bytes {lo} to {hi} are wanted, the file has {self.size}')
-        if self.map is not None:
-            return self.map[lo:hi]
-        if hi - lo < 1 << 16:
-            self.file.seek(lo)
-            return memoryview(self.file.read(hi - lo))
+        if self.map is not None or lo == hi:
+            return self.map[lo:hi] if lo < hi else memoryview(b'')
         page = lo - lo % mmap.ALLOCATIONGRANULARITY
         return memoryview(mmap.mmap(self.file.fileno(), hi - page, offset=page, access=mmap.ACCESS_READ))[lo - page:]
 
@@ -2231,10 +2229,7 @@ def lint(ds, tok=None, max_len=None, test=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # part 2: tokenizers, chat templates, which tokens are trained on
 # ---------------------------------------------------------------------------------------------------------------------
-import functools
-import itertools
-import re
-import unicodedata
+import unicodedata  # (the other modules are imported at the top of the file)
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -2257,7 +2252,7 @@ class Tokenizer:
     before a text (Llama's <s>); added {text: id} holds every added token, special those that control (<|im_end|>, not <think>)."""
 
     def __init__(self, spec, config, name):
-        self.spec, self.config, self.name = spec, config, name
+        self.spec, self.name = spec, name
         rows = spec.get('added_tokens') or []
         self.added = {t['content']: t['id'] for t in rows}
         self.special = {t['content'] for t in rows if t.get('special')}
@@ -2267,6 +2262,7 @@ class Tokenizer:
         self.vocab_size = max(len(spec['model'].get('vocab') or ()), 1 + max(vocab.values(), default=-1))
         text = {k: v['content'] if isinstance(v, dict) else v for k, v in config.items() if k.endswith('_token')}
         self.token_texts = {k: v for k, v in text.items() if isinstance(v, str)}  # what a template knows: bos_token, eos_token ...
+        self.config = {**config, **self.token_texts}
         self.eot, self.bos, pad = (vocab.get(self.token_texts.get(k)) for k in ('eos_token', 'bos_token', 'pad_token'))
         self.pad = None if pad == self.eot else pad
         steps = spec.get('post_processor') or {}
@@ -2348,12 +2344,6 @@ class Tokenizer:
             with open(os.path.join(folder, file + '.tmp'), 'w', encoding='utf-8') as f:
                 json.dump(value, f, ensure_ascii=False, indent=None if file == 'tokenizer.json' else 2)
             os.replace(os.path.join(folder, file + '.tmp'), os.path.join(folder, file))
-
-
-def _blank_words(text, words):
-    for w in sorted(words, key=len, reverse=True):
-        text = text.replace(w, ' ' * len(w))
-    return text
 
 
 def _any_of(texts):
@@ -2444,7 +2434,11 @@ class LibraryTokenizer(Tokenizer):
         return self._lib.encode(text, add_special_tokens=False)
 
     def encode(self, text, allow_special=False):
-        return self._run(text, allow_special).ids
+        ids = self._run(text, allow_special).ids
+        if not allow_special and not {self.added[t] for t in self.special}.isdisjoint(ids):  # a Unigram finds </s> as a piece all the same:
+            parts = re.sub('|'.join(map(re.escape, self.special)), lambda m: m[0][:1] + '\0' + m[0][1:], text).split('\0')  # cut it in two, for safety
+            return [i for part in parts for i in self._run(part, False).ids]
+        return ids
 
     def decode(self, ids):
         return self._lib.decode(list(ids), skip_special_tokens=False)
@@ -2605,7 +2599,7 @@ def _rises(model, added):
 # A template comes with a checkpoint from anywhere, so it is hostile code. The immutable sandbox keeps it from Python's internals. Besides,
 # what it loops over, compares, joins, slices or prints is paid for by length (a loop: by length x nodes in its body) out of one budget a render,
 # and what could multiply its arguments pays before it runs. What is left unmetered is linear in what was paid: a render ends in seconds.
-BUDGET, MAX_TEMPLATE = 20_000_000, 200_000
+BUDGET, SECONDS, MAX_TEMPLATE = 20_000_000, 3, 200_000
 GROWS = {'replace', 'join', 'indent', 'center', 'wordwrap', 'format', 'format_map', 'batch', 'slice', 'ljust', 'rjust', 'zfill', 'expandtabs', 'urlize', 'round'}
 BEGIN, END = '\U000fffec', '\U000fffed'  # around a {% generation %} block while its place is wanted
 
@@ -2625,15 +2619,30 @@ def _template(source, thread):
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(['+', '*', '**', '%'])
-        spent, want = 0, False
+        spent, steps, until, want = 0, 0, 0.0, False
 
-        def metered(self, value, weight=1, call=0):
-            if weight > 1 and hasattr(value, '__iter__') and not hasattr(value, '__len__'):
-                value = list(value)  # a lazy filter under a loop
-            self.spent += call + weight * (1 + (len(value) if hasattr(value, '__len__') else 0))
-            if self.spent > BUDGET:
-                raise SecurityError('it computes more than a chat template may: a loop or a text that grows without end?')
+        def metered(self, value, cost=1):
+            """value, paid for. A lazy filter's result becomes a list; a nested one costs what it is written out, each part counted as often
+            as it would be printed (a list of two lists of two lists ... is small in memory and has no end on paper)."""
+            if hasattr(value, '__next__'):
+                value = list(itertools.islice(value, BUDGET))
+            known = {}
+
+            def size(x):
+                if not isinstance(x, (list, tuple, dict)):
+                    return len(x) if isinstance(x, str) else 1
+                if id(x) not in known:
+                    known[id(x)] = BUDGET  # one that holds itself
+                    known[id(x)] = 1 + sum(map(size, x)) + (sum(map(size, x.values())) if isinstance(x, dict) else 0)
+                return known[id(x)]
+
+            self.spend(cost * (len(value) + 1 if hasattr(value, '__len__') else 1) if cost != 1 else 1 + size(value))
             return value
+
+        def spend(self, cost):
+            self.spent, self.steps = self.spent + cost, self.steps + 1
+            if self.spent > BUDGET or (self.steps % 64 == 0 and time.thread_time() > self.until):
+                raise SecurityError('it computes more than a chat template may: a loop or a text that grows without end?')
 
         def product(self, *values):
             cost = 1
@@ -2641,34 +2650,34 @@ def _template(source, thread):
                 cost *= max(1, len(v) if isinstance(v, (str, list, tuple, dict)) else min(abs(v), BUDGET) if type(v) is int else 1)
                 if isinstance(v, str) and re.search(r'[%{:][^a-z}]*(\d{5}|\*)', v):
                     raise SecurityError('a field width of more than four digits')
-            self.metered(None, cost)
+            self.spend(cost)
 
         def call_binop(self, context, operator, left, right):
             if operator in '%**' and (isinstance(left, (str, list)) or isinstance(right, (str, list))):
                 self.product(left, right)
             if operator == '**' and type(left) is int and type(right) is int and left.bit_length() * abs(right) > 4096:
                 raise SecurityError('a power of that size')
-            return self.metered(super().call_binop(context, operator, left, right))
+            return self.metered(super().call_binop(context, operator, left, right), 2)
 
         def call(self, context, obj, *args, **kwargs):
-            owner = getattr(obj, '__self__', None)
+            owner = getattr(getattr(obj, '__wrapped__', obj), '__self__', None)
             if getattr(obj, '__name__', '') in GROWS:
                 self.product(owner, *args, *kwargs.values())
-            self.metered(owner if isinstance(owner, (str, list, dict)) else None, call=50)
-            return self.metered(super().call(context, obj, *args, **kwargs))
+            self.metered(owner if isinstance(owner, (str, list, dict)) else None, 2)
+            return self.metered(super().call(context, obj, *args, **kwargs), 2)
 
         def _parse(self, *args):
             tree = super()._parse(*args)
-            pay = lambda n, weight=1: nodes.Filter(n, 'metered', [nodes.Const(weight)], [], None, None, lineno=n.lineno)
+            pay = lambda n, cost=1: nodes.Filter(n, 'metered', [nodes.Const(cost)], [], None, None, lineno=n.lineno)
             for n in list(tree.find_all((nodes.For, nodes.Output, nodes.Concat, nodes.Compare, nodes.Operand, nodes.Filter, nodes.Slice, nodes.Getitem))):
                 if isinstance(n, nodes.For):
-                    n.iter = pay(n.iter, 1 + sum(1 for b in n.body for _ in b.find_all(nodes.Node)))
+                    n.iter = pay(n.iter, 2 + sum(1 for b in n.body for _ in b.find_all(nodes.Node)))
                 elif isinstance(n, (nodes.Output, nodes.Concat)):
                     n.nodes = [c if isinstance(c, nodes.TemplateData) else pay(c) for c in n.nodes]
                 elif isinstance(n, (nodes.Compare, nodes.Operand)):
                     n.expr = pay(n.expr)
                 elif getattr(n, 'node', None) is not None and (isinstance(n, nodes.Filter) or isinstance(n.arg, nodes.Slice)):
-                    n.node = pay(n.node)
+                    n.node = pay(n.node, 2 if isinstance(n, nodes.Getitem) or n.name in ('length', 'count', 'first', 'last', 'default', 'd') else 1)
             return tree
 
     class Generation(Extension):
@@ -2696,7 +2705,7 @@ def _template(source, thread):
         @functools.wraps(f)  # keeps the marks of filters that want the context
         def run(*args, **kwargs):
             env.product(*args, *kwargs.values())
-            return f(*args, **kwargs)
+            return env.metered(f(*args, **kwargs), 2)
         return run
 
     def raise_exception(message):
@@ -2710,8 +2719,18 @@ def _template(source, thread):
     env.globals.pop('lipsum')
     env.globals |= {'raise_exception': raise_exception, 'strftime_now': lambda form: datetime.datetime.now().strftime(form), 'namespace': Namespace,
                     'dict': lambda *args, **kwargs: dict(*args, **kwargs)}  # the class itself would be a way out
+    env.until = time.thread_time() + SECONDS  # constants are folded while it is compiled
     words = {n.value for n in env.parse(source).find_all(nodes.Const) if isinstance(n.value, str) and n.value.strip()}
     return env.from_string(source), words
+
+
+def _mark(text, words, char):
+    out = re.sub(r'[^\s"\\\x00-\x1f]', char, text)
+    for w in words:
+        at = text.find(w)
+        while at >= 0:
+            out, at = out[:at] + w + out[at + len(w):], text.find(w, at + 1)
+    return out
 
 
 class _Chat:
@@ -2731,6 +2750,7 @@ class _Chat:
             if thought is not None:  # its three names, as in transformers
                 m.update(reasoning_content=thought, thinking=m.get('thinking', thought))
         source = tok.templates.get('tool_use' if self.args['tools'] and 'tool_use' in tok.templates else 'default')
+        self.source = source
         if source is None:
             raise ValueError(f'tokenizer {tok.name!r} has the chat templates {sorted(tok.templates)}, none named default')
         import jinja2
@@ -2742,7 +2762,7 @@ class _Chat:
 
     def text(self, gen=False, messages=None, want=False):
         env = self.template.environment
-        env.spent, env.want = 0, want
+        env.spent, env.until, env.want = 0, time.thread_time() + SECONDS, want
         try:
             return self.template.render(messages=self.messages if messages is None else messages, add_generation_prompt=gen, **{**self.tok.token_texts, **self.args})
         except self.errors as e:
@@ -2757,16 +2777,15 @@ class _Chat:
     def spans(self, text, first=0, gen=False):
         """[(start, end)] in text = self.text(gen) of what the assistant wrote, turns of messages[first:]. A template with {% generation %}
         blocks says so itself. Of any other: find each character's message (_origin), then each turn's start and end (_start, _end)."""
-        marked = self.text(gen, want=True)
-        if BEGIN in marked:
+        if re.search(r'{%[-+]?\s*generation\b', self.source):
             head, at, out = len(self.attempt(self.messages[:first]) or '') if first else 0, 0, []
-            for n, part in enumerate(re.split(f'[{BEGIN}{END}]', marked)):
+            for n, part in enumerate(re.split(f'[{BEGIN}{END}]', self.text(gen, want=True))):
                 out += [(at, at + len(part))] if n % 2 and at >= head else []
                 at += len(part)
             return out
         turns = [i for i, m in enumerate(self.messages) if m['role'] == 'assistant']
         where = self._origin(text, turns, gen)
-        return [(self._start(text, where, i), self._end(text, where, i)) for i in turns if i >= first and i in where]
+        return [(self._start(text, where, i), self._end(text, where, i, gen)) for i in turns if i >= first and i in where]
 
     def _marked(self, text, gen, which, words, fields=None):
         """{message: positions of its characters in text}. In the messages `which` every character but blanks, quotes and the words that the
@@ -2774,13 +2793,8 @@ class _Chat:
         Where the two texts agree in all the rest, a private character shows a place; where they do not, the template looked into the
         content, and there is no answer: a wrong one cannot pass."""
         def mark(value, key, char):
-            if isinstance(value, str) and key not in ('role', 'type') and (fields is None or key in fields):
-                out = re.sub(r'[^\s"\\\x00-\x1f]', char, value)
-                for w in words:
-                    at = value.find(w)
-                    while at >= 0:
-                        out, at = out[:at] + w + out[at + len(w):], value.find(w, at + 1)
-                return out
+            if isinstance(value, str):
+                return value if key in ('role', 'type') or fields and key not in fields else _mark(value, words, char)
             return [mark(v, key, char) for v in value] if isinstance(value, list) else {k: mark(v, k, char) for k, v in value.items()} if isinstance(value, dict) else value
 
         got = self.attempt([mark(m, '', chr(0x100000 + i)) if i in which else m for i, m in enumerate(self.messages)], gen)
@@ -2796,15 +2810,21 @@ class _Chat:
         for i, m in enumerate(self.messages):
             for words, fields in ((self.words, None), ((), None), (self.words, ('content', 'text')), ((), ('name', 'arguments'))):
                 where |= {} if i in where else self._marked(text, gen, [i], words, fields)
-            prompt = '' if i in where or i not in turns or m.get('content') or m.get('tool_calls') else self.attempt(self.messages[:i], True)
-            if prompt and text.startswith(prompt):  # an empty turn: its end token behind the prompt
-                where[i] = np.array([len(prompt) - 0.5])
-            if i not in where and i in turns and isinstance(m.get('content'), str):  # no word of its own, or empty: an inserted character shows the place
-                got = self.attempt([*self.messages[:i], {**m, 'content': m['content'] + '\U00100000'}, *self.messages[i + 1:]], gen) or ''
-                at = got.find('\U00100000')
-                if at >= 0 and text == got.replace('\U00100000', ''):
-                    said = len(m['content']) if text.endswith(m['content'], 0, at) else 0
-                    where[i] = np.arange(at - said, at) if said else np.array([at - 0.5])
+            said = m['content'] if isinstance(m.get('content'), str) else ''
+            if i in where:  # its first and last characters, where they were words of the template
+                at, said, marked = where[i], said.strip(), _mark(said.strip(), self.words, BEGIN)
+                head, tail = said[:marked.find(BEGIN)] if BEGIN in marked else '', said[marked.rfind(BEGIN) + 1:]
+                more = head if text.endswith(head, 0, at[0]) and not text.startswith(said, at[0]) else ''
+                rest = tail if text.startswith(tail, at[-1] + 1) and not text.endswith(said, 0, at[-1] + 1) else ''
+                where[i] = np.arange(at[0] - len(more), at[-1] + 1 + len(rest)) if more or rest else at
+            elif i in turns:  # blank, or quotes and such alone: the place of the prompt, else of an inserted character
+                prompt, end = None if said.strip() else self.attempt(self.messages[:i], True), len(said.rstrip())
+                got = self.attempt([*self.messages[:i], {**m, 'content': said[:end] + END + said[end:]}, *self.messages[i + 1:]], gen) or ''
+                if prompt and text.startswith(prompt):
+                    where[i] = np.array([len(prompt) - 0.5])
+                elif END in got and text == got.replace(END, ''):
+                    at = got.index(END)
+                    where[i] = np.arange(at - end, at) if said.strip() and text.endswith(said[:end], 0, at) else np.array([at - 0.5])
             if i not in where and i in turns and self.attempt(self.messages[:i] + self.messages[i + 1:], gen) != text:
                 raise ValueError(f'message {i}: the chat template of {self.tok.name} rewrites or drops what the assistant said, so its place cannot be told: '
                                  'put {% generation %} ... {% endgeneration %} around the assistant turn in the template')
@@ -2813,32 +2833,28 @@ class _Chat:
     def _start(self, text, where, i):
         """Where the generation prompt ends: it is rendered, and stands in the text as a whole, or (history rewritten) as its own last part."""
         a = int(np.ceil(where[i][0]))
-        with_prompt, without = (self.attempt(self.messages[:i], gen) for gen in (True, False))
-        if with_prompt is not None and with_prompt != without and text.startswith(with_prompt):
+        with_prompt = self.attempt(self.messages[:i], True)
+        if with_prompt is not None and text.startswith(with_prompt) and not text[len(with_prompt):a].strip():
             return len(with_prompt)
-        if with_prompt is not None and with_prompt == without and text.startswith(without) and not text[len(without):a].strip():
-            return len(without)  # a template without generation prompt, '[INST] hi [/INST]': the blank after it is the assistant's
+        without = self.attempt(self.messages[:i])
+        if with_prompt is not None and with_prompt != without and text.startswith(with_prompt):
+            return len(with_prompt)  # and what the template puts in between ("<think>\n\n</think>"), the assistant has to write
         prompt = (with_prompt or '')[len(os.path.commonprefix([with_prompt or '', without or ''])):]
         lower = max((int(at[at < a].max()) + 1 for j, at in where.items() if j != i and (at < a).any()), default=0)
         found = text.rfind(prompt, lower, a) if prompt else -1
         return found + len(prompt) if found >= 0 else a
 
-    def _end(self, text, where, i):
+    def _end(self, text, where, i, gen):
         """After the last control token that the template puts behind the turn (<|im_end|>), else after its last mark that is no blank."""
-        alone = self.attempt(self.messages[:i + 1])
-        at = where[i][where[i] < len(alone)] if alone is not None and text.startswith(alone) else where[i]
-        b = int(np.floor(at[-1])) + 1
-        content = self.messages[i].get('content')
-        tail = re.sub(r'^.*[^\s"\\]', '', _blank_words(content.strip(), self.words), flags=re.S) if isinstance(content, str) else ''
-        b += len(tail) if tail and text.startswith(content.strip()[-len(tail):], b) else 0
-        if alone is not None and text.startswith(alone):
+        alone = text if i == len(self.messages) - 1 and not gen else self.attempt(self.messages[:i + 1])
+        whole = alone is not None and text.startswith(alone)
+        b = int(np.floor(where[i][where[i] < len(alone)][-1] if whole else where[i][-1])) + 1
+        if whole:
             own = text[b:len(alone)]
-        else:  # rewritten once more turns follow: what stands behind it both then and at the end of a conversation cut here
-            own = os.path.commonprefix([text[b:], (alone or '')[b:]]) if alone and alone.startswith(text[:b]) else ''
-            for n in range(len(text) if alone and not own else 0, b, -1):
-                if alone.endswith(text[b:n]):
-                    own = text[b:n]
-                    break
+        else:  # written in another way once more turns follow: what stands behind it both here and where the conversation is cut after it
+            upper = min((int(np.ceil(at[at > b - 1][0])) for j, at in where.items() if j != i and (at > b - 1).any()), default=len(text))
+            own = next((text[b:n] for n in range(upper, b, -1) if alone and alone.endswith(text[b:n])), '')
+            own = own or os.path.commonprefix([text[b:upper], alone[b:]] if alone and alone.startswith(text[:b]) else [''])
             own = re.match(r'.*[\s>\]}]|', own, re.S)[0]  # not half of a token that differs
         stop = max((own.rfind(t) + len(t) for t in self.tok.special if t in own), default=len(own.rstrip()) or len(own))
         return b + stop
