@@ -1,13 +1,21 @@
 """grpo.py: every loss against TRL's own numbers and central differences, the advantages by hand; then the stage itself."""
 import itertools
 import math
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
+from conftest import ROOT
 
 import grpo
+import model as M
+from dataset import get_tokenizer
+from model import GPT
 from oracle import central_difference, gradient
+from test_dpo import jsonl, log_rows, stage, tiny_model
 
 D = torch.float64
 TOLD = dict(grpo='grpo', dr_grpo='dr_grpo', dapo='dapo', gspo='grpo', cispo='cispo')  # our name -> TRL's loss_type
@@ -167,3 +175,150 @@ def test_pass_at_k_against_enumeration():
     for k in (1, 2, 4):
         exact = [sum(any(c) for c in itertools.combinations(group.tolist(), k)) / math.comb(4, k) for group in correct.view(3, 4)]
         assert grpo.pass_at_k(correct, 4, k) == pytest.approx(sum(exact) / 3)
+
+
+# ---- the stage -----------------------------------------------------------------------------------------------------
+
+REWARDS = {'letters.py': 'def reward(prompt, completion, row):\n    return sum(c <= row["letter"] for c in completion) / max(1, len(completion))\n',
+           'short.py': 'def reward(prompt, completion, row):\n    return -len(completion) / 10\n',
+           'same.py': 'def reward(prompt, completion, row):\n    return 1.0\n',
+           'some.py': 'def reward(prompt, completion, row):\n    return float(row["number"] % 2 and completion.count("a") > completion.count("b"))\n',
+           'raises.py': 'def reward(prompt, completion, row):\n    return 1 / (row["number"] - 3)\n',
+           'nan.py': 'def reward(prompt, completion, row):\n    return float("nan") if row["number"] == 3 else 0.0\n',
+           'none.py': 'def reward(prompt, completion, row):\n    return None\n'}
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A tiny untrained byte model and prompts whose reward is dense: the share of characters up to a letter."""
+    d = tmp_path_factory.mktemp('grpo')
+    tiny_model().save_pretrained(d / 'base')
+    jsonl(d / 'prompts.jsonl', [dict(prompt=f'Q: Say {"abcd"[i % 4]} {i}\nA: ', letter='abcd'[i % 4], number=i % 5) for i in range(40)])
+    for name, text in REWARDS.items():
+        (d / name).write_text(text)
+    return d
+
+
+COMMON = ['--init_from=base', '--tokenizer=byte', '--dataset=prompts.jsonl', '--val_dataset=prompts.jsonl', '--reward=letters.py', '--batch_size=16', '--group_size=4',
+          '--minibatch_size=16', '--max_iters=4', '--eval_interval=2', '--eval_iters=4', '--eval_k=2', '--learning_rate=3e-3', '--max_new_tokens=12']
+
+
+def test_the_command_and_what_it_writes(world):
+    r = subprocess.run([sys.executable, os.path.join(ROOT, 'grpo.py'), *COMMON, '--out_dir=out-a', '--device=cpu'], cwd=world, capture_output=True, text=True, timeout=300,
+                       env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert r.returncode == 0, r.stderr[-2000:]
+    train, evals = log_rows(world / 'out-a'), log_rows(world / 'out-a', 'eval')
+    assert [x['step'] for x in train] == [0, 1, 2, 3] and [x['step'] for x in evals] == [0, 2, 4]
+    assert {'score', 'dead', 'pg', 'clip_frac', 'len', 'ended', 'mismatch', 'mismatch_max', 'grad_norm', 'entropy'} <= train[0].keys()
+    assert {'score', 'pass@1', 'pass@2', 'kl', 'len'} <= evals[0].keys() and abs(evals[0]['kl']) < 1e-5 and evals[-1]['kl'] > 0
+    assert abs(train[0]['pg']) < 1e-6 and train[0]['grad_norm'] > 0 and 'a loss of 0 is right' in r.stdout
+    assert all(x['mismatch_max'] < 1e-4 for x in train)  # engine and trainer, float32
+    assert len(open(world / 'out-a/samples.jsonl').readlines()) == 12
+    model, tok = M.load_model(str(world / 'out-a'))
+    assert tok == 'byte' and not torch.equal(model.wte.weight, M.load_model(str(world / 'base'))[0].wte.weight)
+
+
+def test_it_learns(world):
+    stage('grpo.py', *COMMON, '--out_dir=out-learn', '--max_iters=25', '--batch_size=32', '--minibatch_size=32', '--eval_interval=25', '--eval_iters=20', '--learning_rate=1e-2', cwd=world)
+    evals = log_rows(world / 'out-learn', 'eval')
+    assert 0.3 < evals[0]['score'] < 0.7 and evals[-1]['score'] > evals[0]['score'] + 0.2
+
+
+@pytest.mark.parametrize('extra', [[], ['--lora_r=4', '--grpo_epochs=2', '--minibatch_size=8', '--beta=0.05']], ids=['full', 'lora'])
+def test_a_killed_run_resumes_to_the_bit(world, extra):
+    stage('grpo.py', *COMMON, '--out_dir=out-whole', *extra, cwd=world)
+    stage('grpo.py', *COMMON, '--out_dir=out-cut', *extra, cwd=world, die_at_save=2)
+    assert log_rows(world / 'out-cut')[-1]['step'] == 1
+    stage('grpo.py', *COMMON[1:], '--out_dir=out-cut', '--init_from=resume', *extra, cwd=world)
+    assert log_rows(world / 'out-cut') == log_rows(world / 'out-whole') and log_rows(world / 'out-cut', 'eval') == log_rows(world / 'out-whole', 'eval')
+    a, b = (torch.load(world / f'out-{x}/ckpt.pt', weights_only=True)['model'] for x in ('whole', 'cut'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+VARIANTS = [['--loss_type=dapo', '--clip_high=0.28', '--dynamic_sampling=2', '--overlong=shape', '--overlong_cache=4'], ['--loss_type=dr_grpo', '--advantage=dr_grpo'],
+            ['--advantage=rloo', '--beta=0.1'], ['--advantage=reinforce++', '--loss_type=dapo', '--group_size=1'], ['--loss_type=gspo', '--clip_low=3e-4', '--clip_high=4e-4'],
+            ['--loss_type=cispo', '--tis_cap=0'], ['--loss_type=dapo', '--track_kl=False']]
+
+
+@pytest.mark.parametrize('extra', VARIANTS, ids=' '.join)
+def test_variants(world, extra):
+    """Two passes in two minibatches: the ratio leaves 1, clipping bites somewhere, all numbers are finite, the weights move."""
+    stage('grpo.py', *COMMON, '--out_dir=out-v', '--grpo_epochs=2', '--minibatch_size=8', '--max_iters=2', *extra, cwd=world)
+    train = log_rows(world / 'out-v')
+    assert len(train) == 2 and all(x['steps'] == 4 and x['ratio_max'] > 0 and x['grad_norm'] > 0 and x['mismatch_max'] < 1e-4 for x in train)
+    assert ('kl' in train[0]) == ('--beta=0.1' in extra) and ('kl' in log_rows(world / 'out-v', 'eval')[0]) == ('--track_kl=False' not in extra)
+
+
+def test_cut_off_answers_can_be_left_out(world):
+    """An untrained model hardly ever ends: with overlong='mask' next to nothing is trained on, in one token per answer (none ends) nothing at all."""
+    stage('grpo.py', *COMMON, '--out_dir=out-mask', '--overlong=mask', '--max_new_tokens=2', '--max_iters=1', cwd=world)
+    row = log_rows(world / 'out-mask')[0]
+    assert row['ended'] == 0 and row['steps'] == 0 and row['dead'] < 1
+    assert all(torch.equal(p, q) for p, q in zip(M.load_model(str(world / 'out-mask'))[0].parameters(), M.load_model(str(world / 'base'))[0].parameters()))
+
+
+def test_micro_batches_do_not_change_the_result(world):
+    logs = []
+    for tokens in (40, 100_000):  # 40: groups are cut in two and three
+        stage('grpo.py', *COMMON, '--out_dir=out-micro', f'--micro_tokens={tokens}', '--loss_type=dapo', '--beta=0.1', '--max_iters=2', cwd=world)
+        logs.append(log_rows(world / 'out-micro'))
+    for a, b in zip(*logs):
+        for key in ('score', 'pg', 'k3', 'entropy'):
+            assert a[key] == pytest.approx(b[key], abs=1e-4), key
+        assert a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-2)
+
+
+def test_several_rewards_with_weights(world):
+    stage('grpo.py', *COMMON, '--out_dir=out-two', '--reward=letters.py,short.py', '--reward_weights=1,0.5', '--max_iters=1', cwd=world)
+    row = log_rows(world / 'out-two')[0]
+    assert row['score'] == pytest.approx(row['score/letters.py'] + 0.5 * row['score/short.py'], abs=1e-6)
+
+
+def test_dead_groups_are_counted_and_replaced(world):
+    said = stage('grpo.py', *COMMON, '--out_dir=out-dead', '--reward=same.py', '--max_iters=2', cwd=world)
+    train = log_rows(world / 'out-dead')
+    assert all(x['dead'] == 1.0 and x['steps'] == 0 for x in train) and 'no group alive, no step' in said
+    assert all(torch.equal(p, q) for p, q in zip(M.load_model(str(world / 'out-dead'))[0].parameters(), M.load_model(str(world / 'base'))[0].parameters()))
+    stage('grpo.py', *COMMON, '--out_dir=out-some', '--reward=some.py', '--max_iters=2', '--group_size=8', '--dynamic_sampling=4', cwd=world)
+    rounds = [x['rounds'] for x in log_rows(world / 'out-some')]
+    assert max(rounds) > 1 and max(rounds) <= 5
+
+
+def test_rows_that_are_not_computed_change_nothing(world):
+    """A dead group is left out of the forward; its place in the mean stays: the step equals the one that computes everything (beta = 1e-12)."""
+    logs = []
+    for beta in (0.0, 1e-12):
+        stage('grpo.py', *COMMON, '--out_dir=out-skip', '--reward=some.py', '--group_size=8', '--max_iters=2', f'--beta={beta}', cwd=world)
+        logs.append(torch.load(world / 'out-skip/ckpt.pt', weights_only=True)['model'])
+    assert 0 < max(x['dead'] for x in log_rows(world / 'out-skip'))
+    assert all((logs[0][k] - logs[1][k]).abs().max() < 1e-4 for k in logs[0])
+
+
+def test_reward_models_score_too(world):
+    torch.manual_seed(3)
+    scalar = GPT(tiny_model().config, 'scalar')
+    scalar.save_pretrained(world / 'rm')
+    get_tokenizer('byte').save(str(world / 'rm'))
+    stage('grpo.py', *COMMON, '--out_dir=out-rm', '--reward=rm,short.py', '--max_iters=1', cwd=world)
+    row, seen = log_rows(world / 'out-rm')[0], log_rows(world / 'out-rm', 'eval')[0]
+    assert row['score'] == pytest.approx(row['score/rm'] + row['score/short.py'], abs=1e-5) and 'pass@1' not in seen
+
+
+def test_mistakes_are_named(world):
+    def fails(match, *args):
+        with pytest.raises(ValueError, match=match):
+            stage('grpo.py', *COMMON, '--out_dir=out-bad', *args, cwd=world)
+    fails(r'raises.py raised ZeroDivisionError: .*row \{.*number', '--reward=raises.py')
+    fails(r"nan.py returned nan .*row \{.*'number': 3", '--reward=nan.py')
+    fails('none.py raised TypeError', '--reward=none.py')
+    fails('group of one has no baseline', '--group_size=1')
+    fails('one weight each', '--reward_weights=1,2')
+    fails('numbers, separated', '--reward_weights=a')
+    fails('each must divide', '--minibatch_size=6')
+    fails('each must divide', '--batch_size=18')
+    fails("loss_type 'x': expected one of grpo", '--loss_type=x')
+    fails("advantage 'x': expected one of grpo", '--advantage=x')
+    fails('temperature 0', '--temperature=0.0')
+    fails('leaves no room', '--max_new_tokens=128')
+    fails('prompt of 14 tokens', '--max_new_tokens=115')
+    fails('no such data', '--dataset=nowhere.jsonl')

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import grpo
+import ppo
 from oracle import World, central_difference, gradient
 
 
@@ -150,3 +151,75 @@ def test_group_methods_climb_the_frontier(world, kind, loss_type):
     start = world.objective(world.ref, beta).item()
     assert world.shortfall(theta.detach()) < 0.01
     assert world.objective(theta.detach(), beta).item() > start + 0.99 * (best - start)
+
+
+# ---- ppo.py's pure functions ---------------------------------------------------------------------------------------
+
+def exact_values(world, theta, beta):
+    """(S, R) value of each prefix under the shaped reward: expected score minus beta times the KL still to come, by summing over what follows."""
+    p, gain = world.logp(theta).exp(), world.reward - beta * (world.logp(theta) - world.logp(world.ref))
+    mass, total = (torch.zeros(world.P, dtype=torch.float64) for _ in range(2))
+    spent = torch.where(world.mask, world.token_logp(theta) - world.token_logp(world.ref), 0.0)
+    before = -beta * (spent.cumsum(1) - spent)  # what the prefix has already paid
+    for s in range(world.S):
+        for t in range(len(world.rows[s])):
+            mass[world.prefix[s, t]] += p[s]
+            total[world.prefix[s, t]] += p[s] * (gain[s] - before[s, t])
+    return (total / mass)[world.prefix]
+
+
+@pytest.mark.parametrize('kind, exact', [('k1', True), ('k3', True), ('k2', False)])
+def test_kl_estimators_in_expectation(world, kind, exact):
+    """Enumerated: the mean of k1 and of k3 IS the sequence KL (token by token, prefixes drawn from the policy); k2's is only near it."""
+    theta = off_policy(world, size=0.3)
+    k = ppo.kl_estimate(world.token_logp(theta), world.token_logp(world.ref), kind)
+    mean = (world.logp(theta).exp() * torch.where(world.mask, k, 0.0).sum(1)).sum().item()
+    assert (abs(mean - world.kl(theta).item()) < 1e-12) == exact and mean == pytest.approx(world.kl(theta).item(), rel=0.2)
+    assert kind == 'k1' or (k[world.mask] >= 0).all()
+
+
+def ppo_gradient(world, theta, beta, values, lam):
+    """Expected gradient of ppo's loss at ratio 1 over all sequences: token_rewards, gae, policy_loss, as ppo.py chains them."""
+    old, ref = world.token_logp(theta), world.token_logp(world.ref)
+    rewards = ppo.token_rewards(world.reward, old, ref, world.mask, beta)
+    advantages, _ = ppo.gae(rewards, values, world.mask, 1.0, lam)
+    p, n = world.logp(theta).exp(), world.mask.sum(1)
+    rows = [slice(s, s + 1) for s in range(world.S)]
+    return gradient(lambda t: sum(p[s] * n[s] * ppo.policy_loss(world.token_logp(t)[r], old[r], advantages[r], world.mask[r], 0.2)[0] for s, r in enumerate(rows)), theta)
+
+
+def test_ppo_gradient_is_that_of_the_rlhf_objective(world):
+    """With exact values any lambda is unbiased; with lambda = 1 any values are (a baseline); with both wrong it is biased."""
+    theta, beta = off_policy(world), 0.3
+    exact = -gradient(lambda t: world.objective(t, beta), theta)
+    right = exact_values(world, theta, beta)
+    wrong = right + torch.randn(world.P, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[world.prefix]
+    for values, lam, unbiased in ((right, 0.5, True), (right, 0.0, True), (right, 1.0, True), (wrong, 1.0, True), (wrong, 0.5, False)):
+        off = (ppo_gradient(world, theta, beta, values, lam) - exact).abs().max().item()
+        assert (off < 1e-10) == unbiased, (lam, off)
+
+
+def test_ppo_climbs_the_frontier(world):
+    """ppo.py's functions chained as in its loop, sampled, a learned value table, four epochs of two minibatches: within 0.01 of the frontier."""
+    beta, g = 0.3, torch.Generator().manual_seed(1)
+    theta, table = world.ref.clone().requires_grad_(True), torch.zeros(world.P, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([dict(params=[theta], peak=0.05), dict(params=[table], peak=0.1)])
+    steps, ref = 250, world.token_logp(world.ref)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group['lr'] = ppo.linear_lr(step, group['peak'], 0, steps)
+        rows = world.sample(theta, 512, g)
+        mask = world.mask[rows]
+        with torch.no_grad():
+            old, old_values = world.token_logp(theta)[rows], table[world.prefix[rows]]
+            advantages, returns = ppo.gae(ppo.token_rewards(world.reward[rows], old, ref[rows], mask, beta), old_values, mask, 1.0, 0.95)
+            advantages = ppo.whiten(advantages, mask)
+        for _ in range(2):
+            for mb in torch.randperm(512, generator=g).chunk(2):
+                loss, stats = ppo.policy_loss(world.token_logp(theta)[rows][mb], old[mb], advantages[mb], mask[mb], 0.2)
+                vf, _ = ppo.value_loss(table[world.prefix[rows]][mb], old_values[mb], returns[mb], mask[mb], 0.2)
+                optimizer.zero_grad()
+                (loss + vf).backward()
+                optimizer.step()
+    best, start = world.optimum(beta)[1], world.objective(world.ref, beta).item()
+    assert world.shortfall(theta.detach()) < 0.01 and world.objective(theta.detach(), beta).item() > start + 0.98 * (best - start)
