@@ -1587,15 +1587,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise e
             return e
 
+    def piece(self, token):
+        """Text of one token; half a character has none, it is named by its id."""
+        text = self.server_state.engine.tokenizer.decode([token])
+        return text if '\ufffd' not in text else f'token_id:{token}'
+
     def old_logprobs(self, rows):
-        tok = self.server_state.engine.tokenizer
-        texts = [tok.decode([t]) for t, _, _ in rows]
+        texts = [self.piece(t) for t, _, _ in rows]
         return dict(tokens=texts, token_logprobs=[lp for _, lp, _ in rows], text_offset=[0, *itertools.accumulate(map(len, texts))][:len(texts)],
-                    top_logprobs=[{tok.decode([i]): lp for i, lp in top.items()} for _, _, top in rows])
+                    top_logprobs=[{self.piece(i): lp for i, lp in top.items()} for _, _, top in rows])
 
     def new_logprobs(self, rows):
-        tok = self.server_state.engine.tokenizer
-        entry = lambda t, lp: dict(token=tok.decode([t]), logprob=lp, bytes=list(tok.decode([t]).encode()))
+        def entry(t, lp):
+            text = self.piece(t)
+            return dict(token=text, logprob=lp, bytes=None if text.startswith('token_id:') else list(text.encode()))
         return dict(content=[dict(entry(t, lp), top_logprobs=[entry(i, x) for i, x in top.items()]) for t, lp, top in rows], refusal=None)
 
     # ---- server-sent events ----
@@ -1662,7 +1667,8 @@ def run_sample(engine, params):
         with open(start[5:], encoding='utf-8') as f:
             text = f.read()
     print(text, end='', flush=True)
-    _, count, dt = _stream(engine, text, params)
+    prompt = encode_prompt(text, engine.tokenizer) or [t for t in (engine.eot,) if t is not None]  # --start= begins where texts begin
+    _, count, dt = _stream(engine, prompt, params)
     print(f'---------------\n{count} tokens in {dt:.2f} s: {count / dt:.1f} tok/s', file=sys.stderr)
 
 

@@ -1,0 +1,259 @@
+"""The HTTP API with the official client, with raw sockets, and under load; the terminal commands."""
+import http.client
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+import infer
+from dataset import get_tokenizer
+from infer import Engine, SamplingParams, Server
+from test_infer import idle, tiny
+
+ROOT = os.path.dirname(os.path.abspath(infer.__file__))
+
+
+def make(name='tiny', **kw):
+    tok = get_tokenizer('byte')
+    model = tiny('llama', torch.float32, vocab=tok.vocab_size, block_size=256)
+    return Server(Engine(model, tok, max_num_seqs=32, threads=1), name, port=0, **kw).start()
+
+
+@pytest.fixture(scope='module')
+def server():
+    s = make()
+    yield s
+    s.close()
+
+
+def call(server, path, body=None, raw=None, headers=None, method='POST'):
+    """-> (status, JSON or text)"""
+    c = http.client.HTTPConnection('127.0.0.1', server.http.server_address[1], timeout=60)
+    data = raw if raw is not None else json.dumps(body).encode()
+    c.request(method, path, data if method == 'POST' else None, {'Content-Type': 'application/json', **(headers or {})})
+    r = c.getresponse()
+    text = r.read().decode()
+    c.close()
+    return r.status, json.loads(text) if text.startswith('{') else text
+
+
+def settle(server, seconds=20):
+    """Until nothing runs; then nothing may be leaked."""
+    end = time.time() + seconds
+    while time.time() < end and (server.open or server.engine.requests):
+        threading.Event().wait(0.02)
+    return idle(server.engine) and not server.open
+
+
+def test_health_models_and_greedy_equals_generate(server):
+    status, body = call(server, '/v1/models', method='GET')
+    assert status == 200 and body['data'][0]['id'] == 'tiny' and body['data'][0]['max_model_len'] == 256
+    assert call(server, '/v1/models/tiny', method='GET')[1]['id'] == 'tiny' and call(server, '/health', method='GET')[1]['status'] == 'ok'
+    want = server.engine.generate(['hello'], SamplingParams(max_tokens=20, temperature=0))[0]
+    for prompt in ('hello', ['hello'], list(b'hello'), [list(b'hello')]):
+        status, body = call(server, '/v1/completions', dict(model='tiny', prompt=prompt, max_tokens=20, temperature=0))
+        assert status == 200 and body['choices'][0]['text'] == want.text and body['choices'][0]['finish_reason'] == want.finish_reason
+        assert body['usage'] == dict(prompt_tokens=5, completion_tokens=len(want.token_ids), total_tokens=5 + len(want.token_ids))
+    assert settle(server)
+
+
+BAD = [('/v1/completions', dict(prompt=5), 400, 'prompt'), ('/v1/completions', {}, 400, 'prompt'), ('/v1/completions', dict(prompt=''), 400, 'prompt'),
+       ('/v1/completions', dict(prompt=[]), 400, 'prompt'), ('/v1/completions', dict(prompt=['a', 3]), 400, 'prompt'), ('/v1/completions', dict(prompt=[True]), 400, 'prompt'),
+       ('/v1/completions', dict(prompt=[999999]), 400, 'vocabulary'), ('/v1/completions', dict(prompt='x' * 1000), 400, 'context'),
+       ('/v1/completions', dict(prompt='a', max_tokens='7'), 400, 'max_tokens'), ('/v1/completions', dict(prompt='a', max_tokens=0), 400, 'max_tokens'),
+       ('/v1/completions', dict(prompt='a', max_tokens=True), 400, 'max_tokens'), ('/v1/completions', dict(prompt='a', temperature=-1), 400, 'temperature'),
+       ('/v1/completions', dict(prompt='a', temperature=float('nan')), 400, 'temperature'), ('/v1/completions', dict(prompt='a', top_p=0), 400, 'top_p'),
+       ('/v1/completions', dict(prompt='a', n=1000), 400, 'n'), ('/v1/completions', dict(prompt='a', stop=[1]), 400, 'stop'), ('/v1/completions', dict(prompt='a', stop=''), 400, 'stop'),
+       ('/v1/completions', dict(prompt='a', logit_bias={'x': 1}), 400, 'x'), ('/v1/completions', dict(prompt='a', logit_bias={'1': None}), 400, ''),
+       ('/v1/completions', dict(prompt='a', logit_bias={'99999': 1}), 400, 'vocabulary'), ('/v1/completions', dict(prompt='a', stop_token_ids=['a']), 400, 'stop_token_ids'),
+       ('/v1/completions', dict(prompt='a', logprobs=True), 400, 'logprobs'), ('/v1/completions', dict(prompt='a', echo=True), 400, 'echo'),
+       ('/v1/completions', dict(prompt='a', stream='yes'), 400, 'stream'), ('/v1/completions', dict(prompt='a', seed=1.5), 400, 'seed'),
+       ('/v1/completions', dict(prompt='a', model='other'), 404, 'other'), ('/v1/nothing', dict(prompt='a'), 404, 'nothing'),
+       ('/v1/chat/completions', dict(prompt='a'), 400, 'messages'), ('/v1/chat/completions', dict(messages=[]), 400, 'messages'),
+       ('/v1/chat/completions', dict(messages=['hi']), 400, 'messages'), ('/v1/chat/completions', dict(messages=[dict(role='user')]), 400, 'messages'),
+       ('/v1/chat/completions', dict(messages=[dict(role='user', content='x' * 900)]), 400, 'context'), ('/v1/chat/completions', dict(messages=[dict(role='king', content='x')]), 400, ''),
+       ('/v1/chat/completions', dict(messages=[dict(role='user', content='x')], tools=[{}]), 400, 'tools')]
+
+
+def test_every_mistake_has_an_answer_in_openais_form(server):
+    for path, body, want, word in BAD:
+        status, answer = call(server, path, body)
+        assert status == want and word in answer['error']['message'] and set(answer['error']) == {'message', 'type', 'param', 'code'}, (path, body, status, answer)
+    for raw in (b'{', b'', b'[1]', b'"a"', b'\xff\xfe', b'{"prompt": "\\ud800"}', b'[' * 100000):
+        status, answer = call(server, '/v1/completions', raw=raw)
+        assert status == 400 and 'message' in answer['error'], raw[:20]
+    assert call(server, '/v1/completions', raw=b'x', headers={'Content-Length': str(1 << 40)})[0] == 413
+    assert call(server, '/v1/nothing', method='GET')[0] == 404 and settle(server)
+
+
+def test_api_key_and_other_hosts():
+    with pytest.raises(ValueError, match='api_key'):
+        make(host='0.0.0.0')
+    s = make(api_key='sesame')
+    try:
+        assert call(s, '/v1/models', method='GET')[0] == 401 and call(s, '/v1/completions', dict(prompt='a'))[0] == 401
+        assert call(s, '/v1/completions', dict(prompt='a'), headers={'Authorization': 'Bearer sesam'})[1]['error']['code'] == 'invalid_api_key'
+        assert call(s, '/v1/completions', dict(prompt='a'), headers={'Authorization': 'Bearer sesame'})[0] == 200
+    finally:
+        s.close()
+
+
+def test_official_client(server):
+    openai = pytest.importorskip('openai')
+    client = openai.OpenAI(base_url=server.url + '/v1', api_key='none', max_retries=0)
+    assert client.models.list().data[0].id == 'tiny'
+    one = client.completions.create(model='tiny', prompt='hello', max_tokens=12, temperature=0, logprobs=3)
+    pieces = list(client.completions.create(model='tiny', prompt='hello', max_tokens=12, temperature=0, stream=True, stream_options=dict(include_usage=True)))
+    assert ''.join(p.choices[0].text for p in pieces if p.choices) == one.choices[0].text and pieces[-1].usage.completion_tokens == one.usage.completion_tokens
+    lp = one.choices[0].logprobs
+    assert len(lp.tokens) == len(lp.token_logprobs) == len(lp.top_logprobs) == one.usage.completion_tokens and lp.text_offset[0] == 0
+    assert all(max(top.values()) == pytest.approx(x) for top, x in zip(lp.top_logprobs, lp.token_logprobs))  # greedy: the best one
+    talk = dict(model='tiny', messages=[dict(role='system', content='be brief'), dict(role='user', content=[dict(type='text', text='hi')])], max_completion_tokens=9, seed=3)
+    whole = client.chat.completions.create(**talk, n=3, logprobs=True, top_logprobs=2)
+    assert [c.index for c in whole.choices] == [0, 1, 2] and len({c.message.content for c in whole.choices}) == 3 and whole.choices[0].message.role == 'assistant'
+    assert all(len(x.top_logprobs) == 2 and (x.bytes is None or bytes(x.bytes).decode() == x.token) for x in whole.choices[1].logprobs.content)
+    parts = list(client.chat.completions.create(**talk, n=3, stream=True))
+    for k in range(3):
+        mine = [p.choices[0] for p in parts if p.choices[0].index == k]
+        assert ''.join(c.delta.content or '' for c in mine) == whole.choices[k].message.content and mine[-1].finish_reason == whole.choices[k].finish_reason
+    many = client.completions.create(model='tiny', prompt=['a', 'b'], n=2, max_tokens=5, seed=1)
+    assert [c.index for c in many.choices] == [0, 1, 2, 3] and many.usage.prompt_tokens == 2
+    stopped = client.completions.create(model='tiny', prompt='a', max_tokens=30, temperature=0, stop=[one.choices[0].text[3:5] or 'zz'])
+    assert stopped.choices[0].finish_reason in ('stop', 'length')
+    default = client.chat.completions.create(model='tiny', messages=[dict(role='user', content='x')])
+    assert default.choices[0].finish_reason in ('stop', 'length')
+    for error, kw in ((openai.NotFoundError, dict(model='gpt-5', prompt='a')), (openai.BadRequestError, dict(model='tiny', prompt='a', temperature=-3)),
+                      (openai.BadRequestError, dict(model='tiny', prompt='x' * 5000))):
+        with pytest.raises(error):
+            client.completions.create(**kw)
+    assert settle(server)
+
+
+def test_a_failing_engine_answers_and_lives_on():
+    s = make()
+    try:
+        good = {k: v.clone() for k, v in s.engine.model.state_dict().items()}
+        s.engine.load_weights({k: v * float('nan') for k, v in good.items()})
+        status, answer = call(s, '/v1/completions', dict(prompt='a'))
+        assert status == 500 and 'not finite' in answer['error']['message']
+        s.engine.load_weights(good)
+        assert call(s, '/v1/completions', dict(prompt='a', max_tokens=3))[0] == 200 and settle(s)
+    finally:
+        s.close()
+
+
+def hang_up(server, stream):
+    """A long request whose client leaves after a moment."""
+    body = json.dumps(dict(prompt='hello', max_tokens=240, ignore_eos=True, stream=stream)).encode()
+    with socket.create_connection(('127.0.0.1', server.http.server_address[1])) as c:
+        c.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+        if stream:
+            assert c.recv(20)
+
+
+def load(server, clients, seed):
+    """`clients` at once: a third leaves midway, some send nonsense, the others must get what generate() gives. -> right answers"""
+    rng = random.Random(seed)
+    kinds = [rng.choice(['good', 'good', 'chat', 'leave', 'leave', 'bad', 'giant', 'raw']) for _ in range(clients)]
+    prompts = [''.join(rng.choice('abcdefgh ') for _ in range(rng.randint(1, 60))) for _ in range(clients)]
+    lens = [rng.randint(1, 40) for _ in range(clients)]
+    p = lambda i: SamplingParams(max_tokens=lens[i], temperature=0.9, seed=i)
+    tok = server.engine.tokenizer
+    ids = [tok.apply_chat_template([dict(role='user', content=x)], add_generation_prompt=True) if k == 'chat' else x for k, x in zip(kinds, prompts)]
+    want = server.engine.generate(ids, [p(i) for i in range(clients)])
+    got, errors = [None] * clients, []
+
+    def client(i):
+        try:
+            ask = dict(max_tokens=lens[i], temperature=0.9, seed=i, stream=False)
+            if kinds[i] == 'good':
+                got[i] = call(server, '/v1/completions', dict(ask, prompt=prompts[i]))[1]['choices'][0]['text'] == want[i].text
+            elif kinds[i] == 'chat':
+                got[i] = call(server, '/v1/chat/completions', dict(ask, messages=[dict(role='user', content=prompts[i])]))[1]['choices'][0]['message']['content'] == want[i].text
+            elif kinds[i] == 'leave':
+                hang_up(server, stream=i % 2 == 0)
+            elif kinds[i] == 'bad':
+                path, body, status, _ = BAD[i % len(BAD)]
+                got[i] = call(server, path, body)[0] == status
+            elif kinds[i] == 'giant':
+                got[i] = call(server, '/v1/completions', dict(prompt='x' * 2_000_000))[0] == 400
+            else:
+                got[i] = call(server, '/v1/completions', raw=os.urandom(50))[0] == 400
+        except Exception as e:
+            errors.append((i, kinds[i], repr(e)))
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(120)
+    assert not errors, errors[:3]
+    wrong = [(i, kinds[i]) for i in range(clients) if kinds[i] != 'leave' and got[i] is not True]
+    assert not wrong, wrong[:5]
+    assert settle(server)
+    return sum(x is True for x in got)
+
+
+def test_clients_at_once_some_leave_some_send_nonsense(server):
+    assert load(server, 40, seed=random.randrange(1 << 30)) > 10
+
+
+@pytest.mark.slow
+def test_two_hundred_clients_at_once():
+    s = make()
+    try:
+        rows = None
+        for seed in range(3):
+            assert load(s, 200, seed) > 80
+            size = sum(kv.numel() for arena in s.engine.cache.arenas for kv in arena.kv)
+            assert rows in (None, size) or size <= 2 * rows  # the cache does not grow with every wave
+            rows = size
+    finally:
+        s.close()
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A checkpoint as a stage leaves it, and rows to evaluate."""
+    out = tmp_path_factory.mktemp('cli')
+    model = tiny('gpt2', torch.float32, vocab=get_tokenizer('byte').vocab_size, block_size=128)
+    (out / 'm').mkdir()
+    torch.save(dict(model=model.state_dict(), model_args=vars(model.config), config={}, tokenizer='byte'), out / 'm' / 'ckpt.pt')
+    (out / 'rows.jsonl').write_text(''.join(json.dumps(dict(question=f'q{i}', answer='x')) + '\n' for i in range(6)))
+    (out / 'reward.py').write_text('def reward(prompt, completion, row):\n    return float(prompt == row["question"] and len(completion) > 3)\n')
+    return out
+
+
+def run(folder, *args, text=None):
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'infer.py'), f'--init_from={folder / "m"}', '--device=cpu', '--dtype=float32', *args], input=text,
+                          capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+def test_command_samples_and_evaluates(folder):
+    r = run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1')
+    assert r.returncode == 0 and r.stdout.startswith('abc') and 'tok/s' in r.stderr, r.stderr
+    assert r.stdout == run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1', '--max_num_seqs=1', '--ngram=1').stdout
+    r = run(folder, f'--eval_file={folder / "rows.jsonl"}', f'--reward={folder / "reward.py"}', '--num_samples=2', '--max_new_tokens=12')
+    rows = [json.loads(line) for line in (folder / 'm' / 'eval.jsonl').read_text().splitlines()]
+    assert r.returncode == 0 and 'accuracy' in r.stdout and 'pass@2' in r.stdout, r.stderr
+    assert len(rows) == 6 and all(len(x['completions']) == 2 and x['scores'] == [float(len(c) > 3) for c in x['completions']] for x in rows)
+
+
+@pytest.mark.slow
+def test_command_chats_and_says_what_is_wrong(folder):
+    r = run(folder, '--chat', '--max_new_tokens=9', text='hello\n/reset\nyou\n\n')
+    assert r.returncode == 0 and r.stderr.count('tok/s)') == 2, r.stderr
+    for args, word in ((['--init_from=out-none'], 'no such checkpoint'), (['--temprature=1'], 'temperature'), (['--dtype=int8'], 'float32'),
+                       (['--eval_file=none.jsonl'], 'none.jsonl'), (['--max_new_tokens=0'], 'max_tokens'), ([f'--eval_file={folder / "rows.jsonl"}', '--reward=none.py'], 'none.py')):
+        r = run(folder, *args)
+        assert r.returncode == 2 and word in r.stderr and 'Traceback' not in r.stderr, (args, r.stderr)
+    assert run(folder, '--help').stdout.count('--') > 40
