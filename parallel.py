@@ -309,7 +309,10 @@ def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337):
         torch.cuda.set_device(local)
         kind = f'cuda:{local}'
     if world > 1 and not dist.is_initialized():  # gloo beside nccl: metrics and small objects stay on the CPU
-        dist.init_process_group('cpu:gloo,cuda:nccl' if kind.startswith('cuda') else 'gloo', timeout=timedelta(seconds=dist_timeout))
+        store, rank, _ = next(dist.rendezvous('env://', timeout=timedelta(seconds=dist_timeout)))
+        store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)  # or a restart finds the addresses of the dead
+        dist.init_process_group('cpu:gloo,cuda:nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank, world_size=world,
+                                timeout=timedelta(seconds=dist_timeout))
     torch.manual_seed(seed)
     return Mesh((world // (tp * pp * cp), pp, cp, tp), zero, torch.device(kind), dist_timeout)
 
@@ -1083,15 +1086,17 @@ class Optimizer:
             self.adam.step()
         for p in self.pieces:
             p.master.grad = None
-        works = []
+        works = collections.deque()
         for b in self.buckets:
             if b.master is not b.local:
                 b.local.copy_(b.master)
             b.grad = b.shard_grad = None
             if b.zero in (1, 2):
-                works.append((b.group, b.group.all_gather(b.local.clone(), 'weights', out=b.full, wait=False)))
-        for group, work in works:
-            group.wait(work, 'weights')
+                works.append(b.group.all_gather(b.local.clone(), 'weights', out=b.full, wait=False))
+            if len(works) > 2:
+                b.group.wait(works.popleft(), 'weights')
+        for work in works:
+            self.mesh.data.wait(work, 'weights')
         return norm
 
     def _norm(self):
