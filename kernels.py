@@ -346,6 +346,46 @@ def _act(G, U, DY, Y, DU, N, C, sg, su, GATED: tl.constexpr, BACK: tl.constexpr,
         tl.store(Y + row * C + c, (0.5 * g * (1.0 + t)).to(Y.dtype.element_ty), mask=ok)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# linear: x W' + b. CUDA: cuBLAS. CPU, float32: oneDNN, because torch hands such products to MKL, which on AMD stays with AVX2:
+# 240 against 95 GFLOP/s a core at (3373, 128) x (128, 512) on a Zen 5 (python bench.py kernels). Same float32, same error.
+
+_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+
+
+def _use_onednn(x, weight):
+    return (_onednn and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() >= 32 * weight.shape[1] > 0
+            and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
+
+
+def matmul_t(a, b):
+    """a (N, K) @ b (M, K).T -> (N, M), by oneDNN where it is the faster one. [[1, 2]] @ [[3, 4]].T -> [[11]]."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, 'none', [], '') if _use_onednn(a, b) else a @ b.t()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = matmul_t(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dw = matmul_t(dy.t(), x.t()) if ctx.needs_input_grad[1] else None
+        return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x, weight, bias=None):
+    """F.linear: x (..., C), weight (M, C), bias (M,) or None -> (..., M), any dtype. [[1, 2]], [[3, 4]], [5] -> [[16]]."""
+    if not _use_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
 class _Act(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):

@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 from model import GPT, GPTConfig, hf_names, load_model, load_safetensors, save_safetensors, write_json
 
 PARTS = ('lora_A', 'lora_B', 'lora_magnitude_vector')  # PEFT's names
@@ -94,16 +95,16 @@ class LoraLinear(Adapted, nn.Linear):
         return weight * self.gain(self.active)[:, None] if self.specs[self.active].dora else weight
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        y = kernels.linear(x, self.weight, self.bias)
         if self.active is None or self.kept:
             return y
         spec, a, b = self.specs[self.active], self.lora_A[self.active], self.lora_B[self.active]
         x = F.dropout(x, spec.dropout, self.training)
-        low = F.linear(x.to(a.dtype), a) * spec.scale  # scaled where it is small: (..., r)
+        low = kernels.linear(x.to(a.dtype), a) * spec.scale  # scaled where it is small: (..., r)
         if not spec.dora:
-            return y + F.linear(low, b).to(y.dtype)
+            return y + kernels.linear(low, b).to(y.dtype)
         gain = self.gain(self.active)
-        return y + ((gain - 1) * F.linear(x, self.weight) + gain * F.linear(low, b)).to(y.dtype)
+        return y + ((gain - 1) * kernels.linear(x, self.weight) + gain * kernels.linear(low, b)).to(y.dtype)
 
 
 class LoraEmbedding(Adapted, nn.Embedding):
@@ -124,7 +125,7 @@ class LoraEmbedding(Adapted, nn.Embedding):
         if self.active is None or self.kept:
             return y
         low = F.embedding(idx, self.lora_A[self.active].T) * self.specs[self.active].scale
-        return y + F.linear(low, self.lora_B[self.active]).to(y.dtype)
+        return y + kernels.linear(low, self.lora_B[self.active]).to(y.dtype)
 
 
 def paths(model):

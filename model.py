@@ -99,6 +99,7 @@ class Layout:
     def __init__(self, shape, device, mask=None, doc=None):
         self.B, self.T = shape
         self.keep = self.cu_seqlens = self.buckets = None
+        self.extra = 0  # dummy rows that round N up, see _make_buckets
         if mask is None and doc is None:
             self.pos = torch.arange(self.T, device=device).repeat(self.B)
             return
@@ -120,7 +121,8 @@ class Layout:
 
     def _make_buckets(self, starts, n):
         """CPU attention runs on right-padded rectangles, where causality alone hides the padding. Segments of like
-        length share a rectangle (between half and the whole of its width), so little is wasted."""
+        length share a rectangle (between half and the whole of its width), so little is wasted. N is rounded up to a
+        multiple of 64 with dummy rows: oneDNN compiles a matrix product anew for every shape that it meets."""
         lens = torch.diff(self.cu_seqlens).long()
         slot, self.buckets, base = torch.empty(n, dtype=torch.long), [], 0
         width = int(lens.max()) if n else 0
@@ -134,7 +136,8 @@ class Layout:
                 self.buckets.append((grid.clamp_(max=n - 1).reshape(-1), len(mine), w))
                 base += grid.numel()
             width //= 2
-        self.slot = slot
+        self.extra = -n % 64
+        self.slot = F.pad(slot, (0, self.extra))  # a dummy row reads some real row; nobody reads the dummy
 
     def pick(self, x):
         """(B, T, ...) -> (N, ...)"""
@@ -205,18 +208,23 @@ class Norm(nn.Module):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return kernels.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = c.n_head, c.n_kv_head, c.head_size
         if c.arch == 'gpt2':
-            self.c_attn = nn.Linear(c.n_embd, 3 * c.n_head * c.head_size, bias=c.qkv_bias)
-            self.c_proj = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=c.attn_out_bias)
+            self.c_attn = Linear(c.n_embd, 3 * c.n_head * c.head_size, bias=c.qkv_bias)
+            self.c_proj = Linear(c.n_head * c.head_size, c.n_embd, bias=c.attn_out_bias)
         else:
-            self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_size, bias=c.qkv_bias)
-            self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_size, bias=c.qkv_bias)
-            self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_size, bias=c.qkv_bias)
-            self.o_proj = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=c.attn_out_bias)
+            self.q_proj = Linear(c.n_embd, c.n_head * c.head_size, bias=c.qkv_bias)
+            self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_size, bias=c.qkv_bias)
+            self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_size, bias=c.qkv_bias)
+            self.o_proj = Linear(c.n_head * c.head_size, c.n_embd, bias=c.attn_out_bias)
         self.q_norm = Norm(c.head_size, 'rms', c.norm_eps, False) if c.qk_norm else None
         self.k_norm = Norm(c.head_size, 'rms', c.norm_eps, False) if c.qk_norm else None
 
@@ -241,12 +249,12 @@ class MLP(nn.Module):
         super().__init__()
         self.act, self.gated = c.act, c.gated
         if c.gated:
-            self.gate_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
-            self.up_proj = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
-            self.down_proj = nn.Linear(c.n_inner, c.n_embd, bias=c.bias)
+            self.gate_proj = Linear(c.n_embd, c.n_inner, bias=c.bias)
+            self.up_proj = Linear(c.n_embd, c.n_inner, bias=c.bias)
+            self.down_proj = Linear(c.n_inner, c.n_embd, bias=c.bias)
         else:
-            self.c_fc = nn.Linear(c.n_embd, c.n_inner, bias=c.bias)
-            self.c_proj = nn.Linear(c.n_inner, c.n_embd, bias=c.bias)
+            self.c_fc = Linear(c.n_embd, c.n_inner, bias=c.bias)
+            self.c_proj = Linear(c.n_inner, c.n_embd, bias=c.bias)
 
     def forward(self, x):
         if self.gated:
@@ -294,11 +302,11 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = Norm(config.n_embd, config.norm, config.norm_eps, config.bias)
         if head == 'lm':
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
             if config.tie:
                 self.lm_head.weight = self.wte.weight
         elif head == 'scalar':
-            self.score = nn.Linear(config.n_embd, 1, bias=False)
+            self.score = Linear(config.n_embd, 1, bias=False)
         else:
             raise ValueError(f"head {head!r}: expected 'lm' or 'scalar'")
         self.register_buffer('inv_freq', rope_frequencies(config) if config.pos == 'rope' else None, persistent=False)
@@ -339,7 +347,8 @@ class GPT(nn.Module):
         if doc is None and idx.shape[1] > self.config.block_size:  # packed rows may be longer, their documents not
             raise ValueError(f'sequence of {idx.shape[1]} tokens is longer than block_size {self.config.block_size}: shorten it')
         at = Layout(idx.shape, idx.device, mask, doc)
-        return self.hidden(at.pick(idx), at.pos, at.attend(self.config.dropout if self.training else 0.0)), at
+        ids, attend = at.pick(idx), at.attend(self.config.dropout if self.training else 0.0)
+        return self.hidden(F.pad(ids, (0, at.extra)), F.pad(at.pos, (0, at.extra)), attend)[:len(ids)], at
 
     def head_weight(self, x):
         """(x, lm_head.weight) in the dtype that the matrix product shall run in (autocast does not reach our kernels)."""

@@ -1,0 +1,155 @@
+"""The table and the curve at the end of quickstart.sh: every model answers the same held-out prompts of the toy world.
+
+    python data/toy/report.py --out=out base=out-base sft=out-sft ppo=out-ppo ...      # one run: out/report.md, out/curve.png
+    python data/toy/report.py --out=out --seeds out out-seed2 out-seed3                # several: min / median / max of their reports
+
+Columns: gold = mark of the gold scorer, 0 to 10, which no training run has seen; reward = the learned reward model's;
+KL = nats a sequence between the model and the SFT model, on the model's own samples; valid = share of answers that end,
+on one line, with a full stop; sums = share of right answers to held-out sums, greedy; tok/s = the engine's output;
+seconds = what training took. All samples at temperature 0.7 with the same seeds.
+"""
+import json
+import os
+import sys
+import time
+
+_here = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(_here)), _here]
+
+import torch
+
+import gold
+import infer
+import lora
+from dataset import get_tokenizer, load_dataset, pad
+from model import load_model
+from reward import reward_of
+
+COLUMNS = ('gold', 'reward', 'kl', 'length', 'valid', 'sums', 'tok/s', 'seconds')
+
+
+def sequence_logps(model, prompts, responses, temperature):
+    """Sum of the response's log-probs of each row (B,), in groups of 64 rows."""
+    out = []
+    for i in range(0, len(prompts), 64):
+        p, r = prompts[i:i + 64], responses[i:i + 64]
+        idx, mask = pad([a + b for a, b in zip(p, r)])
+        start = torch.tensor([len(a) - 1 for a in p])[:, None]
+        with torch.no_grad():
+            logp = model.logprobs(idx, temperature, mask)
+        out.append(torch.where((torch.arange(logp.shape[1]) >= start) & mask[:, 1:], logp, 0.0).sum(1))
+    return torch.cat(out)
+
+
+def train_seconds(out_dir):
+    try:
+        return max(json.loads(line)['time'] for line in open(os.path.join(out_dir, 'log.jsonl')))
+    except (OSError, ValueError, KeyError):
+        return float('nan')
+
+
+def judge(out_dir, sft, rm, rows, sums, n_new=80, temperature=0.7):
+    """One row of the table, and the answers."""
+    model, name = load_model(out_dir)
+    tok = get_tokenizer(name)
+    engine = infer.Engine(model.eval(), tok, max_num_seqs=64)
+    prompts, t0 = [tok.encode(r['prompt']) for r in rows], time.time()
+    done = engine.generate(prompts, [infer.SamplingParams(max_tokens=n_new, temperature=temperature, seed=i) for i in range(len(rows))])
+    rate = sum(len(c.token_ids) for c in done) / (time.time() - t0)
+    responses = [c.token_ids for c in done]
+    kl = (sequence_logps(model, prompts, responses, temperature) - sequence_logps(sft, prompts, responses, temperature)).mean().item()
+    right = engine.generate([r['prompt'] for r in sums], infer.SamplingParams(max_tokens=n_new, temperature=0.0))
+    sys.path.insert(0, _here)
+    arithmetic = infer.load_reward(os.path.join(_here, 'reward.py'))
+    ended = [c.finish_reason == 'stop' for c in done]
+    tidy = [e and gold.marks(c.text, r)['tidy'] == 2 for e, c, r in zip(ended, done, rows)]
+    row = {'gold': sum(gold.score(c.text, r) for c, r in zip(done, rows)) / len(rows),
+           'reward': reward_of(rm, [p + r for p, r in zip(prompts, responses)], torch.device('cpu'), 8192).mean().item(), 'kl': kl,
+           'length': sum(map(len, responses)) / len(rows), 'valid': sum(tidy) / len(rows),
+           'sums': sum(arithmetic(r['prompt'], c.text, r) if c.finish_reason == 'stop' else 0.0 for c, r in zip(right, sums)) / len(sums),
+           'tok/s': rate, 'seconds': train_seconds(out_dir)}
+    return row, [c.text for c in done]
+
+
+def cell(column, value):
+    return {'gold': f'{value:.2f}', 'reward': f'{value:.2f}', 'kl': f'{value:.2f}', 'length': f'{value:.0f}', 'valid': f'{value:.0%}', 'sums': f'{value:.0%}',
+            'tok/s': f'{value:,.0f}', 'seconds': f'{value:.0f}'}[column]
+
+
+def markdown(table):
+    """{name: {column: text}} -> a Markdown table."""
+    lines = ['| model | ' + ' | '.join(COLUMNS) + ' |', '| --- |' + ' --- |' * len(COLUMNS)]
+    return '\n'.join(lines + [f'| {name} | ' + ' | '.join(row[c] for c in COLUMNS) + ' |' for name, row in table.items()])
+
+
+def draw(out_dir, path):
+    """Reward and KL of a PPO run over its iterations."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in open(os.path.join(out_dir, 'log.jsonl'))]
+    train, held = ([r for r in rows if r['split'] == s] for s in ('train', 'eval'))
+    fig, left = plt.subplots(figsize=(7, 3.6), dpi=130)
+    left.plot([r['step'] for r in train], [r['score'] for r in train], color='#9ecae1', lw=1, label='reward, each batch')
+    left.plot([r['step'] for r in held], [r['score'] for r in held], 'o-', color='#08519c', lw=2, label='reward, held-out prompts')
+    left.set_xlabel('PPO iteration')
+    left.set_ylabel('reward model score', color='#08519c')
+    right = left.twinx()
+    right.plot([r['step'] for r in train], [r['kl'] for r in train], color='#d94801', lw=1.2, label='KL to the SFT model')
+    right.set_ylabel('KL, nats a sequence', color='#d94801')
+    right.set_ylim(bottom=0)
+    lines = left.get_lines() + right.get_lines()
+    left.legend(lines, [x.get_label() for x in lines], loc='lower right', frameon=False, fontsize=8)
+    left.spines['top'].set_visible(False)
+    right.spines['top'].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(path)
+
+
+def merge(folders, out):
+    """report.json of several seeds -> min / median / max in each cell."""
+    reports = [json.load(open(os.path.join(f, 'report.json'))) for f in folders]
+    table = {}
+    for name in reports[0]:
+        table[name] = {c: ' / '.join(cell(c, v) for v in (min(vs), sorted(vs)[len(vs) // 2], max(vs)))
+                       for c in COLUMNS for vs in [[r[name][c] for r in reports]]}
+    text = f'min / median / max of {len(folders)} seeds\n\n{markdown(table)}\n'
+    with open(os.path.join(out, 'seeds.md'), 'w') as f:
+        f.write(text)
+    print(text)
+
+
+if __name__ == '__main__':
+    out, args = 'out', sys.argv[1:]
+    if args and args[0].startswith('--out='):
+        out = args.pop(0)[6:]
+    os.makedirs(out, exist_ok=True)
+    if args and args[0] == '--seeds':
+        merge(args[1:], out)
+        raise SystemExit
+    models = dict(a.split('=', 1) for a in args)
+    if 'sft' not in models or 'reward' not in models or not all(map(os.path.isdir, models.values())):
+        print(f'error: expected name=out_dir pairs with sft= and reward= among them, all of them trained; got {args}', file=sys.stderr)
+        raise SystemExit(2)
+    torch.set_num_threads(1)
+    sft, rm = load_model(models['sft'])[0], load_model(models.pop('reward'), head='scalar')[0]
+    rows, sums = (list(load_dataset(os.path.join(_here, f))) for f in ('prompts_val.jsonl', 'arith_val.jsonl'))
+    numbers, texts = {}, {}
+    for name, folder in models.items():
+        numbers[name], texts[name] = judge(folder, sft, rm, rows, sums)
+    table = markdown({name: {c: cell(c, v) for c, v in row.items()} for name, row in numbers.items()})
+    shown, seen = [], set()
+    for i, r in enumerate(rows):
+        if r['family'] not in seen:
+            seen.add(r['family'])
+            shown.append(f"{r['prompt']}\n" + '\n'.join(f'    {name:>9}: {texts[name][i]!r}' for name in models))
+    with open(os.path.join(out, 'report.md'), 'w') as f:
+        f.write(table + '\n\n```\n' + '\n'.join(shown) + '\n```\n')
+    with open(os.path.join(out, 'report.json'), 'w') as f:
+        json.dump(numbers, f, indent=2)
+    with open(os.path.join(out, 'samples.jsonl'), 'w') as f:
+        for i, r in enumerate(rows):
+            f.write(json.dumps(dict(prompt=r['prompt'], **{name: texts[name][i] for name in models})) + '\n')
+    if 'ppo' in models:
+        draw(models['ppo'], os.path.join(out, 'curve.png'))
+    print('\n'.join(shown) + '\n\n' + table + f'\n\nwritten: {out}/report.md, {out}/report.json, {out}/samples.jsonl' + (f', {out}/curve.png' if 'ppo' in models else ''))
