@@ -244,6 +244,8 @@ def answer_logps(model, groups, device, temperature=1.0):
             tokens.append(a[:-1]), pos.append(np.arange(P, P + k)), slot.append(np.arange(m + P, m + P + k))
             gather.append(path), predict.append(path[P - 1:]), lengths.append(P + k)
             n, m = n + k, m + P + k
+    extra = np.zeros(-n % 64, np.int64)  # dummy rows that nobody reads: matrix products like a multiple of 64
+    tokens.append(extra), pos.append(extra), slot.append(extra)
     tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
     answers = [a for _, answers in groups for a in answers]
     at = Layout((1, m), torch.device(device), doc=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(device))
@@ -320,7 +322,7 @@ if __name__ == '__main__':
 
     # ---- reference: three ways to the same numbers ----------------------------------------------------------------
     def load_reference():
-        return load_model(ref or config['init_from'], device)[0].requires_grad_(False)
+        return load_model(ref or config['init_from'], device)[0].requires_grad_(False).eval()  # eval: no dropout
 
     @contextlib.contextmanager
     def reference():
@@ -349,10 +351,10 @@ if __name__ == '__main__':
         logps = reference_logps(items)
         save_safetensors(file, dict(logps=logps, belongs_to=name))
         return logps
-    frozen = load_reference() if needs_ref and not use_adapter else None
+    frozen = load_reference() if needs_ref and not use_adapter and not precompute_ref else None
     ref_logps = val_ref_logps = None
     if precompute_ref:
-        ref_logps, val_ref_logps, frozen = precomputed(items, 'train'), precomputed(val_items, 'val'), None
+        ref_logps, val_ref_logps = precomputed(items, 'train'), precomputed(val_items, 'val')
 
     # ---- the loss of a few items ----------------------------------------------------------------------------------
     forward = torch.compile(answer_logps) if compile else answer_logps

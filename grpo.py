@@ -281,6 +281,8 @@ def answer_logps(model, groups, device, temperature=1.0):
             tokens.append(a[:-1]), pos.append(np.arange(P, P + k)), slot.append(np.arange(m + P, m + P + k))
             gather.append(path), predict.append(path[P - 1:]), lengths.append(P + k)
             n, m = n + k, m + P + k
+    extra = np.zeros(-n % 64, np.int64)  # dummy rows that nobody reads: matrix products like a multiple of 64
+    tokens.append(extra), pos.append(extra), slot.append(extra)
     tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
     answers = [a for _, answers in groups for a in answers]
     at = Layout((1, m), torch.device(device), doc=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(device))
@@ -342,14 +344,14 @@ if __name__ == '__main__':
     policy.config.dropout = 0.0  # dropout off everywhere: the ratio must be 1 before the first step
     policy = policy.to(device)
     use_adapter = bool(lora.adapted(policy))
-    reference = load_model(config['init_from'], device)[0].requires_grad_(False) if (beta or track_kl) and not use_adapter else None
+    reference = load_model(config['init_from'], device)[0].requires_grad_(False).eval() if (beta or track_kl) and not use_adapter else None
     sources = []  # (name, weight, function or None, model, its tokenizer or None where the ids are the same)
     for name, w in zip(names, reward_w):
         if name.endswith('.py'):
             sources.append((name, w, infer.load_reward(name), None, None))
         else:
             m, t = load_model(name, device, head='scalar')
-            sources.append((name, w, None, m.requires_grad_(False), None if t == tokenizer else get_tokenizer(t)))
+            sources.append((name, w, None, m.requires_grad_(False).eval(), None if t == tokenizer else get_tokenizer(t)))
     threads = pick_threads(threads, policy.num_params(), device)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
