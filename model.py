@@ -342,11 +342,15 @@ class GPT(nn.Module):
                 x, delta = block(x, delta, layer, rope, attend)
         return self.ln_f(delta, x)[0]
 
-    def encode(self, idx, mask=None, doc=None):
-        """idx (B, T) -> (x (N, C) of the real tokens, Layout). What heads and losses share."""
+    def layout(self, idx, mask=None, doc=None):
+        """The Layout of a batch that fits this model; ValueError for one that does not."""
         if doc is None and idx.shape[1] > self.config.block_size:  # packed rows may be longer, their documents not
             raise ValueError(f'sequence of {idx.shape[1]} tokens is longer than block_size {self.config.block_size}: shorten it')
-        at = Layout(idx.shape, idx.device, mask, doc)
+        return Layout(idx.shape, idx.device, mask, doc)
+
+    def encode(self, idx, mask=None, doc=None):
+        """idx (B, T) -> (x (N, C) of the real tokens, Layout). What heads and losses share."""
+        at = self.layout(idx, mask, doc)
         ids, attend = at.pick(idx), at.attend(self.config.dropout if self.training else 0.0)
         return self.hidden(F.pad(ids, (0, at.extra)), F.pad(at.pos, (0, at.extra)), attend)[:len(ids)], at
 
