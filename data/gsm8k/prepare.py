@@ -1,0 +1,71 @@
+"""GSM8K: 7,473 + 1,319 word problems with worked answers -> prompts with checkable answers for GRPO and PPO, and rows for SFT.
+
+    python data/gsm8k/prepare.py                        # fetches 4.9 MB
+    python data/gsm8k/prepare.py --src=FOLDER --form=chat       # prompts as messages, for an instruct model's chat template
+    train.jsonl, test.jsonl    {"prompt", "question", "answer", "final"}: answer is the worked solution, final its number; data/gsm8k/reward.py checks
+    sft_{train,val}.jsonl      {"prompt", "completion"}: the worked solution without the <<48/2=24>> notes; val is taken from train, test stays unseen
+"""
+import os
+import random
+import re
+import sys
+
+_root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path[:0] = [_root, os.path.join(_root, 'data')]
+
+src = '' # folder with (gsm8k_)train.jsonl and test.jsonl, or one file (a tenth of it becomes test); '' fetches
+out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
+form = 'text' # 'text': 'Question: ...\nAnswer:' verbatim; 'chat': [{"role": "user", ...}]
+val = 0.05 # share of train kept for validation of SFT
+seed = 1337 # of the draws
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+
+URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl'
+KNOWN = {'train': (4166206, '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465'),
+         'test': (749738, '3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14')}
+ASK = 'Think step by step and put the final number after "####".'
+
+
+def grpo_row(row):
+    """{"question", "answer": "... #### 72"} -> the row with its prompt and final number; None where the answer has no #### number."""
+    final = re.search(r'####\s*(-?[\d,]*\.?\d+)\s*$', row['answer'])
+    if not final or not row['question'].strip():
+        return None
+    prompt = f'Question: {row["question"].strip()}\nAnswer:' if form == 'text' else [{'role': 'user', 'content': f'{row["question"].strip()}\n{ASK}'}]
+    return {'prompt': prompt, 'question': row['question'], 'answer': row['answer'], 'final': final[1].replace(',', '')}
+
+
+def sft_row(row):
+    said = re.sub(r'<<[^<>]*>>', '', row['answer'])
+    return {'prompt': row['prompt'], 'completion': ' ' + said if form == 'text' else [{'role': 'assistant', 'content': said}]}
+
+
+def main():
+    from download import fetch, find, rows_of, write_rows
+    if form not in ('text', 'chat'):
+        raise ValueError(f'form is {form!r}, expected text or chat')
+    if src and os.path.isfile(src):
+        rows = list(rows_of(src, 'question', 'answer'))
+        random.Random(seed).shuffle(rows)
+        read = {'test': rows[:max(1, len(rows) // 10)], 'train': rows[max(1, len(rows) // 10):]}
+    else:
+        read = {s: list(rows_of(find(src, rf'(^|/)(gsm8k_)?{s}\.jsonl?(\.gz)?$')[0] if src else fetch(URL.format(s), os.path.join(out_dir, f'origin_{s}.jsonl'), *KNOWN[s]),
+                                'question', 'answer')) for s in ('train', 'test')}
+    made = {s: [r for r in map(grpo_row, rows) if r] for s, rows in read.items()}
+    for s, rows in made.items():
+        write_rows(out_dir, f'{s}.jsonl', rows)
+    rows = made['train'][:]
+    random.Random(seed).shuffle(rows)
+    n = max(1, int(len(rows) * val))
+    write_rows(out_dir, 'sft_val.jsonl', list(map(sft_row, rows[:n])))
+    write_rows(out_dir, 'sft_train.jsonl', list(map(sft_row, rows[n:])))
+    print(f'{sum(map(len, read.values())):,} problems read, {sum(map(len, read.values())) - sum(map(len, made.values())):,} without a final number left out')
+    print(f'sample: {rows[0]["prompt"]!r}\n  answer {rows[0]["answer"][-80:]!r}, final {rows[0]["final"]}')
+    there = os.path.relpath(out_dir)
+    print(f'next: python sft.py --dataset={there}/sft_train.jsonl --init_from=gpt2, then python grpo.py --dataset={there}/train.jsonl --reward=data/gsm8k/reward.py')
+
+
+if __name__ == '__main__':
+    from download import run
+    run(main)
