@@ -30,18 +30,7 @@ Everything that a Parameter needs to know is in its `Part`: which piece of which
     refused: tp with lora or n_head % tp, pp with dropout or more stages than layers, ring attention with dropout (gather is used)
     python parallel.py merge out-sft             # per-rank files of --sharded_ckpt -> ckpt.pt; needs no torchrun
 """
-import collections
-import contextlib
-import dataclasses
-import json
-import math
-import os
-import select
-import signal
-import socket
-import sys
-import threading
-import time
+import atexit, collections, contextlib, dataclasses, json, math, os, select, signal, socket, sys, threading, time
 from datetime import timedelta
 
 import torch
@@ -68,8 +57,8 @@ class Watch:
     thread sits in C++ at that moment and would never say where."""
     EVERY = 0.5
 
-    def __init__(self, store, coords, timeout):
-        self.store, self.coords, self.timeout, self.calls, self.what, self.since = store, coords, timeout, 0, 'starting', time.time()
+    def __init__(self, store, coords):
+        self.store, self.coords, self.calls, self.what, self.since = store, coords, 0, 'starting', time.time()
         self.rank, self.world, self.checkpoint = dist.get_rank(), dist.get_world_size(), 'none yet'
         self.pipe = os.pipe()
         os.set_blocking(self.pipe[1], False)
@@ -78,6 +67,13 @@ class Watch:
             signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)  # the C handler writes at once, whatever the main thread does
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()
+        atexit.register(self.stop)  # a daemon thread caught inside C++ by the end of Python aborts the process
+
+    def stop(self):
+        if self.what != 'closed':
+            self.what = 'closed'
+            os.write(self.pipe[1], b'\0')
+            self.thread.join()
 
     def _beat(self):
         while self.what != 'closed':
@@ -212,7 +208,7 @@ class Mesh:
     """Who this process is in the grid (dp, pp, cp, tp), and its groups. Made by `init`."""
     AXES = ('dp', 'pp', 'cp', 'tp')
 
-    def __init__(self, sizes, zero, device, timeout):
+    def __init__(self, sizes, zero, device):
         self.zero, self.device, self.restarts = zero, device, int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
         self.world, self.rank, self.watch, self._made = math.prod(sizes), 0, None, {}
         self.grid = torch.arange(self.world).view(sizes)
@@ -220,7 +216,7 @@ class Mesh:
             self.rank = dist.get_rank()
             store = dist.PrefixStore('plain', dist.distributed_c10d._get_default_store())
             coords = {int(r): ' '.join(f'{a} {int((self.grid == r).nonzero()[0][i])}' for i, a in enumerate(self.AXES)) for r in self.grid.view(-1)}
-            self.watch = Watch(store, coords, timeout)
+            self.watch = Watch(store, coords)
         self.tp, self.cp, self.data = self.group('tp'), self.group('cp'), self.group('dp', 'cp')
         self.replicas, self.inside = self.group('dp'), self.group('pp', 'tp')
         self.pp, self.pp_back = self.group('pp'), self.group('pp', tag='back')  # one channel per direction: no order to get wrong
@@ -282,7 +278,7 @@ class Mesh:
         """At the end of the run, so that no rank leaves while another still talks to it."""
         if self.world > 1:
             self.barrier()
-            self.watch.what = 'closed'
+            self.watch.stop()
             dist.destroy_process_group()
 
 
@@ -314,59 +310,35 @@ def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337):
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank, world_size=world,
                                 timeout=timedelta(seconds=dist_timeout))
     torch.manual_seed(seed)
-    return Mesh((world // (tp * pp * cp), pp, cp, tp), zero, torch.device(kind), dist_timeout)
+    return Mesh((world // (tp * pp * cp), pp, cp, tp), zero, torch.device(kind))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # communication with a gradient: each pair is its own mirror image
 
 
-class _GatherRows(torch.autograd.Function):
-    """(n, ...) of each rank -> (size n, ...). Every rank then uses the rows differently, so the backward sums: reduce-scatter."""
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return group.all_gather(x)
+def _mirror(forward, backward):
+    """A differentiable f(x, group) = forward(group, x), whose gradient is backward(group, gradient)."""
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, group):
+            ctx.group = group
+            return forward(group, x)
 
-    @staticmethod
-    def backward(ctx, g):
-        return ctx.group.reduce_scatter(g), None
-
-
-class _ScatterRows(torch.autograd.Function):
-    """(size n, ...) partial sums -> (n, ...) rows of the whole sum. Backward: all-gather."""
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return group.reduce_scatter(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        return ctx.group.all_gather(g), None
+        @staticmethod
+        def backward(ctx, g):
+            return backward(ctx.group, g), None
+    return Op.apply
 
 
-class _JoinRows(torch.autograd.Function):
-    """(n, ...) of each rank -> (size n, ...), which every rank then uses in the SAME way: the backward takes its own rows."""
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return group.all_gather(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.chunk(ctx.group.size)[ctx.group.rank].contiguous(), None
-
-
-class _Sum(torch.autograd.Function):
-    """Partial results -> their sum, which every rank then uses in the same way: the backward is the identity."""
-    @staticmethod
-    def forward(ctx, x, group):
-        return group.all_reduce(x.clone(), 'sum of parts')
-
-    @staticmethod
-    def backward(ctx, g):
-        return g, None
-
+# (n, ...) of each rank -> (size n, ...). Every rank then uses the rows differently, so their gradients must be added up.
+gather_rows = _mirror(Group.all_gather, Group.reduce_scatter)
+# (size n, ...) partial sums -> (n, ...), this rank's rows of the whole sum
+scatter_rows = _mirror(Group.reduce_scatter, Group.all_gather)
+# as gather_rows, but every rank then does the SAME with the rows, so each gradient is whole already: take one's own rows
+join_rows = _mirror(Group.all_gather, lambda group, g: g.chunk(group.size)[group.rank].contiguous())
+# partial results -> their sum, with which every rank then does the same
+sum_parts = _mirror(lambda group, x: group.all_reduce(x.clone(), 'sum of parts'), lambda group, g: g)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tensor + sequence parallel: some heads, some MLP columns, some words; N / tp tokens between the blocks
@@ -380,7 +352,7 @@ class Row(nn.Module):
         self.weight, self.bias, self.group = linear.weight, linear.bias, group
 
     def forward(self, x):
-        y = _ScatterRows.apply(F.linear(x, self.weight), self.group)
+        y = scatter_rows(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -394,7 +366,7 @@ class VocabEmbedding(nn.Module):
     def forward(self, idx):
         here = (idx >= self.lo) & (idx < self.lo + len(self.weight))
         x = F.embedding(torch.where(here, idx - self.lo, 0), self.weight) * here[:, None]
-        return _ScatterRows.apply(x, self.group)
+        return scatter_rows(x, self.group)
 
 
 class RowsEmbedding(nn.Module):
@@ -476,7 +448,7 @@ def _gathered_attend(group, pos, dropout, tile=1024):
             tiles.append((lo, b, (key <= row) & (key >= start[a:b, None])))
 
     def attend(layer, q, k, v):
-        k, v = (_GatherRows.apply(t, group).index_select(0, natural).transpose(0, 1)[None] for t in (k, v))
+        k, v = (gather_rows(t, group).index_select(0, natural).transpose(0, 1)[None] for t in (k, v))
         out = []
         for rows, (lo, b, mask) in zip(q.split([m.shape[0] for *_, m in tiles]), tiles):
             y = F.scaled_dot_product_attention(rows.transpose(0, 1)[None], k[:, :, lo:b], v[:, :, lo:b], attn_mask=mask,
@@ -672,7 +644,7 @@ class Head(nn.Module):
                 return z
             V, size = body.config.vocab_size, self.tp.size
             counts = [V * (t + 1) // size - V * t // size for t in range(size)]
-            z = _JoinRows.apply(F.pad(z.t(), (0, 0, 0, max(counts) - z.shape[1])), self.tp)
+            z = join_rows(F.pad(z.t(), (0, 0, 0, max(counts) - z.shape[1])), self.tp)
             return torch.cat([p[:n] for p, n in zip(z.chunk(size), counts)]).t()
         x, weight = body.head_weight(x)
         if self.tp.size == 1:
@@ -719,7 +691,6 @@ class Sharded(nn.Module):
         self.units = [(m, list(m.parameters())) for m in (model.wte, model.wpe, *model.h, model.ln_f) if m is not None]
         if self.last:
             self.units.append((self.out, [model.lm_head.weight if model.head == 'lm' else model.score.weight]))
-        model.hidden = self._hidden  # model.encode now runs our part and returns (x, own rows)
 
     def _cut(self, tp):
         """Slices every parameter that has ranges, then puts the communication around it."""
@@ -730,7 +701,7 @@ class Sharded(nn.Module):
                 owner = body.get_submodule(name.rpartition('.')[0])
                 local = Part(name, p, tuple(p.shape), dim, ranges).take(p.detach()).clone()
                 setattr(owner, name.rpartition('.')[2], nn.Parameter(local, p.requires_grad))
-        gather = lambda module, args: (_GatherRows.apply(args[0], tp), *args[1:])
+        gather = lambda module, args: (gather_rows(args[0], tp), *args[1:])
         for block in body.h:
             a, m = block.attn, block.mlp
             a.n_head, a.n_kv_head = a.n_head // tp.size, max(1, a.n_kv_head // tp.size)
@@ -778,41 +749,35 @@ class Sharded(nn.Module):
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
-    def _hidden(self, idx, pos, attend):
-        """What model.hidden does, on this rank's tokens -> (x (n, C), own (n,)): rows `own` of the N flat tokens. tp ranks get
-        the same rows; cp ranks get their zig-zag share; earlier pipeline stages get _Handoff."""
-        mesh, body, n = self.mesh, self.body, len(idx)
+    def encode(self, idx, mask=None, doc=None):
+        """((x (n, C), own (n,)), Layout), for `logprobs(encoded=)`: rows `own` of the batch's N real tokens. tp ranks get the same
+        rows, cp ranks their zig-zag share; on earlier pipeline stages _Handoff leaves from here."""
+        mesh, body, at = self.mesh, self.body, self.body.layout(idx, mask, doc)
         if mesh.pp.size > 1 and not self.running:
             raise RuntimeError('with pp > 1 call the model inside parallel.accumulate or parallel.evaluate')
-        extra = -n % (mesh.tp.size * (2 * mesh.cp.size if mesh.cp.size > 1 else 1))
-        idx, pos = F.pad(idx, (0, extra)), F.pad(pos, (0, extra))  # padding: segments of one token each, nobody sees them
-        own = zigzag(n + extra, mesh.cp.size, mesh.cp.rank, idx.device)
-        if mesh.cp.size > 1:
-            dropout = self.config.dropout if self.training else 0.0
-            ring = self.attention == 'ring' or (self.attention == 'auto' and not dropout and int((pos[:n] == 0).sum()) == 1)
-            act = (lambda layer, q, k, v: _Ring.apply(q, k, v, pos, mesh.cp)) if ring else _gathered_attend(mesh.cp, pos, dropout)
+        n, padded, cp = len(at.pos), len(at.pos) + at.extra, mesh.cp.size
+        rest = -padded % (mesh.tp.size * (2 * cp if cp > 1 else 1))
+        ids, pos = (F.pad(t, (0, at.extra + rest)) for t in (at.pick(idx), at.pos))  # dummies: segments of one token, nobody sees them
+        own = zigzag(padded + rest, cp, mesh.cp.rank, idx.device)
+        dropout = self.config.dropout if self.training else 0.0
+        inner = at.attend(dropout)
+        if cp > 1:
+            ring = self.attention == 'ring' or (self.attention == 'auto' and not dropout and int((at.pos == 0).sum()) == 1)
+            attend = (lambda layer, q, k, v: _Ring.apply(q, k, v, pos, mesh.cp)) if ring else _gathered_attend(mesh.cp, pos, dropout)
         else:
-            act = attend if not extra else lambda layer, q, k, v: F.pad(attend(layer, q[:n], k[:n], v[:n]), (0, 0, 0, 0, 0, extra))
-        if mesh.cp.size > 1:
-            idx, pos_own = idx[own], pos[own]
-        else:
-            pos_own = pos
-        x = type(body).hidden(body, idx, pos_own, act)
+            attend = lambda layer, q, k, v: F.pad(inner(layer, q[:padded], k[:padded], v[:padded]), (0, 0, 0, 0, 0, rest)) if rest else inner(layer, q, k, v)
+        x = body.hidden(ids[own], pos[own], attend) if cp > 1 else body.hidden(ids, pos, attend)
         if mesh.tp.size > 1:  # a scalar head does the same work on every rank, an LM head its own words
-            x = (_JoinRows if self.head == 'scalar' else _GatherRows).apply(x, mesh.tp)
+            x = (join_rows if self.head == 'scalar' else gather_rows)(x, mesh.tp)
         keep = own < n
-        return (x, own) if not extra else (x[keep], own[keep])
-
-    def encode(self, idx, mask=None, doc=None):
-        """((x, own), Layout) for `logprobs(encoded=)`."""
-        return self.body.encode(idx, mask, doc)
+        return ((x, own) if padded + rest == n else (x[keep], own[keep])), at
 
     def _whole(self, values, own, n):
         """This rank's rows (len(own), ...) -> all n rows, on every cp rank."""
         if self.mesh.cp.size == 1:
             return values
         full = values.new_zeros(n, *values.shape[1:]).index_copy(0, own, values)
-        return _Sum.apply(full, self.mesh.cp)
+        return sum_parts(full, self.mesh.cp)
 
     def forward(self, idx, targets=None, mask=None, doc=None):
         """As GPT.forward: (logits, None), (None, mean loss) or (values, None); the same on every rank of the last stage."""
@@ -825,7 +790,7 @@ class Sharded(nn.Module):
         counted = mine >= 0
         x, mine = x[counted], mine[counted]
         loss = self.out(x, mine, reduce=True) * (len(mine) / total) if len(mine) else x.sum() * 0.0
-        return None, _Sum.apply(loss, self.mesh.cp) if self.mesh.cp.size > 1 else loss
+        return None, sum_parts(loss, self.mesh.cp) if self.mesh.cp.size > 1 else loss
 
     def logprobs(self, idx, temperature=1.0, mask=None, doc=None, where=None, entropy=False, encoded=None):
         """As GPT.logprobs: (B, T-1), or (logp, entropy)."""
@@ -843,7 +808,7 @@ class Sharded(nn.Module):
         both = self.out(x[local], idx.reshape(-1)[flat + 1], temperature)
         out = [torch.zeros(B * T, device=idx.device, dtype=y.dtype).index_copy(0, flat, y) for y in both[:1 + entropy]]
         if self.mesh.cp.size > 1:
-            out = [_Sum.apply(y, self.mesh.cp) for y in out]
+            out = [sum_parts(y, self.mesh.cp) for y in out]
         out = [y.view(B, T)[:, :-1] for y in out]
         return tuple(out) if entropy else out[0]
 
@@ -1400,22 +1365,23 @@ def _load_network(state, model, where):
 
 def _save_pieces(path, mesh, networks, optimizers, rest):
     """This rank's pieces to DIR/ckpt.iter<i>.rank<r>.pt, then the pointer file DIR/ckpt.shards.json, then the old ones go."""
-    folder, stamp = os.path.dirname(path) or '.', f'ckpt.iter{rest.get("iter", 0)}.'
-    out, by_model = {}, {id(o.model): (k, o) for k, o in optimizers.items() if o is not None}
-    for key, net in networks.items():
-        rows = []
-        okey, opt = by_model.get(id(net), (None, None))
-        for part in (_parts(net) if net is not None else ()):
-            whole = (mesh.data.rank == 0) if not (part.bucketed and mesh.zero and mesh.data.size > 1) else True
-            for lo, flat, p in [(p.lo, p.weight, p) for p in part.pieces] or [(0, part.param.detach(), None)]:
-                if part.owner and whole:
-                    row = dict(name=part.name, shape=list(part.shape), dim=part.dim, ranges=[list(r) for r in part.ranges], local=list(part.param.shape),
-                               lo=lo, weight=flat.detach().reshape(-1).cpu().clone())
-                    row.update({kind: opt.read(p, kind).cpu().clone() for kind in (opt.kinds() if p is not None and opt is not None else ())})
-                    rows.append(row)
-        if net is not None:
-            out[key] = dict(rows=rows, optimizer=okey, step=opt.steps() if opt else 0, tie=bool(net.config.tie and net.head == 'lm'))
-    _atomic(lambda tmp: torch.save(dict(networks=out, rest=rest if mesh.master else {}), tmp), os.path.join(folder, f'{stamp}rank{mesh.rank}.pt'))
+    folder, stamp, rows = os.path.dirname(path) or '.', f'ckpt.iter{rest.get("iter", 0)}.', []
+    owner_of = {id(o.model): (key, o) for key, o in optimizers.items() if o is not None}
+    split = mesh.zero > 0 and mesh.data.size > 1
+    for net, model in networks.items():
+        opt_key, opt = owner_of.get(id(model), (None, None))
+        for part in _parts(model) if model is not None else ():
+            if part.owner and (mesh.data.rank == 0 or (split and part.bucketed)):
+                common = dict(net=net, opt=opt_key, name=part.name, shape=list(part.shape), dim=part.dim, ranges=[list(r) for r in part.ranges],
+                              local=list(part.param.shape))
+                for p in part.pieces:
+                    kinds = {k: opt.read(p, k).cpu().clone() for k in opt.kinds()} if opt else {}
+                    rows.append(dict(common, lo=p.lo, weight=p.weight.detach().view(-1).cpu().clone(), **kinds))
+                if not part.bucketed:
+                    rows.append(dict(common, opt=None, lo=0, weight=part.param.detach().reshape(-1).cpu().clone()))
+    rest = dict(rest, **{key: {'step': o.steps()} for key, o in optimizers.items() if o is not None},
+                tied=[net for net, model in networks.items() if model is not None and model.config.tie and model.head == 'lm'])
+    _atomic(lambda tmp: torch.save(dict(rows=rows, rest=rest if mesh.master else {}), tmp), os.path.join(folder, f'{stamp}rank{mesh.rank}.pt'))
     mesh.barrier()
     if mesh.master:
         def write(tmp):
@@ -1434,28 +1400,23 @@ def merge(folder):
             index = json.load(f)
     except OSError:
         raise ValueError(f'{folder}: no ckpt.shards.json in it: nothing to merge (a run with --sharded_ckpt=True writes it)') from None
-    merged, locals_ = {}, {}
+    merged, slices = {}, {}
     for rank in range(index['world']):
         file = os.path.join(folder, f'{index["stamp"]}rank{rank}.pt')
         if not os.path.exists(file):
             raise ValueError(f'{file} is missing: {index["world"]} ranks wrote this checkpoint, all their files are needed')
         ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
         merged.update(ckpt['rest'])
-        for key, net in ckpt['networks'].items():
-            tree = merged.setdefault(key, {})
-            if net['optimizer']:
-                opt = merged.setdefault(net['optimizer'], {'step': 0})
-                opt['step'] = max(opt['step'], net['step'])
-            for row in net['rows']:
-                for kind in (k for k in ('weight', 'exp_avg', 'exp_avg_sq', 'master') if k in row):
-                    target = tree if kind == 'weight' else opt.setdefault(kind, {})
-                    full = target.setdefault(row['name'], torch.zeros(row['shape'], dtype=row[kind].dtype))
-                    spot = (key, kind, row['name'], str(row['ranges']))  # a tp slice, filled in by the pieces of its ZeRO ranks
-                    local = locals_.setdefault(spot, torch.zeros(row['local'], dtype=row[kind].dtype))
-                    local.view(-1)[row['lo']:row['lo'] + len(row[kind])] = row[kind]
-                    Part(row['name'], None, tuple(row['shape']), row['dim'], tuple(map(tuple, row['ranges']))).put(full, local)
-            if net['tie'] and 'wte.weight' in tree:
-                tree['lm_head.weight'] = tree['wte.weight']
+        for row in ckpt['rows']:
+            for kind in (k for k in ('weight', 'exp_avg', 'exp_avg_sq', 'master') if k in row):
+                tree = merged.setdefault(row['net'], {}) if kind == 'weight' else merged[row['opt']].setdefault(kind, {})
+                full = tree.setdefault(row['name'], torch.zeros(row['shape'], dtype=row[kind].dtype))
+                spot = (row['net'], kind, row['name'], str(row['ranges']))  # one tp slice: filled by the pieces of its ZeRO ranks
+                local = slices.setdefault(spot, torch.zeros(row['local'], dtype=row[kind].dtype))
+                local.view(-1)[row['lo']:row['lo'] + len(row[kind])] = row[kind]
+                Part(row['name'], None, tuple(row['shape']), row['dim'], tuple(map(tuple, row['ranges']))).put(full, local)
+    for net in merged.pop('tied'):
+        merged[net]['lm_head.weight'] = merged[net]['wte.weight']
     path = os.path.join(folder, index['file'])
     _atomic(lambda tmp: torch.save(merged, tmp), path)
     return path

@@ -99,7 +99,7 @@ def micros_of(case, step, lo, hi, size=2):
     """Rows lo .. hi of a global batch of 8 as microbatches: the same numbers in every layout."""
     size = 1 if case == 'long' else size  # one sequence a microbatch: what ring attention is for
     whole = CASES[case][1](torch.Generator().manual_seed(100 + step), 8)
-    return [{k: v[i:i + size] for k, v in whole.items()} for i in range(lo, hi, size)]
+    return [{k: v[i:min(i + size, hi)] for k, v in whole.items()} for i in range(lo, hi, size)]
 
 
 def single(case, shape, dtype, steps=3, clip=0.05):
@@ -187,7 +187,7 @@ def check_all(rank, jobs, refs):
     for case, shape, dtype, layout, extra in jobs:
         got, (mesh, *_) = run_layout(case, shape, dtype, layout, **extra)
         err = worst(got, refs[str((case, json.dumps(shape), dtype))])
-        mesh.watch.what = 'closed'
+        mesh.watch.stop()
         if os.environ.get('SHOW') and rank == 0:
             print(f'{case:7s} {shape["arch"]:6s} {str(dtype)[6:]} {layout} {extra or ""} {err:.1e}', flush=True)
         assert err < TOL[dtype], f'{case} {shape["arch"]} {layout} {extra}: off by {err:.2e}'
@@ -255,7 +255,7 @@ def interface(rank, world):
                                    (dict(GPT2, n_layer=1), {}, 'nearest that works is --pp=1'), (GPT2, dict(attention='sparse'), "expected 'auto'")]:
         with pytest.raises(ValueError, match=message):
             parallel.shard(make(shape), mesh, **layout)
-    mesh.watch.what = 'closed'
+    mesh.watch.stop()
 
 
 # ---- checkpoints: written on one layout, read on another ---------------------------------------------------------------
@@ -268,7 +268,7 @@ def checkpoints(rank, folder):
         _, (mesh, model, opt) = run_layout('lm', GPT2, dtype, dict(tp=2, zero=1), steps=2)
         parallel.save_checkpoint(path(f'{name}-a'), mesh, model, opt, iter=2, config={'seed': 1})
         parallel.save_checkpoint(path(f'{name}-s'), mesh, model, opt, sharded=True, iter=2, config={'seed': 1})
-        mesh.watch.what = 'closed'
+        mesh.watch.stop()
         draw = torch.rand(1)  # the state after the checkpoint, on the layout that wrote it
         mesh = parallel.init(pp=2, cp=2, zero=3, device='cpu')
         model = parallel.shard(make(GPT2, 'lm', dtype, seed=9), mesh)
@@ -282,7 +282,7 @@ def checkpoints(rank, folder):
             opt.step(1e-2, 0.05)
             parallel.save_checkpoint(path('after'), mesh, model, opt, iter=3)
             assert abs(loss - single('lm', GPT2, f64)['loss'][2]) < 1e-10
-        mesh.watch.what = 'closed'
+        mesh.watch.stop()
 
 
 def equal(a, b, at=''):
