@@ -248,6 +248,9 @@ def _new_enum(key, meta, name, bases, first):
     return _classes[key]
 
 
+_WRITABLE = 1 << 63  # in the count: there are tensors, whose reader may write to its copy
+
+
 class _Packed:
     """A value as bytes: head (counts, table, pickle), then the out-of-band buffers, each on a 64-byte boundary. .size is the whole."""
     __slots__ = 'head', 'chunks', 'size', 'contained'
@@ -262,7 +265,8 @@ class _Packed:
             table += at, raw.nbytes
             self.chunks.append((at, raw))
             at += raw.nbytes
-        self.head = struct.pack(f'<{2 + len(table)}Q', len(raws), len(data), *table) + data
+        writable = any(not raw.readonly for raw in raws)
+        self.head = struct.pack(f'<{2 + len(table)}Q', len(raws) | writable << 63, len(data), *table) + data
         self.size, self.contained = at, pickler.contained
     def write(self, put):
         put(0, self.head)
@@ -278,6 +282,7 @@ class _Packed:
 
 def _unpack(blob):
     count, size = struct.unpack_from('<2Q', blob)
+    count &= ~_WRITABLE
     if count and isinstance(blob, bytes):
         blob = bytearray(blob)  # a small tensor may be written to; an array is read-only by what its pickle says
     view = memoryview(blob)
@@ -319,15 +324,19 @@ class _Free:
         self.holes.insert(i, (at, size))
 
 
-class _View(mmap.mmap):
-    """One object mapped copy-on-write. The arrays in it keep the map, the map keeps .ref, the ref keeps the object."""
+class _Private(mmap.mmap):
+    """One object mapped copy-on-write. The tensors in it keep the map, the map keeps .ref, the ref keeps the object."""
+
+
+class _Shared(np.ndarray):
+    """One object in the process's read-only map of the whole arena, whose page tables are filled once and stay. Keeps .ref likewise."""
 
 
 class _Store:
     """This process's hold on its node's two files: 0 memory, 1 disk. A location is (file, offset, size); who may write where is the hub's business."""
     def __init__(self, capacity, fds=None):
         self.capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fds, self.map = fds, None
+        self.fds, self.map, self.reading = fds, None, None
         if not fds:
             memory = os.memfd_create('actors-arena') if hasattr(os, 'memfd_create') else self._nameless()
             os.ftruncate(memory, self.capacity)
@@ -352,7 +361,13 @@ class _Store:
             raw, at = raw[n:], at + n
     def view(self, loc, ref=None):
         file, start, size = loc
-        view = _View(self.fds[file], size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+        if not file:
+            self.reading = self.reading or mmap.mmap(self.fds[0], self.capacity, prot=mmap.PROT_READ)
+            if not struct.unpack_from('<Q', self.reading, start)[0] & _WRITABLE:
+                view = np.frombuffer(self.reading, np.uint8, size, start).view(_Shared)
+                view.ref = ref
+                return memoryview(view)
+        view = _Private(self.fds[file], size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
         view.ref = ref
         return view
     def close(self):
@@ -538,7 +553,7 @@ class _Peer:
     def __init__(self, hub, role, id, node=None, sock=None):
         self.hub, self.role, self.id, self.node, self.sock = hub, role, id, node, sock
         self.feed, self.out, self.refs, self.allocs, self.known, self.waits = _Feed(), collections.deque(), collections.Counter(), set(), set(), {}
-        self.job = self.task = self.actor = self.key = self.reason = None
+        self.job = self.task = self.actor = self.key = self.reason = self.nursery = None
         self.dead, self.stuck, self.blocked, self.last, self.tail, self.pid = False, False, 0, time.monotonic(), b'', 0
     def send(self, msg, tail=b''):
         self.out.append(_frame(msg, tail))
@@ -983,11 +998,12 @@ class _Hub:
             peer.sock, theirs = socket.socketpair()
             peer.sock.setblocking(False)
             self.sel.register(peer.sock, selectors.EVENT_READ, peer)
-            if not self.nursery.running():
+            if self.nursery.closed:
                 self.nursery = _Nursery(self.store)
             if self.nursery.sock not in self.sel.get_map():
                 nursery = self.nursery
                 self.sel.register(nursery.sock, selectors.EVENT_READ, lambda: self.nursery_says(nursery))
+            peer.nursery = self.nursery
             self.nursery.spawn(peer.id, node.id, env, theirs)
             theirs.close()
         else:
@@ -998,9 +1014,10 @@ class _Hub:
         exits = nursery.read()
         if exits is None:
             self.sel.unregister(nursery.sock)
+            nursery.close()
             if not nursery.born:
                 print('actors: the worker zygote died at its start (its words are above)', file=sys.stderr)
-            exits = [(wid, 'the zygote died') for wid in list(self.home.workers)]
+            exits = [(wid, 'the zygote died') for wid, worker in self.home.workers.items() if worker.nursery is nursery]
         for wid, why in exits:
             self.ended(wid, why)
 
@@ -1627,9 +1644,13 @@ class _Remote(_Session):
     def listen(self):
         for _ in self.read():
             continue
+        self.sock.close()
         self.broken(RaySystemError('the head is gone: the connection closed'))
     def close(self):
-        self.sock.close()
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)  # the reading thread sees the end and closes
+        except OSError:
+            self.sock.close()
         self.broken(RaySystemError('actors.shutdown() was called'))
 
 
@@ -1793,7 +1814,7 @@ class _Nursery:
     """The zygote's parent: orders workers from it, hears of their ends. Used by the hub for its own node and by the daemon of any other."""
     def __init__(self, store):
         self.sock, theirs = socket.socketpair()
-        self.feed, self.born = _Feed(), 0
+        self.feed, self.born, self.closed = _Feed(), 0, False
         code = f'import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import actors; actors._zygote({theirs.fileno()}, {store.capacity}, {store.fds})'
         # one thread per library until a worker asks for more: a process that forks must have no threads
         self.proc = subprocess.Popen([sys.executable, '-c', code], pass_fds=(theirs.fileno(), *store.fds), start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
@@ -1821,9 +1842,8 @@ class _Nursery:
             data = b''
         self.born += bool(data)
         return [msg for msg, _ in self.feed(data)] if data else None
-    def running(self):
-        return self.proc.poll() is None
     def close(self):
+        self.closed = True
         self.sock.close()  # it kills its children and goes
         try:
             self.proc.wait(5)

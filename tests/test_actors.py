@@ -332,11 +332,18 @@ def test_a_crash_is_retried_as_often_as_allowed(rt, tmp_path):
     raises(OSError, fails.options(retry_exceptions=[KeyError]).remote(str(tmp_path / 'd'), 2))
 
 
-def test_cancel(rt):
+def test_cancel(rt, tmp_path):
     gone = actors.exceptions.TaskCancelledError
+    @actors.remote
+    def busy(file):
+        open(file, 'w').close()
+        for _ in range(3000):
+            time.sleep(0.01)
+
     for force in (False, True):
-        running = nap.remote(30)
-        time.sleep(0.5)
+        file = str(tmp_path / f'{force}')
+        running = busy.remote(file)
+        soon(lambda: os.path.exists(file))
         actors.cancel(running, force=force)
         raises(gone, running)
     blockers = [nap.options(num_cpus=4).remote(1.0)]
