@@ -104,7 +104,11 @@ class Array:
     def list(self, lo, hi):
         """Values lo..hi as Python objects, what pyarrow's to_pylist() gives; nanosecond times are np.datetime64 and np.timedelta64."""
         self.check()
-        k, valid = self.type.kind, None if self.valid is None else _bits(self.valid, lo, hi)
+        k = self.type.kind
+        if self.memo is not None and k in _TEXT:
+            o = self.memo[lo:hi + 1].tolist()
+            return _strings(bytes(self.data[o[0]:o[-1]]), o, o[0], True)
+        valid = None if self.valid is None else _bits(self.valid, lo, hi)
         if valid is not None and valid.all():
             valid = None
         if k == 'null':
@@ -123,7 +127,10 @@ class Array:
                 flat = [tuple(kv.values()) for kv in flat] if k == 'map' else flat
                 out = [flat[x:y] for x, y in zip(o, o[1:])]
             else:
-                out = _strings(bytes(self.data[base:base + o[-1]]), o, valid, k in _TEXT)
+                blob = bytes(self.data[base:base + o[-1]])
+                if valid is not None:  # what stands in a null slot need not be text
+                    return [_strings(blob[x:y], (x, y), x, k in _TEXT)[0] if ok else None for x, y, ok in zip(o, o[1:], valid.tolist())]
+                out = _strings(blob, o, 0, k in _TEXT)
         elif k == 'fixed_size_binary':
             w = self.type.arg
             out = [bytes(self.data[i * w:i * w + w]) for i in range(lo, hi)]
@@ -137,13 +144,15 @@ class Array:
         return out if valid is None else [v if ok else None for v, ok in zip(out, valid.tolist())]
 
 
-def _strings(blob, o, valid, text):
-    if text and valid is None and blob.isascii():  # decode once: characters are bytes
-        blob = blob.decode()
-        return [blob[x:y] for x, y in zip(o, o[1:])]
+def _strings(blob, o, base, text):
+    """blob cut at o - base, as text or as bytes."""
     try:
-        keep = [True] * (len(o) - 1) if valid is None else valid.tolist()
-        return [(blob[x:y].decode() if text else blob[x:y]) if k else None for x, y, k in zip(o, o[1:], keep)]
+        if not text:
+            return [blob[x - base:y - base] for x, y in zip(o, o[1:])]
+        if blob.isascii():  # decode once: characters are bytes
+            blob = blob.decode()
+            return [blob[x - base:y - base] for x, y in zip(o, o[1:])]
+        return [blob[x - base:y - base].decode() for x, y in zip(o, o[1:])]
     except UnicodeDecodeError as e:
         raise ArrowError(f'corrupt: text that is not UTF-8 ({e.reason})') from None
 
@@ -284,15 +293,14 @@ def _numbers(values, group, kinds):
 
 
 def _texts(values, text, n, valid):
-    """Strings of the valid slots -> Array. One join, one encode; lengths in bytes only where they differ from those in characters."""
+    """Strings or bytes of the valid slots -> Array."""
     try:
-        blob = ''.join(values) if text else b''.join(values)
-        raw = blob.encode() if text else blob
-        lens = map(len, values if not text or len(raw) == len(blob) else [v.encode() for v in values])
+        parts = list(map(str.encode, values)) if text else values
     except UnicodeEncodeError:
         raise _Mixed('text with a lone surrogate (half a character), which UTF-8 cannot hold') from None
     lengths = np.zeros(n, np.int64)
-    lengths[slice(None) if valid is None else _bits(valid, 0, n)] = np.fromiter(lens, np.int64, len(values))
+    lengths[slice(None) if valid is None else _bits(valid, 0, n)] = np.fromiter(map(len, parts), np.int64, len(values))
+    raw = b''.join(parts)
     wide = len(raw) > _MAX32
     offs = np.concatenate([[0], np.cumsum(lengths)]).astype('i8' if wide else 'i4')
     return Array(Type(('large_' if wide else '') + ('string' if text else 'binary')), n, valid, memoryview(raw), offs)
@@ -1192,12 +1200,8 @@ class Dataset:
     def _read(self, rows, names):
         """-> {name: list of Python values}"""
         if isinstance(rows, range) and rows.step == 1:
-            out = {k: [] for k in names}
-            for chunk, lo, hi in self._pieces(rows):
-                cols = chunk.cols()
-                for k in names:
-                    out[k] = out[k] + cols[k].list(lo, hi) if out[k] else cols[k].list(lo, hi)
-            return out
+            parts = [{k: cols[k].list(lo, hi) for k in names} for chunk, lo, hi in self._pieces(rows) for cols in [chunk.cols()]]
+            return parts[0] if len(parts) == 1 else {k: list(itertools.chain.from_iterable(p[k] for p in parts)) for k in names}
         rows = np.asarray(rows, np.int64)
         which = np.searchsorted(self._starts, rows, 'right') - 1
         local = (rows - np.asarray(self._starts)[which]).tolist()
@@ -1531,6 +1535,7 @@ def _map_piece(job, lo, hi, path):
             if new is not None and not isinstance(new, dict):
                 raise ValueError(f'map: the function returned {builtins.type(new).__name__}, expected a dict of new values (or None)')
             sink.put(_merge(ds, rows, n, new or {}, gone, at), f'map, rows {at} to {at + n}')
+        sink.flush()
 
 
 def _merge(ds, rows, n, new, gone, at):
@@ -1608,7 +1613,7 @@ def _digest(arrays):
 
 # --- load_dataset ------------------------------------------------------------------------------------------------------
 
-_BLOCK = 4 << 20  # bytes of JSON parsed at a time: large enough for long columns, small enough for the cache of the machine
+_BLOCK, _BATCH = 256 << 10, 4 << 20  # bytes of JSON parsed at a time, to stay in the processor's cache; bytes of columns in a batch
 _SCAN = json.JSONDecoder().scan_once
 _FORMS = '.jsonl, .json, .csv, .tsv (each also .gz), .arrow, .parquet, a folder of save_to_disk'
 
@@ -1618,7 +1623,7 @@ class _Sink:
     all of them in `file`. Memory is bounded by one batch whatever the input."""
 
     def __init__(self, file=None, t=Type('struct')):
-        self.spill, self.type, self.chunks, self.bytes = file, t, [], 0
+        self.spill, self.type, self.chunks, self.bytes, self.wait = file, t, [], 0, []
 
     def add(self, rows, where):
         """A list of dicts. where(k, error) -> the message for a row k that does not fit."""
@@ -1642,8 +1647,18 @@ class _Sink:
             self.type = unify(self.type, table.type)
         except _Mixed as e:
             raise ValueError(f'{where}: {e}') from None
-        if self.spill is None and self.bytes < _SPILL:
-            self.bytes += _nbytes(table)
+        self.wait.append((table, _nbytes(table)))
+        if sum(n for _, n in self.wait) >= _BATCH:
+            self.flush()
+
+    def flush(self):
+        """What waits becomes one batch, of the type that is common so far."""
+        tables, size = [cast(t, self.type) for t, _ in self.wait], sum(n for _, n in self.wait)
+        self.wait = []
+        if not tables:
+            return
+        table, self.bytes = concat(tables), self.bytes + size
+        if self.spill is None and self.bytes <= _SPILL:
             self.chunks.append((_Chunk(table.n, lambda: table), table.type))
             return
         self.spill = self.spill or tempfile.TemporaryFile()
@@ -1652,6 +1667,7 @@ class _Sink:
         w.end()
 
     def dataset(self, id=None):
+        self.flush()
         if self.spill is not None:
             self.spill.flush()
             self.chunks += [(c, t) for t, _, chunks in _read_ipc(_Source(self.spill, windows=True), many=True) for c in chunks]
@@ -1716,7 +1732,7 @@ def _load(path, num_proc):
         elif head[:1] == b'[':
             _read_list(f, path, sink)
         elif head[:1] == b'{' or kind in ('.jsonl', '.json', '.ndjson'):
-            if num_proc > 1 and stat.st_size > 4 * _BLOCK and not path.endswith('.gz') and (done := _parallel(path, stat.st_size, num_proc)):
+            if num_proc > 1 and stat.st_size > 16 * _BLOCK and not path.endswith('.gz') and (done := _parallel(path, stat.st_size, num_proc)):
                 return [Dataset(done._chunks, done._type, id=id)]
             _read_lines(f, path, sink, None)
         else:
@@ -1933,7 +1949,9 @@ def _parallel(path, size, num_proc):
 def _lines_piece(job, path, lo, hi, out):
     with open(path, 'rb') as f, open(out, 'wb') as g:
         f.seek(lo)
-        _read_lines(f, path, _Sink(g), hi)
+        sink = _Sink(g)
+        _read_lines(f, path, sink, hi)
+        sink.flush()
 
 
 _INT, _FLOAT = re.compile(r'-?(0|[1-9]\d*)').fullmatch, re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[nN]a[nN]').fullmatch
@@ -2229,7 +2247,13 @@ def lint(ds, tok=None, max_len=None, test=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # part 2: tokenizers, chat templates, which tokens are trained on
 # ---------------------------------------------------------------------------------------------------------------------
-import unicodedata  # (the other modules are imported at the top of the file)
+import unicodedata
+
+import jinja2  # torch brings it
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -2295,7 +2319,13 @@ class Tokenizer:
 
     def decode(self, ids):
         """[int] -> str. Bytes that are no UTF-8 (half an emoji) become U+FFFD; an id above the vocabulary (the padding rows of a
-        model's embedding) is nothing, as in HF."""
+        model's embedding) is nothing, as in HF; one below 0 is a ValueError."""
+        ids = list(ids)
+        if ids and min(ids) < 0:
+            raise ValueError(f'token id {min(ids)}: ids start at 0 (an ignored target?)')
+        return self._decode(ids)
+
+    def _decode(self, ids):
         return b''.join(map(self._bytes, ids)).decode(errors='replace')
 
     def _encode_marked(self, text, wrote):
@@ -2358,7 +2388,7 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode())
 
     def _bytes(self, i):
-        return bytes([i]) if 0 <= i < 256 else EOT.encode() if i == 256 else b''
+        return bytes([i]) if i < 256 else EOT.encode() if i == 256 else b''
 
 
 class CharTokenizer(Tokenizer):
@@ -2405,11 +2435,11 @@ class BpeTokenizer(Tokenizer):
         except KeyError:
             return b''
 
-    def decode(self, ids):
+    def _decode(self, ids):
         try:
             return self._bpe.decode_bytes(ids).decode(errors='replace')
-        except KeyError:
-            return super().decode(ids)
+        except KeyError:  # an id above the vocabulary among them
+            return super()._decode(ids)
 
 
 class LibraryTokenizer(Tokenizer):
@@ -2440,8 +2470,8 @@ class LibraryTokenizer(Tokenizer):
             return [i for part in parts for i in self._run(part, False).ids]
         return ids
 
-    def decode(self, ids):
-        return self._lib.decode(list(ids), skip_special_tokens=False)
+    def _decode(self, ids):
+        return self._lib.decode(ids, skip_special_tokens=False)
 
     def _encode_marked(self, text, wrote):
         got = self._run(text, True)
@@ -2527,8 +2557,6 @@ def _gpt2(read):
 
 def _tiktoken_file(file):
     """One of GPT-2's files through tiktoken: its cache, else its download."""
-    import hashlib
-    import tempfile
     import requests
     from tiktoken.load import read_file_cached
     url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{file}'
@@ -2604,102 +2632,112 @@ GROWS = {'replace', 'join', 'indent', 'center', 'wordwrap', 'format', 'format_ma
 BEGIN, END = '\U000fffec', '\U000fffed'  # around a {% generation %} block while its place is wanted
 
 
+METER = '$meter'  # a filter by that name cannot be written in a template
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """HF's sandbox with a meter in it."""
+    intercepted_binops = frozenset(['+', '*', '**', '%'])
+    spent, steps, until, want = 0, 0, 0.0, False
+
+    def metered(self, value, cost=1):
+        """value, paid for. A lazy filter's result becomes a list; a nested one costs what it is written out, each part counted as often
+        as it would be printed (a list of two lists of two lists ... is small in memory and has no end on paper)."""
+        if hasattr(value, '__next__'):
+            value = list(itertools.islice(value, BUDGET))
+        known = {}
+
+        def size(x):
+            if not isinstance(x, (list, tuple, dict)):
+                return len(x) if isinstance(x, str) else 1
+            if id(x) not in known:
+                known[id(x)] = BUDGET  # one that holds itself
+                known[id(x)] = 1 + sum(map(size, x)) + (sum(map(size, x.values())) if isinstance(x, dict) else 0)
+            return known[id(x)]
+
+        self.spend(cost * (len(value) + 1 if hasattr(value, '__len__') else 1) if cost != 1 else 1 + size(value))
+        return value
+
+    def spend(self, cost):
+        self.spent, self.steps = self.spent + cost, self.steps + 1
+        if self.spent > BUDGET or (self.steps % 64 == 0 and time.thread_time() > self.until):
+            raise SecurityError('it computes more than a chat template may: a loop or a text that grows without end?')
+
+    def product(self, *values):
+        cost = 1
+        for v in values:
+            cost *= max(1, len(v) if isinstance(v, (str, list, tuple, dict)) else min(abs(v), BUDGET) if type(v) is int else 1)
+            if isinstance(v, str) and re.search(r'[%{:][^a-z}]*(\d{5}|\*)', v):
+                raise SecurityError('a field width of more than four digits')
+        self.spend(cost)
+
+    def call_binop(self, context, operator, left, right):
+        if operator in '%**' and (isinstance(left, (str, list)) or isinstance(right, (str, list))):
+            self.product(left, right)
+        if operator == '**' and type(left) is int and type(right) is int and left.bit_length() * abs(right) > 4096:
+            raise SecurityError('a power of that size')
+        return self.metered(super().call_binop(context, operator, left, right), 2)
+
+    def call(self, context, obj, *args, **kwargs):
+        owner = getattr(getattr(obj, '__wrapped__', obj), '__self__', None)
+        if getattr(obj, '__name__', '') in GROWS:
+            self.product(owner, *args, *kwargs.values())
+        self.metered(owner if isinstance(owner, (str, list, dict)) else None, 2)
+        return self.metered(super().call(context, obj, *args, **kwargs), 2)
+
+    def _parse(self, *args):
+        tree = super()._parse(*args)
+        pay = lambda n, cost=1: nodes.Filter(n, METER, [nodes.Const(cost)], [], None, None, lineno=n.lineno)
+        for n in list(tree.find_all((nodes.For, nodes.Output, nodes.Concat, nodes.Compare, nodes.Operand, nodes.Filter, nodes.Slice, nodes.Getitem))):
+            if isinstance(n, nodes.For):
+                n.iter = pay(n.iter, 2 + sum(1 for b in n.body for _ in b.find_all(nodes.Node)))
+            elif isinstance(n, (nodes.Output, nodes.Concat)):
+                n.nodes = [c if isinstance(c, nodes.TemplateData) else pay(c) for c in n.nodes]
+            elif isinstance(n, (nodes.Compare, nodes.Operand)):
+                n.expr = pay(n.expr)
+            elif getattr(n, 'node', None) is not None and (isinstance(n, nodes.Filter) or isinstance(n.arg, nodes.Slice)):
+                n.node = pay(n.node, 2 if isinstance(n, nodes.Getitem) or n.name in ('length', 'count', 'first', 'last', 'default', 'd') else 1)
+        return tree
+
+
+class _Generation(Extension):
+    tags = {'generation'}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.CallBlock(self.call_method('wrap'), [], [], parser.parse_statements(['name:endgeneration'], drop_needle=True)).set_lineno(line)
+
+    def wrap(self, caller):
+        return BEGIN + caller() + END if self.environment.want else caller()
+
+
+class _Namespace(jinja2.utils.Namespace):  # as in transformers: a name with an underscore would lead to Python's internals
+    def __init__(*args, **kwargs):
+        jinja2.utils.Namespace.__init__(args[0])
+        for key, value in dict(*args[1:], **kwargs).items():
+            args[0][key] = value
+
+    def __setitem__(self, key, value):
+        if str(key).startswith('_'):
+            raise SecurityError(f'namespace attribute {key!r}')
+        super().__setitem__(key, value)
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=min(indent, 16) if isinstance(indent, int) else None, separators=separators, sort_keys=sort_keys)
+
+
 @functools.lru_cache(maxsize=32)
 def _template(source, thread):
     """(template, words that it contains), compiled once a thread: the budget lives in the environment."""
-    import datetime
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
     if tuple(int(x) for x in re.findall(r'\d+', jinja2.__version__)[:3]) < (3, 1, 6):
         raise ValueError(f'jinja2 {jinja2.__version__} has known holes in its sandbox: pip install -U "jinja2>=3.1.6"')
     if len(source) > MAX_TEMPLATE:
-        raise ValueError(f'chat template of {len(source):,} characters, at most {MAX_TEMPLATE:,}')
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(['+', '*', '**', '%'])
-        spent, steps, until, want = 0, 0, 0.0, False
-
-        def metered(self, value, cost=1):
-            """value, paid for. A lazy filter's result becomes a list; a nested one costs what it is written out, each part counted as often
-            as it would be printed (a list of two lists of two lists ... is small in memory and has no end on paper)."""
-            if hasattr(value, '__next__'):
-                value = list(itertools.islice(value, BUDGET))
-            known = {}
-
-            def size(x):
-                if not isinstance(x, (list, tuple, dict)):
-                    return len(x) if isinstance(x, str) else 1
-                if id(x) not in known:
-                    known[id(x)] = BUDGET  # one that holds itself
-                    known[id(x)] = 1 + sum(map(size, x)) + (sum(map(size, x.values())) if isinstance(x, dict) else 0)
-                return known[id(x)]
-
-            self.spend(cost * (len(value) + 1 if hasattr(value, '__len__') else 1) if cost != 1 else 1 + size(value))
-            return value
-
-        def spend(self, cost):
-            self.spent, self.steps = self.spent + cost, self.steps + 1
-            if self.spent > BUDGET or (self.steps % 64 == 0 and time.thread_time() > self.until):
-                raise SecurityError('it computes more than a chat template may: a loop or a text that grows without end?')
-
-        def product(self, *values):
-            cost = 1
-            for v in values:
-                cost *= max(1, len(v) if isinstance(v, (str, list, tuple, dict)) else min(abs(v), BUDGET) if type(v) is int else 1)
-                if isinstance(v, str) and re.search(r'[%{:][^a-z}]*(\d{5}|\*)', v):
-                    raise SecurityError('a field width of more than four digits')
-            self.spend(cost)
-
-        def call_binop(self, context, operator, left, right):
-            if operator in '%**' and (isinstance(left, (str, list)) or isinstance(right, (str, list))):
-                self.product(left, right)
-            if operator == '**' and type(left) is int and type(right) is int and left.bit_length() * abs(right) > 4096:
-                raise SecurityError('a power of that size')
-            return self.metered(super().call_binop(context, operator, left, right), 2)
-
-        def call(self, context, obj, *args, **kwargs):
-            owner = getattr(getattr(obj, '__wrapped__', obj), '__self__', None)
-            if getattr(obj, '__name__', '') in GROWS:
-                self.product(owner, *args, *kwargs.values())
-            self.metered(owner if isinstance(owner, (str, list, dict)) else None, 2)
-            return self.metered(super().call(context, obj, *args, **kwargs), 2)
-
-        def _parse(self, *args):
-            tree = super()._parse(*args)
-            pay = lambda n, cost=1: nodes.Filter(n, 'metered', [nodes.Const(cost)], [], None, None, lineno=n.lineno)
-            for n in list(tree.find_all((nodes.For, nodes.Output, nodes.Concat, nodes.Compare, nodes.Operand, nodes.Filter, nodes.Slice, nodes.Getitem))):
-                if isinstance(n, nodes.For):
-                    n.iter = pay(n.iter, 2 + sum(1 for b in n.body for _ in b.find_all(nodes.Node)))
-                elif isinstance(n, (nodes.Output, nodes.Concat)):
-                    n.nodes = [c if isinstance(c, nodes.TemplateData) else pay(c) for c in n.nodes]
-                elif isinstance(n, (nodes.Compare, nodes.Operand)):
-                    n.expr = pay(n.expr)
-                elif getattr(n, 'node', None) is not None and (isinstance(n, nodes.Filter) or isinstance(n.arg, nodes.Slice)):
-                    n.node = pay(n.node, 2 if isinstance(n, nodes.Getitem) or n.name in ('length', 'count', 'first', 'last', 'default', 'd') else 1)
-            return tree
-
-    class Generation(Extension):
-        tags = {'generation'}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return nodes.CallBlock(self.call_method('wrap'), [], [], parser.parse_statements(['name:endgeneration'], drop_needle=True)).set_lineno(line)
-
-        def wrap(self, caller):
-            return BEGIN + caller() + END if self.environment.want else caller()
-
-    class Namespace(jinja2.utils.Namespace):  # as in transformers: a name with an underscore would lead to Python's internals
-        def __init__(*args, **kwargs):
-            jinja2.utils.Namespace.__init__(args[0])
-            for key, value in dict(*args[1:], **kwargs).items():
-                args[0][key] = value
-
-        def __setitem__(self, key, value):
-            if str(key).startswith('_'):
-                raise SecurityError(f'namespace attribute {key!r}')
-            super().__setitem__(key, value)
+        raise ValueError(f'{len(source):,} characters, at most {MAX_TEMPLATE:,}')
 
     def guarded(f):
         @functools.wraps(f)  # keeps the marks of filters that want the context
@@ -2708,18 +2746,12 @@ def _template(source, thread):
             return env.metered(f(*args, **kwargs), 2)
         return run
 
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=min(indent, 16) if isinstance(indent, int) else None, separators=separators, sort_keys=sort_keys)
-
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols'])
-    env.filters = {k: guarded(f) if k in GROWS else f for k, f in env.filters.items()} | {'metered': env.metered, 'tojson': tojson}
-    env.globals.pop('lipsum')
-    env.globals |= {'raise_exception': raise_exception, 'strftime_now': lambda form: datetime.datetime.now().strftime(form), 'namespace': Namespace,
-                    'dict': lambda *args, **kwargs: dict(*args, **kwargs)}  # the class itself would be a way out
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, 'jinja2.ext.loopcontrols'])
     env.until = time.thread_time() + SECONDS  # constants are folded while it is compiled
+    env.filters = {k: guarded(f) if k in GROWS else f for k, f in env.filters.items()} | {METER: env.metered, 'tojson': _tojson}
+    env.globals.pop('lipsum')
+    env.globals |= {'raise_exception': _raise_exception, 'strftime_now': lambda form: datetime.datetime.now().strftime(form), 'namespace': _Namespace,
+                    'dict': lambda *args, **kwargs: dict(*args, **kwargs)}  # the class itself would be a way out
     words = {n.value for n in env.parse(source).find_all(nodes.Const) if isinstance(n.value, str) and n.value.strip()}
     return env.from_string(source), words
 
@@ -2743,7 +2775,7 @@ class _Chat:
             raise ValueError(f'messages are a list of {{"role", "content"}}, not empty; got {str(messages)[:80]}')
         try:  # plain JSON values only: other objects bring methods that the sandbox does not know
             self.messages, self.args = json.loads(json.dumps(messages)), {'tools': None, 'documents': None, **json.loads(json.dumps(args))}
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, RecursionError) as e:
             raise ValueError(f'messages and template arguments are JSON values: {e}') from None
         for m in self.messages:
             thought = next((m[k] for k in ('reasoning_content', 'thinking', 'reasoning') if m.get(k) is not None), None)
@@ -2753,7 +2785,6 @@ class _Chat:
         self.source = source
         if source is None:
             raise ValueError(f'tokenizer {tok.name!r} has the chat templates {sorted(tok.templates)}, none named default')
-        import jinja2
         self.tok, self.errors = tok, (jinja2.TemplateError, RecursionError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MemoryError)
         try:
             self.template, self.words = _template(source, threading.get_ident())
@@ -2902,9 +2933,22 @@ def alpaca_prompt(row):
     return ALPACA.format(', paired with an input that provides further context' if extra else '', row['instruction'], f'### Input:\n{extra}\n\n' if extra else '')
 
 
+def _of_table(value, key=''):
+    """A table gives every message every key that one of them has: leave out what is null (content may be: a turn of tool calls)."""
+    if isinstance(value, dict):
+        return {k: _of_table(v, k) for k, v in value.items() if v is not None or k == 'content'}
+    return [_of_table(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _row_args(row, given):
+    """Template arguments of a row, as TRL has them: "tools", "chat_template_kwargs"."""
+    return {**({'tools': _of_table(row['tools'])} if row.get('tools') else {}), **_of_table(row.get('chat_template_kwargs') or {}), **given}
+
+
 def encode_row(row, tok, **template_args):
     """One SFT row -> (ids [int], trained [bool]). Trained: what the assistant wrote, end tokens included; all of a {"text"} row.
     'byte': {"prompt": "a", "completion": "b"} -> [97, 98, 256], [False, True, True]. ValueError on a row of no known form."""
+    row, template_args = _of_table(row), _row_args(row, template_args)
     if row.get('messages') is not None:
         ids, trained = tok.apply_chat_template(row['messages'], return_mask=True, **template_args)
         if not any(trained):
@@ -2950,6 +2994,7 @@ def split_pair(row):
 def encode_pair(row, tok, **template_args):
     """One preference row -> (prompt_ids, chosen_ids, rejected_ids), both answers with their end token. The forms and faults of split_pair.
     'byte': {"prompt": "a", "chosen": "b", "rejected": "c"} -> [97], [98, 256], [99, 256]."""
+    row, template_args = _of_table(row), _row_args(row, template_args)
     prompt, chosen, rejected = split_pair(row)
     return (encode_prompt(prompt, tok, **template_args), *(encode_reply(prompt, answer, tok, **template_args) for answer in (chosen, rejected)))
 

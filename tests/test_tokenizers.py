@@ -100,6 +100,8 @@ def test_byte_and_char(tmp_path):
     assert byte.encode('hié') == [104, 105, 195, 169] and (byte.eot, byte.pad, byte.vocab_size) == (256, None, 257)
     assert byte.encode('<|endoftext|>') == list(b'<|endoftext|>') and byte.encode('a<|endoftext|>', allow_special=True) == [97, 256]
     assert byte.decode([104, 256, 195]) == 'h<|endoftext|>\ufffd'
+    with pytest.raises(ValueError, match='token id -1'):
+        byte.decode([104, -1])
     rng = random.Random(0)
     for s in (nasty(rng) for _ in range(300)):
         assert byte.decode(byte.encode(s)) == s
@@ -401,7 +403,8 @@ def test_mask_keeps_its_place_through_nfc(folders):
 REACHES = ["{{ ''.__class__.__mro__ }}", "{{ messages.__class__.__base__.__subclasses__() }}", "{{ cycler.__init__.__globals__ }}", "{{ self.__init__.__globals__ }}",
            "{{ raise_exception.__globals__['os'] }}", "{% set x = messages.append(1) %}", "{{ messages[0].update({'a': 1}) }}", "{{ (messages[0]|attr('__class__')).__mro__ }}",
            "{% set ns = namespace(__class__=1) %}", "{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "{{ dict.mro() }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
-           "{{ lipsum.__globals__ }}", "{{ '{0.__class__.__mro__}'.format(messages).x.y }}", "{{ strftime_now.__code__.co_consts }}", "{{ [].__reduce_ex__(4) }}"]
+           "{{ lipsum.__globals__ }}", "{{ '{0.__class__.__mro__}'.format(messages).x.y }}", "{{ strftime_now.__code__.co_consts }}", "{{ [].__reduce_ex__(4) }}",
+           "{{ messages|metered(-1000000) }}", "{{ messages|$meter(-1000000) }}"]
 GROWTH = ["{% set ns.s = ns.s ~ ns.s %}", "{% set ns.s = ns.s + ns.s %}", "{% set ns.s = ns.s.replace('a', ns.s) %}", "{% set ns.s = ns.s|replace('a', ns.s) %}", "{% set ns.s = [ns.s, ns.s]|join %}",
           "{% set ns.s = ns.s|join(ns.s) %}", "{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}", "{% set ns.s = [ns.s, ns.s] %}{{ ns.s if loop.last }}", "{% set ns.s = ns.s * 2 %}"]
 ENDLESS = ["{% for i in range(100000) %}{% for j in range(100000) %}{% set x = 1 %}{% endfor %}{% endfor %}", "{% for i in range(100000) %}{% for j in range(100000)|map('string') %}{% endfor %}{% endfor %}",
@@ -433,19 +436,20 @@ def test_templates_see_json_only():
     assert tok.render(chat('u:hi'), x=[1, 'a']) == "hi[1, 'a']"
     with pytest.raises(ValueError, match='JSON'):
         tok.render(chat('u:hi'), x=Sneaky())
+    deep = []
+    for _ in range(100000):
+        deep = [deep]
+    with pytest.raises(ValueError, match='JSON'):
+        tok.render(chat('u:hi'), x=deep)
     for bad in ([], 'hi', [{'content': 'x'}], None):
         with pytest.raises(ValueError, match='messages are a list'):
             tok.render(bad)
+    bare = with_template(tok, None)
+    bare.templates = {}
     with pytest.raises(ValueError, match='no chat template'):
-        with_template(tok, None).__class__.render(copy_without_template(tok), chat('u:hi'))
+        bare.render(chat('u:hi'))
     with pytest.raises(ValueError, match='does not|unexpected|template'):
         with_template(tok, '{% if %}').render(chat('u:hi'))
-
-
-def copy_without_template(tok):
-    tok = copy.copy(tok)
-    tok.templates = {}
-    return tok
 
 
 # ---- rows ----
@@ -470,6 +474,21 @@ def test_prompts_completions_rows():
             encode_row(bad, tok)
     with pytest.raises(ValueError, match='one assistant message'):
         encode_completion(chat('u:ok'), tok)
+
+
+def test_rows_out_of_a_table(tmp_path, folders):
+    """A table fills the keys that a message lacks with null; tools and template arguments may stand in the row, as for TRL."""
+    rows = [{'messages': TOOL_CHAT, 'tools': TOOLS}, {'messages': CHATS['multi'], 'chat_template_kwargs': {'enable_thinking': False}}]
+    (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    template = THINKS.replace("{{ c + '<|im_end|>", "{% if 'tool_calls' in m %}{{ m.tool_calls[0].function | tojson }}{% endif %}{{ c + '<|im_end|>").replace('m.content', '(m.content or "")')
+    tok = with_template(get_tokenizer(str(folders / 'qwen')), '{% if tools %}T{% endif %}' + template)
+    read = list(dataset.load_dataset(str(tmp_path / 'rows.jsonl')))
+    assert 'tool_calls' in read[1]['messages'][0]  # so it is: null
+    for row, raw in zip(read, rows):
+        args = {'tools': TOOLS} if 'tools' in raw else {'enable_thinking': False}
+        assert encode_row(row, tok) == encode_row(raw, tok) == tok.apply_chat_template(raw['messages'], return_mask=True, **args)
+    said = wrote(tok, TOOL_CHAT, tools=TOOLS)
+    assert len(said) == 2 and said[0].startswith('{"name": "get_weather"') and said[1].endswith('It is sunny<|im_end|>')
 
 
 def test_prefix_stands_before_a_text(folders):
