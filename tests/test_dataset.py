@@ -220,12 +220,13 @@ def test_types_meet_across_blocks(tmp_path, monkeypatch):
     path = tmp_path / 'x.jsonl'
     path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     monkeypatch.setattr(D, '_BLOCK', 200)
+    monkeypatch.setattr(D, '_BATCH', 300)
     want = [{'late': None, **r} for r in rows]
     for spill in (2**40, 1000):  # in memory, and through the temporary file
         monkeypatch.setattr(D, '_SPILL', spill)
         for procs in (1, 2):
             ds = load_dataset(path, num_proc=procs)
-            assert list(ds) == want and len(ds._chunks) > 10
+            assert list(ds) == want and len(ds._chunks) > 5
             assert [ds[i] for i in (149, 0, 60)] == [want[i] for i in (149, 0, 60)] and ds.shuffle(0)[3:9]['a'] == [want[i]['a'] for i in np.random.default_rng(0).permutation(150)[3:9]]
 
 
@@ -243,7 +244,7 @@ def test_errors_name_file_line_and_column(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     with open('x.jsonl', 'wb') as f:
         f.write(text if isinstance(text, bytes) else text.encode())
-    for procs, block in ((1, 4 << 20), (2, 7)):
+    for procs, block in ((1, 1 << 20), (2, 7)):
         monkeypatch.setattr(D, '_BLOCK', block)
         with pytest.raises(ValueError, match=message) as e:
             load_dataset('x.jsonl', num_proc=procs)
@@ -492,11 +493,16 @@ def mutate(data, r):
 def fuzz(tmp_path, count, seed):
     """count mutated files: each is the one error type, or a table that can be read to its end; none slow, none large."""
     path, files, r, read, slowest = str(tmp_path / 'f.arrow'), seeds_for_fuzz(), random.Random(seed), 0, 0
+    f = os.fdopen(os.memfd_create('fuzz'), 'r+b') if hasattr(os, 'memfd_create') else open(path, 'w+b')
+    if hasattr(os, 'memfd_create'):  # memory, not disk: ten times as fast
+        os.symlink(f'/proc/self/fd/{f.fileno()}', path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(count):
         data = mutate(r.choice(files), r)
-        with open(path, 'wb') as f:
-            f.write(data)
+        f.seek(0)
+        f.truncate()
+        f.write(data)
+        f.flush()
         start = time.perf_counter()
         try:
             ds = load_dataset(path)
@@ -504,9 +510,9 @@ def fuzz(tmp_path, count, seed):
                 assert len({len(v) for v in block.values()}) <= 1
             read += 1
         except ArrowError as e:
-            assert str(e).startswith(path) or 'column' in str(e) or str(e), e
+            assert '\n' not in str(e)
         except ValueError as e:
-            assert 'the file is empty' in str(e) or 'no rows' in str(e) or 'not one of' in str(e) or not data[:1], (e, bytes(data[:40]))
+            assert not data and 'the file is empty' in str(e), (e, bytes(data[:40]))
         slowest = max(slowest, time.perf_counter() - start)
     assert 0.02 < read / count < 0.9, read
     assert slowest < 5, slowest
@@ -520,4 +526,222 @@ def test_mutated_files(tmp_path):
 
 @pytest.mark.slow
 def test_100_000_mutated_files(tmp_path):
-    fuzz(tmp_path, 100_000, 2)
+    print(fuzz(tmp_path, 100_000, 2))
+
+
+BOMBS = {'a list of 2^31 nulls in one row': lambda: Dataset.from_dict({'x': [[None] * 3]}), 'rows of nothing': lambda: Dataset.from_dict({'x': [None] * 3})}
+
+
+def test_memory_bombs(tmp_path):
+    """A length field alone may not fill the memory: raised to 2^31 wherever it stands, the file is refused, fast."""
+    for make in BOMBS.values():
+        make().to_arrow(tmp_path / 'x.arrow')
+        good = (tmp_path / 'x.arrow').read_bytes()
+        for width in (4, 8):
+            data = good.replace((3).to_bytes(width, 'little'), (2**31 - 1).to_bytes(width, 'little'))
+            (tmp_path / 'x.arrow').write_bytes(data)
+            with pytest.raises(ArrowError):
+                list(load_dataset(tmp_path / 'x.arrow'))
+
+
+def test_a_type_tree_that_shares_its_branches(tmp_path):
+    """64 levels of a struct whose two children are one and the same table: 2^64 fields in 4 KB of metadata."""
+    leaf = [b'x', ('B', 1), ('B', 1), [], None, ()]
+    out = bytearray(4)
+
+    def put(level):  # children before parents is not possible with forward references: a chain of structs, each vector with one reference twice
+        pos = D._put(out, [b'x', ('B', 1), ('B', 13), [], None, ([], []) if level else ()])
+        return pos
+    first = put(1)
+    pos = first
+    for level in range(63):
+        table = D._Table(bytes(out), pos, [10**9])
+        start, n = table.vec(5, 4)
+        pos = put(level < 62)
+        for at in range(start, start + 4 * n, 4):
+            out[at:at + 4] = (pos - at).to_bytes(4, 'little')
+    start = time.perf_counter()
+    with pytest.raises(ArrowError):
+        D._type_in(D._Table(bytes(out), first, [4 * len(out)]), (0,), {})
+    assert time.perf_counter() - start < 1 and leaf
+
+
+def test_larger_than_the_memory_it_may_have(tmp_path):
+    """Address space for 100 MB more than Python and torch take, a file of 400 MB: opened, iterated, read at random, filtered, saved."""
+    x = np.arange(12_500_000)
+    parts = [Dataset.from_dict({'x': x[i:i + 250_000], 'y': -x[i:i + 250_000], 'z': x[i:i + 250_000], 'w': x[i:i + 250_000]}) for i in range(0, len(x), 250_000)]
+    D.concatenate(parts).to_arrow(tmp_path / 'big.arrow')
+    assert os.path.getsize(tmp_path / 'big.arrow') > 400e6
+    code = f"""
+import resource, sys
+sys.path.insert(0, {ROOT!r})
+import numpy as np
+from dataset import load_dataset
+now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 100_000_000,) * 2)
+ds = load_dataset({str(tmp_path / 'big.arrow')!r})
+total = sum(sum(b['x']) for b in ds.select(range(0, len(ds), 50)).iter(10000))
+seen = sum(len(b['x']) for b in ds.select(range(10_000_000, 12_500_000)).iter(20000))
+assert ds[12_345_678] == dict(x=12_345_678, y=-12_345_678, z=12_345_678, w=12_345_678) and ds.select([7, 9_999_999, 8])['y'] == [-7, -9_999_999, -8]
+print(len(ds), total, seen)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ['12500000', str(int(x[::50].sum())), '2500000']
+
+
+# --- training side ---
+
+def test_pad():
+    idx, mask = D.pad([[5, 6], [], np.array([7])], value=9)
+    assert idx.tolist() == [[5, 6], [9, 9], [7, 9]] and mask.tolist() == [[True, True], [False, False], [True, False]] and idx.dtype == torch.int64 and mask.dtype == torch.bool
+    idx, mask = D.pad([[5, 6], [7]], side='left')
+    assert idx.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[True, True], [False, True]]
+    assert D.pad([[0.5], [1, 2]], 0.0)[0].dtype == torch.float32 and D.pad([[True], []], False)[0].tolist() == [[True], [False]]
+    assert D.pad([])[0].shape == (0, 0)
+    with pytest.raises(ValueError, match="side 'up'"):
+        D.pad([[1]], side='up')
+
+
+def test_pack_against_brute_force():
+    r = random.Random(0)
+    for _ in range(300):
+        lengths, capacity = [r.randrange(0, 9) for _ in range(r.randrange(0, 7))], 10
+        bins = D.pack(lengths, capacity)
+        assert sorted(i for b in bins for i in b) == list(range(len(lengths))) and all(sum(lengths[i] for i in b) <= capacity for b in bins)
+        full = [i for i in range(len(lengths)) if lengths[i]]
+        best = next(k for k in range(len(full) + 1) if not full or any(all(sum(lengths[i] for i, w in zip(full, where) if w == b) <= capacity for b in range(k))
+                    for where in itertools.product(range(k), repeat=len(full))))
+        assert best <= len([b for b in bins if any(lengths[i] for i in b)]) <= 11 / 9 * best + 1
+    lengths = np.random.default_rng(0).integers(1, 1000, 20_000)
+    start = time.perf_counter()
+    bins = D.pack(lengths, 1024)
+    assert time.perf_counter() - start < 2 and lengths.sum() / (len(bins) * 1024) > 0.97
+    with pytest.raises(ValueError, match='sequence 1 has 11 tokens, more than the capacity 10'):
+        D.pack([3, 11, 12], 10)
+
+
+def test_collate_packed_against_a_loop():
+    r = random.Random(1)
+    for _ in range(100):
+        seqs = [[r.randrange(1, 99) for _ in range(r.randrange(0, 8))] for _ in range(r.randrange(0, 9))]
+        trained = [[r.random() < 0.5 for _ in s] for s in seqs]
+        bins = D.pack(list(map(len, seqs)), 12)
+        got = D.collate_packed([np.array(s, np.int32) if r.random() < 0.5 else s for s in seqs], trained, bins, 12)
+        for row, b in enumerate(bins):
+            ids = [t for i in b for t in seqs[i]]
+            doc = [k for k, i in enumerate(b) for _ in seqs[i]]
+            on = [m for i in b for m in trained[i]]
+            targets = [ids[t + 1] if t + 1 < len(ids) and doc[t] == doc[t + 1] and on[t + 1] else -1 for t in range(len(ids))]
+            tail = 12 - len(ids)
+            assert got['idx'][row].tolist() == ids + [0] * tail and got['targets'][row].tolist() == targets + [-1] * tail and got['doc'][row].tolist() == doc + [len(b)] * tail
+        assert got['idx'].shape == (len(bins), 12) and {v.dtype for v in got.values()} == {torch.int64}
+    with pytest.raises(ValueError, match='bin 0 holds 3 tokens'):
+        D.collate_packed([[1, 2, 3]], [[True] * 3], [[0]], 2)
+    with pytest.raises(ValueError, match='sequence 0 has 3 tokens and 2 mask entries'):
+        D.collate_packed([[1, 2, 3]], [[True] * 2], [[0]], 4)
+
+
+def test_packed_documents_do_not_see_each_other():
+    """The tokens that packing puts next to a document change nothing of what is learned from it: the same targets as alone."""
+    seqs, on = [[3, 4, 5], [6, 7], [8, 9, 10, 11]], [[False, True, True], [True, True], [False, False, True, True]]
+    packed = D.collate_packed(seqs, on, D.pack([3, 2, 4], 9), 9)
+    pairs = sorted((int(a), int(b)) for a, b in zip(packed['idx'].flatten(), packed['targets'].flatten()) if b != -1)
+    assert pairs == sorted((s[t], s[t + 1]) for s, m in zip(seqs, on) for t in range(len(s) - 1) if m[t + 1])
+
+
+def test_sampler_order():
+    batches = list(itertools.islice(Sampler(10, 4, seed=3), 10))  # four epochs of 10 in 10 batches of 4
+    flat = np.concatenate(batches)
+    for e in range(4):
+        assert flat[e * 10:e * 10 + 10].tolist() == np.random.default_rng((3, e)).permutation(10).tolist()
+    assert batches[0].dtype == np.int64
+    for world in (1, 2, 4):  # one global order in each layout
+        ranks = [list(itertools.islice(Sampler(10, 4, seed=3, rank=r, world=world), 10)) for r in range(world)]
+        assert [np.concatenate(parts).tolist() for parts in zip(*ranks)] == [b.tolist() for b in batches]
+    assert np.concatenate(list(itertools.islice(Sampler(3, 8, seed=0, shuffle=False), 2))).tolist() == [0, 1, 2] * 5 + [0]
+    lengths = np.random.default_rng(0).integers(1, 1000, 640)
+    order = list(itertools.islice(Sampler(640, 8, seed=1, lengths=lengths, bucket=20), 80))
+    assert sorted(np.concatenate(order).tolist()) == list(range(640))
+    padded = lambda batches: sum(lengths[b].max() * len(b) for b in batches) / lengths.sum()
+    assert padded(order) < 1.15 < 1.5 < padded(list(itertools.islice(Sampler(640, 8, seed=1), 80)))
+    tops = [lengths[b].max() for b in order[:20]]
+    assert tops != sorted(tops)  # short and long batches come mixed
+    for args, message in (((0, 4, 0), '0 rows'), ((10, 3, 0, True, 0, 2), 'does not divide'), ((10, 2, 0, True, 0, 1, [1] * 9, 4), 'needs the lengths')):
+        with pytest.raises(ValueError, match=message):
+            Sampler(*args)
+
+
+@pytest.mark.parametrize('options', [{}, {'lengths': list(range(37)), 'bucket': 3}, {'shuffle': False}])
+def test_sampler_resumes_exactly(options):
+    for stop in (0, 1, 5, 11, 12, 40):
+        a = Sampler(37, 4, seed=5, **options)
+        for _ in range(stop):
+            next(a)
+        state = json.loads(json.dumps(a.state_dict()))
+        b = Sampler(37, 4, seed=5, rank=1, world=2, **options)
+        b.load_state_dict(state)
+        for _ in range(30):
+            assert next(a)[2:].tolist() == next(b).tolist()
+    with pytest.raises(ValueError, match='saved with n 37, this run has 36'):
+        Sampler(36, 4, seed=5).load_state_dict(Sampler(37, 4, seed=5).state_dict())
+
+
+def test_prefetch():
+    import threading
+    sampler, plain = Sampler(100, 4, seed=0), Sampler(100, 4, seed=0)
+    with D.prefetch((i * 2 for i in sampler), depth=3, sampler=sampler) as batches:
+        for _ in range(5):
+            assert (next(batches) == next(plain) * 2).all() and batches.state_dict() == plain.state_dict()
+        time.sleep(0.05)
+        assert sampler.batch > plain.batch and batches.state_dict() == plain.state_dict()  # ahead, but the state is of what was consumed
+        resumed = Sampler(100, 4, seed=0)
+        resumed.load_state_dict(batches.state_dict())
+        assert (next(batches) == next(resumed) * 2).all()
+    assert list(D.prefetch(iter(range(5)))) == [0, 1, 2, 3, 4]
+    closed = []
+
+    def broken():
+        try:
+            yield 1
+            raise KeyError('in the thread')
+        finally:
+            closed.append(1)
+    it = D.prefetch(broken())
+    assert next(it) == 1
+    with pytest.raises(KeyError, match='in the thread'):
+        next(it)
+    assert list(it) == [] and closed == [1]
+    before, it = threading.active_count(), D.prefetch(itertools.count())
+    next(it)
+    thread = it._thread
+    del it
+    thread.join(5)
+    assert not thread.is_alive() and threading.active_count() <= before
+
+
+# --- linter and command line ---
+
+def run(*words):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dataset.py'), *map(str, words)], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_lint_and_head(tmp_path):
+    good = [{'prompt': f'Q{i} ', 'chosen': 'yes, ' + 'x' * (i % 2), 'rejected': 'no' + 'x' * (i % 3)} for i in range(30)]
+    bad = good + [{'prompt': 'Q ', 'chosen': 'same', 'rejected': 'same'}, good[3], {'prompt': 'Q ', 'chosen': 'a' * 300, 'rejected': 'b'}]
+    for name, rows in (('good', good), ('bad', bad), ('test', [{'prompt': 'Q7 ', 'chosen': 'a', 'rejected': 'b'}])):
+        Dataset.from_list(rows).to_json(tmp_path / f'{name}.jsonl')
+    code, out, _ = run('lint', tmp_path / 'bad.jsonl', '--tokenizer=byte', '--max_len=100', f'--test={tmp_path / "test.jsonl"}')
+    assert code == 1 and 'chosen == rejected: 1 rows (30)' in out and 'duplicates: 1 rows (31) repeat' in out and 'cut answers: 1 rows (32)' in out
+    assert 'train/test overlap: 1 rows (7)' in out and 'length bias: chosen' in out
+    code, out, _ = run('head', tmp_path / 'bad.jsonl', 2)
+    assert code == 0 and out.startswith('Dataset of 33 rows: prompt string') and out.count('---') == 2 and 'chosen: yes, x' in out
+    Dataset.from_list([{'messages': [{'role': 'user', 'content': 'x'}]}, {'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]}]).to_json(tmp_path / 'm.jsonl')
+    code, out, _ = run('lint', tmp_path / 'm.jsonl', '--tokenizer=byte')
+    assert code == 1 and ('nothing to train on: 1 rows (0)' in out or 'unreadable: 1 rows (0)' in out)
+    code, out, _ = run('lint', tmp_path / 'test.jsonl', '--tokenizer=byte')
+    assert code == 0 and '0 faults' in out
+    for words in ((), ('head',), ('lint', tmp_path / 'none'), ('lint', tmp_path / 'm.jsonl', '--tokenizr=byte')):
+        code, out, err = run(*words)
+        assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
