@@ -18,6 +18,7 @@ Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable
     python grpo.py --init_from=Qwen/Qwen3-0.6B --reward=right.py,short.py --reward_weights=1,0.1 --dataset=my_prompts.jsonl
 """
 import os
+import copy
 import math
 import time
 import json
@@ -45,7 +46,8 @@ eval_only = False # evaluate once and stop
 dataset = 'data/toy/arith_train.jsonl' # rows {"prompt", ...}; the whole row goes to the reward
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
-long_prompts = 'error' # a prompt that leaves no room for max_new_tokens: 'error' | 'drop' | 'cut' (its beginning)
+max_prompt = 0 # tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
+long_prompts = 'error' # a prompt over that: 'error' | 'drop' | 'cut' (its beginning)
 seed = 1337
 # reward
 reward = 'data/toy/reward.py' # Python files with reward(prompt, completion, row) -> float, or reward models; several by comma, the first says what is correct
@@ -362,9 +364,10 @@ if __name__ == '__main__':
     if val_rows is None:
         parts = rows.train_test_split(0.05, seed)
         rows, val_rows = parts['train'], parts['test']
-    rows, prompts = encode_prompts(rows, tok, T - max_new_tokens, dataset, long_prompts)
-    val_rows, val_prompts = encode_prompts(val_rows, tok, T - max_new_tokens, val_dataset or dataset, long_prompts)
-    sampler = Sampler(len(prompts), batch_size // group_size, seed)
+    room = min(max_prompt or T, T - max_new_tokens)
+    rows, prompts = encode_prompts(rows, tok, room, dataset, long_prompts)
+    val_rows, val_prompts = encode_prompts(val_rows, tok, room, val_dataset or dataset, long_prompts)
+    cursor = Sampler(len(prompts), batch_size // group_size, seed)
 
     # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
     params = [p for _, p in lora.trainable(policy)]
@@ -373,20 +376,26 @@ if __name__ == '__main__':
     if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
         set_rng_state(ckpt['rng'], device)
-        sampler.load_state_dict(ckpt['data'])
+        cursor.load_state_dict(ckpt['data'])
         start, best = ckpt['iter'], ckpt['best']
     log = RunLog(out_dir, config, ckpt)
-    engine = infer.Engine(policy, tok, max_num_seqs=max_num_seqs)
+    sampler = policy if amp_dtype == torch.float32 else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)  # half precision: the engine gets its own copy
+    engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs)
     pw, pg, pm = training_bytes(policy)
     frozen = sum(p.nbytes for m in (reference, *(s[3] for s in sources)) if m is not None for p in m.parameters())
     longest = max(map(len, prompts)) + max_new_tokens
-    planned = memory_plan(dict(policy=pw, frozen=frozen, grads=pg, adam=pm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest),
+    planned = memory_plan(dict(policy=pw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, frozen=frozen, grads=pg, adam=pm,
+                               kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
     base_memory = memory_now(device) - pw - frozen
     print(f'policy {policy.num_params() / 1e6:.2f} M parameters ({sum(p.numel() for p in params):,} trained), reward {reward}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
 
     # ---- the phases of an iteration ------------------------------------------------------------------------------
+    def refresh():
+        """The sampler takes over the policy's weights: in place where it is the policy itself (an adapter is merged by the engine), else by a copy."""
+        engine.weights_changed() if sampler is policy else engine.load_weights(policy.state_dict())
+
     def rollout(prompts, n, seeds):
         """n completions a prompt, prompt-major -> (responses [[int]], ended [bool], log-probs that the engine sampled with)."""
         done = engine.generate(prompts, [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, n=n, seed=int(s)) for s in seeds])
@@ -394,15 +403,19 @@ if __name__ == '__main__':
 
     def score(rows, prompts, responses, ended):
         """(total reward (B,) float32, {name: (B,)}): the weighted sum of all sources, and the length penalty if overlong = 'shape'."""
-        asked, texts = [tok.decode(p) for p in prompts], [tok.decode([t for t in r if t != tok.eot]) for r in responses]
+        asked, plain = [tok.decode(p) for p in prompts], [tok.decode([t for t in r if t != tok.eot]) for r in responses]
         each = {}
         for name, _, fn, model, other_tok in sources:
             if fn is not None:
-                each[name] = score_with_files(fn, name, rows, asked, texts)
-            else:
-                seqs = [p + r for p, r in zip(prompts, responses)] if other_tok is None else [other_tok.encode(p + t) + [other_tok.eot] for p, t in zip(asked, texts)]
-                with amp():
-                    each[name] = score_with_model(model, seqs, device, micro_tokens)
+                each[name] = score_with_files(fn, name, rows, asked, plain)
+                continue
+            seqs = [p + r for p, r in zip(prompts, responses)]
+            if other_tok is not None:  # another tokenizer: the text is read anew, ended answers get its end token
+                seqs = [other_tok.encode(p + t) + [other_tok.eot] * e for p, t, e in zip(asked, plain, ended.int().tolist())]
+            with amp():
+                each[name] = score_with_model(model, seqs, device, micro_tokens)
+            if not each[name].isfinite().all():
+                raise ValueError(f'reward model {name} returned {each[name][~each[name].isfinite()][0].item()}: its weights are broken; train it again')
         total = sum(w * each[name] for name, w, *_ in sources)
         if overlong == 'shape':
             total = total + overlong_penalty(torch.tensor([len(r) for r in responses]) + (~ended).long(), max_new_tokens + 1, overlong_cache)
@@ -439,7 +452,7 @@ if __name__ == '__main__':
     def evaluate(it):
         """Validation prompts answered eval_k times each, with fixed seeds: pass@1, pass@k, score, KL to the reference; samples are written."""
         n = min(eval_iters, len(val_prompts))
-        engine.weights_changed()
+        refresh()
         responses, ended, _ = rollout(val_prompts[:n], eval_k, range(n))
         mine, asked = [r for r in val_rows[:n] for _ in range(eval_k)], [p for p in val_prompts[:n] for _ in range(eval_k)]
         total, each = score(mine, asked, responses, ended)
@@ -468,7 +481,7 @@ if __name__ == '__main__':
                 break
             better, best = seen['score'] > best, max(best, seen['score'])
             saved = dict(**lora.checkpoint_parts(policy), optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it, best=best,
-                         rng=rng_state(device), data=sampler.state_dict(), time=log.elapsed())
+                         rng=rng_state(device), data=cursor.state_dict(), time=log.elapsed())
             save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
             if better:
                 save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
@@ -477,10 +490,10 @@ if __name__ == '__main__':
 
         # ---- rollout and score: groups until enough of them are alive --------------------------------------------
         t0 = time.time()
-        engine.weights_changed()
+        refresh()
         alive, dead, all_scores, all_each, rounds = [], [], [], [], 0
         while rounds == 0 or (len(alive) < need and rounds <= dynamic_sampling):
-            picked = next(sampler).tolist()
+            picked = next(cursor).tolist()
             seeds = (seed * 1000003 + (it * (1 + dynamic_sampling) + rounds) * need + np.arange(need)) % (1 << 31)
             responses, ended, sampled = rollout([prompts[i] for i in picked], group_size, seeds)
             asked = [prompts[i] for i in picked for _ in range(group_size)]
