@@ -302,7 +302,7 @@ if __name__ == '__main__':
             engine = infer.Engine(policy, tok, max_num_seqs=64)
             prompts = [p[:-a] for p, _, a, _, _, _ in (pairs[i % len(pairs)] for i in range(normalize_n))]
             prompts = [p[-(T - max_new_tokens):] for p in prompts]
-            done = engine.generate(prompts, infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed))
+            done = engine.generate(prompts, [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed + i) for i in range(len(prompts))])
             sequences = [prompts[c.prompt_index] + c.token_ids for c in done]
             del engine, policy
         r = reward_of(model, sequences, device, micro_tokens)
