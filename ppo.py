@@ -45,7 +45,8 @@ eval_only = False # evaluate once and stop
 dataset = 'data/toy/prompts_train.jsonl' # rows {"prompt", ...}; the whole row goes to a reward of your own
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
-long_prompts = 'error' # a prompt that leaves no room for max_new_tokens: 'error' | 'drop' | 'cut' (its beginning)
+max_prompt = 0 # tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
+long_prompts = 'error' # a prompt over that: 'error' | 'drop' | 'cut' (its beginning)
 seed = 1337
 # reward
 reward = 'out-reward' # a reward model (out_dir, HF directory), or a Python file with reward(prompt, completion, row) -> float
@@ -320,8 +321,9 @@ if __name__ == '__main__':
     if val_rows is None:
         parts = rows.train_test_split(0.05, seed)
         rows, val_rows = parts['train'], parts['test']
-    rows, prompts = encode_prompts(rows, tok, T - max_new_tokens, dataset, long_prompts)
-    val_rows, val_prompts = encode_prompts(val_rows, tok, T - max_new_tokens, val_dataset or dataset, long_prompts)
+    room = min(max_prompt or T, T - max_new_tokens)
+    rows, prompts = encode_prompts(rows, tok, room, dataset, long_prompts)
+    val_rows, val_prompts = encode_prompts(val_rows, tok, room, val_dataset or dataset, long_prompts)
     sampler = Sampler(len(prompts), batch_size, seed)
 
     # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
