@@ -67,9 +67,12 @@ class Watch:
             signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)  # the C handler writes at once, whatever the main thread does
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()
-        atexit.register(self.stop)  # a daemon thread caught inside C++ by the end of Python aborts the process
+        atexit.register(self.stop, leave=not torch.cuda.is_available())
 
-    def stop(self):
+    def stop(self, leave=False):
+        """Threads caught inside C++ by the end of Python abort the process: ours ends here, gloo's when the groups are left."""
+        if leave and dist.is_initialized():
+            dist.destroy_process_group()
         if self.what != 'closed':
             self.what = 'closed'
             os.write(self.pipe[1], b'\0')
@@ -255,6 +258,21 @@ class Mesh:
     def split_seeds(self, seed):
         """From here on each rank draws its own numbers (dropout); seed + rank * 100003 as in lm-human-preferences."""
         torch.manual_seed(seed + 100003 * self.rank)
+
+    def rng_state(self):
+        """[random state of rank 0, of rank 1, ...] for a checkpoint. All ranks call it."""
+        mine = dict(cpu=torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state(self.device)} if self.device.type == 'cuda' else {}))
+        states = [mine] * self.world
+        if self.world > 1:
+            self.everyone.run('random states', lambda: dist.all_gather_object(states, mine))
+        return states
+
+    def set_rng_state(self, states):
+        """Each rank goes on with its own numbers, if as many ranks run as wrote them; else from its own seed."""
+        if len(states) == self.world:
+            torch.set_rng_state(states[self.rank]['cpu'])
+            if self.device.type == 'cuda' and 'cuda' in states[self.rank]:
+                torch.cuda.set_rng_state(states[self.rank]['cuda'], self.device)
 
     def all_reduce_mean(self, numbers):
         """{name: float} -> the mean over the replicas, the same on every rank. Keys must agree."""
@@ -747,6 +765,10 @@ class Sharded(nn.Module):
         owner = not tied_copy and (mesh.tp.rank == 0 or bool(ranges)) and (not shared or kv.rank == 0)
         return Part(name, p, shape, dim, ranges, tuple(g for g in sums if g.size > 1), owner)
 
+    def state_dict(self):
+        """The whole model's, on rank 0 (see full_state): what a plain GPT would save. All ranks call it."""
+        return full_state(self, only_master=True)
+
     # ---- forward ---------------------------------------------------------------------------------------------------
 
     def encode(self, idx, mask=None, doc=None):
@@ -1080,6 +1102,11 @@ class Optimizer:
         return math.sqrt(float(total))
 
     # ---- state, layout-free: {'step': n, 'exp_avg': {name: full tensor}, ...}
+    def state_dict(self):
+        """All ranks call it; rank 0 gets the full tensors on the CPU, the others empty dicts. The same whatever the layout."""
+        state = {kind: {n: t.cpu() for n, t in _full_tensors(self.model, lambda p, k=kind: self.read(p, k)) if self.mesh.master} for kind in self.kinds()}
+        return {'step': self.mesh.everyone.share_object(self.steps(), 0, 'steps'), **state}
+
     def kinds(self):
         return ('exp_avg', 'exp_avg_sq') + (('master',) if any(_wide(p.param.dtype) != p.param.dtype for p in self.parts) else ())
 
@@ -1094,7 +1121,8 @@ class Optimizer:
         state = next(iter(self.adam.state.values()), None) if self.adam else None
         return int(state['step']) if state else 0
 
-    def load(self, saved, where='checkpoint'):
+    @torch.no_grad()
+    def load_state_dict(self, saved, where='checkpoint'):
         """Takes its pieces out of a layout-free state."""
         for p in self.pieces:
             name = p.part.name
@@ -1291,10 +1319,6 @@ def _atomic(write, path):
     os.replace(path + '.tmp', path)
 
 
-def _rng_state(device):
-    return dict(cpu=torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state(device)} if device.type == 'cuda' else {}))
-
-
 def save_checkpoint(path, mesh, model, optimizer, value=None, value_optimizer=None, sharded=False, **rest):
     """One file, the same whatever the layout: model, optimizer (and value, value_optimizer: PPO's second network), rng (one state a
     rank) and what is given in `rest` (config, iter, data, best, model_args, tokenizer: plain types and tensors). Atomic. All
@@ -1302,20 +1326,13 @@ def save_checkpoint(path, mesh, model, optimizer, value=None, value_optimizer=No
     sharded=True: each rank writes what it holds, `python parallel.py merge` makes the file."""
     networks = {'model': model, 'value': value}
     optimizers = {'optimizer': optimizer, 'value_optimizer': value_optimizer}
-    rngs = [None] * mesh.world
-    rng = _rng_state(mesh.device)
-    if mesh.world > 1:
-        mesh.everyone.run('rng states', lambda: dist.all_gather_object(rngs, rng))
-    rest = {**rest, 'rng': rngs if mesh.world > 1 else [rng]}
+    rest = {**rest, 'rng': mesh.rng_state()}
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     if sharded:
         _save_pieces(path, mesh, networks, optimizers, rest)
     else:
         out = {key: full_state(net, only_master=True) for key, net in networks.items() if net is not None}
-        for key, opt in optimizers.items():
-            if opt is not None:
-                state = {kind: {n: t.cpu() for n, t in _full_tensors(opt.model, lambda p, k=kind: opt.read(p, k)) if mesh.master} for kind in opt.kinds()}
-                out[key] = {'step': mesh.everyone.share_object(opt.steps(), 0, 'steps'), **state}
+        out.update({key: opt.state_dict() for key, opt in optimizers.items() if opt is not None})
         if mesh.master:
             _atomic(lambda tmp: torch.save({**out, **rest}, tmp), path)
     mesh.barrier()
@@ -1337,13 +1354,10 @@ def load_checkpoint(path, mesh, model, optimizer=None, value=None, value_optimiz
                 _load_network(saved[key], net, path)
         for key, opt in (('optimizer', optimizer), ('value_optimizer', value_optimizer)):
             if opt is not None:
-                opt.load(saved[key], path)
+                opt.load_state_dict(saved[key], path)
     except (RuntimeError, KeyError, EOFError, TypeError) as e:
         raise ValueError(f'{path}: not a checkpoint of ours, or cut short ({type(e).__name__}: {str(e).splitlines()[0][:100]})') from None
-    if len(saved.get('rng', ())) == mesh.world:
-        torch.set_rng_state(saved['rng'][mesh.rank]['cpu'])
-        if mesh.device.type == 'cuda' and 'cuda' in saved['rng'][mesh.rank]:
-            torch.cuda.set_rng_state(saved['rng'][mesh.rank]['cuda'], mesh.device)
+    mesh.set_rng_state(saved.get('rng', ()))
     if mesh.watch:
         mesh.watch.checkpoint = f'{path} (iter {saved.get("iter", "?")})'
     return {k: v for k, v in saved.items() if k not in ('model', 'value', 'optimizer', 'value_optimizer', 'rng')}

@@ -214,7 +214,7 @@ def test_two_ranks(tmp_path):
     jobs += [('rl', QWEN3, f64, dict(cp=2, zero=1), {}), ('packed', QWEN2, f64, dict(cp=2), {}), ('packed', QWEN2, f64, dict(cp=2), dict(attention='ring'))]
     jobs += [('long', QWEN3, f64, dict(cp=2, zero=3), {}), ('long', GPT2, f64, dict(cp=2), dict(attention='gather')), ('value', GPT2, f64, dict(cp=2), {})]
     jobs += [('lm', GPT2, f64, dict(zero=3), dict(checkpointing=True)), ('rl', QWEN3, f32, dict(zero=2), dict(overlap=False))]
-    spawn(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)))
+    spawn(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,), (dropout_differs,))
 
 
 # ---- the rest of the interface -------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def interface(rank, world):
     got, = parallel.evaluate(model, micros[:1], lambda m, mb: m(mb['idx'], mask=mb['mask'])[0])
     assert (got - logits)[micros[0]['mask']].abs().max() < 1e-12  # vocabulary of 50 on 2 ranks, gathered
     equal(dict(sorted(parallel.full_state(model).items())), dict(sorted(reference.items())))
-    assert whole.keys() == reference.keys()
+    assert whole.keys() == reference.keys() and set(model.state_dict()) == (set(reference) if mesh.master else set())
     assert mesh.all_reduce_mean({'x': 2.0}) == {'x': 2.0} and mesh.share(8) == slice(0, 8)
     opt = parallel.Optimizer(model, mesh, 1e-2)
     out = parallel.accumulate(model, opt, micros, loss_rl, [count(mb) for mb in micros])
@@ -255,6 +255,41 @@ def interface(rank, world):
                                    (dict(GPT2, n_layer=1), {}, 'nearest that works is --pp=1'), (GPT2, dict(attention='sparse'), "expected 'auto'")]:
         with pytest.raises(ValueError, match=message):
             parallel.shard(make(shape), mesh, **layout)
+    mesh.watch.stop()
+
+
+def zero3_holds_two_layers(rank):
+    """While it trains, ZeRO-3 has the weights of the layer in use and of the one being fetched; afterwards of none."""
+    mesh = parallel.init(zero=3, device='cpu')
+    model = parallel.shard(make(dict(GPT2, n_layer=8), dtype=f32), mesh)
+    opt = parallel.Optimizer(model, mesh, 1e-3)
+    size, most, gather = (lambda: sum(b.full.untyped_storage().nbytes() for b in opt.buckets)), [0], parallel.Bucket.gather
+
+    def spy(self, wait=True):
+        gather(self, wait)
+        most[0] = max(most[0], size())
+    parallel.Bucket.gather = spy
+    assert size() == 0
+    micros = micros_of('lm', 0, 0, 8)
+    parallel.accumulate(model, opt, micros, loss_lm, [count(mb) for mb in micros])
+    layer, table = (max(b.full.nbytes for b in opt.buckets if b.parts[0].name.startswith(part)) for part in ('h.', 'wte'))
+    assert size() == 0 and 2 * layer <= most[0] < 2.5 * layer + table and most[0] < 0.6 * sum(b.full.nbytes for b in opt.buckets)
+    parallel.Bucket.gather = gather
+    mesh.watch.stop()
+
+
+def dropout_differs(rank):
+    """tp ranks hold different tokens and heads, so their dropout must differ; the mean of many draws is the loss without it."""
+    mesh = parallel.init(tp=2, device='cpu')
+    model = parallel.shard(make(dict(GPT2, dropout=0.1), dtype=f32), mesh)
+    mesh.split_seeds(7)
+    drawn = mesh.everyone.all_gather(torch.rand(4)[None])
+    assert not torch.equal(drawn[0], drawn[1])
+    mb = micros_of('lm', 0, 0, 8, size=8)[0]
+    with torch.no_grad():
+        losses = torch.tensor([float(loss_lm(model, mb)[0]) for _ in range(30)])
+        exact = float(loss_lm(model.eval(), mb)[0])
+    assert losses.std() > 1e-3 and abs(losses.mean() - exact) < 0.05 * exact
     mesh.watch.stop()
 
 
