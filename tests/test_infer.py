@@ -142,12 +142,12 @@ def schedule(model, rows, rng, **over):
 @pytest.mark.parametrize('arch', ARCHS)
 def test_any_schedule_gives_the_tokens_of_the_dense_forward(truth, arch):
     rng, seen = random.Random(SEED + 1), dict(preemptions=0, cached_tokens=0, accepted=0)
-    checked = 0
-    for _ in range(30):
-        n, counts = schedule(*truth[arch], rng)
+    kinds, checked = [{}, dict(num_blocks=33, block_size=2, max_num_seqs=5), dict(prefix_caching=True, num_blocks=300), dict(ngram=1, num_blocks=300)], 0
+    for i in range(28):
+        n, counts = schedule(*truth[arch], rng, **kinds[i % 4])
         checked += n
         seen = {k: v + counts[k] for k, v in seen.items()}
-    assert checked > 50 and all(seen.values()), (SEED, checked, seen)  # the schedules did preempt, share and speculate
+    assert checked > 30 and all(seen.values()), (SEED, checked, seen)  # the schedules did preempt, share and speculate
 
 
 @pytest.mark.slow
