@@ -1441,31 +1441,28 @@ def merge(folder):
 
 
 def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, itemsize=4, activations=0):
-    """Bytes on the fullest rank: {'weights', 'gradients', 'optimizer', 'activations', 'total'}, n = dp cp ranks sharing under ZeRO.
-    model: an unsharded GPT, torch.device('meta') is enough; activations: bytes of one microbatch on one rank of a world of one
-    (model.activation_bytes), divided here by tp and cp; 1F1B holds pp microbatches of a stage's L / pp layers: pp cancels.
-    Adam's moments 8 bytes a parameter, gradients 4, float32 masters 4 more for bf16 weights. ZeRO-3 holds two fetched layers.
-    GPT-2 small, float32: 498 + 498 + 996 MB; tp=2 zero=0: half of it but for norms and positions."""
-    c, n = model.config, dp * cp
-    bounds, worst = [c.n_layer * i // pp for i in range(pp + 1)], None
+    """Bytes on the fullest rank: {'weights', 'gradients', 'optimizer', 'in_flight', 'activations', 'total'}; n = dp cp ranks share
+    under ZeRO. model: an unsharded GPT, one on torch.device('meta') is enough; activations: of one microbatch in a world of one
+    (model.activation_bytes), divided here by tp and cp; 1F1B holds pp microbatches of L / pp layers, so pp cancels. Gradients 4
+    bytes a parameter, Adam's moments 8, float32 masters of bf16 weights 4; ZeRO-3 holds two fetched layers; in flight is the
+    largest gradient on its way into the sum, twice for a tied embedding (head's and table's). GPT-2 small, one process,
+    float32: 498 + 498 + 996 + 309 MB."""
+    c, n, worst = model.config, dp * cp if zero else 1, {'total': -1}
+    bounds, tied = [c.n_layer * (i + 1) // pp for i in range(pp)], c.tie and model.head == 'lm'
     for stage in range(pp):
         sizes = collections.Counter()
         for name, p in model.named_parameters():
             dim, ranges = _ranges(name, c, tp, 0)
-            numel = p.numel() // p.shape[dim] * sum(b - a for a, b in ranges) if ranges and tp > 1 else p.numel()
-            head = name.split('.')[0]
-            stages = [next(i for i in range(pp) if int(name.split('.')[1]) < bounds[i + 1])] if head == 'h' else [0] if head in ('wte', 'wpe') else [pp - 1]
-            if name == 'wte.weight' and c.tie and model.head == 'lm':
-                stages = {0, pp - 1}
-            if stage in stages:
-                sizes['.'.join(name.split('.')[:2]) if head == 'h' else head] += numel
+            unit = '.'.join(name.split('.')[:2]) if name.startswith('h.') else name.split('.')[0]
+            at = {next(i for i in range(pp) if int(name.split('.')[1]) < bounds[i])} if unit.startswith('h.') else {0} if unit in ('wte', 'wpe') else {pp - 1}
+            if stage in (at | {pp - 1} if tied and unit == 'wte' else at):
+                sizes[unit] += p.numel() // p.shape[dim] * sum(b - a for a, b in ranges) if ranges and tp > 1 else p.numel()
         local, large = sum(sizes.values()), max(sizes.values())
-        share = local / n if zero else local
-        out = dict(weights=itemsize * (share + min(local, 2 * large) if zero == 3 and n > 1 else local),
-                   gradients=4 * (local if zero < 2 or n == 1 else local / n + large),
-                   optimizer=(8 + (4 if itemsize == 2 else 0)) * share, activations=activations / (tp * cp))
+        out = dict(weights=itemsize * (local / n + min(local, 2 * large) if zero == 3 and n > 1 else local),
+                   gradients=4 * (local if zero < 2 or n == 1 else local / n + large), optimizer=(12 if itemsize == 2 else 8) * local / n,
+                   in_flight=4 * large * (2 if tied else 1), activations=activations / (tp * cp))
         out['total'] = sum(out.values())
-        worst = out if worst is None or out['total'] > worst['total'] else worst
+        worst = max(worst, out, key=lambda o: o['total'])
     return worst
 
 

@@ -404,7 +404,7 @@ def test_plan_counts_what_shard_cuts():
     model = make(GPT2, dtype=f32)
     n = sum(p.numel() for p in model.parameters())
     one = parallel.plan(model)
-    assert one['weights'] == 4 * n and one['gradients'] == 4 * n and one['optimizer'] == 8 * n and one['total'] == 16 * n
+    assert one['weights'] == 4 * n and one['gradients'] == 4 * n and one['optimizer'] == 8 * n and 16 * n < one['total'] < 18 * n
     assert parallel.plan(model, dp=4, zero=1)['optimizer'] == 2 * n
     assert parallel.plan(model, tp=2)['weights'] < 0.6 * 4 * n
     assert parallel.plan(model, itemsize=2)['optimizer'] == 12 * n and parallel.plan(model, itemsize=2)['weights'] == 2 * n
