@@ -26,7 +26,7 @@ Left out of Ray: generators, namespaces, runtime_env (but env_vars), autoscaling
 Between nodes data passes through the head. Whoever outgrows that has backend='ray'.
 """
 import bisect, collections, contextvars, dataclasses, difflib, dis, enum, functools, hashlib, hmac, importlib, inspect, io, itertools, json, marshal, mmap
-import os, pickle, secrets, select, selectors, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback, types, weakref
+import os, pickle, queue, secrets, select, selectors, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback, types, weakref
 import atexit
 
 import numpy as np
@@ -397,8 +397,9 @@ class _Feed:
                 raise ConnectionError(f'frame of {n} + {m} bytes: more than {MAX_MESSAGE} + {MAX_TAIL}')
             if len(buf) - at < 16 + n + m:
                 break
+            with memoryview(buf) as view:
+                out.append((pickle.loads(view[at + 16:at + 16 + n]), bytes(view[at + 16 + n:at + 16 + n + m])))
             at += 16 + n + m
-            out.append((pickle.loads(buf[at - m - n:at - m]), bytes(buf[at - m:at])))
         del buf[:at]
         return out
 
@@ -526,7 +527,7 @@ class _Task:
 class _Actor:
     def __init__(self, id, create, restarts, task_retries, name, detached, meta):
         self.id, self.create, self.restarts, self.task_retries, self.name, self.detached, self.meta = id, create, restarts, task_retries, name, detached, meta
-        self.state, self.peer, self.queue, self.inflight, self.error, self.orphan, self.restarted, self.waiting = 'pending', None, collections.deque(), {}, None, False, 0, False
+        self.state, self.peer, self.queue, self.inflight, self.error, self.restarted, self.waiting = 'pending', None, collections.deque(), {}, None, 0, False
 
 
 class _Group:
@@ -553,7 +554,7 @@ class _Peer:
     def __init__(self, hub, role, id, node=None, sock=None):
         self.hub, self.role, self.id, self.node, self.sock = hub, role, id, node, sock
         self.feed, self.out, self.refs, self.allocs, self.known, self.waits = _Feed(), collections.deque(), collections.Counter(), set(), set(), {}
-        self.job = self.task = self.actor = self.key = self.reason = self.nursery = None
+        self.job = self.task = self.actor = self.key = self.reason = self.nursery = self.owes = None
         self.dead, self.stuck, self.blocked, self.last, self.tail, self.pid = False, False, 0, time.monotonic(), b'', 0
     def send(self, msg, tail=b''):
         self.out.append(_frame(msg, tail))
@@ -605,7 +606,7 @@ class _Hub:
             self.address = '%s:%d' % self.tcp.getsockname()[:2]
         elif sys.platform == 'linux':  # for `actors.py status`: an abstract name (nothing on disk), this user's processes only
             local = socket.socket(socket.AF_UNIX)
-            local.bind(f'\0actors-{os.getuid()}-{os.getpid()}')
+            local.bind(f'\0actors-{os.getuid()}-{os.getpid()}-{secrets.token_hex(4)}')
             local.listen()
             self.listeners.append((local, self.tell_status))
         for sock, admit in self.listeners:
@@ -926,7 +927,7 @@ class _Hub:
             return
         for oid in t.deps:
             if self.objects[oid].err:
-                self.fail(t, self.objects[oid].blob)
+                self.argument_failed(t, self.objects[oid].blob)
                 return
         t.queue = self.queues.setdefault((tuple(t.need.items()), t.strategy), collections.deque())
         t.queue.append(t)
@@ -1034,9 +1035,11 @@ class _Hub:
         values = [self.value(oid, peer) for oid in t.deps]
         wrong = [v for v in values if v[1]]
         if wrong:
-            self.fail(t, wrong[0][2])
-            if t.kind != 'call':
+            self.argument_failed(t, wrong[0][2])
+            if t.kind == 'task':
                 self.release(peer)
+            elif t.kind == 'create':
+                peer.send(('exit',))
             return
         code = None if t.fn in peer.known else self.functions.get(t.fn)
         peer.known.add(t.fn)
@@ -1093,7 +1096,15 @@ class _Hub:
             if t.kind == 'task':
                 self.release(peer)
 
+    def argument_failed(self, t, blob):
+        if t.kind == 'create':
+            self.bury(self.actors[t.actor], 'an argument of its constructor could not be computed')
+        else:
+            self.fail(t, blob)
+
     def fail(self, t, blob):
+        if t.kind == 'create' and self.actors[t.actor].state != 'dead':
+            self.bury(self.actors[t.actor], blob)
         for oid in t.returns:
             self.fulfil(oid, blob, err=True)
         self.finish(t)
@@ -1118,8 +1129,13 @@ class _Hub:
         self.dirty = True
 
     def release(self, peer):
-        """A task's worker is free: for the next task of its kind, or, if more wait idle than there are CPUs, to go home."""
+        """A task's worker is free: for the next task of its kind, or, if more wait idle than there are CPUs, to go home. One that had a GPU goes
+        in any case, and only then is the GPU free: a process that lives may hold its memory."""
         t, peer.task = peer.task, None
+        if t.lease[2]:
+            peer.owes = t
+            peer.send(('exit',))
+            return
         self.give_back(t, peer)
         if sum(map(len, peer.node.idle.values())) > max(2, peer.node.pool.total.get('CPU', 0)):
             peer.reason = 'not needed'
@@ -1149,6 +1165,8 @@ class _Hub:
                 peer.node.idle[peer.key].remove(peer)
             if not why.startswith('no sign') and peer.node.peer and peer.node.alive:
                 peer.node.peer.send(('kill', peer.id))
+            if peer.owes:
+                self.give_back(peer.owes, peer)
             if peer.actor:
                 self.actor_down(peer.actor, peer, why)
             elif peer.task:
@@ -1181,7 +1199,7 @@ class _Hub:
         if actor.state == 'dead':
             return
         if peer.reason or not actor.restarts:
-            self.bury(actor, _pack_error(ActorDiedError(f'{actor.create.name}: the actor is dead: {peer.reason or why}')))
+            self.bury(actor, peer.reason or why)
             return
         actor.restarts, actor.restarted, actor.state, actor.inflight = actor.restarts - 1, actor.restarted + 1, 'restarting', {}
         self.enqueue(actor.create)
@@ -1192,7 +1210,8 @@ class _Hub:
             else:
                 self.fail(t, _pack_error(ActorUnavailableError(f'{t.name}: the actor died in this call ({why}) and is restarting; the call may or may not have run')))
 
-    def bury(self, actor, error):
+    def bury(self, actor, why):
+        error = why if isinstance(why, bytes) else _pack_error(ActorDiedError(f"{actor.create.name.removesuffix('.__init__')}: the actor is dead: {why}"))
         actor.state, actor.error = 'dead', error
         if self.names.get(actor.name) is actor:
             del self.names[actor.name]
@@ -1207,7 +1226,7 @@ class _Hub:
         """No handle is left anywhere, and nothing is to be done: the actor goes. A detached one stays."""
         if self.objects[actor.id].refs > 0 or actor.detached or actor.queue or actor.inflight or actor.state != 'alive':
             return
-        self.bury(actor, _pack_error(ActorDiedError(f'{actor.create.name}: the actor is dead: its last handle went out of scope')))
+        self.bury(actor, 'its last handle went out of scope')
         actor.peer.reason = 'out of scope'
         actor.peer.send(('exit',))
 
@@ -1229,7 +1248,7 @@ class _Hub:
         if actor.peer:
             self.slay(actor.peer, 'it was killed by actors.kill' if no_restart else None)
         elif actor.state != 'dead' and no_restart:
-            self.bury(actor, _pack_error(ActorDiedError(f'{actor.create.name}: the actor is dead: it was killed by actors.kill')))
+            self.bury(actor, 'it was killed by actors.kill')
         peer.send(('reply', request, None))
 
     def on_cancel(self, peer, request, tid, force, recursive):
@@ -1266,7 +1285,7 @@ class _Hub:
             if actor.peer:
                 self.slay(actor.peer, 'its program ended')
             else:
-                self.bury(actor, _pack_error(ActorDiedError('its program ended')))
+                self.bury(actor, 'its program ended')
         for group in [g for g in self.groups.values() if g.job == job]:
             self.remove_group(group.id)
 
@@ -1469,7 +1488,7 @@ class _Session:
     def __init__(self, node, store):
         self.node, self.store = node, store
         self.prefix, self.count, self.requests = secrets.token_bytes(8), itertools.count(1), itertools.count(1)
-        self.events, self.futures, self.exported, self.error, self.actor_id = collections.deque(), {}, {}, None, None
+        self.events, self.futures, self.exported, self.error = collections.deque(), {}, {}, None
 
     def new_id(self):
         return self.prefix + next(self.count).to_bytes(6, 'big')
@@ -1677,9 +1696,8 @@ class _Exit(SystemExit):
 class _Worker:
     """One process that runs tasks one after the other, or is one actor. The reading thread only sorts; the main thread runs user code."""
     def __init__(self, session):
-        self.session, self.jobs, self.functions, self.dropped, self.running, self.actor, self.pool, self.loop = session, [], {}, set(), None, None, None, None
-        import queue
-        self.jobs = queue.SimpleQueue()
+        self.session, self.jobs, self.functions, self.dropped = session, queue.SimpleQueue(), {}, set()
+        self.running = self.actor = self.actor_info = self.pool = self.loop = None
         signal.signal(signal.SIGINT, self.interrupted)
         threading.Thread(target=self.sort, name='actors-reader', daemon=True).start()
 
@@ -1713,9 +1731,8 @@ class _Worker:
         if code is not None:
             self.functions[fid] = _unpack(code)
         if kind == 'create':
-            self.actor_id, self.actor_info = extra['id'], extra
-            self.session.actor_id = extra['id']
-        info = {'task': tid, 'name': name, 'need': need, 'actor': getattr(self, 'actor_info', None)}
+            self.actor_info = extra
+        info = {'task': tid, 'name': name, 'need': need, 'actor': self.actor_info}
         job = tid, kind, name, fid, method, blob, values, returns, retry_exc, info
         if kind != 'call' or not (self.pool or self.loop):
             self.run(*job)
@@ -2185,6 +2202,9 @@ class _Context:
         if not self._actor:
             raise RuntimeError('current_actor: this is no actor')
         return _handle(self._actor['id'], self._actor['meta'], counted=False)
+
+
+os.register_at_fork(after_in_child=lambda: globals().update(_session=None))  # a child of the user's own fork is not this session
 
 
 def _exit_actor():

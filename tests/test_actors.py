@@ -50,6 +50,10 @@ def raises(kind, ref, timeout=30):
     return info.value
 
 
+# these start many processes, and a process of Ray's takes a second: on Ray they are in the slow set
+ray_is_slow_here = pytest.mark.parametrize('rt', ['local', pytest.param('ray', marks=pytest.mark.slow)], indirect=True, scope='module')
+
+
 @actors.remote
 def echo(x):
     return x
@@ -206,6 +210,7 @@ def test_actor_keeps_state_and_order(rt):
         a.add.remote(1, 2)
 
 
+@ray_is_slow_here
 def test_handles_travel_and_the_last_one_ends_the_actor(rt):
     a = Counter.remote()
 
@@ -240,6 +245,7 @@ def test_named_actors(rt):
     soon(lambda: pytest.raises(ValueError, actors.get_actor, 'the one'))
 
 
+@ray_is_slow_here
 def test_a_constructor_that_fails(rt):
     @actors.remote
     class Bad:
@@ -254,7 +260,16 @@ def test_a_constructor_that_fails(rt):
         e = raises(actors.exceptions.ActorDiedError, b.m.remote())
         assert 'in the constructor' in str(e) and isinstance(e, actors.exceptions.RayActorError)
 
+    @actors.remote
+    def fails():
+        raise ValueError('no argument')
 
+    raises(actors.exceptions.ActorDiedError, Counter.remote(fails.remote()).add.remote())
+    gone = actors.util.scheduling_strategies.NodeAffinitySchedulingStrategy('ab' * 28, soft=False)
+    raises((actors.exceptions.ActorUnschedulableError, actors.exceptions.ActorDiedError), Counter.options(scheduling_strategy=gone).remote().add.remote())
+
+
+@ray_is_slow_here
 def test_an_actor_that_dies(rt):
     a = Counter.remote()
     assert actors.get(a.add.remote()) == 1
@@ -275,6 +290,7 @@ def tried(actor):
         return False
 
 
+@ray_is_slow_here
 def test_calls_in_flight_are_retried_if_allowed(rt, tmp_path):
     @actors.remote(max_restarts=2, max_task_retries=2)
     class Fragile:
@@ -289,6 +305,7 @@ def test_calls_in_flight_are_retried_if_allowed(rt, tmp_path):
     assert actors.get(Fragile.remote().once.remote(file), timeout=60) == 'done' and open(file).read() == 'xx'
 
 
+@ray_is_slow_here
 def test_kill_in_a_call_and_exit_actor(rt):
     a = Counter.remote()
     actors.get(a.add.remote())
@@ -306,6 +323,7 @@ def test_kill_in_a_call_and_exit_actor(rt):
     raises(actors.exceptions.ActorDiedError, b.leave.remote())  # on purpose: no restart
 
 
+@ray_is_slow_here
 def test_a_crash_is_retried_as_often_as_allowed(rt, tmp_path):
     @actors.remote
     def crash(file):
@@ -332,6 +350,7 @@ def test_a_crash_is_retried_as_often_as_allowed(rt, tmp_path):
     raises(OSError, fails.options(retry_exceptions=[KeyError]).remote(str(tmp_path / 'd'), 2))
 
 
+@ray_is_slow_here
 def test_cancel(rt, tmp_path):
     gone = actors.exceptions.TaskCancelledError
     @actors.remote
@@ -359,6 +378,7 @@ def test_cancel(rt, tmp_path):
     assert actors.get(first) == 0 and actors.get(blockers) == [None]
 
 
+@ray_is_slow_here
 def test_max_concurrency_and_coroutines(rt):
     @actors.remote(max_concurrency=4)
     class Wide:
@@ -391,6 +411,7 @@ def test_max_concurrency_and_coroutines(rt):
     assert actors.get(co.wake.remote([echo.remote(3)]), timeout=30) == 3 and actors.get(waiting, timeout=30) == 'woken'
 
 
+@ray_is_slow_here
 def test_gpus_and_threads_are_given_out(rt):
     @actors.remote
     def env():
@@ -425,6 +446,7 @@ def test_resources_limit_what_runs(rt):
     soon(lambda: actors.available_resources().get('CPU', 0) == 4)
 
 
+@ray_is_slow_here
 def test_placement_groups_reserve(rt):
     from_group = actors.util.scheduling_strategies.PlacementGroupSchedulingStrategy
     soon(lambda: actors.available_resources().get('CPU', 0) == 4)
@@ -494,6 +516,7 @@ def test_actor_with_a_model(rt):
     torch.testing.assert_close(actors.get(p.act.remote(x), timeout=60), model(x).detach())
 
 
+@ray_is_slow_here
 def test_pool_and_context(rt):
     pool = actors.util.ActorPool([Counter.remote(i) for i in (10, 20)])
     assert sorted(pool.map_unordered(lambda a, v: a.add.remote(v), [0, 0])) == [10, 20]
@@ -559,6 +582,7 @@ def test_the_store_is_shared_counted_reused_and_spills(local):
 def test_a_worker_returns_large_things_and_its_threads_are_its_own(local):
     @actors.remote
     def make(n):
+        assert torch.allclose(torch.ones(600, 600) @ torch.ones(600, 600), torch.tensor(600.0))  # its own threads, after the fork
         return np.full(n, 7, np.uint8), torch.get_num_threads(), np.random.rand()
 
     (a, t1, r1), (b, t2, r2) = actors.get([make.options(num_cpus=n).remote(1 << 20) for n in (1, 2)])
