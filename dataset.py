@@ -1,37 +1,8 @@
 """Columns without copies: Arrow IPC over mmap, `load_dataset`, batching and packing; below them tokenizers and chat templates."""
-import bisect
-import builtins
-import collections
+import bisect, builtins, collections, contextlib, csv, datetime, functools, gzip, hashlib, io, itertools, json, math, mmap, operator, os, pickle
+import queue, re, shutil, struct, sys, sysconfig, tempfile, threading, time, types, warnings, weakref, zlib, zoneinfo
 import concurrent.futures
-import contextlib
-import csv
-import datetime
-import functools
-import gzip
-import hashlib
-import io
-import itertools
-import json
-import math
-import mmap
 import multiprocessing
-import operator
-import os
-import pickle
-import queue
-import re
-import shutil
-import struct
-import sys
-import sysconfig
-import tempfile
-import threading
-import time
-import types
-import warnings
-import weakref
-import zlib
-import zoneinfo
 from types import NoneType
 from typing import NamedTuple
 
@@ -65,7 +36,7 @@ class Field(NamedTuple):
 _NUMPY = {**{k: np.dtype(k) for k in 'int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64'.split()}, **{k: np.dtype('i4') for k in
           ('date32', 'time32')}, **{k: np.dtype('i8') for k in ('date64', 'time64', 'timestamp', 'duration')}}
 _WIDE = {'string': False, 'binary': False, 'list': False, 'map': False, 'large_string': True, 'large_binary': True, 'large_list': True}  # 64-bit offsets?
-_TEXT, _UNITS, _PER = ('string', 'large_string'), ('s', 'ms', 'us', 'ns'), {'s': 1, 'ms': 10**3, 'us': 10**6, 'ns': 10**9}
+_TEXT, _UNITS, _PER = ('string', 'large_string'), dict(enumerate(('s', 'ms', 'us', 'ns'))), {'s': 1, 'ms': 10**3, 'us': 10**6, 'ns': 10**9}
 _EPOCH, _DAY0 = datetime.datetime(1970, 1, 1), datetime.date(1970, 1, 1).toordinal()
 
 
@@ -659,7 +630,7 @@ _PLAIN = {'null': 1, 'binary': 4, 'string': 5, 'bool': 6, 'list': 12, 'struct': 
 
 def _type_out(t):
     """Type -> (type id, slots of its flatbuffer table)."""
-    k, unit = t.kind, lambda u: ('h', _UNITS.index(u))
+    k, unit = t.kind, lambda u: ('h', list(_PER).index(u))
     if k in _PLAIN:
         return _PLAIN[k], []
     if k.lstrip('u').startswith('int'):
@@ -722,9 +693,9 @@ def _plain_in(f, path, ids, depth):
     elif tid == 2:
         out = Type(('' if t.num(1, _U8) else 'u') + f'int{t.num(0, _I32)}')
     elif tid == 3:
-        out = Type(('float16', 'float32', 'float64')[t.num(0, _I16)])
+        out = Type({0: 'float16', 1: 'float32', 2: 'float64'}[t.num(0, _I16)])
     elif tid == 8:
-        out = Type(('date32', 'date64')[t.num(0, _I16, 1)])
+        out = Type({0: 'date32', 1: 'date64'}[t.num(0, _I16, 1)])
     elif tid == 9:
         out = Type(f'time{t.num(1, _I32, 32)}', unit(1))
         out = out if (out.kind, out.arg) in (('time32', 's'), ('time32', 'ms'), ('time64', 'us'), ('time64', 'ns')) else None
@@ -1015,8 +986,8 @@ class _Writer:
                 buffers.append(a.data[lo:hi])
         else:
             if a.data is not None:
-                end = {'bool': (a.n + 7) // 8, 'fixed_size_binary': a.n * (t.arg or 0)}.get(t.kind, a.n) if t.kind in ('bool', 'fixed_size_binary') else a.n
-                buffers.append(np.ascontiguousarray(a.data[:end]) if t.kind != 'fixed_size_binary' else a.data[:end])
+                end = (a.n + 7) // 8 if t.kind == 'bool' else a.n * t.arg if t.kind == 'fixed_size_binary' else a.n
+                buffers.append(a.data[:end] if t.kind == 'fixed_size_binary' else np.ascontiguousarray(a.data[:end]))
             for i, kid in enumerate(a.kids):
                 self.flatten(kid, path + (i,), nodes, buffers)
 
@@ -1111,6 +1082,7 @@ class Dataset:
     def __init__(self, chunks, t, idx=None, special=None, id=None):
         self._chunks, self._type, self._special, self._id = chunks, t, special or {}, id
         self._starts = list(itertools.accumulate((c.n for c in chunks), initial=0))
+        self._begins, self._kept = np.array(self._starts[:-1]), all(c.keep for c in chunks)
         self._idx = range(self._starts[-1]) if idx is None else idx
         self.types = {f.name: f.type for f in t.fields}
 
@@ -1170,6 +1142,8 @@ class Dataset:
         at = np.asarray(list(key) if not isinstance(key, (list, tuple, np.ndarray)) else key)
         at = at if at.size else at.astype(np.int64)
         if at.dtype == bool:
+            if at.shape != (n,):
+                raise IndexError(f'a mask of shape {at.shape} for a dataset of {n} rows')
             at = np.flatnonzero(at)
         if at.dtype.kind not in 'iu' or at.ndim != 1:
             raise TypeError(f'rows are chosen by integers, a slice or a mask, got {at.dtype} of shape {at.shape}')
@@ -1202,32 +1176,28 @@ class Dataset:
         if isinstance(rows, range) and rows.step == 1:
             parts = [{k: cols[k].list(lo, hi) for k in names} for chunk, lo, hi in self._pieces(rows) for cols in [chunk.cols()]]
             return parts[0] if len(parts) == 1 else {k: list(itertools.chain.from_iterable(p[k] for p in parts)) for k in names}
-        rows = np.asarray(rows, np.int64)
-        which = np.searchsorted(self._starts, rows, 'right') - 1
-        local = (rows - np.asarray(self._starts)[which]).tolist()
-        cols = {c: self._chunks[c].cols() for c in set(which.tolist())} if self._whole() else None
-        if cols is None:  # chunks that are mapped anew each time: one after the other
-            parts = self._gather(rows, names)
-            return {k: a.list(0, a.n) for k, a in parts.items()}
-        return {k: [cols[c][k].get(r) for c, r in zip(which.tolist(), local)] for k in names}
+        which, local = self._find(rows)
+        if not self._kept:  # chunks that are mapped anew each time: one after the other
+            return {k: a.list(0, a.n) for k, a in self._gather(rows, names).items()}
+        which = which.tolist()
+        cols, local = {c: self._chunks[c].cols() for c in set(which)}, local.tolist()
+        return {k: [cols[c][k].get(r) for c, r in zip(which, local)] for k in names}
 
-    def _whole(self):
-        return all(c.keep for c in self._chunks)
+    def _find(self, rows):
+        """-> (chunk, row in it) of each row."""
+        rows = np.asarray(rows, np.int64)
+        which = np.searchsorted(self._begins, rows, 'right') - 1
+        return which, rows - self._begins[which]
 
     def _gather(self, rows, names):
         """-> {name: Array}, a view if the rows stand together in one chunk."""
         if isinstance(rows, range) and (rows.step == 1 or not rows):
             parts = [{k: take(cols[k], slice(lo, hi)) for k in names} for chunk, lo, hi in self._pieces(rows) for cols in [chunk.cols()]]
             return {k: concat([p[k] for p in parts]) if parts else take(nulls(self.types[k], 1), slice(0, 0)) for k in names}
-        rows = np.asarray(rows, np.int64)
-        which = np.searchsorted(self._starts, rows, 'right') - 1
-        order = np.argsort(which, kind='stable')
-        parts = []
-        for c in np.unique(which).tolist():
-            cols, at = self._chunks[c].cols(), rows[which == c] - self._starts[c]
-            parts.append({k: take(cols[k], at) for k in names})
-        back = np.empty(len(rows), np.int64)
-        back[order] = np.arange(len(rows))
+        which, local = self._find(rows)
+        used, back = np.unique(which, return_inverse=True)
+        parts = [{k: take(cols[k], local[which == c]) for k in names} for c in used.tolist() for cols in [self._chunks[c].cols()]]
+        back = np.argsort(np.argsort(back, kind='stable'), kind='stable')  # where each row went when they were sorted by chunk
         return {k: take(concat([p[k] for p in parts]), back) if len(parts) > 1 else parts[0][k] for k in names}
 
     def __getitem__(self, key):
@@ -1439,7 +1409,7 @@ def concatenate(datasets):
         chunks += d._chunks if same else [c.view({f.name: f.name if f.name in d.types else None for f in t.fields}, t) for c in d._chunks]
         idx.append(range(d._idx.start + base, d._idx.stop + base, d._idx.step) if isinstance(d._idx, range) else d._idx + base)
         base += d._starts[-1]
-    whole = all(isinstance(i, range) and i == range(d._starts[-1]) or len(i) == d._starts[-1] and isinstance(i, range) and i.step == 1 for i, d in zip(idx, datasets))
+    whole = all(d._idx == range(d._starts[-1]) for d in datasets if isinstance(d._idx, range)) and all(isinstance(i, range) for i in idx)
     special = {k: v for k, v in datasets[0]._special.items() if all(d._special.get(k) == v for d in datasets)}
     ids = tuple(d._id for d in datasets)
     return Dataset(chunks, t, None if whole else np.concatenate([np.asarray(i, np.int64) for i in idx]), special, None if None in ids else ids)
@@ -1478,7 +1448,7 @@ def _atomic(path):
 
 # --- map: workers, progress, fingerprints ---
 
-_JOB = None  # set in each worker before its first piece; under fork it needs no pickling, so closures work
+_JOB = None  # set in each worker before its first piece: a forked child inherits it, nothing is pickled, so closures work
 
 
 def _set_job(job):
@@ -1491,8 +1461,9 @@ def _pool(work, pieces, num_proc, job, progress=lambda n: None):
     """[work(job, *piece)] in order, in num_proc processes."""
     if num_proc <= 1 or len(pieces) <= 1:
         return [progress(p) or work(job, *p) for p in pieces]
-    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
-    with concurrent.futures.ProcessPoolExecutor(min(num_proc, len(pieces)), multiprocessing.get_context(method), _set_job, (job,)) as pool:
+    if 'fork' not in multiprocessing.get_all_start_methods():
+        raise ValueError(f'num_proc {num_proc}: this system cannot fork a process: set num_proc=1')
+    with concurrent.futures.ProcessPoolExecutor(min(num_proc, len(pieces)), multiprocessing.get_context('fork'), _set_job, (job,)) as pool:
         futures = [pool.submit(_work, work, p) for p in pieces]
         try:
             return [progress(p) or f.result() for f, p in zip(futures, pieces)]
@@ -1754,7 +1725,7 @@ def _corrupt(path):
 
 def _open_arrow(path, many=False):
     with _corrupt(path), open(path, 'rb') as f:
-        found = _read_ipc(_Source(f if not many else f), many)
+        found = _read_ipc(_Source(f), many)
     stat = os.stat(path)
     return [Dataset(chunks, t, None, _special(meta, t), (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)) for t, meta, chunks in found]
 
