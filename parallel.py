@@ -481,13 +481,13 @@ class _Ring(torch.autograd.Function):
     Per block: new = logaddexp(lse, block_lse); out = out e^(lse - new) + block e^(block_lse - new). Backward: a second round in
     which dK and dV travel with their K and V and arrive at home after `size` steps."""
     @staticmethod
-    def blocks(group, n, src):
-        """(rows of mine, rows of the visitor, both also as global numbers) of the chunk pairs that causality leaves."""
+    def blocks(group, n, src, tile=1024):
+        """(rows of mine, rows of the visitor, where both begin in the whole) of the chunk pairs that causality leaves."""
         size, c, r = group.size, n // 2, group.rank
         for i, qc in enumerate((r, 2 * size - 1 - r)):
             for j, kc in enumerate((src, 2 * size - 1 - src)):
-                if kc <= qc:
-                    yield slice(i * c, i * c + c), slice(j * c, j * c + c), qc * c, kc * c
+                for a in range(0, c if kc <= qc else 0, tile):
+                    yield slice(i * c + a, i * c + min(a + tile, c)), slice(j * c, j * c + c), qc * c + a, kc * c
 
     @staticmethod
     def scores(q, k, q0, k0, pos):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import conftest
+import lora
 import parallel
 from model import GPT, GPTConfig
 
@@ -29,7 +30,10 @@ QWEN2 = {**QWEN3, 'arch': 'qwen2', 'qkv_bias': True, 'qk_norm': False, 'tie': Tr
 
 def make(shape, head='lm', dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**shape), head).to(dtype)
+    model = GPT(GPTConfig(**{k: v for k, v in shape.items() if k != 'lora'}), head).to(dtype)
+    if 'lora' in shape:
+        lora.add_lora(model, shape['lora'], 8, targets=('c_attn', 'c_fc'))
+        model.to(dtype)
     with torch.no_grad():  # biases and norms away from 0 and 1, or mistakes in them would not show
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
@@ -116,9 +120,9 @@ def single(case, shape, dtype, steps=3, clip=0.05):
             loss.backward()
             loss_sum += loss.item()
         if step == 0:
-            out['grads'] = {n: p.grad.clone() for n, p in model.named_parameters()}
+            out['grads'] = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         out['loss'].append(loss_sum)
-        out['norm'].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        out['norm'].append(float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)))
         opt.step()
         opt.zero_grad()
     out['weights'] = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -160,7 +164,7 @@ def worst(a, b):
     return err
 
 
-def spawn(world, tmp_path, *calls):
+def check_ranks(world, tmp_path, *calls):
     """Runs fn(rank, *args) of each (fn, *args) in `world` processes over a FileStore; an exception in any of them fails the test. The
     processes are forked from a clean server that has imported torch once: three seconds less for each of them."""
     multiprocessing.set_forkserver_preload(['test_parallel'])
@@ -213,8 +217,9 @@ def test_two_ranks(tmp_path):
     jobs += [('lm', GPT2, f64, dict(pp=2), dict(layers=(3, 1))), ('rl', QWEN3, f64, dict(pp=2), {}), ('value', GPT2, f32, dict(pp=2), {})]
     jobs += [('rl', QWEN3, f64, dict(cp=2, zero=1), {}), ('packed', QWEN2, f64, dict(cp=2), {}), ('packed', QWEN2, f64, dict(cp=2), dict(attention='ring'))]
     jobs += [('long', QWEN3, f64, dict(cp=2, zero=3), {}), ('long', GPT2, f64, dict(cp=2), dict(attention='gather')), ('value', GPT2, f64, dict(cp=2), {})]
+    jobs += [('lm', dict(GPT2, lora=2), f64, dict(zero=2), {}), ('rl', dict(GPT2, lora=2), f64, dict(pp=2), {})]
     jobs += [('lm', GPT2, f64, dict(zero=3), dict(checkpointing=True)), ('rl', QWEN3, f32, dict(zero=2), dict(overlap=False))]
-    spawn(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,), (dropout_differs,))
+    check_ranks(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,), (dropout_differs,))
 
 
 # ---- the rest of the interface -------------------------------------------------------------------------------------------
@@ -252,7 +257,8 @@ def interface(rank, world):
         parallel.shard(bad, mesh)
     for shape, layout, message in [(dict(GPT2, n_head=3, n_embd=48), {}, 'nearest that works is --tp=1'), (dict(GPT2, n_inner=33), {}, 'MLP width 33'),
                                    (dict(GPT2, dropout=0.1), {}, 'dropout 0.1 is not supported'), (GPT2, dict(layers=(4, 0)), 'at least one'),
-                                   (dict(GPT2, n_layer=1), {}, 'nearest that works is --pp=1'), (GPT2, dict(attention='sparse'), "expected 'auto'")]:
+                                   (dict(GPT2, n_layer=1), {}, 'nearest that works is --pp=1'), (GPT2, dict(attention='sparse'), "expected 'auto'"),
+                                   (dict(GPT2, lora=2), {}, 'lora with tp 2 is not supported')]:
         with pytest.raises(ValueError, match=message):
             parallel.shard(make(shape), mesh, **layout)
     mesh.watch.stop()
@@ -337,7 +343,7 @@ def test_four_ranks(tmp_path):
             ('lm', GPT2, f64, dict(pp=2, zero=2), {}), ('rl', GPT2, f64, dict(pp=4), {}), ('lm', QWEN2, f64, dict(tp=2, pp=2), {}),
             ('value', QWEN3, f64, dict(tp=2, cp=2), {}), ('long', GPT2, f64, dict(cp=4), {}), ('packed', GPT2, f64, dict(pp=2, cp=2), {}),
             ('rl', QWEN3, f32, dict(cp=2, zero=3), {}), ('lm', GPT2, f64, dict(pp=2, zero=3), {}), ('long', QWEN3, f64, dict(tp=2, cp=2), {})]
-    spawn(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (interface, 4), (checkpoints, str(tmp_path)))
+    check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (interface, 4), (checkpoints, str(tmp_path)))
     read = lambda name: torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)
     for name in ('float64', 'bfloat16'):
         a, b = read(f'{name}-a'), read(f'{name}-b')
@@ -477,11 +483,11 @@ def test_a_hang_is_named_and_another_layout_resumes(tmp_path):
 def test_eight_ranks(tmp_path):
     jobs = [('lm', GPT2, f64, dict(tp=2, pp=2, cp=2), {}), ('rl', QWEN3, f64, dict(tp=2, pp=2, zero=3), {}), ('packed', QWEN2, f64, dict(tp=2, cp=2, zero=2), {}),
             ('value', QWEN2, f64, dict(pp=2, cp=2, zero=1), {}), ('long', GPT2, f64, dict(tp=4, cp=2), {}), ('lm', GPT2, f64, dict(zero=3), {})]
-    spawn(8, tmp_path, (check_all, jobs, references(tmp_path, jobs)))
+    check_ranks(8, tmp_path, (check_all, jobs, references(tmp_path, jobs)))
 
 
 @pytest.mark.slow
 def test_every_combination_of_four_ranks(tmp_path):
     jobs = [(case, shape, f64, dict(lay, zero=zero), {}) for i, lay in enumerate(layouts(4)) for zero in (0, 1, 2, 3)
             for k, (case, shape) in enumerate([('lm', GPT2), ('rl', {**QWEN3, 'n_layer': 4}), ('packed', {**QWEN2, 'n_layer': 4}), ('value', GPT2)]) if (i + k + zero) % 4 == 0]
-    spawn(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)))
+    check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)))
