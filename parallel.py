@@ -77,15 +77,18 @@ class Watch:
             self.what = 'closed'
             os.write(self.pipe[1], b'\0')
             self.thread.join()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _beat(self):
         while self.what != 'closed':
             try:
                 self.store.set(f'beat{self.rank}', json.dumps([socket.gethostname(), os.getpid(), time.time(), self.calls, self.what, self.since]))
-            except RuntimeError:  # the store's host is gone: the main thread will hear of it
-                self.calls += 0
+            except RuntimeError as e:  # the store's host is gone; the main thread will meet that too
+                self.what = f'{self.what} (store: {type(e).__name__})'[:200]
             if select.select([self.pipe[0]], [], [], self.EVERY)[0] and signal.SIGTERM in os.read(self.pipe[0], 64):
-                print(f'{self._me()} was told to end (SIGTERM) while in {self.what}: another rank failed. {self._advice()}', file=sys.stderr, flush=True)
+                print(f'{self._me()} was told to end (SIGTERM) while in {self.what}: another rank failed, '
+                      f'or the job was stopped. {self._advice()}', file=sys.stderr, flush=True)
                 os._exit(143)
 
     def _me(self):
@@ -626,7 +629,7 @@ class _Receive(nn.Module):
 
     def forward(self, idx):
         if self.x is not None:
-            raise ValueError('the loss function called the model twice on one microbatch; with pp > 1 it may do so once: use two calls of accumulate')
+            raise ValueError('the loss function called the model twice on one microbatch; with pp > 1 once is all: call accumulate twice')
         x = torch.empty(len(idx) // self.mesh.tp.size, self.width, dtype=self.dtype, device=idx.device)
         self.x = self.mesh.pp.recv(x, self.mesh.pp.rank - 1, 'activations').requires_grad_(torch.is_grad_enabled())
         return self.x
@@ -668,7 +671,7 @@ class Head(nn.Module):
         if self.tp.size == 1:
             return kernels.linear_cross_entropy(x, weight, targets) if reduce else kernels.linear_logprobs(x, weight, targets, temperature)
         logp, entropy = _VocabLogprobs.apply(x, weight, targets, self.lo, temperature, self.tp)
-        return -logp.mean() if reduce else (logp, entropy)
+        return -logp.sum() / max(1, len(logp)) if reduce else (logp, entropy)
 
 
 def _check_replicas(model, mesh):
@@ -677,7 +680,7 @@ def _check_replicas(model, mesh):
     low, high = (mesh.everyone.all_reduce(mesh._near(sums.clone()), 'check of the weights', op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
     if not torch.equal(low, high):
         bad = int((low != high).nonzero()[0])
-        raise ValueError(f'the ranks hold different weights ({[n for n, _ in model.named_parameters()][bad]}): same seed and same checkpoint on every rank?')
+        raise ValueError(f'the ranks hold different weights ({[n for n, _ in model.named_parameters()][bad]}): same seed, same checkpoint on every rank?')
 
 
 class Sharded(nn.Module):
@@ -754,10 +757,7 @@ class Sharded(nn.Module):
         tied_copy = name == 'lm_head.weight' and self.tied
         name = 'wte.weight' if tied_copy else name
         shape = next(s for n, s, *_ in self.full if n == name)
-        if mesh.tp.size == 1:
-            dim, ranges = 0, ()
-        else:
-            dim, ranges = _ranges(name, c, mesh.tp.size, mesh.tp.rank)
+        dim, ranges = _ranges(name, c, mesh.tp.size, mesh.tp.rank) if mesh.tp.size > 1 else (0, ())
         shared = kv.size > 1 and any(k in name for k in ('k_proj', 'v_proj'))
         sums = ((mesh.tp,) if not ranges and not name.startswith('score') else ()) + ((kv,) if shared else ())
         if name == 'wte.weight' and self.tied and mesh.pp.size > 1 and (self.first or self.last):
@@ -787,7 +787,7 @@ class Sharded(nn.Module):
             ring = self.attention == 'ring' or (self.attention == 'auto' and not dropout and int((at.pos == 0).sum()) == 1)
             attend = (lambda layer, q, k, v: _Ring.apply(q, k, v, pos, mesh.cp)) if ring else _gathered_attend(mesh.cp, pos, dropout)
         else:
-            attend = lambda layer, q, k, v: F.pad(inner(layer, q[:padded], k[:padded], v[:padded]), (0, 0, 0, 0, 0, rest)) if rest else inner(layer, q, k, v)
+            attend = inner if not rest else lambda layer, q, k, v: F.pad(inner(layer, q[:padded], k[:padded], v[:padded]), (0, 0, 0, 0, 0, rest))
         x = body.hidden(ids[own], pos[own], attend) if cp > 1 else body.hidden(ids, pos, attend)
         if mesh.tp.size > 1:  # a scalar head does the same work on every rank, an LM head its own words
             x = (join_rows if self.head == 'scalar' else gather_rows)(x, mesh.tp)
@@ -811,7 +811,7 @@ class Sharded(nn.Module):
         total, mine = int((targets >= 0).sum()), targets[own]
         counted = mine >= 0
         x, mine = x[counted], mine[counted]
-        loss = self.out(x, mine, reduce=True) * (len(mine) / total) if len(mine) else x.sum() * 0.0
+        loss = self.out(x, mine, reduce=True) * (len(mine) / max(1, total))  # called even for no token: ZeRO-3 fetches inside
         return None, sum_parts(loss, self.mesh.cp) if self.mesh.cp.size > 1 else loss
 
     def logprobs(self, idx, temperature=1.0, mask=None, doc=None, where=None, entropy=False, encoded=None):
@@ -1171,6 +1171,8 @@ def accumulate(model, optimizer, micros, loss_of, weights=None):
             (loss * scale).backward()
             optimizer.end()
             results.append(_numbers(loss, stats))
+    if any(r.keys() != results[0].keys() for r in results):
+        raise ValueError(f'the loss function must return the same statistics for every microbatch, got {[sorted(r) for r in results]}')
     mean = {k: sum(r[k] * s for r, s in zip(results, scales)) for k in results[0]}
     if mesh.dp > 1:
         mean = {k: v * mesh.dp for k, v in mesh.all_reduce_mean(mean).items()}

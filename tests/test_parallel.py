@@ -95,7 +95,21 @@ def batch_long(g, rows):
     return dict(idx=torch.randint(0, 50, (rows, 41), generator=g), targets=torch.randint(0, 50, (rows, 41), generator=g))
 
 
-CASES = {'long': ('lm', batch_long, loss_lm), 'lm': ('lm', batch_lm, loss_lm), 'packed': ('lm', batch_packed, loss_packed), 'rl': ('lm', batch_rl, loss_rl),
+def batch_sparse(g, rows):
+    """One counted token in two rows: most cp ranks have nothing for the head to do."""
+    mb = batch_rl(g, rows)
+    mb['targets'] = torch.where(torch.arange(13) == 9, mb['targets'].clamp(0), -1)
+    mb['targets'][1::2] = -1
+    mb['where'] = mb['targets'][:, :-1] >= 0
+    return mb
+
+
+def loss_sparse(model, mb):
+    kind = loss_lm if mb['idx'].sum() % 2 else loss_rl
+    return kind(model, mb)[0], {}
+
+
+CASES = {'sparse': ('lm', batch_sparse, loss_sparse), 'long': ('lm', batch_long, loss_lm), 'lm': ('lm', batch_lm, loss_lm), 'packed': ('lm', batch_packed, loss_packed), 'rl': ('lm', batch_rl, loss_rl),
          'value': ('scalar', batch_rl, loss_value)}
 
 
@@ -217,6 +231,7 @@ def test_two_ranks(tmp_path):
     jobs += [('lm', GPT2, f64, dict(pp=2), dict(layers=(3, 1))), ('rl', QWEN3, f64, dict(pp=2), {}), ('value', GPT2, f32, dict(pp=2), {})]
     jobs += [('rl', QWEN3, f64, dict(cp=2, zero=1), {}), ('packed', QWEN2, f64, dict(cp=2), {}), ('packed', QWEN2, f64, dict(cp=2), dict(attention='ring'))]
     jobs += [('long', QWEN3, f64, dict(cp=2, zero=3), {}), ('long', GPT2, f64, dict(cp=2), dict(attention='gather')), ('value', GPT2, f64, dict(cp=2), {})]
+    jobs += [('sparse', GPT2, f64, dict(cp=2, zero=3), {}), ('sparse', GPT2, f64, dict(tp=2), {})]
     jobs += [('lm', dict(GPT2, lora=2), f64, dict(zero=2), {}), ('rl', dict(GPT2, lora=2), f64, dict(pp=2), {})]
     jobs += [('lm', GPT2, f64, dict(zero=3), dict(checkpointing=True)), ('rl', QWEN3, f32, dict(zero=2), dict(overlap=False))]
     check_ranks(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,), (dropout_differs,))
