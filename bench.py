@@ -285,8 +285,8 @@ def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), me
         seconds[optimizer.overlap].append(time.perf_counter() - t)
     with open('/proc/self/status') as f:
         peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
-    waited = {g.name: g.waited for g in (mesh.tp, mesh.data, mesh.pp, mesh.pp_back)}
-    return seconds, metrics, peak - before, planned, waited
+    mesh.close()
+    return seconds, metrics, peak - before, planned
 
 
 def _parallel_link(rank, sizes):
@@ -301,6 +301,7 @@ def _parallel_link(rank, sizes):
             dist.all_reduce(x)
             best = min(best, time.perf_counter() - t)
         out.append(best)
+    dist.destroy_process_group()
     return out
 
 
@@ -376,7 +377,7 @@ def bench_parallel(args):
     print('GPT-2 small, float32, B=1 T=64, GB on the fullest rank: resident memory over the start, beside parallel.plan')
     for world, layouts in ((1, [{}]), (2, [dict(zero=z) for z in range(4)] + [dict(tp=2), dict(pp=2)]), (4, [dict(zero=3), dict(tp=4), dict(tp=2, zero=1)])):
         for layout in layouts:
-            _, _, got, planned, _ = _parallel_spawn(world, _parallel_steps, 'gpt2', layout, 1, 64, 1, 2, (True,), True)
+            _, _, got, planned = _parallel_spawn(world, _parallel_steps, 'gpt2', layout, 1, 64, 1, 2, (True,), True)
             print(f'  {world} ranks {layout or "one process"}: measured {got / 1e9:.2f}, planned {planned["total"] / 1e9:.2f}  (weights '
                   f'{planned["weights"] / 1e9:.2f}, gradients {planned["gradients"] / 1e9:.2f}, Adam {planned["optimizer"] / 1e9:.2f})', flush=True)
     print('overlap: seconds a step, reductions inside the backward against after it, the sides alternating (8 layers of 384, 2 ranks)')
@@ -404,10 +405,521 @@ def bench_parallel(args):
         print(f'  {layout}: measured {got:.3f} s, predicted {want:.3f}, ratio {got / want:.2f}', flush=True)
 
 
+def _kernels_peak(code):
+    """MB that `code` adds to the peak of a process of its own, from the line `# ---` in it on; and its seconds."""
+    setup, work = code.split('# ---\n')
+    read = "__import__('resource').getrusage(__import__('resource').RUSAGE_SELF).ru_maxrss // 1024"
+    full = f'import torch, time, kernels as K\nimport torch.nn.functional as F\n{setup}base, t = {read}, time.perf_counter()\n{work}print({read} - base, time.perf_counter() - t)\n'
+    out = subprocess.run([sys.executable, '-c', full], capture_output=True, text=True, check=True, cwd=os.path.dirname(os.path.abspath(__file__))).stdout
+    return [float(x) for x in out.split()[-2:]]
+
+
+def _kernels_memory():
+    """What the logits cost and what leaving them out saves, on CPU, forward and backward together, peak resident set."""
+    print('peak memory added by forward + backward, CPU, N=1024 tokens, C=64 (MB)')
+    setup = 'torch.manual_seed(0); V, T = {V}, 1.0\nx, w = torch.randn(1024, 64).requires_grad_(), torch.randn(V, 64).requires_grad_()\ny = torch.randint(0, V, (1024,))\n# ---\n'
+    sides = {'eager log_softmax of the logits': 'z = x @ w.t()\nF.log_softmax(z / T, -1).gather(1, y[:, None]).sum().backward()\n',
+             'linear_logprobs': 'K.linear_logprobs(x, w, y, T)[0].sum().backward()\n', 'linear_cross_entropy': 'K.linear_cross_entropy(x, w, y).backward()\n',
+             'F.linear_cross_entropy, chunked': 'F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions()).backward()\n'}
+    for V in (50257, 151936):
+        print(f'  V={V}: float32 logits {1024 * V * 4 / 2**20:.0f}, gradient of the weight {V * 64 * 4 / 2**20:.0f}')
+        for name, code in sides.items():
+            if hasattr(__import__('torch').nn, 'LinearCrossEntropyOptions') or not name.startswith('F.'):
+                print('    {:34s} {:6.0f} MB   {:.2f} s'.format(name, *_kernels_peak(setup.format(V=V) + code)))
+    setup = 'import model\ntorch.manual_seed(0); m = model.GPT(model.GPTConfig())\nidx = torch.randint(0, 50257, (2, 513))\n# ---\n'
+    for name, loss in {'model(idx, targets)': 'm(idx[:, :-1], idx[:, 1:].contiguous())[1]',
+                       'cross entropy of logits': 'F.cross_entropy(m(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten())'}.items():
+        print('  GPT-2 small, one SFT step of 1024 tokens, {:24s} {:6.0f} MB   {:.1f} s'.format(name, *_kernels_peak(setup + loss + '.backward()\n')))
+
+
+def _kernels_cpu():
+    """The twins against eager and F.linear_cross_entropy; forward + backward, float32, one thread."""
+    import torch
+    import torch.nn.functional as F
+    import kernels as K
+    torch.set_num_threads(1)
+    chunked = dict(options=torch.nn.LinearCrossEntropyOptions()) if hasattr(torch.nn, 'LinearCrossEntropyOptions') else {}
+
+    def rate(fn, inputs, seconds):
+        def go():
+            n, t = 0, time.perf_counter()
+            while n == 0 or time.perf_counter() - t < seconds:
+                for i in inputs:
+                    i.grad = None
+                fn().backward()
+                n += 1
+            return n / (time.perf_counter() - t)
+        return go
+
+    def table(title, sides, inputs, seconds=0.3):
+        rates = alternate({k: rate(f, inputs, seconds) for k, f in sides.items()}, rounds=5)
+        first = next(iter(rates.values()))
+        print(f'  {title:34s}' + '   '.join(f'{k} {1e3 / r:.1f} ms ({r / first:.2f}x)' for k, r in rates.items()), flush=True)
+    print('CPU, forward + backward, (speed against the first)')
+    for N, C, V in ((4096, 128, 257), (4096, 192, 512), (512, 768, 50257)):
+        x, w, y = torch.randn(N, C).requires_grad_(), (torch.randn(V, C) * C ** -0.5).requires_grad_(), torch.randint(0, V, (N,))
+
+        def eager_stats():
+            logp = F.log_softmax(x @ w.t(), -1)
+            return (logp.gather(1, y[:, None])[:, 0] - (logp.exp() * logp).sum(-1)).sum()
+        table(f'loss, N={N} C={C} V={V}', {'eager': lambda: F.cross_entropy(x @ w.t(), y), 'F.linear_cross_entropy': lambda: F.linear_cross_entropy(x, w, y, **chunked),
+                                           'linear_cross_entropy': lambda: K.linear_cross_entropy(x, w, y)}, (x, w))
+        table('  log-prob', {'eager': lambda: F.log_softmax(x @ w.t(), -1).gather(1, y[:, None]).sum(), 'linear_logprobs': lambda: K.linear_logprobs(x, w, y)[0].sum()}, (x, w))
+        table('  log-prob + entropy', {'eager': eager_stats, 'linear_logprobs': lambda: sum(o.sum() for o in K.linear_logprobs(x, w, y))}, (x, w))
+    x, w, b = torch.randn(3373, 128).requires_grad_(), torch.randn(512, 128).requires_grad_(), torch.randn(512).requires_grad_()
+    table('linear (3373, 128) x (128, 512)', {'F.linear': lambda: F.linear(x, w, b).sum(), 'kernels.linear': lambda: K.linear(x, w, b).sum()}, (x, w, b))
+
+
+def _kernels_cuda():
+    """Each kernel's time, GB/s or TFLOP/s and its share of the ceiling measured here, against eager, torch.compile and torch's own."""
+    import torch
+    import torch.nn.functional as F
+    import kernels as K
+    from triton.testing import do_bench
+    ms = lambda f: do_bench(f, warmup=50, rep=200, return_mode='median')
+    big = torch.randn(1 << 30, device='cuda', dtype=torch.bfloat16)
+    into = torch.empty_like(big)
+    copy = 2 * big.nbytes / ms(lambda: into.copy_(big)) / 1e6
+    a = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)
+    matmul = 2 * 8192 ** 3 / ms(lambda: a @ a) / 1e9
+    del big, into
+    print(f'{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s; bf16 below, median ms')
+
+    def rand(*s):
+        return torch.randn(*s, device='cuda', dtype=torch.bfloat16).requires_grad_()
+
+    def both(fn, inputs):
+        """ms of the forward, ms of forward + backward."""
+        out = fn()
+        out = [o for o in (out if isinstance(out, tuple) else (out,))]
+        grads = [torch.randn_like(o) for o in out]
+        with torch.no_grad():
+            fwd = ms(fn)
+
+        def go():
+            o = fn()
+            torch.autograd.grad(o if isinstance(o, tuple) else (o,), inputs, grads)
+        return fwd, ms(go)
+
+    def memory(name, nbytes, nbytes_back, fn, eager, inputs):
+        """nbytes: the fewest that the forward must move; nbytes_back: the backward."""
+        line = f'  {name:30s}'
+        for how, f in (('ours', fn), ('eager', eager), ('compile', torch.compile(eager))):
+            t, tt = both(f, inputs)
+            line += f'   {how} {t:.3f} / {tt:.3f} ms, {nbytes / t / 1e6:.0f} GB/s {100 * nbytes / t / 1e6 / copy:.0f} %'
+            line += f' (back {100 * nbytes_back / max(tt - t, 1e-6) / 1e6 / copy:.0f} %)'
+        print(line, flush=True)
+    K.use('triton')
+    N, C, I = 16384, 4096, 12288
+    x, r, w, b = rand(N, C), rand(N, C), rand(C), rand(C)
+    S = x.nbytes
+
+    def eager_rms():
+        h = x + r
+        return F.rms_norm(h, (C,), w, 1e-6), h
+    memory('rms_norm + residual', 4 * S, 4 * S, lambda: K.rms_norm(x, w, 1e-6, r), eager_rms, (x, r, w))
+    memory('rms_norm', 2 * S, 3 * S, lambda: K.rms_norm(x, w, 1e-6), lambda: F.rms_norm(x, (C,), w, 1e-6), (x, w))
+    memory('layer_norm', 2 * S, 3 * S, lambda: K.layer_norm(x, w, b, 1e-5), lambda: F.layer_norm(x, (C,), w, b, 1e-5), (x, w, b))
+    q, k = rand(4, 4096, 32, 128), rand(4, 4096, 8, 128)
+    angle = torch.rand(4096, 64, device='cuda')
+    cos, sin = angle.cos(), angle.sin()
+    memory('rope', 2 * (q.nbytes + k.nbytes), 2 * (q.nbytes + k.nbytes), lambda: K.rope(q, k, cos, sin),
+           lambda: (K._rotate(q, cos, sin, False), K._rotate(k, cos, sin, False)), (q, k))
+    g, u = rand(N, I), rand(N, I)
+    memory('swiglu', 3 * g.nbytes, 5 * g.nbytes, lambda: K.swiglu(g, u), lambda: F.silu(g) * u, (g, u))
+    memory('gelu', 2 * g.nbytes, 3 * g.nbytes, lambda: K.gelu(g), lambda: F.gelu(g, approximate='tanh'), (g,))
+    z, y = rand(8192, 131072), torch.randint(0, 131072, (8192,), device='cuda')
+
+    def eager_ce():
+        logp = F.log_softmax(z.float(), -1)
+        return F.nll_loss(logp, y, reduction='none'), -(logp.exp() * logp).sum(-1)
+    memory('cross_entropy + entropy', z.nbytes, 2 * z.nbytes, lambda: K.cross_entropy(z, y), eager_ce, (z,))
+    del g, u, z, x, r
+    print('  linear + softmax, C=4096, V=131072: ms forward / forward + backward, TFLOP/s of the forward, peak GB')
+    for N in (4096, 8192):
+        x, w, y = rand(N, 4096), (rand(131072, 4096).detach() / 64).requires_grad_(), torch.randint(0, 131072, (N,), device='cuda')
+        sides = {'linear_logprobs': lambda: K.linear_logprobs(x, w, y)[0].mean(), 'linear_cross_entropy': lambda: K.linear_cross_entropy(x, w, y),
+                 'eager': lambda: F.cross_entropy((x @ w.t()).float(), y)}
+        if hasattr(torch.nn, 'LinearCrossEntropyOptions'):
+            sides['F.linear_cross_entropy'] = lambda: F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
+        for name, f in sides.items():
+            torch.cuda.reset_peak_memory_stats()
+            base = torch.cuda.memory_allocated()
+            t, tt = both(f, (x, w))
+            print(f'    N={N} {name:24s} {t:.2f} / {tt:.2f} ms, {2 * N * 4096 * 131072 / t / 1e9:.0f} TFLOP/s, {(torch.cuda.max_memory_allocated() - base) / 1e9:.2f} GB', flush=True)
+        del x, w
+    print('  attention, causal, 16 documents of 2048, 32 heads on 8, hs 128 / 64: TFLOP/s forward, forward + backward')
+    for hs in (128, 64):
+        q, k, v = rand(32768, 32, hs), rand(32768, 8, hs), rand(32768, 8, hs)
+        cu = torch.arange(17, device='cuda', dtype=torch.int32) * 2048
+        sides = {'ours, packed': lambda: K.flash_attention(q, k, v, cu),
+                 'SDPA, dense': lambda: F.scaled_dot_product_attention(*(t.view(16, 2048, -1, hs).transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)}
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+            kk, vv = (t.detach().repeat_interleave(4, 1).requires_grad_() for t in (k, v))
+            varlen_attn(q, kk, vv, cu, cu, 2048, 2048, True)
+            sides['varlen_attn (heads repeated)'] = lambda: varlen_attn(q, kk, vv, cu, cu, 2048, 2048, True)
+        except (ImportError, TypeError, RuntimeError) as e:
+            print(f'    varlen_attn left out: {type(e).__name__}: {str(e)[:80]}')
+        flop = 4 * 16 * 32 * hs * 2048 * 2048 / 2
+        for name, f in sides.items():
+            t, tt = both(f, (q, kk, vv) if 'varlen' in name else (q, k, v))
+            print(f'    hs={hs} {name:30s} {t:.2f} / {tt:.2f} ms, {flop / t / 1e9:.0f} / {3.5 * flop / tt / 1e9:.0f} TFLOP/s', flush=True)
+    print('  paged decode, block 16, 32 heads on 8, hs 128')
+    for B, ctx in ((64, 4096), (256, 1024), (1, 32768)):
+        blocks = B * ctx // 16
+        kc, vc = (torch.randn(blocks, 16, 8, 128, device='cuda', dtype=torch.bfloat16) for _ in range(2))
+        table, lens = torch.randperm(blocks, device='cuda').int().view(B, -1), torch.full((B,), ctx, device='cuda', dtype=torch.int32)
+        q = rand(B, 32, 128).detach()
+        t = ms(lambda: K.paged_attention(q, kc, vc, table, lens))
+        print(f'    B={B} context {ctx}: {t:.3f} ms, {2 * kc.nbytes / t / 1e6:.0f} GB/s, {100 * 2 * kc.nbytes / t / 1e6 / copy:.0f} % of copy', flush=True)
+
+
+def bench_kernels(args):
+    """kernels.py: python bench.py kernels [memory | cpu | cuda]. Without a word: all that this machine can run."""
+    import torch
+    if not args or 'memory' in args:
+        _kernels_memory()
+    if not args or 'cpu' in args:
+        _kernels_cpu()
+    if torch.cuda.is_available() and (not args or 'cuda' in args):
+        _kernels_cuda()
+    elif 'cuda' in args:
+        print('no CUDA device here', file=sys.stderr)
+
+
+_INFER_SHAPES = {  # name: (GPTConfig overrides, requests)
+    'tiny': dict(arch='gpt2', n_layer=4, n_head=4, n_embd=128, vocab_size=2048, block_size=512),
+    'qwen3': dict(arch='qwen3', n_layer=8, n_head=8, n_kv_head=4, n_embd=256, head_size=32, n_inner=768, vocab_size=4096, block_size=512),
+    'gpt2': dict(arch='gpt2')}
+_INFER_VLLM = '''
+import json, sys, time
+from vllm import LLM, SamplingParams
+work = json.load(open(sys.argv[1] + '/work.json'))
+llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype=sys.argv[2], max_model_len=512, max_num_seqs=256, enable_prefix_caching=True)
+params = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=n, detokenize=False) for n in work['lens']]
+run = lambda: llm.generate([dict(prompt_token_ids=p) for p in work['prompts']], params, use_tqdm=False)
+run()
+print('ready', flush=True)
+for line in sys.stdin:
+    llm.reset_prefix_cache()
+    t = time.perf_counter()
+    assert sum(len(o.outputs[0].token_ids) for o in run()) == sum(work['lens'])
+    print('seconds', time.perf_counter() - t, flush=True)
+'''
+
+
+class _infer_Peer:
+    """vLLM in its own interpreter: one line in, one round's seconds out."""
+
+    def __init__(self, python, folder, dtype):
+        env = {**os.environ, 'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_LOGGING_LEVEL': 'ERROR', 'HF_HUB_OFFLINE': '1'}
+        self.p = subprocess.Popen([python, '-c', _INFER_VLLM, folder, dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.wait('ready')
+
+    def wait(self, word):
+        for line in self.p.stdout:
+            if line.startswith(word):
+                return line.split()[-1]
+        raise RuntimeError('vllm ended; run its interpreter by hand to see why')
+
+    def seconds(self):
+        self.p.stdin.write('go\n')
+        self.p.stdin.flush()
+        return float(self.wait('seconds'))
+
+
+def _infer_transformers(folder, prompts, lens):
+    """{name: round()} of transformers: generate over a left-padded batch, and its continuous batching."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        print('transformers is not installed: skipped (pip install -r requirements-test.txt)')
+        return {}
+    transformers.logging.set_verbosity_error()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    width = max(map(len, prompts))
+    idx, mask = (torch.tensor([[fill] * (width - len(p)) + (p if fill == 0 and not ones else [1] * len(p)) for p in prompts]) for fill, ones in ((0, False), (0, True)))
+
+    def batch():
+        with torch.inference_mode():
+            plain.generate(idx, attention_mask=mask, max_new_tokens=max(lens), min_new_tokens=max(lens), do_sample=False, eos_token_id=None, pad_token_id=0)
+    continuous = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation='sdpa')
+    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=max(lens), eos_token_id=-1, pad_token_id=0)
+
+    def stream():
+        with continuous.continuous_batching_context_manager(generation_config=config, warmup=False) as manager:
+            for p, n in zip(prompts, lens):
+                manager.add_request(p, max_new_tokens=n, eos_token_id=-1)
+            got = 0
+            while got < len(prompts):
+                result = manager.get_result(timeout=1)
+                got += result is not None and result.is_finished()
+                if result is None and not manager.is_running():
+                    raise RuntimeError('continuous batching of transformers ended early')
+    return {'transformers generate': batch, 'transformers continuous': stream}
+
+
+def bench_infer(args):
+    """infer.py against transformers and vLLM: python bench.py infer [tiny qwen3 gpt2] [rounds=3] [requests=64] [threads=0] [vllm=/its/python] [dtype=float32].
+    Mixed prompts of 16-128 and outputs of 16-128 tokens, greedy, EOS ignored; tokens that were asked for, per second of wall time.
+    With CUDA: nano-vllm's bench on the Qwen3-0.6B shape instead."""
+    import json
+    import random
+    import tempfile
+    import torch
+    from infer import Engine, SamplingParams
+    from model import ARCHS, GPT, GPTConfig
+    opts = dict(rounds='3', requests='64', threads='0', vllm='', peers='1', dtype='float32', **{}) | dict(a.split('=', 1) for a in args if '=' in a)
+    if torch.cuda.is_available():
+        return _infer_cuda()
+    if int(opts['threads']):
+        torch.set_num_threads(int(opts['threads']))
+    for name in [a for a in args if '=' not in a] or list(_INFER_SHAPES):
+        kw, rng = _INFER_SHAPES[name], random.Random(0)
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**{**ARCHS[kw['arch']], **kw})).eval()
+        lens = [rng.randint(16, 128) for _ in range(int(opts['requests']))]
+        prompts = [[rng.randrange(model.config.vocab_size) for _ in range(rng.randint(16, 128))] for _ in lens]
+        params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in lens]
+        engine = Engine(model.to(getattr(torch, opts['dtype'])), None, threads=int(opts['threads']))
+
+        def ours():
+            engine.blocks.forget()
+            engine.generate(prompts, params)
+        with tempfile.TemporaryDirectory() as folder:
+            model.float().save_pretrained(folder)
+            with open(os.path.join(folder, 'work.json'), 'w') as f:
+                json.dump(dict(prompts=prompts, lens=lens), f)
+            sides = {'infer.py': ours, **(_infer_transformers(folder, prompts, lens) if opts['peers'] == '1' else {})}
+            peer = _infer_Peer(opts['vllm'], folder, opts['dtype']) if opts['vllm'] else None
+
+            def rate(run):
+                def round():
+                    t = time.perf_counter()
+                    run()
+                    return sum(lens) / (time.perf_counter() - t)
+                return round
+            timed = {k: rate(run) for k, run in sides.items()}
+            if peer:
+                timed['vllm'] = lambda: sum(lens) / peer.seconds()
+            ours()
+            seen = alternate(timed, int(opts['rounds']))
+            if peer:
+                peer.p.kill()
+        print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(lens)} requests, {sum(lens)} output tokens; {engine!r}')
+        for side, r in seen.items():
+            print(f'    {side:26s} {r:8.0f} tok/s' + ('' if side == 'infer.py' else f'   infer.py is {seen["infer.py"] / r:.2f} x'), flush=True)
+
+
+def _infer_cuda():
+    """nano-vllm's bench: 256 requests, 100-1024 tokens in and out, Qwen3-0.6B with random weights, bf16; and a decode step of 256 rows beside the
+    time that its bytes (weights once, keys and values of every row) need at the copy bandwidth measured here."""
+    import random
+    import torch
+    from infer import Engine, SamplingParams
+    from model import ARCHS, GPT, GPTConfig
+    torch.manual_seed(0)
+    c = GPTConfig(**{**ARCHS['qwen3'], 'arch': 'qwen3', 'n_layer': 28, 'n_head': 16, 'n_kv_head': 8, 'n_embd': 1024, 'head_size': 128, 'n_inner': 3072, 'vocab_size': 151936,
+                     'block_size': 4096, 'norm_eps': 1e-6, 'rope_theta': 1e6, 'tie': True})
+    with torch.device('cuda'):
+        model = GPT(c).eval().to(torch.bfloat16)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
+    params = [SamplingParams(max_tokens=rng.randint(100, 1024), temperature=0.6, ignore_eos=True) for _ in prompts]
+    engine = Engine(model, None, max_num_seqs=256, max_num_batched_tokens=16384, block_size=16)
+    engine.generate(prompts[:8], [SamplingParams(max_tokens=8, ignore_eos=True)] * 8)
+    torch.cuda.synchronize()
+    t = time.perf_counter()
+    n = sum(len(x.token_ids) for x in engine.generate(prompts, params))
+    dt = time.perf_counter() - t
+    print(f'nano-vllm bench on {torch.cuda.get_device_name()}: {n} tokens in {dt:.1f} s: {n / dt:.0f} tok/s; {engine!r}')
+    a = torch.empty(1 << 30, dtype=torch.uint8, device='cuda')
+    b = torch.empty_like(a)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    b.copy_(a)
+    start.record()
+    for _ in range(10):
+        b.copy_(a)
+    end.record()
+    torch.cuda.synchronize()
+    bandwidth = 20 * a.nbytes / (start.elapsed_time(end) / 1e3)
+    for p in prompts:
+        engine.add_request((p * 11)[:1000], SamplingParams(max_tokens=60, ignore_eos=True))
+    while engine.waiting or any(r.n < r.P for r in engine.running):
+        engine.step()
+    engine.step()
+    torch.cuda.synchronize()
+    t, context = time.perf_counter(), sum(r.n for r in engine.running)
+    for _ in range(20):
+        engine.step()
+    torch.cuda.synchronize()
+    step = (time.perf_counter() - t) / 20
+    moved = 2 * sum(p.numel() for p in model.parameters()) + 2 * 2 * c.n_layer * c.n_kv_head * c.head_size * context
+    print(f'decode step of 256 rows, {context / 256:.0f} tokens each: {step * 1e3:.2f} ms; floor {moved / bandwidth * 1e3:.2f} ms = {moved / 1e9:.1f} GB at {bandwidth / 1e12:.2f} TB/s')
+
+
+def _train_world(folder, model):
+    """Rows of 16 to 256 tokens (a byte is a token) for every stage, a random model of the shape, its tokenizer: ours and HF's."""
+    import json
+    import random
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from dataset import get_tokenizer
+    from model import GPT, GPTConfig
+    r = random.Random(0)
+    text = lambda lo, hi: ''.join(r.choice('etaoin shrdlu') for _ in range(r.randrange(lo, hi)))
+    write = lambda name, rows: open(os.path.join(folder, name), 'w').write(''.join(json.dumps(x) + '\n' for x in rows))
+    write('sft.jsonl', ({'prompt': text(8, 128), 'completion': text(8, 127)} for _ in range(512)))
+    write('pref.jsonl', ({'prompt': text(8, 128), 'chosen': text(8, 127) + 'a', 'rejected': text(8, 127) + 'b'} for _ in range(512)))
+    write('prompts.jsonl', ({'prompt': text(16, 128)} for _ in range(512)))
+    with open(os.path.join(folder, 'count.py'), 'w') as f:
+        f.write('def reward(prompt, completion, row):\n    return completion.count("e") / 64\n')
+    shape = dict(tiny=dict(n_layer=4, n_head=4, n_embd=128, vocab_size=512, block_size=512),
+                 gpt2=dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=512))[model]
+    config = GPTConfig(**shape, bos_token_id=256, eos_token_id=256, pad_token_id=257)
+    for name, head in (('lm', 'lm'), ('rm', 'scalar')):
+        GPT(config, head).save_pretrained(os.path.join(folder, name))
+        get_tokenizer('byte').save(os.path.join(folder, name))
+
+
+_TRAIN_OURS = {
+    'sft': 'sft.py --dataset=sft.jsonl --init_from=lm --batch_size={B}',
+    'reward': 'reward.py --dataset=pref.jsonl --init_from=lm --batch_size={B} --normalize=none',
+    'dpo': 'dpo.py --dataset=pref.jsonl --init_from=lm --batch_size={B} --eval_samples=0',
+    'grpo': 'grpo.py --dataset=prompts.jsonl --init_from=lm --reward=count.py --batch_size={B} --minibatch_size={B} --group_size=8 --max_new_tokens=64 --eval_iters=1 --long_prompts=cut',
+    'ppo': 'ppo.py --dataset=prompts.jsonl --init_from=lm --reward=rm --batch_size={B} --minibatch_size={B} --ppo_epochs=4 --max_new_tokens=64 --eval_iters=1 --missing_eos=none',
+}
+
+
+def _train_ours(stage, folder, B, steps):
+    """(samples/s, peak MB above the imports) of our own command."""
+    import json
+    args = _TRAIN_OURS[stage].format(B=B).split()
+    here, out = os.path.dirname(os.path.abspath(__file__)), os.path.join(folder, 'out')
+    code = (f'import sys, resource, runpy, torch, numpy; sys.argv = {args + [f"--out_dir={out}", f"--max_iters={steps}", "--eval_interval=100000", "--tokenizer=byte", "--overwrite", "--device=cpu"]!r}; '
+            f'sys.path.insert(0, {here!r}); import kernels, model, dataset, infer, lora; a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; '
+            f'runpy.run_path({os.path.join(here, args[0])!r}, run_name="__main__"); print("peak", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a) // 1024)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f'{stage}: {done.stderr[-600:]}')
+    t = [r['time'] for r in map(json.loads, open(os.path.join(out, 'log.jsonl'))) if r['split'] == 'train']
+    return B * (len(t) - 1) / (t[-1] - t[0]), int(done.stdout.split()[-1])
+
+
+def _train_trl(stage, folder, B, steps):
+    """The same of TRL's trainer on the same rows, model and batch, in a process of its own."""
+    done = subprocess.run([sys.executable, os.path.abspath(__file__), 'trl_side', stage, folder, str(B), str(steps)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f'TRL {stage}: {done.stderr[-800:]}')
+    rate, peak = done.stdout.split()[-2:]
+    return float(rate), int(peak)
+
+
+def bench_trl_side(args):
+    """One TRL run (called by `train`): python bench.py trl_side STAGE FOLDER BATCH STEPS."""
+    import json
+    import resource
+    if not args or args[0] == 'all':
+        return
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+    stage, folder, B, steps = args[0], args[1], int(args[2]), int(args[3])
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *a, **k):
+            assert k is not None
+            times.append(time.time())
+    rows = [json.loads(x) for x in open(os.path.join(folder, {'sft': 'sft.jsonl', 'grpo': 'prompts.jsonl'}.get(stage, 'pref.jsonl')))]
+    tok = PreTrainedTokenizerFast.from_pretrained(os.path.join(folder, 'lm'), pad_token='<pad>')
+    lm = lambda: AutoModelForCausalLM.from_pretrained(os.path.join(folder, 'lm'), dtype=torch.float32)
+    common = dict(output_dir=os.path.join(folder, 'trl'), max_steps=steps, per_device_train_batch_size=B, report_to=[], use_cpu=True, bf16=False, save_strategy='no', logging_steps=1,
+                  disable_tqdm=True, gradient_checkpointing=False, dataloader_pin_memory=False)
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = Dataset.from_list(rows)
+    if stage == 'sft':
+        trainer = trl.SFTTrainer(lm(), trl.SFTConfig(max_length=256, completion_only_loss=True, **common), train_dataset=data, processing_class=tok, callbacks=[Clock()])
+    elif stage == 'reward':
+        rm = AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, 'rm'), dtype=torch.float32, num_labels=1)
+        trainer = trl.RewardTrainer(rm, trl.RewardConfig(max_length=256, **common), train_dataset=data, processing_class=tok, callbacks=[Clock()])
+    elif stage == 'dpo':
+        trainer = trl.DPOTrainer(lm(), args=trl.DPOConfig(max_length=256, **common), train_dataset=data, processing_class=tok, callbacks=[Clock()])
+    else:
+        count = lambda completions, **_: [c.count('e') / 64 for c in completions]
+        trainer = trl.GRPOTrainer(lm(), count, trl.GRPOConfig(num_generations=8, max_completion_length=64, temperature=1.0, beta=0.0, steps_per_generation=1, **common),
+                                  train_dataset=data, processing_class=tok, callbacks=[Clock()])
+    trainer.train()
+    print((len(times) - 1) * B / (times[-1] - times[0]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
+
+
+def _train_nano(folder, source):
+    """(our tokens/s, nanoGPT's) of plain pretraining: the same shapes through both train scripts, a checkout of nanoGPT in `source`."""
+    import json
+    import pickle
+    import re
+    import numpy as np
+    data = os.path.join(source, 'data', 'bench_random')
+    os.makedirs(data, exist_ok=True)
+    for name in ('train', 'val'):
+        np.random.default_rng(0).integers(0, 65, 200_000).astype(np.uint16).tofile(os.path.join(data, name + '.bin'))
+    with open(os.path.join(data, 'meta.pkl'), 'wb') as f:
+        pickle.dump(dict(vocab_size=65, itos={i: chr(33 + i) for i in range(65)}, stoi={chr(33 + i): i for i in range(65)}), f)
+    with open(os.path.join(data, 'meta.json'), 'w') as f:
+        json.dump(dict(vocab_size=65, chars=[chr(33 + i) for i in range(65)]), f)
+    shape = '--n_layer=4 --n_head=4 --n_embd=128 --block_size=128 --batch_size=16 --dropout=0.0 --max_iters=40 --eval_interval=100000 --eval_iters=1 --device=cpu'.split()
+    here, out = os.path.dirname(os.path.abspath(__file__)), os.path.join(folder, 'out')
+
+    def nano():
+        done = subprocess.run([sys.executable, 'train.py', *shape, '--compile=False', '--dataset=bench_random', '--gradient_accumulation_steps=1', '--log_interval=1', f'--out_dir={out}n', '--bias=False'],
+                              cwd=source, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        ms = sorted(float(x) for x in re.findall(r'time ([\d.]+)ms', done.stdout)[2:])
+        if not ms:
+            raise SystemExit(f'nanoGPT: {done.stderr[-600:]}')
+        return 16 * 128 / ms[len(ms) // 2] * 1e3
+
+    def ours():
+        subprocess.run([sys.executable, os.path.join(here, 'sft.py'), *shape, f'--dataset={data}', f'--out_dir={out}', '--overwrite'], capture_output=True, check=True)
+        rates = sorted(r['tok_per_s'] for r in map(json.loads, open(os.path.join(out, 'log.jsonl'))) if r['split'] == 'train')
+        return rates[len(rates) // 2]
+    return alternate(dict(ours=ours, nanogpt=nano))
+
+
+def bench_train(args):
+    """Stages against TRL's trainers and nanoGPT's train.py: python bench.py train [model=tiny|gpt2] [stages=sft,dpo] [rounds=3] [nanogpt=FOLDER]."""
+    import tempfile
+    given = dict(a.split('=', 1) for a in args)
+    model, rounds = given.get('model', 'tiny'), int(given.get('rounds', 3))
+    B, steps = (16, 9) if model == 'tiny' else (8, 3)
+    folder = tempfile.mkdtemp()
+    _train_world(folder, model)
+    print(f'{model}: batches of {B}, lengths 16 to 256, float32, CPU; samples/s, peak memory above the imports; median of {rounds} rounds in turn')
+    try:
+        import trl
+        known = [s for s in ('sft', 'reward', 'dpo', 'grpo') if hasattr(trl, dict(sft='SFTTrainer', reward='RewardTrainer', dpo='DPOTrainer', grpo='GRPOTrainer')[s])]
+    except ImportError:
+        known = []
+        print('trl is not installed: pip install -r requirements-test.txt; ours alone')
+    for stage in given.get('stages', 'sft,reward,dpo,grpo,ppo').split(','):
+        seen = {'ours': [], 'trl': []}
+        for _ in range(rounds):
+            seen['ours'].append(_train_ours(stage, folder, B, steps))
+            if stage in known:
+                seen['trl'].append(_train_trl(stage, folder, B, steps))
+        mid = {k: (sorted(r for r, _ in v)[len(v) // 2], max(p for _, p in v)) for k, v in seen.items() if v}
+        peer = f"TRL {mid['trl'][0]:8.1f}/s {mid['trl'][1]:6d} MB | ratio {mid['ours'][0] / mid['trl'][0]:.2f}x" if 'trl' in mid else 'no peer (this TRL has no trainer for it)'
+        print(f"{stage:>7}: ours {mid['ours'][0]:8.1f}/s {mid['ours'][1]:6d} MB | {peer}", flush=True)
+    if 'nanogpt' in given:
+        r = _train_nano(folder, given['nanogpt'])
+        print(f"pretraining: ours {r['ours']:,.0f} tok/s | nanoGPT {r['nanogpt']:,.0f} | ratio {r['ours'] / r['nanogpt']:.2f}x")
+
+
 if __name__ == '__main__':
     sections = {k[len('bench_'):]: v for k, v in globals().items() if k.startswith('bench_')}
     if len(sys.argv) < 2 or sys.argv[1] not in [*sections, 'all']:
         print(f'{__doc__}\nsections: {", ".join(sections)}', file=sys.stderr)
         sys.exit(2)
-    for _name in sections if sys.argv[1] == 'all' else [sys.argv[1]]:
+    for _name in [s for s in sections if s != 'trl_side'] if sys.argv[1] == 'all' else [sys.argv[1]]:
         sections[_name](sys.argv[2:])

@@ -353,7 +353,8 @@ if __name__ == '__main__':
             sources.append((name, w, infer.load_reward(name), None, None))
         else:
             m, t = load_model(name, device, head='scalar')
-            sources.append((name, w, None, m.requires_grad_(False).eval(), None if t == tokenizer else get_tokenizer(t)))
+            t = get_tokenizer(t)
+            sources.append((name, w, None, m.requires_grad_(False).eval(), None if (t.spec, t.eot) == (tok.spec, tok.eot) else t))
     threads = pick_threads(threads, policy.num_params(), device)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
@@ -381,6 +382,8 @@ if __name__ == '__main__':
     log = RunLog(out_dir, config, ckpt)
     sampler = policy if amp_dtype == torch.float32 else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)  # half precision: the engine gets its own copy
     engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs)
+    if compile:
+        policy.hidden = torch.compile(policy.hidden, dynamic=True)
     pw, pg, pm = training_bytes(policy)
     frozen = sum(p.nbytes for m in (reference, *(s[3] for s in sources)) if m is not None for p in m.parameters())
     longest = max(map(len, prompts)) + max_new_tokens
@@ -469,7 +472,6 @@ if __name__ == '__main__':
         return out, tok.decode(asked[0] + responses[0])
 
     # ---- loop ----------------------------------------------------------------------------------------------------
-    forward = torch.compile(answer_logps) if compile else answer_logps
     on_policy, need, checked = grpo_epochs == 1 and minibatch_size == batch_size, batch_size // group_size, start > 0
     for it in range(start, max_iters + 1):
         if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only):
@@ -531,7 +533,7 @@ if __name__ == '__main__':
                 denom = mask[mb].sum() if loss_type in ('dapo', 'cispo') else len(mb)
                 for m, groups in micro_batches(live, asked, responses):
                     with amp():
-                        logp, entropy, _ = forward(policy, groups, device, temperature)
+                        logp, entropy, _ = answer_logps(policy, groups, device, temperature)
                     own, R = mask[m][:, :logp.shape[1]], logp.shape[1]
                     old = logp.detach() if on_policy else old_logp[m][:, :R]
                     weights, ts = tis_weights(old, sampled[m][:, :R], own, tis_cap or float('inf'))

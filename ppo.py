@@ -297,7 +297,9 @@ if __name__ == '__main__':
     else:
         reward_model, reward_tok = load_model(reward, device, head='scalar')
         reward_model.requires_grad_(False)
-        reward_tok = None if reward_tok == tokenizer else get_tokenizer(reward_tok)  # None: the same ids, nothing to re-encode
+        reward_tok = get_tokenizer(reward_tok)
+        if (reward_tok.spec, reward_tok.eot) == (tok.spec, tok.eot):
+            reward_tok = None  # the same ids, nothing to re-encode
     start_value = value if value != 'auto' else 'reward' if reward_model is not None else 'policy'
     if start_value == 'trunk':
         value_net = nn.Linear(policy.config.n_embd, 1).to(device)
