@@ -27,7 +27,7 @@ else:  # Mac, Windows, a CPU-only torch: the sources below are only read, never 
         constexpr = None
 
 jit = triton.jit if triton else (lambda f: f)
-CHUNK_BYTES = 64 << 20  # the most that a block of logits may take on CPU; on CUDA 2 GiB, or 1/32 of a smaller card
+CHUNK_BYTES = 32 << 20  # the most that a block of logits may take on CPU; on CUDA 2 GiB, or 1/32 of a smaller card
 _mode = 'auto'
 
 
@@ -158,10 +158,10 @@ def _norm_bwd(DY, GH, H, W, MEAN, RSTD, DX, DW, DB, N, C, sh, P, LAYER: tl.const
 
 
 def _norm_sizes(N, C):
-    """Tiles of 4096 numbers, or one row: hs=128 -> 32 rows at once; warps by the tile's size."""
+    """Tiles of 2048 numbers, or one row: hs=128 -> 16 rows at once; warps by the tile's size."""
     block = _pow2(C, 16)
-    rows = max(1, min(4096 // block, _pow2(N)))
-    return rows, block, 4 if rows * block <= 4096 else 8 if block <= 8192 else 16
+    rows = max(1, min(2048 // block, _pow2(N)))
+    return rows, block, 4 if block <= 2048 else 8 if block <= 8192 else 16
 
 
 class _Norm(torch.autograd.Function):
@@ -346,46 +346,6 @@ def _act(G, U, DY, Y, DU, N, C, sg, su, GATED: tl.constexpr, BACK: tl.constexpr,
         tl.store(Y + row * C + c, (0.5 * g * (1.0 + t)).to(Y.dtype.element_ty), mask=ok)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# linear: x W' + b. CUDA: cuBLAS. CPU, float32: oneDNN, because torch hands such products to MKL, which on AMD stays with AVX2:
-# 240 against 95 GFLOP/s a core at (3373, 128) x (128, 512) on a Zen 5 (python bench.py kernels). Same float32, same error.
-
-_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-
-
-def _use_onednn(x, weight):
-    return (_onednn and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() >= 32 * weight.shape[1] > 0
-            and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
-
-
-def matmul_t(a, b):
-    """a (N, K) @ b (M, K).T -> (N, M), by oneDNN where it is the faster one. [[1, 2]] @ [[3, 4]].T -> [[11]]."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, 'none', [], '') if _use_onednn(a, b) else a @ b.t()
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx = matmul_t(dy, weight.t()) if ctx.needs_input_grad[0] else None
-        dw = matmul_t(dy.t(), x.t()) if ctx.needs_input_grad[1] else None
-        return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None
-
-
-def linear(x, weight, bias=None):
-    """F.linear: x (..., C), weight (M, C), bias (M,) or None -> (..., M), any dtype. [[1, 2]], [[3, 4]], [5] -> [[16]]."""
-    if not _use_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
-
-
 class _Act(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
@@ -498,25 +458,27 @@ def _run_ce_bwd(z, targets, stats, entropy, g_logp, g_entropy, dtype, v0=0, temp
 
 
 def _softmax_stats(z, targets):
-    """z (n, V) finite -> p = softmax(z), log p[target], entropy. log s = -log max p, and the largest p is 1/V at least."""
+    """z (n, V) finite -> p = softmax(z), log p[target], entropy, m = max z, log s. log s = -log max p: the largest p is 1/V at least."""
     p, m = torch.softmax(z, 1), z.amax(1)
     logs = p.amax(1).log_().neg_()
-    return p, z.gather(1, targets[:, None])[:, 0] - m - logs, m - torch.linalg.vecdot(p, z) + logs
+    return p, z.gather(1, targets[:, None])[:, 0] - m - logs, m - torch.linalg.vecdot(p, z) + logs, m, logs
 
 
 def _plogp(p):
     return p.clamp_min(1e-37).log_().mul_(p)  # 0 where p is 0; twice as fast as xlogy
 
 
-def _softmax_grad(p, targets, g_logp, g_entropy, out):
-    """out = d/dz of g_logp . log p[target] + g_entropy . H, with dlogp = 1[target] - p and dH = -p (log p + H), (n, V)."""
+def _softmax_grad(p, targets, entropy, g_logp, g_entropy, out):
+    """out (n, columns) = d/dz of g_logp . log p[target] + g_entropy . H, where dlogp = 1[target] - p and dH = -p (log p + H). p may
+    be some columns of the softmax; targets outside of them have their 1 elsewhere. out may be p."""
     if g_entropy is None:
         torch.mul(p, -g_logp[:, None], out=out)
     else:
         plogp = _plogp(p)
-        share = plogp.sum(1).mul_(g_entropy).sub_(g_logp)[:, None]  # sum p log p is -H
-        torch.addcmul(p * share, plogp, g_entropy[:, None], value=-1, out=out)
-    return out.scatter_add_(1, targets[:, None], g_logp[:, None])
+        torch.mul(p, -(g_logp + g_entropy * entropy)[:, None], out=out).addcmul_(plogp, g_entropy[:, None], value=-1)
+    rows = ((targets >= 0) & (targets < p.size(1))).nonzero()[:, 0]
+    out[rows, targets[rows]] += g_logp[rows]
+    return out
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -546,7 +508,7 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.triton:
             return _run_ce_bwd(logits, targets, stats, entropy, g_logp, g_entropy, logits.dtype), None, None
         p = torch.softmax(logits.to(entropy.dtype), 1).nan_to_num_(0.0)
-        return _softmax_grad(p, targets, g_logp, g_entropy, torch.empty_like(p)).to(logits.dtype), None, None
+        return _softmax_grad(p, targets, entropy, g_logp, g_entropy, p).to(logits.dtype), None, None
 
 
 def cross_entropy(logits, targets, ignore_index=-1):
@@ -556,6 +518,46 @@ def cross_entropy(logits, targets, ignore_index=-1):
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f'cross_entropy: got logits {tuple(logits.shape)}, targets {tuple(targets.shape)}; expected (N, V) and (N,): flatten them')
     return _CrossEntropy.apply(logits, targets, ignore_index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear: x W' + b. CUDA: cuBLAS. CPU, float32: oneDNN, because torch hands such products to MKL, which on AMD stays with AVX2:
+# 240 against 95 GFLOP/s a core at (3373, 128) x (128, 512) on a Zen 5 (python bench.py kernels). Same float32, same error.
+
+_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+
+
+def _use_onednn(x, weight):
+    return (_onednn and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() >= 32 * weight.shape[1] > 0
+            and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
+
+
+def matmul_t(a, b):
+    """a (N, K) @ b (M, K).T -> (N, M), by oneDNN where it is the faster one. [[1, 2]] @ [[3, 4]].T -> [[11]]."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, 'none', [], '') if _use_onednn(a, b) else a @ b.t()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = matmul_t(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dw = matmul_t(dy.t(), x.t()) if ctx.needs_input_grad[1] else None
+        return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x, weight, bias=None):
+    """F.linear: x (..., C), weight (M, C), bias (M,) or None -> (..., M), any dtype. [[1, 2]], [[3, 4]], [5] -> [[16]]."""
+    if not _use_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -620,81 +622,44 @@ def _run_linear_stats(x, weight, targets, temperature):
     return z_y.sum(0) - top - s.log(), top - a / s + s.log(), (top, s.log())
 
 
-def _mm32(a, b):
-    """float32 out of 16-bit operands: a bfloat16 logit of 20 is off by 0.06, and a PPO ratio with it."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.element_size() == 2 else torch.mm(a, b).float()
+def _product(a, b):
+    """a @ b.T, float32 out of 16-bit operands: a bfloat16 logit of 20 is off by 0.06, and a PPO ratio with it."""
+    if a.is_cuda and a.element_size() == 2:
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    return matmul_t(a, b).to(_wide(a.dtype))
 
 
-def _budget(x):
-    return min(2 << 30, torch.cuda.get_device_properties(x.device).total_memory // 32) if x.is_cuda else CHUNK_BYTES
+def _fits(x, other, least):
+    """How many rows (or columns) of float32 logits fit into a block, when a row (or column) has `other` of them."""
+    budget = min(2 << 30, torch.cuda.get_device_properties(x.device).total_memory // 32) if x.is_cuda else CHUNK_BYTES
+    return max(least, budget // (4 * max(other, 1)))
 
 
-def _grads_by_vocabulary(x, weight, targets, stats, entropy, g_logp, g_entropy, temperature, needed):
-    n = max(128, _budget(x) // (6 * len(x)) // 128 * 128)  # 4 bytes of z and 2 of dz
-    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needed[0] else None
-    dw = torch.empty_like(weight) if needed[1] else None
-    for v in range(0, len(weight), n):
-        w = weight[v:v + n]
-        d = _run_ce_bwd(_mm32(x, w.t()), targets, stats, entropy, g_logp, g_entropy, x.dtype, v, temperature)
-        if dx is not None:
-            dx += _mm32(d, w)
-        if dw is not None:
-            dw[v:v + n] = d.t() @ x
-    return None if dx is None else dx.to(x.dtype), dw
-
-
-def _blocks(x, weight):
-    """Row blocks of the logits: [(rows of the matmul's block, the smaller blocks inside it that the softmax walks through)].
-    The first is bounded by memory, 64 MiB on CPU = 333 rows of V=50257; the second by the cache: a block of 1 MiB is read five times."""
-    N, V = len(x), weight.size(0)
-    n = min(max(64, _budget(x) // (4 * V)), max(N, 1))
-    n = _cdiv(N, _cdiv(N, n)) if N else 1  # of one size: 256 rows in blocks of 110 at most are 86 + 86 + 84
-    m = n if x.is_cuda else max(1, (1 << 20) // (4 * V))
-    return [(slice(i, min(i + n, N)), [slice(j, min(j + m, i + n, N)) for j in range(i, min(i + n, N), m)]) for i in range(0, N, n)]
-
-
-def _buffer(x, weight, blocks):
-    """Room for the largest block of logits, taken once: fresh pages cost as much as the softmax that fills them."""
-    return x.new_empty(blocks[0][0].stop if blocks else 0, weight.size(0))
-
-
-def _scaled(z, wide, temperature):
-    z = z.to(wide)
-    return z if temperature == 1.0 else z.div_(temperature)
-
-
-def _grad_buffers(x, weight, needed):
-    wide = _wide(x.dtype)  # dw is a sum over blocks: in float32, whatever the weights are
-    return torch.empty_like(x) if needed[0] else None, torch.zeros_like(weight, dtype=wide) if needed[1] else None
-
-
-def _grad_matmuls(dz, x, weight, rows, dx, dw):
-    if dx is not None:
-        torch.mm(dz, weight, out=dx[rows])
-    if dw is not None:
-        dw.addmm_(dz.t(), x[rows]) if dw.dtype == dz.dtype else dw.add_(_mm32(dz.t(), x[rows]))
+def _parts(z):
+    """Row slices of a block that the cache holds, 1 MiB on CPU: softmax and gradient read each number several times."""
+    n = len(z) if z.is_cuda else max(1, (1 << 20) // (4 * z.size(1)))
+    return [slice(i, min(i + n, len(z))) for i in range(0, len(z), max(n, 1))]
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Logits come and go block by block; the backward computes them again (4 matmuls for 3) unless all of them fit into one block."""
+    """Logits come and go in blocks. The backward computes them again (4 matmuls for 3), unless all of them fit into one block."""
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, grad):
         ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.triton, held, stats = temperature, _triton(x), None, ()
+        ctx.temperature, ctx.triton, held = temperature, _triton(x), None
         if ctx.triton:
             logp, entropy, stats = _run_linear_stats(x, weight, targets, temperature)
         else:
-            wide, blocks = _wide(x.dtype), _blocks(x, weight)
-            logp, entropy = (torch.empty(len(x), dtype=wide, device=x.device) for _ in range(2))
-            buf = _buffer(x, weight, blocks)
-            held = torch.empty(len(x), weight.size(0), dtype=wide, device=x.device) if grad and len(blocks) == 1 else None
-            for rows, parts in blocks:
-                z = torch.mm(x[rows], weight.t(), out=buf[:rows.stop - rows.start])
-                for s in parts:
-                    zs = _scaled(z[s.start - rows.start:s.stop - rows.start], wide, temperature)
-                    p, logp[s], entropy[s] = _softmax_stats(zs, targets[s])
-                    if held is not None:
-                        held[s] = p
+            logp, entropy, *stats = (torch.empty(len(x), dtype=_wide(x.dtype), device=x.device) for _ in range(4))
+            n = _fits(x, len(weight), 64)
+            for i in range(0, len(x), n):
+                z = _product(x[i:i + n], weight)
+                z = z if temperature == 1.0 else z.div_(temperature)
+                for s in _parts(z):
+                    rows = slice(i + s.start, i + s.stop)
+                    p, logp[rows], entropy[rows], stats[0][rows], stats[1][rows] = _softmax_stats(z[s], targets[rows])
+                    if grad and len(x) <= n:
+                        z[s], held = p, z
         ctx.save_for_backward(x, weight, targets, entropy, held, *stats)
         return logp, entropy
 
@@ -702,50 +667,54 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g_logp, g_entropy):
         x, weight, targets, entropy, held, *stats = ctx.saved_tensors
-        wide, T, needed = entropy.dtype, ctx.temperature, ctx.needs_input_grad
-        g_logp = torch.zeros_like(entropy) if g_logp is None else g_logp
-        if ctx.triton:
-            return *_grads_by_vocabulary(x, weight, targets, stats, entropy, g_logp, g_entropy, T, needed), None, None, None
-        g_logp, g_entropy, blocks = g_logp / T, None if g_entropy is None else g_entropy / T, _blocks(x, weight)
-        dx, dw, buf = *_grad_buffers(x, weight, needed), _buffer(x, weight, blocks)
-        for rows, parts in blocks:
-            z = buf[:rows.stop - rows.start]
-            if held is None:
-                torch.mm(x[rows], weight.t(), out=z)
-            for s in parts:
-                zs = z[s.start - rows.start:s.stop - rows.start]
-                p = torch.softmax(_scaled(zs, wide, T), 1) if held is None else held[s]
-                d = zs if zs.dtype == wide else torch.empty_like(p)
-                _softmax_grad(p, targets[s], g_logp[s], None if g_entropy is None else g_entropy[s], d)
-                if d is not zs:
-                    zs.copy_(d)
-            _grad_matmuls(z, x, weight, rows, dx, dw)
-        return dx, None if dw is None else dw.to(weight.dtype), None, None, None
+        g_logp, (need_x, need_w), T = torch.zeros_like(entropy) if g_logp is None else g_logp, ctx.needs_input_grad[:2], ctx.temperature
+        dx = torch.zeros(x.shape, dtype=entropy.dtype, device=x.device) if need_x else None
+        dw = torch.empty_like(weight) if need_w else None
+        n = len(weight) if held is not None else _fits(x, len(x), 256)
+        for v in range(0, len(weight), n):
+            w = weight[v:v + n]
+            z = _product(x, w) if held is None else torch.empty_like(held)
+            if ctx.triton:
+                d = _run_ce_bwd(z, targets, stats, entropy, g_logp, g_entropy, x.dtype, v, T)
+            else:
+                for s in _parts(z):
+                    p = held[s] if held is not None else z[s].div_(T).sub_(stats[0][s, None]).sub_(stats[1][s, None]).exp_()
+                    _softmax_grad(p, targets[s] - v, entropy[s], g_logp[s] / T, None if g_entropy is None else g_entropy[s] / T, z[s])
+                d = z.to(x.dtype)
+            if need_x:
+                dx += _product(d, w.t())
+            if need_w:
+                dw[v:v + n] = _product(d.t(), x.t())
+        return None if dx is None else dx.to(x.dtype), dw, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean loss. A scalar's gradient is known but for one factor, so it is computed with the loss: 3 matmuls, as without blocks."""
     @staticmethod
     def forward(ctx, x, weight, targets, grad):
-        wide, blocks, kernel = _wide(x.dtype), _blocks(x, weight), _triton(x)
+        wide, kernel = _wide(x.dtype), _triton(x)
         loss = torch.zeros((), dtype=wide, device=x.device)
-        dx, dw = _grad_buffers(x, weight, ctx.needs_input_grad if grad else (False, False))
-        buf = None if kernel else _buffer(x, weight, blocks)
-        for rows, parts in blocks:
+        dx = torch.empty_like(x) if grad and ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight, dtype=wide) if grad and ctx.needs_input_grad[1] else None
+        n = _fits(x, len(weight), 64)
+        for i in range(0, len(x), n):
+            xs, y = x[i:i + n], targets[i:i + n]
+            z = _product(xs, weight)
             if kernel:
-                z, y = _mm32(x[rows], weight.t()), targets[rows]
                 logp, entropy, stats = _run_ce_fwd(z, y)
                 loss -= logp.sum()
-                z = _run_ce_bwd(z, y, stats, entropy, torch.full_like(logp, -1.0 / len(x)), None, x.dtype) if grad else z
+                d = _run_ce_bwd(z, y, stats, entropy, torch.full_like(logp, -1.0 / len(x)), None, x.dtype) if grad else None
             else:
-                z = torch.mm(x[rows], weight.t(), out=buf[:rows.stop - rows.start])
-                for s in parts:
-                    zs, y = z[s.start - rows.start:s.stop - rows.start], targets[s]
-                    p, logp, _ = _softmax_stats(zs.to(wide), y)
+                for s in _parts(z):
+                    p, logp, *_ = _softmax_stats(z[s], y[s])
                     loss -= logp.sum()
                     if grad:
-                        zs.copy_(p.scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1.0)).div_(len(x)))
-            _grad_matmuls(z, x, weight, rows, dx, dw)
+                        z[s] = p.scatter_add_(1, y[s, None], p.new_full((len(p), 1), -1.0)).div_(len(x))
+                d = z.to(x.dtype)
+            if dx is not None:
+                dx[i:i + n] = _product(d, weight.t())
+            if dw is not None:
+                dw.addmm_(d.t(), xs) if len(x) > n and d.dtype == wide else dw.add_(_product(d.t(), xs.t()))
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
         return loss / max(1, len(x))
 
@@ -968,8 +937,8 @@ def _attn_sizes(hs, itemsize, back):
     """(BM, BN, warps, stages). Shared memory of a Hopper block is 227 KB; bf16, hs=128, 128 + 2 * 3 * 64 rows of 256 B = 128 KB."""
     if INTERPRET:
         return 16, 16, 4, 1
-    if itemsize == 4:
-        return (32, 32, 4, 1)
+    if itemsize == 4:  # without tensor cores: registers are the limit
+        return (32, 32, 8, 1) if hs <= 64 else (16, 16, 8, 1)
     if back:
         return (64, 64, 4, 2) if hs <= 64 else (64, 64, 8, 2) if hs <= 128 else (32, 32, 4, 1)
     return (128, 64, 4, 3) if hs <= 64 else (128, 64, 8, 3) if hs <= 128 else (64, 32, 4, 2)
@@ -1163,11 +1132,11 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None):
     if longest == 0:
         return torch.zeros_like(q)
     table = block_table[:, :_cdiv(longest, size)].long().clamp_min(0)  # unused entries may hold -1
-    k, v = (c[table].flatten(1, 2)[:, :longest].transpose(1, 2).to(q.dtype) for c in (k_cache, v_cache))  # (B, nkv, L, hs)
     mask = torch.arange(longest, device=q.device) < context_lens[:, None]
-    if not mask.all():  # an unwritten slot may hold nan, and 0 * nan is nan
-        k, v = (t.masked_fill(~mask[:, None, :, None], 0) for t in (k, v))
-    y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], scale=scale, enable_gqa=q.size(1) != k.size(1))
+    row, slot = (~mask).nonzero().unbind(1)
+    k, v = (c[table].flatten(1, 2)[:, :longest].to(q.dtype) for c in (k_cache, v_cache))  # (B, L, nkv, hs)
+    k[row, slot] = v[row, slot] = 0  # an unwritten slot may hold nan, and 0 * nan is nan
+    y = F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None, None], scale=scale, enable_gqa=q.size(1) != k.size(2))
     return torch.where((context_lens > 0)[:, None, None], y[:, :, 0], 0)
 
 

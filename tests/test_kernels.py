@@ -304,6 +304,18 @@ def test_logits_are_never_held():
         assert seen and max(seen) <= 1.1 * (1 << 20) < 0.1 * 4 * N * V
 
 
+@cases
+@pytest.mark.parametrize('shape, M', [((70, 24), 33), ((2, 3, 24), 5), ((65, 1), 1), ((0, 24), 5)])
+def test_linear_layer(side, dtype, shape, M):
+    """Both sides of its switch (many rows: oneDNN; few: torch), with and without a bias, any strides."""
+    for layout in ('plain', 'rows', 'strided'):
+        x, w, b = draw(*shape, side=side, dtype=dtype, layout=layout), draw(M, shape[-1], side=side, dtype=dtype, layout=layout), draw(M, side=side, dtype=dtype)
+        compare(lambda x, w, b: K.linear(x, w, b), lambda x, w, b: x @ w.transpose(0, 1) + b, [x, w, b], f'linear {shape} {layout}')
+        compare(lambda x, w: K.linear(x, w), lambda x, w: x @ w.transpose(0, 1), [x, w], f'linear {shape} {layout}, no bias')
+        if x.dim() == 2:
+            hold(K.matmul_t(x, w), x @ w.t(), x.double() @ w.double().t(), 2, 'matmul_t')
+
+
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
