@@ -593,7 +593,7 @@ class _Hub:
         self.lock, self.sel = threading.RLock(), selectors.DefaultSelector()
         self.objects, self.tasks, self.actors, self.names, self.groups, self.functions = {}, {}, {}, {}, {}, {}
         self.nodes, self.peers, self.queues, self.asks, self.warned = {}, {}, {}, {}, set()
-        self.dirty, self.closed, self.inner, self.asked = False, False, None, itertools.count(1)
+        self.dirty, self.later, self.closed, self.inner, self.asked = False, collections.deque(), False, None, itertools.count(1)
         self.token, self.store, self.address = token, _Store(capacity), None
         self.nursery = _Nursery(self.store)
         self.home = self.nodes.setdefault(id := secrets.token_hex(16), _Node(id, None, resources, gpus, self.store.capacity, '127.0.0.1'))
@@ -707,11 +707,15 @@ class _Hub:
             if not request:
                 raise
             peer.send(('reply', request, e))
-        if self.dirty and peer.role == 'inner':
+        if peer.role == 'inner':
             self.settle()
 
     def settle(self):
-        while self.dirty:
+        """What the last messages made possible. Here, not where it became possible: a chain of ten thousand tasks must not be as many stack frames."""
+        while self.dirty or self.later:
+            if self.later:
+                self.later.popleft()()
+                continue
             self.dirty = False
             self.place_groups()
             self.schedule()
@@ -722,18 +726,27 @@ class _Hub:
         if obj:
             obj.refs += d
             if obj.refs <= 0 and obj.ready:
-                self.free(oid, obj)
+                self.free(oid)
 
-    def free(self, oid, obj):
-        if obj.actor:
-            self.out_of_scope(obj.actor)
-            return
-        del self.objects[oid]
-        for node_id, (file, at, size) in obj.locs.items():
-            if node_id in self.nodes:
-                self.nodes[node_id].arenas[file].give(at, size)
-        for inner in obj.contained:
-            self.ref(inner, -1)
+    def free(self, oid):
+        dying = [oid]
+        while dying:
+            obj = self.objects[oid := dying.pop()]
+            if obj.actor and obj.actor.state != 'dead':
+                self.out_of_scope(obj.actor)
+                continue
+            if obj.actor:
+                del self.actors[oid]
+            del self.objects[oid]
+            for node_id, (file, at, size) in obj.locs.items():
+                if node_id in self.nodes:
+                    self.nodes[node_id].arenas[file].give(at, size)
+            for inner in obj.contained:
+                other = self.objects.get(inner)
+                if other:
+                    other.refs -= 1
+                    if other.refs <= 0 and other.ready:
+                        dying.append(inner)
 
     def fulfil(self, oid, blob=None, node=None, loc=None, contained=(), err=False):
         obj = self.objects.get(oid)
@@ -745,8 +758,7 @@ class _Hub:
         for inner in contained:
             self.ref(inner, 1)
         self.poke(oid, obj)
-        if obj.refs <= 0 and oid in self.objects:
-            self.free(oid, obj)
+        self.ref(oid, 0)
 
     def poke(self, oid, obj):
         for w in list(obj.waiters):
@@ -755,14 +767,14 @@ class _Hub:
                 obj.waiters.pop(w, None)
                 if len(w.left) <= w.spare:
                     self.unwatch(w)
-                    w.fn()
+                    self.later.append(w.fn)
 
     def here(self, oid, node):
         """Ready, and readable by the processes of `node`; if it is elsewhere, its journey begins."""
         obj = self.objects.get(oid)
         if obj is None:
             raise ObjectLostError(f'object {oid.hex()} is not known here: freed, or of an earlier session')
-        if not obj.ready or node is None or obj.blob is not None or node.id in obj.locs:
+        if not obj.ready or node is None or obj.blob is not None or node.id in obj.locs or not node.alive:
             return obj.ready
         if node.id not in obj.moving:
             self.move(oid, obj, node)
@@ -856,7 +868,7 @@ class _Hub:
         elif len(blob) > INLINE and not node:
             node, loc, raw, blob = self.home, self.alloc(self.home, len(blob)), blob, None
             self.store.write(loc, lambda put: put(0, raw))
-        if loc and oid not in self.objects:  # a late result that nobody waits for
+        if loc and (oid not in self.objects or self.objects[oid].ready):  # a late result that nobody waits for
             node.arenas[loc[0]].give(*loc[1:])
         self.fulfil(oid, blob, node, loc, contained)
 
@@ -899,7 +911,7 @@ class _Hub:
             for oid in contained:
                 self.ref(oid, 1)
 
-    def on_submit(self, peer, request, spec, args_oid=None):
+    def on_submit(self, peer, _, spec):
         t = _Task(*spec)
         t.job, t.parent = peer.job, peer.task and peer.task.id
         for oid in (*t.deps, *t.contained):
@@ -929,7 +941,11 @@ class _Hub:
             if self.objects[oid].err:
                 self.argument_failed(t, self.objects[oid].blob)
                 return
-        t.queue = self.queues.setdefault((tuple(t.need.items()), t.strategy), collections.deque())
+        key = tuple(t.need.items()), t.strategy
+        if key not in self.queues:
+            self.queues[key] = collections.deque()
+            self.warn(key, t)
+        t.queue = self.queues[key]
         t.queue.append(t)
         self.dirty = True
 
@@ -939,7 +955,6 @@ class _Hub:
             while queue:
                 spot = self.spot(queue[0])
                 if spot is None:
-                    self.warn(queue[0])
                     break
                 t = queue.popleft()
                 t.queue = None
@@ -950,10 +965,9 @@ class _Hub:
             if not queue:
                 del self.queues[key]
 
-    def warn(self, t):
-        shape = t.need, t.strategy
-        if t.strategy[0] != 'group' and repr(shape) not in self.warned and not any(_Pool(n.pool.total, dict.fromkeys(n.pool.gpus, 1)).fits(t.need) for n in self.nodes.values()):
-            self.warned.add(repr(shape))
+    def warn(self, key, t):
+        if t.strategy[0] != 'group' and key not in self.warned and not any(_Pool(n.pool.total, dict.fromkeys(n.pool.gpus, 1)).fits(t.need) for n in self.nodes.values()):
+            self.warned.add(key)
             print(f'actors: {t.name} asks for {t.need}; no node has that much (all together: {self.resources("total")}). It waits for a node to join.', file=sys.stderr)
 
     def spot(self, t):
@@ -1065,6 +1079,10 @@ class _Hub:
         t = self.tasks.get(tid)
         blobs, at = peer.tail, 0
         if t is None or t.peer is not peer:
+            for loc, _, _ in results:
+                if loc:
+                    peer.allocs.discard((peer.node, loc))
+                    peer.node.arenas[loc[0]].give(*loc[1:])
             return
         for oid, (loc, contained, size) in zip(t.returns, results):
             self.store_value(peer, oid, loc, contained, blobs[at:at + size])
@@ -1088,7 +1106,7 @@ class _Hub:
             self.bury(peer.actor, peer.tail)
             peer.send(('exit',))
         elif retry and t.retries and not t.cancelled:
-            t.retries -= 1
+            t.retries, t.peer = t.retries - 1, None
             self.release(peer)
             self.enqueue(t)
         else:
@@ -1163,7 +1181,7 @@ class _Hub:
             peer.node.workers.pop(peer.id, None)
             if peer in peer.node.idle.get(peer.key, ()):
                 peer.node.idle[peer.key].remove(peer)
-            if not why.startswith('no sign') and peer.node.peer and peer.node.alive:
+            if peer.node.peer and peer.node.alive:
                 peer.node.peer.send(('kill', peer.id))
             if peer.owes:
                 self.give_back(peer.owes, peer)
@@ -1221,13 +1239,14 @@ class _Hub:
         if actor.create.queue:
             actor.create.queue.remove(actor.create)
         self.finish(actor.create)
+        self.ref(actor.id, 0)
 
     def out_of_scope(self, actor):
         """No handle is left anywhere, and nothing is to be done: the actor goes. A detached one stays."""
-        if self.objects[actor.id].refs > 0 or actor.detached or actor.queue or actor.inflight or actor.state != 'alive':
+        if actor.state != 'alive' or self.objects[actor.id].refs > 0 or actor.detached or actor.queue or actor.inflight:
             return
-        self.bury(actor, 'its last handle went out of scope')
-        actor.peer.reason = 'out of scope'
+        actor.peer.reason = 'its last handle went out of scope'
+        self.bury(actor, actor.peer.reason)
         actor.peer.send(('exit',))
 
     def slay(self, peer, reason):
@@ -1242,7 +1261,7 @@ class _Hub:
         peer.reason = 'it called exit_actor()'
 
     def on_kill(self, peer, request, aid, no_restart):
-        actor = self.actors[aid]
+        actor = self.actors[aid]  # there: its handle is what kill() was given
         if no_restart:
             actor.restarts = 0
         if actor.peer:
@@ -1423,13 +1442,13 @@ class _Hub:
             group.places = [p if p and p[0] is not node else None for p in group.places]
         for peer in list(node.workers.values()):
             self.lost(peer, 'its node was lost')
-        for key, (nid, _, otherwise) in list(self.asks.items()):
-            if nid == node.id and self.asks.pop(key, None):
-                otherwise()
         for oid, obj in list(self.objects.items()):
             if obj.locs.pop(node.id, None) and not obj.locs:
                 obj.err, obj.blob = True, _pack_error(ObjectLostError(f'object {oid.hex()} was only on node {node.id[:8]}, which is lost'))
                 self.poke(oid, obj)
+        for key, (nid, _, otherwise) in list(self.asks.items()):
+            if nid == node.id and self.asks.pop(key, None):
+                otherwise()
 
     def resources(self, which):
         total = collections.Counter()
@@ -1899,6 +1918,8 @@ def _zygote(fd, capacity, fds):
         if not flag:
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
+            for pid in children:  # whoever waits for this process may rely on it: none is left
+                os.waitpid(pid, 0)
             os._exit(0)
         head = _read_exactly(sock, 16)
         order = pickle.loads(_read_exactly(sock, _FRAME.unpack(head)[0]))
@@ -2314,13 +2335,15 @@ class RemoteFunction:
         ray = _ray()
         session = ray or _here()
         if self._cache is None or self._cache[0] is not session:
-            self._cache = session, ray.remote(**self._options)(self._function) if ray and self._options else ray.remote(self._function) if ray else None
-            if not ray:
+            if ray:
+                self._cache = ray, ray.remote(**self._options)(self._function) if self._options else ray.remote(self._function)
+            else:
                 sig = _signature(self._function, 0)
-                self._ready = sig, _arity(sig), session.export(self._function), _plan(self._options, self.__name__, 1)
+                self._cache = session, (sig, _arity(sig), session.export(self._function), _plan(self._options, self.__name__, 1))
+        ready = self._cache[1]
         if ray:
-            return self._cache[1].remote(*args, **kwargs)
-        sig, arity, fid, plan = self._ready
+            return ready.remote(*args, **kwargs)
+        sig, arity, fid, plan = ready
         _check_call(sig, arity, args, kwargs)
         return session.submit('task', self._options.get('name') or self.__qualname__, fid, None, args, kwargs, plan)
 

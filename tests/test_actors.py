@@ -579,6 +579,25 @@ def test_the_store_is_shared_counted_reused_and_spills(local):
     assert not local.objects
 
 
+def test_long_chains_are_no_deep_stacks(local):
+    @actors.remote
+    def fails():
+        time.sleep(0.3)
+        raise ValueError('first')
+
+    ref = fails.remote()
+    for _ in range(3000):
+        ref = echo.remote(ref)
+    raises(ValueError, ref)
+    ref = actors.put(0)
+    for _ in range(3000):
+        ref = actors.put([ref])
+    assert len(local.objects) >= 3000
+    del ref
+    actors.available_resources()
+    assert len(local.objects) <= 1 and not local.tasks
+
+
 def test_a_worker_returns_large_things_and_its_threads_are_its_own(local):
     @actors.remote
     def make(n):
