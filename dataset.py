@@ -2330,11 +2330,11 @@ class Tokenizer:
         assistant, from the end of its generation prompt to its end token) with return_mask. ValueError where the template refuses.
         'byte': [{user 'hi'}, {assistant 'yo'}] -> 'Q: hi\\nA: yo<|endoftext|>', True on the last three."""
         chat = _Chat(self, messages, template_args)
-        text = chat.text(add_generation_prompt)
         if not return_mask:
-            return self.encode(text, allow_special=True)
+            return self.encode(chat.text(add_generation_prompt), allow_special=True)
+        text, spans = chat.spans(gen=add_generation_prompt)
         wrote = np.zeros(len(text), bool)
-        for a, b in chat.spans(text, gen=add_generation_prompt):
+        for a, b in spans:
             wrote[a:b] = True
         return self._encode_marked(text, wrote)
 
@@ -2598,12 +2598,24 @@ def _rises(model, added):
 # A template comes with a checkpoint from anywhere, so it is hostile code. The immutable sandbox keeps it from Python's internals. Besides,
 # what it loops over, compares, joins, slices or prints is paid for by length (a loop: by length x nodes in its body) out of one budget a render,
 # and what could multiply its arguments pays before it runs. What is left unmetered is linear in what was paid: a render ends in seconds.
-BUDGET, SECONDS, MAX_TEMPLATE = 20_000_000, 3, 200_000
-GROWS = {'replace', 'join', 'indent', 'center', 'wordwrap', 'format', 'format_map', 'batch', 'slice', 'ljust', 'rjust', 'zfill', 'expandtabs', 'urlize', 'round'}
-BEGIN, END = '\U000fffec', '\U000fffed'  # around a {% generation %} block while its place is wanted
-
-
+BUDGET, SECONDS, MAX_TEMPLATE = 50_000_000, 3, 200_000
+GROWS = {'replace', 'join', 'indent', 'center', 'wordwrap', 'format', 'format_map', 'batch', 'slice', 'ljust', 'rjust', 'zfill', 'expandtabs', 'urlize', 'round', 'sum'}
+BEGIN, END = '\ufdd0', '\ufdd1'  # around a {% generation %} block while its place is wanted: two of Unicode's noncharacters
 METER = '$meter'  # a filter by that name cannot be written in a template
+
+
+def _written(value):
+    """Length of a value written out, each part as often as it would be printed: a list of two lists of two lists ... is small in memory."""
+    known = {}
+
+    def size(x):
+        if not isinstance(x, (list, tuple, dict)):
+            return len(x) if isinstance(x, str) else 1
+        if id(x) not in known:
+            known[id(x)] = BUDGET  # one that holds itself
+            known[id(x)] = 1 + sum(map(size, x)) + (sum(map(size, x.values())) if isinstance(x, dict) else 0)
+        return known[id(x)]
+    return size(value)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -2612,39 +2624,25 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     spent, steps, until, want = 0, 0, 0.0, False
 
     def metered(self, value, cost=1):
-        """value, paid for. A lazy filter's result becomes a list; a nested one costs what it is written out, each part counted as often
-        as it would be printed (a list of two lists of two lists ... is small in memory and has no end on paper)."""
+        """value, paid for: by its length, or (cost 1) by what it is when written out. A lazy filter's result becomes a list."""
         if hasattr(value, '__next__'):
             value = list(itertools.islice(value, BUDGET))
-        known = {}
-
-        def size(x):
-            if not isinstance(x, (list, tuple, dict)):
-                return len(x) if isinstance(x, str) else 1
-            if id(x) not in known:
-                known[id(x)] = BUDGET  # one that holds itself
-                known[id(x)] = 1 + sum(map(size, x)) + (sum(map(size, x.values())) if isinstance(x, dict) else 0)
-            return known[id(x)]
-
-        self.spend(cost * (len(value) + 1 if hasattr(value, '__len__') else 1) if cost != 1 else 1 + size(value))
+        self.spend(1 + _written(value) if cost == 1 else cost * (1 + (len(value) if hasattr(value, '__len__') else 0)))
         return value
 
     def spend(self, cost):
         self.spent, self.steps = self.spent + cost, self.steps + 1
-        if self.spent > BUDGET or (self.steps % 64 == 0 and time.thread_time() > self.until):
+        if self.spent > BUDGET or ((cost > 10000 or self.steps % 64 == 0) and time.thread_time() > self.until):
             raise SecurityError('it computes more than a chat template may: a loop or a text that grows without end?')
 
-    def product(self, *values):
-        cost = 1
-        for v in values:
-            cost *= max(1, len(v) if isinstance(v, (str, list, tuple, dict)) else min(abs(v), BUDGET) if type(v) is int else 1)
-            if isinstance(v, str) and re.search(r'[%{:][^a-z}]*(\d{5}|\*)', v):
-                raise SecurityError('a field width of more than four digits')
-        self.spend(cost)
+    def product(self, name, *values):
+        if name in ('format', 'format_map', '%') and any(isinstance(v, str) and re.search(r'[%{:][^a-z}]*(\d{5}|\*)', v) for v in values[:1]):
+            raise SecurityError('a field width of more than four digits')
+        self.spend(math.prod(max(1, min(abs(v), BUDGET) if type(v) is int else _written(v)) for v in values))
 
     def call_binop(self, context, operator, left, right):
         if operator in '%**' and (isinstance(left, (str, list)) or isinstance(right, (str, list))):
-            self.product(left, right)
+            self.product(operator, left, right)
         if operator == '**' and type(left) is int and type(right) is int and left.bit_length() * abs(right) > 4096:
             raise SecurityError('a power of that size')
         return self.metered(super().call_binop(context, operator, left, right), 2)
@@ -2652,22 +2650,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context, obj, *args, **kwargs):
         owner = getattr(getattr(obj, '__wrapped__', obj), '__self__', None)
         if getattr(obj, '__name__', '') in GROWS:
-            self.product(owner, *args, *kwargs.values())
+            self.product(obj.__name__, owner, *args, *kwargs.values())
         self.metered(owner if isinstance(owner, (str, list, dict)) else None, 2)
         return self.metered(super().call(context, obj, *args, **kwargs), 2)
 
     def _parse(self, *args):
         tree = super()._parse(*args)
         pay = lambda n, cost=1: nodes.Filter(n, METER, [nodes.Const(cost)], [], None, None, lineno=n.lineno)
-        for n in list(tree.find_all((nodes.For, nodes.Output, nodes.Concat, nodes.Compare, nodes.Operand, nodes.Filter, nodes.Slice, nodes.Getitem))):
+        for n in list(tree.find_all((nodes.For, nodes.Output, nodes.Concat, nodes.Compare, nodes.Operand, nodes.Filter, nodes.Test, nodes.Getitem))):
             if isinstance(n, nodes.For):
                 n.iter = pay(n.iter, 2 + sum(1 for b in n.body for _ in b.find_all(nodes.Node)))
             elif isinstance(n, (nodes.Output, nodes.Concat)):
                 n.nodes = [c if isinstance(c, nodes.TemplateData) else pay(c) for c in n.nodes]
             elif isinstance(n, (nodes.Compare, nodes.Operand)):
                 n.expr = pay(n.expr)
-            elif getattr(n, 'node', None) is not None and (isinstance(n, nodes.Filter) or isinstance(n.arg, nodes.Slice)):
-                n.node = pay(n.node, 2 if isinstance(n, nodes.Getitem) or n.name in ('length', 'count', 'first', 'last', 'default', 'd') else 1)
+            elif isinstance(n, nodes.Getitem):
+                n.node = pay(n.node, 2) if isinstance(n.arg, nodes.Slice) else n.node
+            elif n.node is not None and n.name not in ('defined', 'undefined', 'none', 'string', 'mapping', 'iterable'):
+                n.node = pay(n.node, 2 if n.name in ('length', 'count', 'first', 'last', 'default', 'd') else 1)
         return tree
 
 
@@ -2704,27 +2704,28 @@ def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
 
 @functools.lru_cache(maxsize=32)
 def _template(source, thread):
-    """(template, words that it contains), compiled once a thread: the budget lives in the environment."""
+    """(template, words that it contains, has it generation blocks), compiled once a thread: the budget lives in the environment."""
     if tuple(int(x) for x in re.findall(r'\d+', jinja2.__version__)[:3]) < (3, 1, 6):
         raise ValueError(f'jinja2 {jinja2.__version__} has known holes in its sandbox: pip install -U "jinja2>=3.1.6"')
     if len(source) > MAX_TEMPLATE:
         raise ValueError(f'{len(source):,} characters, at most {MAX_TEMPLATE:,}')
 
-    def guarded(f):
+    def guarded(name, f):
         @functools.wraps(f)  # keeps the marks of filters that want the context
         def run(*args, **kwargs):
-            env.product(*args, *kwargs.values())
+            values = [v for v in args if not isinstance(v, (jinja2.Environment, nodes.EvalContext))]
+            env.product(name, *values, *kwargs.values(), *(values[:1] if name == 'sum' else ()))  # a sum of lists copies as it goes
             return env.metered(f(*args, **kwargs), 2)
         return run
 
     env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, 'jinja2.ext.loopcontrols'])
     env.until = time.thread_time() + SECONDS  # constants are folded while it is compiled
-    env.filters = {k: guarded(f) if k in GROWS else f for k, f in env.filters.items()} | {METER: env.metered, 'tojson': _tojson}
+    env.filters = {k: guarded(k, f) if k in GROWS else f for k, f in env.filters.items()} | {METER: env.metered, 'tojson': _tojson}
     env.globals.pop('lipsum')
     env.globals |= {'raise_exception': _raise_exception, 'strftime_now': lambda form: datetime.datetime.now().strftime(form), 'namespace': _Namespace,
                     'dict': lambda *args, **kwargs: dict(*args, **kwargs)}  # the class itself would be a way out
     words = {n.value for n in env.parse(source).find_all(nodes.Const) if isinstance(n.value, str) and n.value.strip()}
-    return env.from_string(source), words
+    return env.from_string(source), words, bool(re.search(r'{%[-+]?\s*generation\b', source))
 
 
 def _mark(text, words, char):
@@ -2745,7 +2746,8 @@ class _Chat:
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and isinstance(m.get('role'), str) for m in messages):
             raise ValueError(f'messages are a list of {{"role", "content"}}, not empty; got {str(messages)[:80]}')
         try:  # plain JSON values only: other objects bring methods that the sandbox does not know
-            self.messages, self.args = json.loads(json.dumps(messages)), {'tools': None, 'documents': None, **json.loads(json.dumps(args))}
+            self.said = json.dumps(messages, ensure_ascii=False)
+            self.messages, self.args = json.loads(self.said), {'tools': None, 'documents': None, **json.loads(json.dumps(args))}
         except (TypeError, ValueError, RecursionError) as e:
             raise ValueError(f'messages and template arguments are JSON values: {e}') from None
         for m in self.messages:
@@ -2753,12 +2755,11 @@ class _Chat:
             if thought is not None:  # its three names, as in transformers
                 m.update(reasoning_content=thought, thinking=m.get('thinking', thought))
         source = tok.templates.get('tool_use' if self.args['tools'] and 'tool_use' in tok.templates else 'default')
-        self.source = source
         if source is None:
             raise ValueError(f'tokenizer {tok.name!r} has the chat templates {sorted(tok.templates)}, none named default')
         self.tok, self.errors = tok, (jinja2.TemplateError, RecursionError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MemoryError)
         try:
-            self.template, self.words = _template(source, threading.get_ident())
+            self.template, self.words, self.blocks = _template(source, threading.get_ident())
         except self.errors as e:
             raise ValueError(f'the chat template of {tok.name}: {e}') from None
 
@@ -2776,18 +2777,21 @@ class _Chat:
         except ValueError:
             return None  # e.g. a template that wants no turn of the assistant at the end
 
-    def spans(self, text, first=0, gen=False):
-        """[(start, end)] in text = self.text(gen) of what the assistant wrote, turns of messages[first:]. A template with {% generation %}
-        blocks says so itself. Of any other: find each character's message (_origin), then each turn's start and end (_start, _end)."""
-        if re.search(r'{%[-+]?\s*generation\b', self.source):
+    def spans(self, first=0, gen=False):
+        """(text, [(start, end) of what the assistant wrote in it, turns of messages[first:]]). A template with {% generation %} blocks says
+        so itself. Of any other: find each character's message (_origin), then each turn's start and end (_start, _end)."""
+        if self.blocks:
+            if BEGIN in self.said or END in self.said:
+                raise ValueError(f'the messages hold the noncharacter {BEGIN!a} or {END!a}, with which generation blocks are found: take it out')
             head, at, out = len(self.attempt(self.messages[:first]) or '') if first else 0, 0, []
-            for n, part in enumerate(re.split(f'[{BEGIN}{END}]', self.text(gen, want=True))):
+            parts = re.split(f'[{BEGIN}{END}]', self.text(gen, want=True))
+            for n, part in enumerate(parts):
                 out += [(at, at + len(part))] if n % 2 and at >= head else []
                 at += len(part)
-            return out
-        turns = [i for i, m in enumerate(self.messages) if m['role'] == 'assistant']
+            return ''.join(parts), out
+        text, turns = self.text(gen), [i for i, m in enumerate(self.messages) if m['role'] == 'assistant']
         where = self._origin(text, turns, gen)
-        return [(self._start(text, where, i), self._end(text, where, i, gen)) for i in turns if i >= first and i in where]
+        return text, [(self._start(text, where, i), self._end(text, where, i, gen)) for i in turns if i >= first and i in where]
 
     def _marked(self, text, gen, which, words, fields=None):
         """{message: positions of its characters in text}. In the messages `which` every character but blanks, quotes and the words that the
@@ -2850,7 +2854,8 @@ class _Chat:
         """After the last control token that the template puts behind the turn (<|im_end|>), else after its last mark that is no blank."""
         alone = text if i == len(self.messages) - 1 and not gen else self.attempt(self.messages[:i + 1])
         whole = alone is not None and text.startswith(alone)
-        b = int(np.floor(where[i][where[i] < len(alone)][-1] if whole else where[i][-1])) + 1
+        at = where[i][where[i] < len(alone)] if whole else where[i]
+        b = int(np.floor((at if len(at) else where[i])[-1])) + 1
         if whole:
             own = text[b:len(alone)]
         else:  # written in another way once more turns follow: what stands behind it both here and where the conversation is cut after it
@@ -2891,8 +2896,7 @@ def encode_reply(prompt, answer, tok, **template_args):
     if isinstance(prompt, str):
         return encode_completion(answer, tok)
     chat = _Chat(tok, prompt + ([{'role': 'assistant', 'content': answer}] if isinstance(answer, str) else answer), template_args)
-    text = chat.text()
-    spans = chat.spans(text, len(prompt))
+    text, spans = chat.spans(len(prompt))
     if not spans:
         raise ValueError(f'no turn of the assistant in the answer {str(answer)[:80]}')
     return tok.encode(text[spans[0][0]:spans[-1][1]], allow_special=True)

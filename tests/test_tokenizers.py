@@ -199,7 +199,7 @@ def library_kind(folder, kind='wordlevel'):
     else:  # SentencePiece style
         t = Tokenizer(models.Unigram())
         t.normalizer, t.pre_tokenizer, t.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
-        t.train_from_iterator(corpus()[:2000], trainers.UnigramTrainer(vocab_size=300, special_tokens=['<unk>', '</s>'], unk_token='<unk>', show_progress=False))
+        t.train_from_iterator(corpus()[:400], trainers.UnigramTrainer(vocab_size=200, special_tokens=['<unk>', '</s>'], unk_token='<unk>', show_progress=False))
     t.add_special_tokens(['</s>'])
     t.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '</s>', 'chat_template': LLAMA2.replace('bos_token', "''")}))
@@ -332,7 +332,7 @@ def test_trl_training_templates_agree(folders):
             except ValueError:
                 continue
             if a == b:
-                got, want = ({i for x, y in c.spans(a) for i in range(x, y)} for c in chats)
+                got, want = ({i for x, y in c.spans()[1] for i in range(x, y)} for c in chats)
                 assert not ''.join(a[i] for i in sorted(got ^ want)).strip(), (name, m)
                 equal += 1
     assert equal > 40
@@ -390,6 +390,8 @@ def test_mask_that_cannot_be_told_is_an_error():
     with pytest.raises(ValueError, match='generation'):
         tok.apply_chat_template(chat('u:Hi', 'a:hello'), return_mask=True)
     blocks = with_template(tok, "{% for m in messages %}{% if m.role == 'assistant' %}[{% generation %}{{ m.content | length }}{% endgeneration %}]{% else %}u{% endif %}{% endfor %}")
+    with pytest.raises(ValueError, match='noncharacter'):
+        blocks.apply_chat_template(chat('u:Hi\ufdd0', 'a:x'), return_mask=True)
     assert wrote(blocks, chat('u:Hi', 'a:hello', 'u:x', 'a:' + 'y' * 12)) == ['5', '12'] and blocks.render(chat('a:hello')) == '[5]'
 
 
@@ -411,6 +413,8 @@ ENDLESS = ["{% for i in range(100000) %}{% for j in range(100000) %}{% set x = 1
            "{% for i in range(10**9) %}{% endfor %}", "{{ 'a' * 10**10 }}", "{{ (10**1000)**1000 }}", "{{ 'x'|center(10**10) }}", "{{ 'x'.ljust(10**10) }}", "{{ '%99999999999d' % 3 }}", "{{ '%*d' % (10**9, 3) }}",
            "{{ '{:99999999999}'.format(3) }}", "{{ '{:{w}}'.format(3, w=10**10) }}", "{% macro f(n) %}{% if n %}{% set a = f(n-1) %}{% set b = f(n-1) %}{% endif %}{% endmacro %}{{ f(60) }}",
            "{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(40) }}", "{{ 'a\nb'|indent(10**10) }}", "{{ " + '(' * 5000 + '1' + ')' * 5000 + ' }}', "{% if x %}" * 3000 + '{% endif %}' * 3000,
+           "{{ ','.join(['a' * 1000000] * 100000) }}", "{{ ([[1]] * 1000000)|sum(start=[]) }}", "{{ messages|tojson(indent=9) * 10**9 }}", "{{ '%s' * 1000000 % (['a' * 100] * 1000000) }}",
+           "{% set ns = namespace(s=[1], t=[1]) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.s is eq(ns.t) }}",
            *("{% set ns = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}" + g + '{% endfor %}' for g in GROWTH)]
 
 
@@ -427,6 +431,14 @@ def test_hostile_templates_are_bounded(monkeypatch):
         with pytest.raises(ValueError, match='template'):
             with_template(get_tokenizer('byte'), template).render(chat('u:hi'))
         assert time.thread_time() - t0 < 2, template[:80]
+
+
+def test_the_meter_lets_ordinary_chats_pass():
+    """Long ones, with numbers and per cent signs in them, under templates that replace and join."""
+    tok = with_template(get_tokenizer('byte'), "{% for m in messages %}{{ m.content.replace('a', 'b') | replace('c', 'd') | trim }}{{ [m.role, '%d|' % loop.index, '{}'.format(m.content)] | join(',') }}{% endfor %}")
+    m = chat('u:Answer: 123456, {:99999} and %99999 ' + 'word ' * 20000, 'a:*1234567*') * 20
+    assert tok.render(m).count('assistant,') == 20
+    assert len(with_template(tok, CHATML).render(chat('u:a', 'a:b') * 5000)) > 100000
 
 
 def test_templates_see_json_only():
