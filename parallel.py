@@ -1170,7 +1170,8 @@ def accumulate(model, optimizer, micros, loss_of, weights=None):
             optimizer.begin(sync=i == len(micros) - 1)
             (loss * scale).backward()
             optimizer.end()
-            results.append(_numbers(loss, stats))
+            results.append({'loss': loss.detach(), **stats})
+        results = _numbers(results)
     if any(r.keys() != results[0].keys() for r in results):
         raise ValueError(f'the loss function must return the same statistics for every microbatch, got {[sorted(r) for r in results]}')
     mean = {k: sum(r[k] * s for r, s in zip(results, scales)) for k in results[0]}
@@ -1182,8 +1183,8 @@ def accumulate(model, optimizer, micros, loss_of, weights=None):
     return mean
 
 
-def _numbers(loss, stats):
-    return {'loss': float(loss.detach()), **{k: float(v) for k, v in stats.items()}}
+def _numbers(results):
+    return [{k: float(v) for k, v in r.items()} for r in results]  # only now: a float() waits for the GPU
 
 
 def _one_forward_one_backward(model, optimizer, micros, loss_of, scales):
@@ -1201,7 +1202,7 @@ def _one_forward_one_backward(model, optimizer, micros, loss_of, scales):
             try:
                 loss, stats = loss_of(model, micros[i])
                 out = loss * scales[i]
-                results.append(_numbers(loss, stats))
+                results.append({'loss': loss.detach(), **stats})
             except _Handoff as h:
                 out = h.x
                 sending.append((pp, pp.send(out.detach(), pp.rank + 1, 'activations')))
@@ -1228,7 +1229,7 @@ def _one_forward_one_backward(model, optimizer, micros, loss_of, scales):
         backward(i)
     while sending:
         _sent(sending)
-    return results
+    return _numbers(results)
 
 
 def _sent(sending):

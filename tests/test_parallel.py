@@ -234,7 +234,7 @@ def test_two_ranks(tmp_path):
     jobs += [('sparse', GPT2, f64, dict(cp=2, zero=3), {}), ('sparse', GPT2, f64, dict(tp=2), {})]
     jobs += [('lm', dict(GPT2, lora=2), f64, dict(zero=2), {}), ('rl', dict(GPT2, lora=2), f64, dict(pp=2), {})]
     jobs += [('lm', GPT2, f64, dict(zero=3), dict(checkpointing=True)), ('rl', QWEN3, f32, dict(zero=2), dict(overlap=False))]
-    check_ranks(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,), (dropout_differs,))
+    check_ranks(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,), (reductions_are_few,), (dropout_differs,))
 
 
 # ---- the rest of the interface -------------------------------------------------------------------------------------------
@@ -297,6 +297,21 @@ def zero3_holds_two_layers(rank):
     assert size() == 0 and 2 * layer <= most[0] < 2.5 * layer + table and most[0] < 0.6 * sum(b.full.nbytes for b in opt.buckets)
     parallel.Bucket.gather = gather
     mesh.watch.stop()
+
+
+def reductions_are_few(rank):
+    """Two microbatches: without ZeRO and with ZeRO-1 each layer is reduced once a step, whatever their number."""
+    for zero, times in ((0, 1), (1, 1), (2, 2)):
+        mesh = parallel.init(zero=zero, device='cpu')
+        opt = parallel.Optimizer(parallel.shard(make(GPT2, dtype=f32), mesh), mesh, 1e-3)
+        seen, reduce = [], parallel.Bucket.reduce
+        parallel.Bucket.reduce = lambda self: (seen.append(self), reduce(self))
+        s = mesh.share(8)
+        micros = micros_of('lm', 0, s.start, s.stop)
+        parallel.accumulate(opt.model, opt, micros, loss_lm)
+        parallel.Bucket.reduce = reduce
+        assert len(micros) == 2 and len(seen) == times * len(opt.buckets) and seen[:len(opt.buckets)] == opt.buckets
+        mesh.watch.stop()
 
 
 def dropout_differs(rank):
