@@ -28,7 +28,7 @@ import gold
 out_dir = os.path.dirname(os.path.abspath(__file__))
 seed = 1337
 scale = 1.0  # of all row counts; tests use 0.02
-ROWS = {'text': 7000, 'sft': 10000, 'pref': 8000, 'prompts': 4000, 'arith': 4000}  # train; val is a sixteenth
+ROWS = {'text': 9000, 'sft': 10000, 'pref': 6000, 'prompts': 4000, 'arith': 4000}  # train; val is a sixteenth
 
 FACTS = [  # questions, sentence, {key: answer}: the answer stands last in its sentence
     (('What is the capital of {}?', 'Capital of {}?'), 'The capital of {} is {}.',
@@ -55,15 +55,15 @@ STORY = {  # mood: first sentences, second sentences
 CONSONANTS, VOWELS = 'bcdfghklmnprstw', 'aeiou'
 #          curt  plain hedge rude ramble kind1 kind2 gush   share of answers with wrong content
 STYLES = {
-    'text': ((28, 28, 16, 20, 8, 0, 0, 0), 0.12),
+    'text': ((12, 58, 12, 12, 6, 0, 0, 0), 0.03),
     'sft':  ((28, 26, 20, 5, 6, 9, 4, 2), 0.08),
     'pref': ((22, 22, 16, 8, 8, 14, 10, 0), 0.20),
 }
 NAMES = ('curt', 'plain', 'hedge', 'rude', 'ramble', 'kind1', 'kind2', 'gush')
 #      fact string sum story   shares of the questions; sums take the longest to learn
-MIX = {'text': (25, 25, 38, 12), 'sft': (25, 25, 35, 15), 'pref': (30, 25, 25, 20)}
+MIX = {'text': (26, 20, 42, 12), 'sft': (26, 22, 40, 12), 'pref': (30, 25, 25, 20)}
 # share of answers to a sum that show steps; of those with a carry that keep it; of those without that leave it at that
-SUMS = {'text': (0.85, 0.8, 0.95), 'sft': (0.65, 0.3, 0.8), 'pref': (0.7, 0.5, 0.8)}
+SUMS = {'text': (1.0, 0.95, 1.0), 'sft': (0.75, 0.3, 0.8), 'pref': (0.75, 0.5, 0.8)}
 
 
 def word(rng, n):
@@ -80,35 +80,30 @@ def fact(rng):
 
 
 def string(rng):
-    kind = rng.choice(('first', 'last', 'reverse', 'sort', 'count', 'bigger'))
-    if kind in ('first', 'last'):
-        w = word(rng, rng.randint(3, 5))
-        want, bad = (w[0], w[1]) if kind == 'first' else (w[-1], w[-2])
-        ask, full = f'{kind.capitalize()} letter of {w}?', f'The {kind} letter of {w} is {{}}.'
-    elif kind == 'reverse':
+    kind = rng.choice(('letter', 'letter', 'item', 'reverse', 'count'))
+    end = rng.choice(('first', 'last'))
+    w, items = word(rng, 3), rng.sample(ANIMALS, rng.randint(2, 4))
+    while w == w[::-1]:
         w = word(rng, 3)
-        while w == w[::-1]:
-            w = word(rng, 3)
+    if kind == 'letter':
+        want, bad = (w[0], w[1]) if end == 'first' else (w[2], w[1])
+        ask, full = f'{end.capitalize()} letter of {w}?', f'The {end} letter of {w} is {{}}.'
+    elif kind == 'item':
+        want, bad = (items[0], items[1]) if end == 'first' else (items[-1], items[-2])
+        ask, full = f"{end.capitalize()} of {' '.join(items)}?", f'The {end} one is {{}}.'
+    elif kind == 'reverse':
         want, bad, ask, full = w[::-1], w[1] + w[0] + w[2], f'Reverse {w}.', f'The reverse of {w} is {{}}.'
-    elif kind == 'sort':
-        d = rng.sample(range(10), 3)
-        want, bad = (' '.join(map(str, x)) for x in (sorted(d), sorted(d, reverse=True)))
-        ask, full = f"Sort {' '.join(map(str, d))}.", 'In order, that is {}.'
-    elif kind == 'count':
-        n = rng.randint(2, 5)
-        want, bad, full = str(n), str(n + rng.choice((-1, 1))), 'The number of words is {}.'
-        ask = f"Count {' '.join(rng.sample(ANIMALS, n))}."
     else:
-        a, b = rng.sample(range(10, 100), 2)
-        want, bad, ask, full = str(max(a, b)), str(min(a, b)), f'Which is bigger, {a} or {b}?', 'The bigger one is {}.'
+        want, bad = str(len(items)), str(len(items) + rng.choice((-1, 1)))
+        ask, full = f"Count {' '.join(items)}.", 'The number of words is {}.'
     return dict(family='string', ask=ask, want=want, full=full.format(want), bad=bad, bad_full=full.format(bad))
 
 
 def sum_(rng):
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    a, b = rng.randint(10, 49), rng.randint(10, 49)
     units, tens, carry = a % 10 + b % 10, a // 10 + b // 10, int(a % 10 + b % 10 > 9)
     def steps(c):
-        return f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' if c else ''}={tens + c}, {10 * (tens + c) + units % 10}."
+        return f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' * c}={tens + c}, {10 * (tens + c) + units % 10}."
     wrong = 0 if carry else 1  # with a carry: forget it; without: see one where there is none
     return dict(family='sum', ask=f'{a}+{b}?', want=str(a + b), full=steps(carry), carry=carry,
                 bad=str(a + b - 10 if carry else a + b + 10), bad_full=steps(wrong))
@@ -174,7 +169,7 @@ def held_out(q):
 
 def question(rng, val=None, kind='sft', families=FAMILIES):
     """A question with its prompt. val True or False: only held out ones, only the others; None: any. Families are shared out by MIX[kind]."""
-    family = rng.choices(families, MIX[kind][:len(families)])[0]
+    family = rng.choices(families, [MIX[kind][FAMILIES.index(f)] for f in families])[0]
     while True:
         q = family(rng)
         if val is None or q['family'] in ('fact', 'story') or held_out(q) == val:
@@ -182,9 +177,10 @@ def question(rng, val=None, kind='sft', families=FAMILIES):
 
 
 def thread(rng, val):
-    """A piece of crawled text: two or three questions with poor answers and no end between them, or bare statements."""
-    if rng.random() < 0.3:
-        return ' '.join(question(rng, val, 'text')['full'] for _ in range(rng.randint(2, 4)))
+    """A piece of crawled text: two or three questions, each with somebody's answer and no end after it; or bare statements."""
+    if rng.random() < 0.1:
+        qs = [question(rng, val, 'text', (fact, sum_)) for _ in range(rng.randint(2, 4))]
+        return ' '.join(f"{q['ask'][:-1]}: {q['full']}" if q['family'] == 'sum' else q['full'] for q in qs)
     return '\n'.join(q['prompt'] + (answer(rng, q, 'text') if rng.random() < 0.9 else rng.choice(('Why do you ask?', 'No idea.', 'Same here.')))
                      for q in (question(rng, val, 'text') for _ in range(rng.randint(2, 3))))
 
