@@ -13,21 +13,22 @@
 
 How it works, top to bottom
 1. Values travel as pickle 5: arrays and tensors out of band, functions and classes of the running script by value (code + globals + closure).
-2. A value above 100 KB is written once into the node's arena, one anonymous memory file that all its processes share, and is read in place: each
-   reader maps it copy-on-write. When the arena is full, new objects go to an unlinked file on disk. Neither file has a name: nothing can leak.
+2. A value above 100 KB is written once into the node's arena, one anonymous memory file that all its processes share, and is read in place: arrays
+   through a read-only map, tensors copy-on-write. When the arena is full, new objects go to an unlinked file on disk. Neither file has a name:
+   nothing can leak.
 3. The hub keeps all state behind one lock: objects and who refers to them, tasks, actors, resources. In a local program it is a thread of the driver;
    for a cluster it is the head process. Whoever calls sends it (operation, request id, arguments); every answer carries the request id.
 4. Workers are forked by the zygote, a small single-threaded process which has NumPy (and torch, if the driver has it) imported and nothing else:
-   a start costs milliseconds and inherits no thread, lock or CUDA context. When the driver dies, sockets close, the workers and the zygote exit.
+   a start costs milliseconds and inherits no thread, lock or CUDA context. torch gets as many threads as the task has CPUs (NumPy's BLAS: one).
+   When the driver dies, its sockets close, and workers and zygote end by that.
 5. Over TCP both sides prove that they know the token (HMAC-SHA256 of fresh nonces) before anything is unpickled. After that the peer is trusted and the
    bytes are not encrypted: a cluster is for one private network, or for ssh tunnels.
 
 Left out of Ray: generators, namespaces, runtime_env (but env_vars), autoscaling, lineage (a result that only a dead node held is ObjectLostError).
 Between nodes data passes through the head. Whoever outgrows that has backend='ray'.
 """
-import bisect, collections, contextvars, dataclasses, difflib, dis, enum, functools, hashlib, hmac, importlib, inspect, io, itertools, json, marshal, mmap
+import atexit, bisect, collections, contextvars, dataclasses, difflib, dis, enum, functools, hashlib, hmac, importlib, inspect, io, itertools, json, marshal, mmap
 import os, pickle, queue, secrets, select, selectors, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback, types, weakref
-import atexit
 
 import numpy as np
 
@@ -1507,7 +1508,7 @@ class _Session:
     def __init__(self, node, store):
         self.node, self.store = node, store
         self.prefix, self.count, self.requests = secrets.token_bytes(8), itertools.count(1), itertools.count(1)
-        self.events, self.futures, self.exported, self.error = collections.deque(), {}, {}, None
+        self.events, self.futures, self.exported, self.error, self.is_worker = collections.deque(), {}, {}, None, False
 
     def new_id(self):
         return self.prefix + next(self.count).to_bytes(6, 'big')
@@ -1968,7 +1969,7 @@ def _worker(fd, store, wid, node, env, path, cwd, _, address, token):
     else:
         sock = socket.socket(fileno=fd)
     _session = _Remote(sock, node, store)
-    _session.wid = wid
+    _session.is_worker = True
     _Worker(_session).serve()
 
 
@@ -2048,7 +2049,7 @@ def init(num_cpus=None, num_gpus=None, resources=None, object_store_memory=None,
 def shutdown():
     """Ends the session and every process of it. Refs and handles of it are dead."""
     global _session
-    if _session is not None and not isinstance(_session, _Remote) or _session is not None and not hasattr(_session, 'wid'):
+    if _session is not None and not _session.is_worker:  # a worker's session is its process
         session, _session = _session, None
         atexit.unregister(shutdown)
         session.close()
@@ -2551,7 +2552,7 @@ class _Names(types.ModuleType):
         raise AttributeError(f'{self.__name__} has no {name!r}')
 
 
-exceptions = _Names('exceptions', **{k: v for k, v in list(globals().items()) if isinstance(v, type) and (issubclass(v, RayError) or k == 'TaskPlacementGroupRemoved')})
+exceptions = _Names('exceptions', **{k: v for k, v in list(globals().items()) if isinstance(v, type) and issubclass(v, RayError)})
 actor = _Names('actor', exit_actor=_exit_actor, ActorHandle=ActorHandle, ActorClass=ActorClass)
 util = _Names('util', placement_group=placement_group, remove_placement_group=remove_placement_group, ActorPool=ActorPool)
 util.scheduling_strategies = _Names('util.scheduling_strategies', PlacementGroupSchedulingStrategy=PlacementGroupSchedulingStrategy,
