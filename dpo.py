@@ -244,7 +244,7 @@ def answer_logps(model, groups, device, temperature=1.0):
             tokens.append(a[:-1]), pos.append(np.arange(P, P + k)), slot.append(np.arange(m + P, m + P + k))
             gather.append(path), predict.append(path[P - 1:]), lengths.append(P + k)
             n, m = n + k, m + P + k
-    extra = np.zeros(-n % 64, np.int64)  # dummy rows that nobody reads: matrix products like a multiple of 64
+    extra = np.zeros(kernels.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for oneDNN
     tokens.append(extra), pos.append(extra), slot.append(extra)
     tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
     answers = [a for _, answers in groups for a in answers]
@@ -308,6 +308,8 @@ if __name__ == '__main__':
     policy = policy.to(device)
     use_adapter = bool(lora.adapted(policy)) and not ref
     threads = pick_threads(threads, policy.num_params(), device)
+    if compile:
+        policy.hidden = torch.compile(policy.hidden, dynamic=True)
 
     # ---- data ----------------------------------------------------------------------------------------------------
     rows, val_rows = load_dataset(dataset), load_dataset(val_dataset) if val_dataset else None
@@ -357,12 +359,10 @@ if __name__ == '__main__':
         ref_logps, val_ref_logps = precomputed(items, 'train'), precomputed(val_items, 'val')
 
     # ---- the loss of a few items ----------------------------------------------------------------------------------
-    forward = torch.compile(answer_logps) if compile else answer_logps
-
     def losses_of(items, ref_logps, kl):
         """(losses (b,), rewards (b, 2), log-probs (b, 2)) with gradient; ref_logps (b, 2). kto: one answer, column 0."""
         with amp():
-            logp, _, mask = forward(policy, [(p, a[:1] if unpaired else a) for p, a, _ in items], device)
+            logp, _, mask = answer_logps(policy, [(p, a[:1] if unpaired else a) for p, a, _ in items], device)
         logps = sequence_logp(logp, mask, average).view(len(items), -1)
         ref_logps = None if ref_logps is None else ref_logps.to(device)
         if unpaired:

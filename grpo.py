@@ -283,7 +283,7 @@ def answer_logps(model, groups, device, temperature=1.0):
             tokens.append(a[:-1]), pos.append(np.arange(P, P + k)), slot.append(np.arange(m + P, m + P + k))
             gather.append(path), predict.append(path[P - 1:]), lengths.append(P + k)
             n, m = n + k, m + P + k
-    extra = np.zeros(-n % 64, np.int64)  # dummy rows that nobody reads: matrix products like a multiple of 64
+    extra = np.zeros(kernels.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for oneDNN
     tokens.append(extra), pos.append(extra), slot.append(extra)
     tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
     answers = [a for _, answers in groups for a in answers]

@@ -126,7 +126,6 @@ def _norm_fwd(X, R, W, B, Y, H, MEAN, RSTD, N, C, sx, sr, eps, LAYER: tl.constex
         y += tl.load(B + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     tl.store(Y + r[:, None] * C + c[None, :], y.to(Y.dtype.element_ty), mask=ok)
 
-
 @jit
 def _norm_bwd(DY, GH, H, W, MEAN, RSTD, DX, DW, DB, N, C, sh, P, LAYER: tl.constexpr, RES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     p = tl.program_id(0)
@@ -156,13 +155,11 @@ def _norm_bwd(DY, GH, H, W, MEAN, RSTD, DX, DW, DB, N, C, sh, P, LAYER: tl.const
     tl.store(DW + p * C + c, dw, mask=c < C)
     tl.store(DB + p * C + c, db, mask=c < C)
 
-
 def _norm_sizes(N, C):
     """Tiles of 2048 numbers, or one row: hs=128 -> 16 rows at once; warps by the tile's size."""
     block = _pow2(C, 16)
     rows = max(1, min(2048 // block, _pow2(N)))
     return rows, block, 4 if block <= 2048 else 8 if block <= 8192 else 16
-
 
 class _Norm(torch.autograd.Function):
     @staticmethod
@@ -197,7 +194,6 @@ class _Norm(torch.autograd.Function):
         return (dx.to(ctx.dtypes[0]), dw.sum(0).to(weight.dtype), None if bias is None else db.sum(0).to(bias.dtype), None,
                 dx.to(ctx.dtypes[1]) if ctx.res else None, None)
 
-
 def rms_norm(x, weight, eps, residual=None):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (1910.07467). x (..., C), weight (C,). With `residual` (like x),
     h = x + residual is normed: -> (y, h). Any float dtype, float32 inside. x=[3,4], weight 1, eps 0 -> [3,4] / 3.536 = [.849, 1.131]."""
@@ -206,7 +202,6 @@ def rms_norm(x, weight, eps, residual=None):
     h = x if residual is None else x + residual
     y = F.rms_norm(h, (h.size(-1),), weight.to(h.dtype), eps)
     return y if residual is None else (y, h)
-
 
 def layer_norm(x, weight, bias, eps, residual=None):
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis (1607.06450), biased variance; bias may be None. With
@@ -252,7 +247,6 @@ def _rope_heads(X, Y, COS, SIN, n, T, sxb, sxt, sxh, syb, syt, syh, nh, half, PE
     tl.store(y + da, (a * cos - b * sin).to(Y.dtype.element_ty), mask=ok)
     tl.store(y + db, (b * cos + a * sin).to(Y.dtype.element_ty), mask=ok)
 
-
 @jit
 def _rope(Q, K, YQ, YK, COS, SIN, T, sqb, sqt, sqh, skb, skt, skh, yqb, yqt, yqh, ykb, ykt, ykh, nh, nkv, half, PER_TOKEN: tl.constexpr,
           BACK: tl.constexpr, PAIRS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
@@ -262,7 +256,6 @@ def _rope(Q, K, YQ, YK, COS, SIN, T, sqb, sqt, sqh, skb, skt, skh, yqb, yqt, yqh
     else:
         _rope_heads(K, YK, COS, SIN, n, T, skb, skt, skh, ykb, ykt, ykh, nkv, half, PER_TOKEN, BACK, PAIRS, BK, BD)
 
-
 def _run_rope(q, k, cos, sin, pairs, back, inplace):
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     yq, yk = (q, k) if inplace else (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
@@ -270,7 +263,6 @@ def _run_rope(q, k, cos, sin, pairs, back, inplace):
     _launch(_rope, (B * T, 2), q, k, yq, yk, cos, sin, T, *q.stride()[:3], *k.stride()[:3], *yq.stride()[:3], *yk.stride()[:3], nh, k.size(2),
             hs // 2, PER_TOKEN=cos.dim() > 2, BACK=back, PAIRS=pairs, BQ=_pow2(nh), BK=_pow2(k.size(2)), BD=_pow2(hs // 2), num_warps=4)
     return yq, yk
-
 
 class _Rope(torch.autograd.Function):
     @staticmethod
@@ -286,14 +278,12 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, dq, dk):
         return *_run_rope(dq, dk, *ctx.saved_tensors, ctx.pairs, True, False), None, None, None, None
 
-
 def _rotate(x, cos, sin, interleaved):
     wide, half = x.to(_wide(x.dtype)), x.size(-1) // 2
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads of a position
     a, b = a * cos - b * sin, b * cos + a * sin
     return (torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)).to(x.dtype)
-
 
 def rope(q, k, cos, sin, interleaved=False, inplace=False):
     """Turns q (B, T, nh, hs) and k (B, T, nkv, hs) by the angles of their positions; cos, sin (T, hs/2) or (B, T, hs/2) float. -> (q, k)
@@ -345,7 +335,6 @@ def _act(G, U, DY, Y, DU, N, C, sg, su, GATED: tl.constexpr, BACK: tl.constexpr,
     else:
         tl.store(Y + row * C + c, (0.5 * g * (1.0 + t)).to(Y.dtype.element_ty), mask=ok)
 
-
 class _Act(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
@@ -356,7 +345,6 @@ class _Act(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         return _run_act(*ctx.saved_tensors, dy.contiguous())
-
 
 def _run_act(gate, up, dy):
     g, u = (_flat(t) for t in (gate, gate if up is None else up))
@@ -369,11 +357,9 @@ def _run_act(gate, up, dy):
             BACK=dy is not None, BLOCK=1024, num_warps=4)
     return y, None if up is None else du
 
-
 def swiglu(gate, up):
     """silu(gate) * up (2002.05202), any shape, both alike. gate=1, up=2 -> 2 * 0.7311 = 1.4621."""
     return _Act.apply(gate, up) if _triton(gate) else F.silu(gate) * up
-
 
 def gelu(x):
     """GPT-2's GELU, tanh form (1606.08415). 1 -> 0.8412."""
@@ -404,7 +390,6 @@ def _softmax_block(z, m, s, a):
     keep = tl.exp(m - base)
     return new, s * keep + tl.sum(e, 1), a * keep + tl.sum(tl.where(e > 0.0, e * z, 0.0), 1)
 
-
 @jit
 def _ce_fwd(Z, Y, LOGP, MAX, LOGS, ENT, V, sz, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -424,7 +409,6 @@ def _ce_fwd(Z, Y, LOGP, MAX, LOGS, ENT, V, sz, BLOCK: tl.constexpr):
     tl.store(LOGS + one, tl.log(s))
     tl.store(ENT + one, m - a / s + tl.log(s))
 
-
 @jit
 def _ce_bwd(Z, Y, MAX, LOGS, ENT, GL, GH, D, V, sz, sd, v0, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
     blocks = tl.cdiv(V, BLOCK)
@@ -440,14 +424,12 @@ def _ce_bwd(Z, Y, MAX, LOGS, ENT, GL, GH, D, V, sz, sd, v0, scale, ENTROPY: tl.c
     d = (d + tl.where(v == tl.load(Y + row) - v0, gl, 0.0)) * scale
     tl.store(D + row * sd + v, d.to(D.dtype.element_ty), mask=v < V)
 
-
 def _run_ce_fwd(z, targets):
     """-> log p(target), entropy, and (m, log s) for the backward, each (N,)."""
     logp, m, logs, entropy = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(4))
     V = z.size(1)
     _launch(_ce_fwd, (len(z),), z, targets, logp, m, logs, entropy, V, z.stride(0), BLOCK=min(_pow2(V, 16), 4096), num_warps=8)
     return logp, entropy, (m, logs)
-
 
 def _run_ce_bwd(z, targets, stats, entropy, g_logp, g_entropy, dtype, v0=0, temperature=1.0):
     d, V, BLOCK = torch.empty(z.shape, dtype=dtype, device=z.device), z.size(1), min(_pow2(z.size(1), 16), 4096)
@@ -456,17 +438,14 @@ def _run_ce_bwd(z, targets, stats, entropy, g_logp, g_entropy, dtype, v0=0, temp
             ENTROPY=g_entropy is not None, BLOCK=BLOCK, num_warps=8)
     return d
 
-
 def _softmax_stats(z, targets):
     """z (n, V) finite -> p = softmax(z), log p[target], entropy, m = max z, log s. log s = -log max p: the largest p is 1/V at least."""
     p, m = torch.softmax(z, 1), z.amax(1)
     logs = p.amax(1).log_().neg_()
     return p, z.gather(1, targets[:, None])[:, 0] - m - logs, m - torch.linalg.vecdot(p, z) + logs, m, logs
 
-
 def _plogp(p):
     return p.clamp_min(1e-37).log_().mul_(p)  # 0 where p is 0; twice as fast as xlogy
-
 
 def _softmax_grad(p, targets, entropy, g_logp, g_entropy, out):
     """out (n, columns) = d/dz of g_logp . log p[target] + g_entropy . H, where dlogp = 1[target] - p and dH = -p (log p + H). p may
@@ -479,7 +458,6 @@ def _softmax_grad(p, targets, entropy, g_logp, g_entropy, out):
     rows = ((targets >= 0) & (targets < p.size(1))).nonzero()[:, 0]
     out[rows, targets[rows]] += g_logp[rows]
     return out
-
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -510,7 +488,6 @@ class _CrossEntropy(torch.autograd.Function):
         p = torch.softmax(logits.to(entropy.dtype), 1).nan_to_num_(0.0)
         return _softmax_grad(p, targets, entropy, g_logp, g_entropy, p).to(logits.dtype), None, None
 
-
 def cross_entropy(logits, targets, ignore_index=-1):
     """-log softmax(logits)[target] and the entropy of each row. logits (N, V), targets (N,) int64 -> (loss, entropy), (N,) float32
     (float64 for float64), both differentiable, both 0 where targets == ignore_index. -inf masks a word; a row of nothing
@@ -524,18 +501,22 @@ def cross_entropy(logits, targets, ignore_index=-1):
 # linear: x W' + b. CUDA: cuBLAS. CPU, float32: oneDNN, because torch hands such products to MKL, which on AMD stays with AVX2:
 # 240 against 95 GFLOP/s a core at (3373, 128) x (128, 512) on a Zen 5 (python bench.py kernels). Same float32, same error.
 
+# oneDNN compiles a product anew for each shape. Its cache is kept short: a thousand compiled ones, strewn over the heap, cost 1.1 GB.
+os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '32')
 _onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-
 
 def _use_onednn(x, weight):
     return (_onednn and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() >= 32 * weight.shape[1] > 0
             and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
 
+def extra_rows(n):
+    """Dummy rows that round n tokens up to at most 32 sizes an octave (3 % more on the mean), so that few shapes occur. 1000 -> 24."""
+    return -n % max(64, 1 << max(0, n.bit_length() - 5)) if _onednn else 0
+
 
 def matmul_t(a, b):
     """a (N, K) @ b (M, K).T -> (N, M), by oneDNN where it is the faster one. [[1, 2]] @ [[3, 4]].T -> [[11]]."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, 'none', [], '') if _use_onednn(a, b) else a @ b.t()
-
 
 class _Linear(torch.autograd.Function):
     @staticmethod
@@ -551,7 +532,6 @@ class _Linear(torch.autograd.Function):
         dx = matmul_t(dy, weight.t()) if ctx.needs_input_grad[0] else None
         dw = matmul_t(dy.t(), x.t()) if ctx.needs_input_grad[1] else None
         return dx, dw, dy.sum(0) if ctx.needs_input_grad[2] else None
-
 
 def linear(x, weight, bias=None):
     """F.linear: x (..., C), weight (M, C), bias (M,) or None -> (..., M), any dtype. [[1, 2]], [[3, 4]], [5] -> [[16]]."""
@@ -604,7 +584,6 @@ def _linear_stats(X, W, Y, OUT, N, V, C, sx, sw, per_split, scale, BM: tl.conste
     tl.store(out + 2 * N, a, mask=r < N)
     tl.store(out + 3 * N, z_y, mask=r < N)
 
-
 def _run_linear_stats(x, weight, targets, temperature):
     x, weight = _flat(x), _flat(weight)
     (N, C), V = x.shape, weight.size(0)
@@ -621,25 +600,21 @@ def _run_linear_stats(x, weight, targets, temperature):
     s, a = (s * keep).sum(0), (a * keep).sum(0)
     return z_y.sum(0) - top - s.log(), top - a / s + s.log(), (top, s.log())
 
-
 def _product(a, b):
     """a @ b.T, float32 out of 16-bit operands: a bfloat16 logit of 20 is off by 0.06, and a PPO ratio with it."""
     if a.is_cuda and a.element_size() == 2:
         return torch.mm(a, b.t(), out_dtype=torch.float32)
     return matmul_t(a, b).to(_wide(a.dtype))
 
-
 def _fits(x, other, least):
     """How many rows (or columns) of float32 logits fit into a block, when a row (or column) has `other` of them."""
     budget = min(2 << 30, torch.cuda.get_device_properties(x.device).total_memory // 32) if x.is_cuda else CHUNK_BYTES
     return max(least, budget // (4 * max(other, 1)))
 
-
 def _parts(z):
     """Row slices of a block that the cache holds, 1 MiB on CPU: softmax and gradient read each number several times."""
     n = len(z) if z.is_cuda else max(1, (1 << 20) // (4 * z.size(1)))
     return [slice(i, min(i + n, len(z))) for i in range(0, len(z), max(n, 1))]
-
 
 class _LinearLogprobs(torch.autograd.Function):
     """Logits come and go in blocks. The backward computes them again (4 matmuls for 3), unless all of them fit into one block."""
@@ -687,7 +662,6 @@ class _LinearLogprobs(torch.autograd.Function):
                 dw[v:v + n] = _product(d.t(), x.t())
         return None if dx is None else dx.to(x.dtype), dw, None, None, None
 
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean loss. A scalar's gradient is known but for one factor, so it is computed with the loss: 3 matmuls, as without blocks."""
     @staticmethod
@@ -725,7 +699,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return *ctx.saved_tensors, None, None  # no second (V, C) for a factor of one
         return *(None if d is None else d * g.to(d.dtype) for d in ctx.saved_tensors), None, None
 
-
 def _linear_inputs(name, x, weight, targets, ignore_index):
     """Flat x and targets without the ignored tokens (a prompt costs no matmul), and their row numbers (None = all). Operands
     of a matmul share a dtype: autocast's, where that is on, else x's."""
@@ -738,13 +711,11 @@ def _linear_inputs(name, x, weight, targets, ignore_index):
         return x.to(dtype), weight.to(dtype), targets, None
     return x.index_select(0, rows).to(dtype), weight.to(dtype), targets[rows], rows
 
-
 def linear_cross_entropy(x, weight, targets, ignore_index=-1):
     """Mean over the counted tokens of -log softmax(x @ weight.T)[target], without holding the (N, V) logits. x (..., C), weight
     (V, C), targets (...) int64 -> float32 scalar; 0 when every target is ignored. x=0, V=50257 -> log 50257 = 10.825."""
     x, weight, targets, _ = _linear_inputs('linear_cross_entropy', x, weight, targets, ignore_index)
     return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-
 
 def linear_logprobs(x, weight, targets, temperature=1.0, ignore_index=-1):
     """Log-probability of each target and the entropy of its distribution, softmax(x @ weight.T / temperature), without holding the
@@ -791,7 +762,6 @@ def _rows(X, base, n, limit, st, d, HS: tl.constexpr):
     at = X + (base + n).to(tl.int64)[:, None] * st + d[None, :]
     return tl.load(at, mask=(n < limit)[:, None] & (d < HS)[None, :], other=0.0)
 
-
 @jit
 def _seen(i, j, Tq, Tk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """(BM, BN): may query i see key j? The last query stands at the last key."""
@@ -801,7 +771,6 @@ def _seen(i, j, Tq, Tk, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     if WINDOW:
         ok = ok & (j[None, :] > i[:, None] + (Tk - Tq) - window)
     return ok
-
 
 @jit
 def _attn_steps(acc, m, l, q, K, V, base, lo, hi, i, Tq, Tk, skt, svt, d, scale, window, MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -820,7 +789,6 @@ def _attn_steps(acc, m, l, q, K, V, base, lo, hi, i, Tq, Tk, skt, svt, d, scale,
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision='ieee')
         m = new
     return acc, m, l
-
 
 @jit
 def _attn_fwd(Q, K, V, O, LSE, CUQ, CUK, N, sqt, sqh, skt, skh, svt, svh, heads, group, docs, blocks, window, scale, CAUSAL: tl.constexpr,
@@ -854,13 +822,11 @@ def _attn_fwd(Q, K, V, O, LSE, CUQ, CUK, N, sqt, sqh, skt, skh, svt, svh, heads,
         tl.store(o, (acc / l[:, None]).to(O.dtype.element_ty), mask=(i < Tq)[:, None] & (d < HS)[None, :])
         tl.store(LSE + h.to(tl.int64) * N + qa + i, tl.where(blind, float('inf'), m + tl.log2(l)), mask=i < Tq)
 
-
 @jit
 def _attn_delta(O, DO, DELTA, N, heads, sdt, sdh, HS: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
     n, h, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64), tl.arange(0, BD)
     o = _rows(O + h * HS, 0, n, N, heads * HS, d, HS).to(tl.float32)
     tl.store(DELTA + h * N + n, tl.sum(o * _rows(DO + h * sdh, 0, n, N, sdt, d, HS).to(tl.float32), 1), mask=n < N)
-
 
 @jit
 def _attn_dq(Q, K, V, DO, LSE, DELTA, DQ, CUQ, CUK, N, sqt, sqh, skt, skh, svt, svh, sdt, sdh, heads, group, docs, blocks, window, scale, raw,
@@ -893,7 +859,6 @@ def _attn_dq(Q, K, V, DO, LSE, DELTA, DQ, CUQ, CUK, N, sqt, sqh, skt, skh, svt, 
             dq = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision='ieee')
         out = DQ + ((qa + i).to(tl.int64)[:, None] * heads + h) * HS + d[None, :]
         tl.store(out, (dq * raw).to(DQ.dtype.element_ty), mask=(i < Tq)[:, None] & (d < HS)[None, :])
-
 
 @jit
 def _attn_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, CUQ, CUK, N, sqt, sqh, skt, skh, svt, svh, sdt, sdh, kv_heads, group, docs, window, scale, raw,
@@ -932,7 +897,6 @@ def _attn_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, CUQ, CUK, N, sqt, sqh, skt, skh,
         tl.store(DK + out, (dk * raw).to(DK.dtype.element_ty), mask=ok)
         tl.store(DV + out, dv.to(DV.dtype.element_ty), mask=ok)
 
-
 def _attn_sizes(hs, itemsize, back):
     """(BM, BN, warps, stages). Shared memory of a Hopper block is 227 KB; bf16, hs=128, 128 + 2 * 3 * 64 rows of 256 B = 128 KB."""
     if INTERPRET:
@@ -942,7 +906,6 @@ def _attn_sizes(hs, itemsize, back):
     if back:
         return (64, 64, 4, 2) if hs <= 64 else (64, 64, 8, 2) if hs <= 128 else (32, 32, 4, 1)
     return (128, 64, 4, 3) if hs <= 64 else (128, 64, 8, 3) if hs <= 128 else (64, 32, 4, 2)
-
 
 class _Flash(torch.autograd.Function):
     """q (N, nh, hs), k and v (M, nkv, hs) packed; cu_q, cu_k int32; longest: the most queries and keys in one document."""
@@ -979,7 +942,6 @@ class _Flash(torch.autograd.Function):
                 docs, *rest, **size)
         return dq, dk, dv, None, None, None, None, None, None
 
-
 def _flash_triton(q, k, v, cu_seqlens, causal, window, scale):
     if cu_seqlens is not None:
         cu = cu_seqlens.int()
@@ -989,13 +951,11 @@ def _flash_triton(q, k, v, cu_seqlens, causal, window, scale):
     cu_q, cu_k = (torch.arange(B + 1, dtype=torch.int32, device=q.device) * n for n in (T, Tk))
     return _Flash.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k, (T, Tk), causal, window, scale).view(q.shape)
 
-
 def _visible(Tq, Tk, causal, window, device):
     """(Tq, Tk) bool, True = may attend. The last query stands at the last key."""
     i, j = torch.arange(Tk - Tq, Tk, device=device)[:, None], torch.arange(Tk, device=device)
     ok = (j <= i) if causal else torch.ones(Tq, Tk, dtype=torch.bool, device=device)
     return ok & (j > i - window) if window else ok
-
 
 def _attend(q, k, v, causal, window, scale):
     """(B, T, nh, hs): torch's fused attention, a mask only where there is no flag for it."""
@@ -1005,7 +965,6 @@ def _attend(q, k, v, causal, window, scale):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain and causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
-
 
 def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None):
     """softmax(q k' * scale) v. q (B, T, nh, hs), k and v (B, Tk, nkv, hs), nh a multiple of nkv; or packed (N, nh, hs) with
@@ -1070,7 +1029,6 @@ def _paged_split(Q, K, V, TABLE, LENS, M, L, ACC, sqb, sqh, skb, sks, skh, svb, 
         tl.store(L + at, l, mask=g < group)
         tl.store(ACC + at[:, None] * HS + d[None, :], acc, mask=some)
 
-
 @jit
 def _paged_merge(M, L, ACC, LENS, OUT, heads, splits, HS: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, SPLIT: tl.constexpr):
     b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BD)
@@ -1091,7 +1049,6 @@ def _paged_merge(M, L, ACC, LENS, OUT, heads, splits, HS: tl.constexpr, BD: tl.c
     acc = acc / tl.where(n > 0, total, 1.0)
     tl.store(OUT + (b * heads + h) * HS + d, acc.to(OUT.dtype.element_ty), mask=d < HS)
 
-
 @jit
 def _kv_write(K, V, KC, VC, SLOTS, skt, skh, svt, svh, kb, ks, kh, vb, vs, vh, size, nkv, HS: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
@@ -1104,7 +1061,6 @@ def _kv_write(K, V, KC, VC, SLOTS, skt, skh, svt, svh, kb, ks, kh, vb, vs, vh, s
         v = tl.load(V + n * svt + h * svh + d, mask=ok, other=0.0)
         tl.store(KC + block * kb + at * ks + h * kh + d, k.to(KC.dtype.element_ty), mask=ok)
         tl.store(VC + block * vb + at * vs + h * vh + d, v.to(VC.dtype.element_ty), mask=ok)
-
 
 def _paged_triton(q, k_cache, v_cache, block_table, context_lens, scale):
     q = q if q.stride(-1) == 1 else q.contiguous()
@@ -1119,7 +1075,6 @@ def _paged_triton(q, k_cache, v_cache, block_table, context_lens, scale):
             BG=_pow2(nh // nkv, 16), BN=BN, SPLIT=SPLIT, num_warps=4, num_stages=3 if q.element_size() == 2 else 1)
     _launch(_paged_merge, (B, nh), m, l, acc, context_lens, out, nh, splits, HS=hs, BD=BD, BS=16, SPLIT=SPLIT, num_warps=4)
     return out
-
 
 def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None):
     """Attention of one query token a row over a paged cache (no gradient). q (B, nh, hs), caches (blocks, block_size, nkv, hs),
@@ -1138,7 +1093,6 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None):
     k[row, slot] = v[row, slot] = 0  # an unwritten slot may hold nan, and 0 * nan is nan
     y = F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask[:, None, None], scale=scale, enable_gqa=q.size(1) != k.size(2))
     return torch.where((context_lens > 0)[:, None, None], y[:, :, 0], 0)
-
 
 def kv_write(k, v, k_cache, v_cache, slots):
     """Writes k, v (N, nkv, hs) into the caches (blocks, block_size, nkv, hs), in place: token i goes to slot slots[i] = block *
@@ -1182,7 +1136,6 @@ def _token_loss(LOGP, OLD, ADV, MASK, GRAD, SUMS, N, lo, hi, BLOCK: tl.constexpr
     tl.store(SUMS + pid * 4 + 2, tl.sum(tl.where(on & (clipped > plain), 1.0, 0.0), 0))
     tl.store(SUMS + pid * 4 + 3, tl.sum(tl.where(on, 0.5 * d * d, 0.0), 0))
 
-
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, old_logp, advantages, mask, clip_low, clip_high):
@@ -1203,7 +1156,6 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx, g, *_):
         grad, count = ctx.saved_tensors
         return (grad * (g / count)).to(ctx.dtype), None, None, None, None, None
-
 
 def token_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
     """Masked mean of max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r = exp(logp - old_logp). All (B, R), mask bool. -> (loss,

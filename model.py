@@ -121,8 +121,8 @@ class Layout:
 
     def _make_buckets(self, starts, n):
         """CPU attention runs on right-padded rectangles, where causality alone hides the padding. Segments of like
-        length share a rectangle (between half and the whole of its width), so little is wasted. N is rounded up to a
-        multiple of 64 with dummy rows: oneDNN compiles a matrix product anew for every shape that it meets."""
+        length share a rectangle (between half and the whole of its width), so little is wasted. N is rounded up with
+        dummy rows: oneDNN compiles a matrix product anew for every shape that it meets."""
         lens = torch.diff(self.cu_seqlens).long()
         slot, self.buckets, base = torch.empty(n, dtype=torch.long), [], 0
         width = int(lens.max()) if n else 0
@@ -136,7 +136,7 @@ class Layout:
                 self.buckets.append((grid.clamp_(max=n - 1).reshape(-1), len(mine), w))
                 base += grid.numel()
             width //= 2
-        self.extra = -n % 64
+        self.extra = kernels.extra_rows(n)
         self.slot = F.pad(slot, (0, self.extra))  # a dummy row reads some real row; nobody reads the dummy
 
     def pick(self, x):
