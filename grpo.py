@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import infer
-import kernels
+import kernels as K
 import lora
 from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
 from model import (Layout, RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run, pick_device,
@@ -88,7 +88,7 @@ max_num_seqs = 64 # completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the update's forward pass
-kernels_mode = 'auto' # 'auto' | 'torch' | 'triton'
+kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -283,7 +283,7 @@ def answer_logps(model, groups, device, temperature=1.0):
             tokens.append(a[:-1]), pos.append(np.arange(P, P + k)), slot.append(np.arange(m + P, m + P + k))
             gather.append(path), predict.append(path[P - 1:]), lengths.append(P + k)
             n, m = n + k, m + P + k
-    extra = np.zeros(kernels.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for oneDNN
+    extra = np.zeros(K.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for oneDNN
     tokens.append(extra), pos.append(extra), slot.append(extra)
     tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
     answers = [a for _, answers in groups for a in answers]
@@ -296,7 +296,7 @@ def answer_logps(model, groups, device, temperature=1.0):
         attend = lambda layer, q, k, v: packed(layer, q[gather], k[gather], v[gather])[slot]
     x = model.hidden(tokens, pos, attend)
     targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(device)
-    found = kernels.linear_logprobs(*model.head_weight(x[predict]), targets, temperature)
+    found = K.linear_logprobs(*model.head_weight(x[predict]), targets, temperature)
     sizes = torch.tensor([len(a) for a in answers], device=device)
     mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
     where = mask.reshape(-1).nonzero()[:, 0]
@@ -310,7 +310,7 @@ if __name__ == '__main__':
     config['stage'] = 'grpo'
     device, amp_dtype = pick_device(device, dtype)
     amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
-    kernels.use(kernels_mode)
+    K.use(kernels)
     torch.manual_seed(seed)
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('overlong', overlong, ('none', 'mask', 'shape')),
                               ('advantage', advantage, ADVANTAGES), ('loss_type', loss_type, LOSSES)):
@@ -392,7 +392,7 @@ if __name__ == '__main__':
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
     base_memory = memory_now(device) - pw - frozen
     print(f'policy {policy.num_params() / 1e6:.2f} M parameters ({sum(p.numel() for p in params):,} trained), reward {reward}, reference: '
-          f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
+          f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
     # ---- the phases of an iteration ------------------------------------------------------------------------------
     def refresh():

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 
 import infer
-import kernels
+import kernels as K
 import lora
 from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
 from model import (RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run,
@@ -91,7 +91,7 @@ max_num_seqs = 64 # completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the update's forward pass
-kernels_mode = 'auto' # 'auto' | 'torch' | 'triton'
+kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -265,7 +265,7 @@ if __name__ == '__main__':
     config['stage'] = 'ppo'
     device, amp_dtype = pick_device(device, dtype)
     amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
-    kernels.use(kernels_mode)
+    K.use(kernels)
     torch.manual_seed(seed)
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('missing_eos', missing_eos, ('score', 'penalty', 'none')),
                               ('value', value, ('auto', 'reward', 'policy', 'trunk')), ('kl_kind', kl_kind, ('k1', 'k2', 'k3'))):
@@ -351,7 +351,7 @@ if __name__ == '__main__':
                                activations=networks * activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
     base_memory = memory_now(device) - pw - vw - rw
     print(f'policy {policy.num_params() / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
-          f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
+          f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
     # ---- the phases of an iteration ------------------------------------------------------------------------------
     def rollout(prompts, seeds):

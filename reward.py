@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 import infer
-import kernels
+import kernels as K
 import lora
 from dataset import Sampler, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
 from model import (RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
@@ -74,7 +74,7 @@ grad_clip = 1.0 # global norm; 0 = off
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile
-kernels_mode = 'auto' # 'auto' | 'torch' | 'triton'
+kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -182,7 +182,7 @@ if __name__ == '__main__':
     # ---- process, model, data ------------------------------------------------------------------------------------
     config['stage'] = 'reward'
     device, amp_dtype = pick_device(device, dtype)
-    kernels.use(kernels_mode)
+    K.use(kernels)
     torch.manual_seed(seed)
     for key, value, known in (('ties', ties, ('drop', 'half')), ('normalize', normalize, ('samples', 'responses', 'none'))):
         if value not in known:
@@ -241,7 +241,7 @@ if __name__ == '__main__':
     base_memory = memory_now(device) - weights
     longest = max(len(p[0]) + len(p[1]) for p in pairs)
     planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, min(max(micro_tokens, longest), batch_size * longest), T)))
-    print(f'{model.num_params() / 1e6:.2f} M parameters on {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
+    print(f'{model.num_params() / 1e6:.2f} M parameters on {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
     rewards_of_batch = torch.compile(packed_rewards) if compile else packed_rewards
 
     def checkpoint(name, it):

@@ -22,7 +22,7 @@ import time
 import numpy as np
 import torch
 
-import kernels
+import kernels as K
 import lora
 from dataset import Sampler, collate_packed, encode_row, get_tokenizer, load_dataset, pack, show_masks as coloured
 from model import (GPT, GPTConfig, RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, peak_flops,
@@ -71,7 +71,7 @@ grad_clip = 1.0 # global norm; 0 = off
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile
-kernels_mode = 'auto' # 'auto' | 'torch' | 'triton'
+kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -146,7 +146,7 @@ if __name__ == '__main__':
     # ---- process and data ----------------------------------------------------------------------------------------
     config['stage'] = 'sft'
     device, amp_dtype = pick_device(device, dtype)
-    kernels.use(kernels_mode)
+    K.use(kernels)
     torch.manual_seed(seed)
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
@@ -228,7 +228,7 @@ if __name__ == '__main__':
     base_memory = memory_now(device) - weights
     planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, tokens, T)))
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f'{model.num_params() / 1e6:.2f} M parameters ({trains / 1e6:.2f} M trained) on {device}, {amp_dtype}, {threads} threads, kernels: {kernels.which()}')
+    print(f'{model.num_params() / 1e6:.2f} M parameters ({trains / 1e6:.2f} M trained) on {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
     forward = torch.compile(model) if compile else model
 
     # ---- loop ----------------------------------------------------------------------------------------------------
