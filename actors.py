@@ -36,6 +36,7 @@ INLINE = 100 << 10       # bytes; above it a value goes through the arena (Ray's
 MAX_MESSAGE = 1 << 30    # a pickled message; the raw tail behind it (an object on its way to another node) may be MAX_TAIL
 MAX_TAIL = 1 << 38
 BEAT, SILENCE = 1.0, 8.0  # seconds between a node's heartbeats; silence after which it is taken for dead
+PRELOAD = ['torch']      # imported once by the zygote if the driver has it, not by every worker (seconds each)
 HANDSHAKE = 10.0         # seconds that a peer has to prove itself
 _session = None          # this process's connection to a hub; None before init, and under backend='ray'
 
@@ -1857,7 +1858,7 @@ class _Nursery:
         self.proc = subprocess.Popen([sys.executable, '-c', code], pass_fds=(theirs.fileno(), *store.fds), start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         theirs.close()
     def spawn(self, wid, node, env, sock=None, address=None, token=None):
-        order = 'spawn', wid, node, env, sys.path, os.getcwd(), [m for m in ('torch',) if m in sys.modules], address, token
+        order = 'spawn', wid, node, env, sys.path, os.getcwd(), [m for m in PRELOAD if m in sys.modules], address, token
         try:
             if sock:
                 socket.send_fds(self.sock, [b'f'], [sock.fileno()])

@@ -61,7 +61,8 @@ def holders():
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
+    monkeypatch.setattr(actors, 'PRELOAD', [])  # nothing here needs torch, which conftest has imported
     shm = set(os.listdir('/dev/shm'))
     actors.shutdown()
     actors.init(num_cpus=2, object_store_memory=64 << 20)
