@@ -501,6 +501,18 @@ def _kernels_cuda():
             torch.autograd.grad(o if isinstance(o, tuple) else (o,), inputs, grads)
         return fwd, ms(go)
 
+    K.use('triton')
+    _kernels_cuda_memory(copy, rand, both)
+    _kernels_cuda_linear(rand, both)
+    _kernels_cuda_attention(ms, rand, both, copy)
+
+
+def _kernels_cuda_memory(copy, rand, both):
+    """Kernels that memory bounds: the share is of the copy bandwidth measured above."""
+    import torch
+    import torch.nn.functional as F
+    import kernels as K
+
     def memory(name, nbytes, nbytes_back, fn, eager, inputs):
         """nbytes: the fewest that the forward must move; nbytes_back: the backward."""
         line = f'  {name:30s}'
@@ -509,7 +521,6 @@ def _kernels_cuda():
             line += f'   {how} {t:.3f} / {tt:.3f} ms, {nbytes / t / 1e6:.0f} GB/s {100 * nbytes / t / 1e6 / copy:.0f} %'
             line += f' (back {100 * nbytes_back / max(tt - t, 1e-6) / 1e6 / copy:.0f} %)'
         print(line, flush=True)
-    K.use('triton')
     N, C, I = 16384, 4096, 12288
     x, r, w, b = rand(N, C), rand(N, C), rand(C), rand(C)
     S = x.nbytes
@@ -534,7 +545,12 @@ def _kernels_cuda():
         logp = F.log_softmax(z.float(), -1)
         return F.nll_loss(logp, y, reduction='none'), -(logp.exp() * logp).sum(-1)
     memory('cross_entropy + entropy', z.nbytes, 2 * z.nbytes, lambda: K.cross_entropy(z, y), eager_ce, (z,))
-    del g, u, z, x, r
+
+
+def _kernels_cuda_linear(rand, both):
+    import torch
+    import torch.nn.functional as F
+    import kernels as K
     print('  linear + softmax, C=4096, V=131072: ms forward / forward + backward, TFLOP/s of the forward, peak GB')
     for N in (4096, 8192):
         x, w, y = rand(N, 4096), (rand(131072, 4096).detach() / 64).requires_grad_(), torch.randint(0, 131072, (N,), device='cuda')
@@ -548,6 +564,12 @@ def _kernels_cuda():
             t, tt = both(f, (x, w))
             print(f'    N={N} {name:24s} {t:.2f} / {tt:.2f} ms, {2 * N * 4096 * 131072 / t / 1e9:.0f} TFLOP/s, {(torch.cuda.max_memory_allocated() - base) / 1e9:.2f} GB', flush=True)
         del x, w
+
+
+def _kernels_cuda_attention(ms, rand, both, copy):
+    import torch
+    import torch.nn.functional as F
+    import kernels as K
     print('  attention, causal, 16 documents of 2048, 32 heads on 8, hs 128 / 64: TFLOP/s forward, forward + backward')
     for hs in (128, 64):
         q, k, v = rand(32768, 32, hs), rand(32768, 8, hs), rand(32768, 8, hs)
@@ -556,14 +578,14 @@ def _kernels_cuda():
                  'SDPA, dense': lambda: F.scaled_dot_product_attention(*(t.view(16, 2048, -1, hs).transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)}
         try:
             from torch.nn.attention.varlen import varlen_attn
-            kk, vv = (t.detach().repeat_interleave(4, 1).requires_grad_() for t in (k, v))
-            varlen_attn(q, kk, vv, cu, cu, 2048, 2048, True)
-            sides['varlen_attn (heads repeated)'] = lambda: varlen_attn(q, kk, vv, cu, cu, 2048, 2048, True)
+            packed = lambda: varlen_attn(q, k, v, cu, cu, 2048, 2048, window_size=(-1, 0), enable_gqa=True)
+            packed()
+            sides['varlen_attn'] = packed
         except (ImportError, TypeError, RuntimeError) as e:
             print(f'    varlen_attn left out: {type(e).__name__}: {str(e)[:80]}')
         flop = 4 * 16 * 32 * hs * 2048 * 2048 / 2
         for name, f in sides.items():
-            t, tt = both(f, (q, kk, vv) if 'varlen' in name else (q, k, v))
+            t, tt = both(f, (q, k, v))
             print(f'    hs={hs} {name:30s} {t:.2f} / {tt:.2f} ms, {flop / t / 1e9:.0f} / {3.5 * flop / tt / 1e9:.0f} TFLOP/s', flush=True)
     print('  paged decode, block 16, 32 heads on 8, hs 128')
     for B, ctx in ((64, 4096), (256, 1024), (1, 32768)):
