@@ -340,15 +340,14 @@ if __name__ == '__main__':
         sampler.load_state_dict(ckpt['data'])
         start, best, beta = ckpt['iter'], ckpt['best'], ckpt['beta']
     log = RunLog(out_dir, config, ckpt)
-    engine = infer.Engine(policy, tok, max_num_seqs=max_num_seqs)
+    longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
+    engine = infer.Engine(policy, tok, max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     (pw, pg, pm), (vw, vg, vm) = training_bytes(policy), training_bytes(value_net)
     rw = sum(p.nbytes for m in (reference, reward_model) if m is not None for p in m.parameters())
-    longest = max(map(len, prompts)) + max_new_tokens
-    networks = 1 if start_value == 'trunk' else 2
     planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest),
-                               activations=networks * activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
+                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
     base_memory = memory_now(device) - pw - vw - rw
     print(f'policy {policy.num_params() / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
@@ -379,17 +378,23 @@ if __name__ == '__main__':
             s = torch.where(ended, s, missing_eos_value if missing_eos == 'score' else s + missing_eos_value)
         return s.to(device)
 
-    def forward(rows, batch, need_value=True):
-        """Log-probs, entropies, values (b, R) of some rows of the batch, at the sampling temperature."""
+    def policy_forward(rows, batch):
+        """(log-probs, entropies (b, R), values or None) of some rows, at the sampling temperature; values only of a shared trunk."""
         idx, mask, at, resp = (x[rows].to(device) for x in batch)
-        where = response_positions(mask, at, resp)
         x, layout = policy.encode(idx, mask)
-        logp, entropy = policy.logprobs(idx, temperature, mask, where=where, entropy=True, encoded=(x, layout))
-        logp, entropy = logp.gather(1, at), entropy.gather(1, at)
-        if not need_value:
-            return logp, entropy, None
-        v = layout.put(value_net(x)[:, 0].float()) if start_value == 'trunk' else value_net(idx, mask=mask)[0]
-        return logp, entropy, v.gather(1, at)
+        logp, entropy = policy.logprobs(idx, temperature, mask, where=response_positions(mask, at, resp), entropy=True, encoded=(x, layout))
+        v = layout.put(value_net(x)[:, 0].float()).gather(1, at) if start_value == 'trunk' else None
+        return logp.gather(1, at), entropy.gather(1, at), v
+
+    def value_forward(rows, batch):
+        """Values (b, R) by the network of their own."""
+        idx, mask, at, _ = (x[rows].to(device) for x in batch)
+        return value_net(idx, mask=mask)[0].gather(1, at)
+
+    def old_quantities(rows, batch):
+        """(log-probs, values, reference log-probs), what an update compares with."""
+        logp, _, v = policy_forward(rows, batch)
+        return logp, value_forward(rows, batch) if v is None else v, *reference_logp(rows, batch)
 
     def micro_batches(rows, lengths):
         """Rows of a minibatch in groups of at most micro_tokens tokens, always cut the same way."""
@@ -400,7 +405,7 @@ if __name__ == '__main__':
         """fn(micro rows) -> tuple of (b, R); the whole put together in the order of rows."""
         parts = [(m, fn(m)) for m in micro_batches(rows, lengths)]
         order = torch.tensor([i for m, _ in parts for i in m]).argsort()
-        return [None if p[0] is None else torch.cat(p)[order.to(device)] for p in zip(*(out for _, out in parts))]
+        return [torch.cat(p)[order.to(device)] for p in zip(*(out for _, out in parts))]
 
     def reference_logp(rows, batch):
         idx, mask, at, resp = (x[rows].to(device) for x in batch)
@@ -418,7 +423,7 @@ if __name__ == '__main__':
         batch = collate(val_prompts[:n], responses)
         lengths = [len(p) + len(r) for p, r in zip(val_prompts, responses)]
         with torch.no_grad(), amp():
-            logp = in_micro_batches(lambda m: forward(m, batch, need_value=False), list(range(n)), lengths)[0]
+            logp = in_micro_batches(lambda m: policy_forward(m, batch)[:1], list(range(n)), lengths)[0]
             ref = in_micro_batches(lambda m: reference_logp(m, batch), list(range(n)), lengths)[0]
         resp = batch[3].to(device)
         kl = torch.where(resp, logp - ref, 0.0).sum(1).mean().item()
@@ -459,8 +464,8 @@ if __name__ == '__main__':
         resp, lengths = batch[3].to(device), [len(p) + len(r) for p, r in zip(mine, responses)]
         minibatches = [list(range(i, i + minibatch_size)) for i in range(0, batch_size, minibatch_size)]
         with torch.no_grad(), amp():  # minibatch by minibatch as the first epoch will cut them: its ratios are 1 to the bit
-            parts = [in_micro_batches(lambda m: (*forward(m, batch), *reference_logp(m, batch)), mb, lengths) for mb in minibatches]
-            old_logp, _, old_values, ref_logp = (torch.cat(p) for p in zip(*parts))
+            parts = [in_micro_batches(lambda m: old_quantities(m, batch), mb, lengths) for mb in minibatches]
+            old_logp, old_values, ref_logp = (torch.cat(p) for p in zip(*parts))
             rewards = token_rewards(scores, old_logp, ref_logp, resp, beta, kl_kind)
             if whiten_rewards:
                 rewards = whiten(rewards, resp, shift_mean=False)
@@ -481,12 +486,19 @@ if __name__ == '__main__':
             for mb in (order[i:i + minibatch_size] for i in range(0, batch_size, minibatch_size)):
                 tokens, step_stats = resp[mb].sum().item(), {}
                 for m in micro_batches(mb, lengths):
+                    share = resp[m].sum().item() / tokens
                     with amp():
-                        logp, entropy, v = forward(m, batch)
+                        logp, entropy, v = policy_forward(m, batch)
                     pg_loss, ps = policy_loss(logp, old_logp[m], advantages[m], resp[m], clip)
+                    ent = masked_mean(entropy, resp[m])
+                    loss = (pg_loss - entropy_coef * ent) * share
+                    if v is None:  # two networks: one's activations are gone before the other's come
+                        loss.backward()
+                        loss = 0.0
+                        with amp():
+                            v = value_forward(m, batch)
                     vf_loss, vs = value_loss(v, old_values[m], returns[m], resp[m], vf_clip)
-                    ent, share = masked_mean(entropy, resp[m]), resp[m].sum().item() / tokens
-                    ((pg_loss + vf_coef * vf_loss - entropy_coef * ent) * share).backward()
+                    (loss + vf_coef * vf_loss * share).backward()
                     for k, x in dict(**ps, **vs, pg=pg_loss, vf=vf_loss, entropy=ent).items():
                         step_stats[k] = max(step_stats.get(k, 0.0), x.item()) if k == 'ratio_max' else step_stats.get(k, 0.0) + x.item() * share
                 if not checked:  # the invariant of every correct PPO: before the first step nothing has moved
