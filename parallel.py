@@ -67,11 +67,17 @@ class Watch:
             signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)  # the C handler writes at once, whatever the main thread does
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()
-        atexit.register(self.stop, leave=not torch.cuda.is_available())
+        self.failed = False
+        atexit.register(self.stop, leave=True)
 
-    def stop(self, leave=False):
-        """Threads caught inside C++ by the end of Python abort the process: ours ends here, gloo's when the groups are left."""
-        if leave and dist.is_initialized():
+    def stop(self, leave=False, gloo=not torch.cuda.is_available()):
+        """Threads caught inside C++ by the end of Python abort the process: ours ends here, gloo's when the groups are left. After a
+        failure that would wait for the dead for ever (seen), so the process just goes; what it had to say is printed by then."""
+        if leave and self.failed:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        if leave and gloo and dist.is_initialized():
             dist.destroy_process_group()
         if self.what != 'closed':
             self.what = 'closed'
@@ -123,7 +129,7 @@ class Watch:
 
     def failure(self, error):
         """The exception for a collective that failed: who is at fault, where, and what to do."""
-        bad = []
+        bad, self.failed = [], True
         try:
             for _ in range(4):  # a dying process may need a moment to be seen dead
                 bad = [f'rank {r} ({self.coords[r]}) {s}' for r in range(self.world) if r != self.rank and (s := self._state(r))]

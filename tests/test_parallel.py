@@ -481,7 +481,13 @@ def torchrun(tmp_path, mode, folder, layout, n=2, extra=()):
     os.makedirs(folder, exist_ok=True)
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *extra, str(script), mode, str(folder), json.dumps(layout)]
     start = time.time()
-    r = subprocess.run(cmd, capture_output=True, text=True, timeout=150)
+    with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        try:
+            out, err = p.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            p.terminate()  # not kill: torchrun then ends its workers, which have a session of their own
+            raise
+    r = subprocess.CompletedProcess(cmd, p.returncode, out, err)
     return r, [x for x in r.stdout.split('\n') if x.startswith('iter')], time.time() - start
 
 
