@@ -577,21 +577,11 @@ def _root(buf):
 def _put(out, obj):
     """Appends obj to the flatbuffer `out`, returns its position. bytes: a string; _Rows: a vector of structs; tuple: a vector of tables;
     list: a table, each slot None, (format, number) or one of these."""
-    if isinstance(obj, bytes):
-        out += bytes(-len(out) % 4)
-        pos = len(out)
-        out += struct.pack('<I', len(obj)) + obj + b'\0'
-        return pos
-    if isinstance(obj, _Rows):
-        out += bytes(-(len(out) + 4) % 8)
-        pos = len(out)
-        out += struct.pack('<I', obj.n) + obj.raw
-        return pos
-    if isinstance(obj, tuple):
-        out += bytes(-len(out) % 4)
-        pos = len(out)
-        out += struct.pack('<I', len(obj)) + bytes(4 * len(obj))
-        refs = list(zip(range(pos + 4, len(out), 4), obj))
+    if not isinstance(obj, list):
+        out += bytes(-(len(out) + 4) % 8 if isinstance(obj, _Rows) else -len(out) % 4)
+        pos, n = len(out), obj.n if isinstance(obj, _Rows) else len(obj)
+        out += struct.pack('<I', n) + (obj.raw if isinstance(obj, _Rows) else obj + b'\0' if isinstance(obj, bytes) else bytes(4 * n))
+        refs = list(zip(range(pos + 4, len(out), 4), obj)) if type(obj) is tuple else []
     else:
         formats = ['' if v is None else v[0] if isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) else 'I' for v in obj]
         vt, at, size = 4 + 2 * len(obj), [0] * len(obj), 4
@@ -625,25 +615,23 @@ def _flatbuffer(table):
     return bytes(out)
 
 
-_PLAIN = {'null': 1, 'binary': 4, 'string': 5, 'bool': 6, 'list': 12, 'struct': 13, 'large_binary': 19, 'large_string': 20, 'large_list': 21}
+# (kind, arg) -> (type id, the numbers in its table); the rest, timestamp, fixed_size_* and map, have parameters of any size
+_IDS = {(k, None): (i, ()) for k, i in {'null': 1, 'binary': 4, 'string': 5, 'bool': 6, 'list': 12, 'struct': 13, 'large_binary': 19, 'large_string': 20,
+                                        'large_list': 21}.items()}
+_IDS |= {(f'{u}int{b}', None): (2, (b, int(not u))) for u in ('', 'u') for b in (8, 16, 32, 64)}
+_IDS |= {(f'float{b}', None): (3, (i,)) for i, b in enumerate((16, 32, 64))} | {(f'date{b}', None): (8, (i,)) for i, b in enumerate((32, 64))}
+_IDS |= {(f'time{32 if i < 2 else 64}', u): (9, (i, 32 if i < 2 else 64)) for i, u in enumerate(_PER)} | {('duration', u): (18, (i,)) for i, u in enumerate(_PER)}
+_KINDS, _SIZED = {v: k for k, v in _IDS.items()}, {'fixed_size_binary': 15, 'fixed_size_list': 16, 'map': 17}
+_SLOTS = {2: (('i', 0), ('B', 0)), 3: (('h', 0),), 8: (('h', 1),), 9: (('h', 1), ('i', 32)), 10: (('h', 0),), 15: (('i', 0),), 16: (('i', 0),), 17: (('B', 0),),
+          18: (('h', 1),)}  # by type id: format and default of the numbers
 
 
 def _type_out(t):
     """Type -> (type id, slots of its flatbuffer table)."""
-    k, unit = t.kind, lambda u: ('h', list(_PER).index(u))
-    if k in _PLAIN:
-        return _PLAIN[k], []
-    if k.lstrip('u').startswith('int'):
-        return 2, [('i', int(k.lstrip('uint'))), ('B', k[0] == 'i')]
-    if k.startswith('float'):
-        return 3, [('h', {'float16': 0, 'float32': 1, 'float64': 2}[k])]
-    if k in ('date32', 'date64'):
-        return 8, [('h', int(k == 'date64'))]
-    if k in ('time32', 'time64'):
-        return 9, [unit(t.arg), ('i', int(k[4:]))]
-    if k == 'timestamp':
-        return 10, [unit(t.arg[0]), t.arg[1].encode() if t.arg[1] else None]
-    return {'fixed_size_binary': (15, [('i', t.arg)]), 'fixed_size_list': (16, [('i', t.arg)]), 'map': (17, [('B', bool(t.arg))]), 'duration': (18, [unit(t.arg) if k == 'duration' else None])}[k]
+    if t.kind == 'timestamp':
+        return 10, [('h', list(_PER).index(t.arg[0])), t.arg[1].encode() if t.arg[1] else None]
+    tid, numbers = _IDS.get((t.kind, t.arg)) or (_SIZED[t.kind], (t.arg or 0,))
+    return tid, [(f, n) for (f, _), n in zip(_SLOTS.get(tid, ()), numbers)]
 
 
 def _field_out(f, path, ids):
@@ -657,11 +645,7 @@ def _field_out(f, path, ids):
         key, value = t.fields[0].type.fields
         t = t._replace(fields=(Field('entries', Type('struct', None, (key._replace(nullable=False), value)), False),))
     kids = tuple(_field_out(kid, path + (i,), ids) for i, kid in enumerate(t.fields))
-    return [f.name.encode(), ('B', f.nullable), ('B', tid), slots, coded, kids, _pairs_out(f.meta)]
-
-
-def _pairs_out(meta):
-    return tuple([k, v] for k, v in meta) if meta else None
+    return [f.name.encode(), ('B', f.nullable), ('B', tid), slots, coded, kids, tuple([k, v] for k, v in f.meta) or None]
 
 
 def _type_in(f, path, ids, depth=0):
@@ -686,33 +670,17 @@ def _plain_in(f, path, ids, depth):
     if t is None:
         raise ArrowError('corrupt: a field without its type')
     kids = tuple(Field(k.text(0).decode(), _type_in(k, path + (i,), ids, depth + 1), bool(k.num(1, _U8)), k.pairs(6)) for i, k in enumerate(fields))
-    unit = lambda default: _UNITS[t.num(0, _I16, default)]
-    out = None
-    if tid in _PLAIN.values():
-        out = Type(next(k for k, v in _PLAIN.items() if v == tid), None, kids)
-    elif tid == 2:
-        out = Type(('' if t.num(1, _U8) else 'u') + f'int{t.num(0, _I32)}')
-    elif tid == 3:
-        out = Type({0: 'float16', 1: 'float32', 2: 'float64'}[t.num(0, _I16)])
-    elif tid == 8:
-        out = Type({0: 'date32', 1: 'date64'}[t.num(0, _I16, 1)])
-    elif tid == 9:
-        out = Type(f'time{t.num(1, _I32, 32)}', unit(1))
-        out = out if (out.kind, out.arg) in (('time32', 's'), ('time32', 'ms'), ('time64', 'us'), ('time64', 'ns')) else None
-    elif tid == 10:
-        out = Type('timestamp', (unit(0), t.text(1).decode() or None))
-    elif tid == 18:
-        out = Type('duration', unit(1))
-    elif tid in (15, 16):
-        out = Type('fixed_size_binary' if tid == 15 else 'fixed_size_list', t.num(0, _I32), kids)
-        out = out if out.arg >= 0 else None
-    elif tid == 17:
-        out = Type('map', bool(t.num(0, _U8)), kids)
-        out = out if kids and kids[0].type.kind == 'struct' and len(kids[0].type.fields) == 2 else None
-    want = {'list': 1, 'large_list': 1, 'fixed_size_list': 1, 'map': 1}.get(out.kind, 0) if out else -1
-    if out is None or (out.kind != 'struct' and len(kids) != want) or (tid == 2 and out.kind not in _NUMPY):
-        raise ArrowError(f'corrupt: a field of type id {tid} with {len(kids)} children and impossible parameters')
-    return out
+    numbers = tuple(t.num(i, {'B': _U8, 'h': _I16, 'i': _I32}[f], default) for i, (f, default) in enumerate(_SLOTS.get(tid, ())))
+    if tid == 10:
+        kind, arg = 'timestamp', (_UNITS[numbers[0]], t.text(1).decode() or None)
+    elif tid in _SIZED.values():
+        kind, arg = next(k for k, i in _SIZED.items() if i == tid), bool(numbers[0]) if tid == 17 else numbers[0]
+    else:
+        kind, arg = _KINDS.get((tid, numbers), (None, None))
+    want = len(kids) if kind == 'struct' else kind in ('list', 'large_list', 'fixed_size_list', 'map')
+    if kind is None or len(kids) != want or (tid in (15, 16) and arg < 0) or (tid == 17 and (kids[0].type.kind, len(kids[0].type.fields)) != ('struct', 2)):
+        raise ArrowError(f'corrupt: a field of type id {tid} with {len(kids)} children and the parameters {numbers}')
+    return Type(kind, arg, kids)
 
 
 class _Source:
@@ -939,7 +907,7 @@ class _Writer:
 
     def __init__(self, f, t, meta=(), file=False):
         self.f, self.ids, self.seen, self.blocks, self.start, self.file = f, {}, {}, {2: [], 3: []}, f.tell(), file
-        self.schema = [('h', 0), tuple(_field_out(x, (i,), self.ids) for i, x in enumerate(t.fields)), _pairs_out(meta)]
+        self.schema = [('h', 0), tuple(_field_out(x, (i,), self.ids) for i, x in enumerate(t.fields)), tuple([k, v] for k, v in meta) or None]
         if file:
             f.write(b'ARROW1\0\0')
         self.send(1, self.schema, [], 0)
@@ -1103,6 +1071,7 @@ class Dataset:
 
     @classmethod
     def from_list(cls, rows):
+        """A list of dicts, types inferred over all of them; a missing key is null. [{'a': 1}, {'a': 2.5}] -> a float64."""
         sink = _Sink()
         for lo in range(0, len(rows), 10000):
             sink.add(rows[lo:lo + 10000], lambda k, e: f'row {lo + k}: {e}')
@@ -1224,9 +1193,11 @@ class Dataset:
         return Dataset(self._chunks, self._type, idx, self._special, self._id)
 
     def select(self, indices):
+        """The rows at these places: a range, slice, list of numbers or mask, any order, repeats allowed."""
         return self._with(self._rows(indices))
 
     def shuffle(self, seed=None):
+        """A random order of the rows, HF datasets' for the same seed."""
         return self._with(self._rows(np.random.default_rng(seed).permutation(len(self))))
 
     def train_test_split(self, test_size=0.25, seed=None, shuffle=True):
@@ -1248,6 +1219,7 @@ class Dataset:
         return self.select(np.array(keep, bool))
 
     def select_columns(self, names):
+        """Only these columns, in this order. ValueError on an unknown one, as in the next two."""
         return self._columns({k: k for k in ([names] if isinstance(names, str) else names)})
 
     def remove_columns(self, names):
@@ -1374,13 +1346,11 @@ class Dataset:
         for name, content in (('dataset_info.json', {'citation': '', 'description': '', 'homepage': '', 'license': '', **features}), ('state.json', state)):
             with _atomic(os.path.join(work, name)) as f:
                 f.write(json.dumps(content, indent=2).encode())
+        old = tempfile.mkdtemp(prefix=os.path.basename(path) + '.old', dir=os.path.dirname(os.path.abspath(path)))
         if os.path.exists(path):
-            old = tempfile.mkdtemp(prefix=os.path.basename(path) + '.old', dir=os.path.dirname(os.path.abspath(path)))
             os.rename(path, os.path.join(old, 'old'))
-            os.rename(work, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(work, path)
+        os.rename(work, path)
+        shutil.rmtree(old)
 
     def to_json(self, path):
         """One JSON object a line, UTF-8; .gz compresses. Atomic."""
@@ -1515,10 +1485,10 @@ def _merge(ds, rows, n, new, gone, at):
     kids = ds._gather(rows, stay) if stay else {}
     for k, values in new.items():
         try:
-            kids[k] = array(values)
             if k in ds.types:
                 with contextlib.suppress(_Mixed):
                     kids[k] = array(values, ds.types[k])
+            kids[k] = kids[k] if k in kids else array(values)
         except _Mixed as e:
             raise ValueError(f"map, rows {at} to {at + n}: column {'.'.join((k, *e.path))!r}: {e.message}") from None
     if len({a.n for a in kids.values()}) > 1:
@@ -1865,7 +1835,7 @@ def _read_list(f, path, sink):
             if at < len(buf) or not more():
                 return buf[at:at + 1]
 
-    rows, lines, first = [], [], True
+    rows, lines, size, first = [], [], 0, True
     peek()
     at += 1  # the '[', which the caller has seen
     while (char := peek()) != ']':
@@ -1888,10 +1858,10 @@ def _read_list(f, path, sink):
                     fail(at + ahead, why)
         rows.append(row)
         lines.append(line)
-        line, at, first = line + buf.count('\n', at, end), end, False
-        if len(rows) == 10000:
+        line, at, size, first = line + buf.count('\n', at, end), end, size + end - at, False
+        if size >= _BLOCK:
             sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
-            rows, lines = [], []
+            rows, lines, size = [], [], 0
     at += 1
     if peek():
         fail(at, 'something stands behind the end of the list')

@@ -590,6 +590,34 @@ print(len(ds), total, seen)
     assert done.stdout.split() == ['12500000', str(int(x[::50].sum())), '2500000']
 
 
+@pytest.mark.slow
+def test_memory_of_loading_is_bounded(tmp_path):
+    """40 MB of JSON lines, spilled from the first byte on: the process grows by the blocks in flight, not by the file."""
+    line = json.dumps({'prompt': 'p' * 300, 'chosen': 'é' * 300, 'n': 1}) + '\n'
+    for name, text in (('x.jsonl', line * 20_000), ('x.json', '[' + ','.join([line] * 20_000) + ']')):
+        (tmp_path / name).write_text(text)
+        code = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import dataset
+dataset._SPILL = 0
+def anonymous():
+    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1]) / 1024
+before, seen, add = anonymous(), [], dataset._Sink.flush
+def flush(self):
+    add(self)
+    seen.append(anonymous() - before)
+dataset._Sink.flush = flush
+ds = dataset.load_dataset({str(tmp_path / name)!r})
+assert len(ds) == 20_000 and ds[19_999]['chosen'] == 'é' * 300 and sum(len(b['n']) for b in ds.iter(500)) == 20_000
+print(max(seen), anonymous() - before, len(seen))
+"""
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        top, after, batches = map(float, done.stdout.split())
+        assert batches >= 4 and max(top, after) < 45, done.stdout
+
+
 # --- training side ---
 
 def test_pad():
