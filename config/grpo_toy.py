@@ -1,20 +1,20 @@
 # GRPO on toy arithmetic: only the sum is checked, and the model finds out that one keeps the carry and shows the steps.
 #     python grpo.py config/grpo_toy.py
-# 32 sums x 8 answers = 256 completions = 6,000 new tokens an iteration.
+# 32 sums x 8 answers = 256 completions of about 21 tokens an iteration, two optimizer steps; pass@1 from 30 % to 95 % and more in 120.
 init_from = 'out-sft'
 out_dir = 'out-grpo'
 dataset = 'data/toy/arith_train.jsonl'
 val_dataset = 'data/toy/arith_val.jsonl'
 reward = 'data/toy/reward.py'
-max_iters = 50
+max_iters = 120 # 50 stop at 93 %, 80 at 95 %
 batch_size = 256
 group_size = 8
 minibatch_size = 128
 max_new_tokens = 64
-learning_rate = 3e-4
+learning_rate = 4e-4
 warmup_iters = 3
-eval_interval = 25
-eval_iters = 250
+eval_interval = 60
+eval_iters = 250 # all of arith_val.jsonl
 eval_k = 1
-track_kl = False
+track_kl = False # spares the frozen copy
 max_num_seqs = 128

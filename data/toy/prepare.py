@@ -5,8 +5,8 @@
 Four families of questions: facts (small talk on a little embedded world), string and list tasks, sums of two numbers
 with steps, two-sentence stories with a mood. Each answer has a style. The world is built so that every stage has
 something to do, and so that one sees it:
-    text.jsonl              {"text"}: what a crawler would find. Threads of questions with poor answers, running on into the next
-                            question; bare statements. A base model of this knows things and answers badly: curt, rude, and it goes on to ask the next question itself.
+    text.jsonl              {"text"}: what a crawler would find. Threads of questions with answers, mostly right, some rude or hedging,
+                            none with an end; bare statements. A base model of this knows things, and goes on to ask the next question itself.
     sft_{train,val}.jsonl   {"messages"}: answers of average people: short, hedging, some kind, some wrong (STYLES below).
     pref_{train,val}.jsonl  {"prompt", "chosen", "rejected"}: two answers, labelled by gold.py; 5 % of the labels are flipped
                             and 8 % come from a labeller who only skims: the longer answer wins. "tie": true where gold sees no difference.
