@@ -366,43 +366,58 @@ def _parallel_simulate():
                       f'{100 * mfu:.0f} %, {need / 1e9:.0f} GB a GPU; ' + ' '.join(f'{k} {v:.2f}' for k, v in parts.items() if v > 0.005))
 
 
-def bench_parallel(args):
-    """--simulate: the formula and its predictions; else memory, overlap, bubble as measured here, and the formula against them."""
-    import statistics, torch
-    if '--simulate' in args:
-        _parallel_simulate()
-        if args == ['--simulate']:
-            return
-    med = statistics.median
-    print('GPT-2 small, float32, B=1 T=64, GB on the fullest rank: resident memory over the start, beside parallel.plan')
+def _parallel_memory():
+    print('GPT-2 small, float32, B=1 T=64, GB on the first rank: resident memory over the start, beside parallel.plan')
     for world, layouts in ((1, [{}]), (2, [dict(zero=z) for z in range(4)] + [dict(tp=2), dict(pp=2)]), (4, [dict(zero=3), dict(tp=4), dict(tp=2, zero=1)])):
         for layout in layouts:
-            _, _, got, planned = _parallel_spawn(world, _parallel_steps, 'gpt2', layout, 1, 64, 1, 2, (True,), True)
+            _, _, got, planned = _parallel_spawn(world, _parallel_steps, 'gpt2', layout, 1, 64, 1, 1, (True,), True)
             print(f'  {world} ranks {layout or "one process"}: measured {got / 1e9:.2f}, planned {planned["total"] / 1e9:.2f}  (weights '
                   f'{planned["weights"] / 1e9:.2f}, gradients {planned["gradients"] / 1e9:.2f}, Adam {planned["optimizer"] / 1e9:.2f})', flush=True)
+
+
+def _parallel_overlap():
+    from statistics import median
     print('overlap: seconds a step, reductions inside the backward against after it, the sides alternating (8 layers of 384, 2 ranks)')
     for zero in (0, 2):
         seconds, *_ = _parallel_spawn(2, _parallel_steps, 'mid', dict(zero=zero), 4, 128, 1, 8, (True, False))
-        print(f'  zero={zero}: {med(seconds[True]):.3f} overlapped, {med(seconds[False]):.3f} not: {med(seconds[False]) / med(seconds[True]):.2f} x', flush=True)
+        on, off = median(seconds[True]), median(seconds[False])
+        print(f'  zero={zero}: {on:.3f} overlapped, {off:.3f} not: {off / on:.2f} x', flush=True)
+
+
+def _parallel_bubble():
     print('pipeline: share of the time that rank 0 of 2 waits for the other, beside (pp - 1) / (m + pp - 1)')
     for m in (1, 2, 4, 8):
         _, metrics, *_ = _parallel_spawn(2, _parallel_steps, 'mid', dict(pp=2), 4, 128, m, 3)
         print(f'  m={m}: {100 * metrics["bubble"]:.0f} % measured, {100 * metrics["bubble_ideal"]:.0f} % by the schedule', flush=True)
+
+
+def _parallel_check():
+    import torch
+    from statistics import median
+    from model import GPT
     print('the formula against this machine (8 layers of 384, 4 x 128 tokens, 2 microbatches): FLOP/s from one process, link from an all-reduce')
     c, B, T, m = _parallel_config('mid'), 4, 128, 2
-    from model import GPT
     with torch.device('meta'):
         P = sum(p.numel() for p in GPT(c).parameters())
-    one = med(_parallel_spawn(1, _parallel_steps, 'mid', {}, B, T, m, 4)[0][True])
+    one = median(_parallel_spawn(1, _parallel_steps, 'mid', {}, B, T, m, 4)[0][True])
     small, large = _parallel_spawn(2, _parallel_link, [1, 1 << 22])
     work = m * (6 * P * B * T + 12 * c.n_layer * c.n_head * c.head_size * T * B * T)
-    chip = dict(flops=work / one, node=99, node_link=(4 << 22) / (large - small), link=(4 << 22) / (large - small), latency=small, w=4, overlap=0.0)
-    print(f'  {work / one / 1e9:.1f} GFLOP/s, {chip["link"] / 1e9:.2f} GB/s, {small * 1e6:.0f} us; one process {one:.3f} s a step')
+    link = (4 << 22) / (large - small)  # an all-reduce of x bytes between two ranks takes x / link
+    chip = dict(flops=work / one, node=99, node_link=link, link=link, latency=small, w=4, overlap=0.0)
+    print(f'  {work / one / 1e9:.1f} GFLOP/s, {link / 1e9:.2f} GB/s, {small * 1e6:.0f} us; one process {one:.3f} s a step')
     for layout in (dict(zero=0), dict(zero=2), dict(tp=2), dict(pp=2), dict(cp=2)):
-        got = med(_parallel_spawn(2, _parallel_steps, 'mid', layout, B, T, m, 4)[0][True])
         dp = 2 // (layout.get('tp', 1) * layout.get('pp', 1) * layout.get('cp', 1))
+        got = median(_parallel_spawn(2, _parallel_steps, 'mid', layout, B, T, m, 4)[0][True])
         want = sum(_parallel_predict(c, P, layout, dp, B * T, T, m, chip).values())
         print(f'  {layout}: measured {got:.3f} s, predicted {want:.3f}, ratio {got / want:.2f}', flush=True)
+
+
+def bench_parallel(args):
+    """Words: memory, overlap, bubble, check (the formula against this machine), --simulate (its predictions); none: all but the last."""
+    parts = dict(memory=_parallel_memory, overlap=_parallel_overlap, bubble=_parallel_bubble, check=_parallel_check)
+    for name, part in {**parts, '--simulate': _parallel_simulate}.items():
+        if name in args or (not args and name in parts):
+            part()
 
 
 def _kernels_peak(code):
