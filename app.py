@@ -1,0 +1,989 @@
+"""The window on the project: talk to the models, watch and steer runs, label preferences, see what RLHF did. In the browser.
+
+    python app.py                                  # http://127.0.0.1:7860, on the runs of this folder
+    python app.py --folder=experiments --port=7000
+    python app.py --report=out/report.html         # the dashboard as one file that opens anywhere, no server
+
+Everything is read from and written to the files of the scripts (ckpt.pt, log.jsonl, samples.jsonl, report.json) and runs are the scripts
+themselves as processes of their own: the app may be closed without harm, and shows runs that it did not start. It adds to a run's folder
+console.txt (what the script printed) and run.json (its process), and beside them annotations/*.jsonl (labels, append-only) and uploads/.
+Nothing outside --folder is read or written by request of a browser, except models named as on the hub (gpt2, Qwen/Qwen3-0.6B).
+"""
+import ast
+import difflib
+import fcntl
+import glob
+import html
+import io
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import requests
+import torch
+
+import infer
+import lora
+import ppo
+import reward as rm
+from dataset import encode_row, get_tokenizer, lint, load_dataset
+from model import GPT, GPTConfig, load_model
+
+# ---------------------------------------------------------------------------------------------------------------------
+port = 7860
+host = '127.0.0.1' # loopback: other machines cannot connect; any other host wants auth
+share = False # a public address through Gradio's tunnel; wants auth
+auth = '' # user:password
+folder = '.' # the runs, models and data that it shows; nothing outside is touched
+report = '' # write the dashboard to this file and stop
+# ---------------------------------------------------------------------------------------------------------------------
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+config = {k: globals()[k] for k in config_keys} # will be useful for logging
+# ---------------------------------------------------------------------------------------------------------------------
+HERE = os.path.dirname(os.path.abspath(__file__))
+STAGES = ('sft', 'reward', 'ppo', 'dpo', 'grpo')
+SKIP = {'node_modules', '__pycache__', 'venv', 'tests', 'assets', 'uploads', 'annotations'}
+UPLOAD_MB = 200
+esc = lambda text: html.escape(str(text), quote=True)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. the folder: paths, logs, runs, models
+
+
+def inside(root, path):
+    """Absolute path of `path` (relative ones start at root), links followed. ValueError where that leaves the folder."""
+    root = os.path.realpath(root)
+    full = os.path.realpath(os.path.join(root, str(path)))
+    if full != root and not full.startswith(root.rstrip(os.sep) + os.sep):
+        raise ValueError(f'{path} is outside the folder of this app: put the file into it, or start with --folder=... around both')
+    return full
+
+
+def read_rows(path):
+    """(rows, broken): the JSON objects of a .jsonl that another process may be writing right now; lines that are none are counted."""
+    rows, broken = [], 0
+    try:
+        with open(path, encoding='utf-8', errors='replace') as f:
+            for line in f:
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError
+                    rows.append(row)
+                except ValueError:
+                    broken += bool(line.strip())
+    except OSError:
+        return [], 0
+    return rows, broken
+
+
+def read_json(path):
+    """The object in a .json; {} where there is none, or half of one."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            got = json.load(f)
+        return got if isinstance(got, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def tail(path, n=4000):
+    """The last n bytes of a text file, whole lines, progress bars' carriage returns folded."""
+    try:
+        with open(path, 'rb') as f:
+            f.seek(0, 2)
+            f.seek(max(0, f.tell() - n))
+            text = f.read().decode('utf-8', 'replace')
+    except OSError:
+        return ''
+    return '\n'.join(line.rsplit('\r', 1)[-1] for line in re.sub(r'\x1b\[[\d;]*m', '', text).split('\n'))
+
+
+def folders(root, depth=3):
+    """Folders under root, relative, down to `depth`; hidden ones, environments and caches left out."""
+    for path, dirs, files in os.walk(root):
+        here = os.path.relpath(path, root)
+        level = 0 if here == '.' else here.count(os.sep) + 1
+        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and d not in SKIP and level < depth)
+        if level:
+            yield here, set(files)
+
+
+def birth(pid):
+    """When a process began, in words of the system: two processes with one id differ in it. '' when there is none, or only its zombie."""
+    try:
+        with open(f'/proc/{pid}/stat') as f:
+            fields = f.read().rsplit(')', 1)[1].split()
+        return '' if fields[0] in 'ZX' else fields[19]
+    except FileNotFoundError:
+        if os.path.isdir('/proc/self'):
+            return ''
+        return subprocess.run(['ps', '-o', 'lstart=', '-p', str(pid)], capture_output=True, text=True).stdout.strip()
+    except (OSError, IndexError):
+        return ''
+
+
+_parsed, _children = {}, []  # log files as last read; processes of ours, polled so that none stays a zombie
+
+
+def run_of(root, name):
+    """What is known of a run's folder: stage, config, rows (train and eval), broken lines, state, a word on it. Never raises on bad files."""
+    path = os.path.join(root, name)
+    log, info = os.path.join(path, 'log.jsonl'), read_json(os.path.join(path, 'run.json'))
+    try:
+        stat = os.stat(log)
+        key = (stat.st_mtime_ns, stat.st_size)
+    except OSError:
+        key = None
+    if _parsed.get(log, (0,))[0] != key:
+        _parsed[log] = key, read_rows(log)
+    rows, broken = _parsed[log][1]
+    cfg = next((r for r in rows if r.get('split') == 'config'), {})
+    rows = [r for r in rows if r.get('split') in ('train', 'eval') and isinstance(r.get('step'), int) and isinstance(r.get('time'), (int, float))]
+    run = SimpleNamespace(name=name, path=path, stage=cfg.get('stage', info.get('stage', '?')), config=cfg, rows=rows, broken=broken, info=info,
+                          last=rows[-1]['step'] if rows else 0, total=cfg.get('max_iters') or 0, mtime=key[0] / 1e9 if key else 0)
+    run.total = run.total or max([run.last, *(int(n) for n in re.findall(r'(?:iter \d+/|; )(\d+)(?: iterations)?', tail(os.path.join(path, 'console.txt'))))])
+    run.state, run.note = _state(run)
+    return run
+
+
+def _state(run):
+    for child in list(_children):
+        if child.poll() is not None:
+            _children.remove(child)
+    console = tail(os.path.join(run.path, 'console.txt')).strip()
+    if run.info.get('birth') and birth(run.info.get('pid')) == run.info['birth']:
+        return 'running', ''
+    words = console.split('\n')[-1][:400]
+    if run.info.get('stopped') and run.info['stopped'] >= run.mtime - 1:
+        return 'stopped', f'stopped at iteration {run.last}'
+    if re.search(r'^error: |^Traceback |Error: ', console[-2000:], re.M) and not words.startswith('done:'):
+        return 'crashed', words
+    if run.rows and run.total and run.last >= run.total and run.rows[-1]['split'] == 'eval' or words.startswith('done:'):
+        return 'finished', ''
+    if run.mtime > time.time() - 30:
+        return 'running', 'started elsewhere'
+    if not run.rows:
+        return 'empty', 'no log yet' if not run.mtime else 'its log holds no row that can be read'
+    return 'incomplete', f'ends at iteration {run.last}' + (f' of {run.total}' if run.total else '') + '; resume goes on from its checkpoint'
+
+
+def find_runs(root):
+    """Every folder with a log or a console, in order of their last word."""
+    runs = [run_of(root, name) for name, files in folders(root) if files & {'log.jsonl', 'run.json'}]
+    return sorted(runs, key=lambda r: -r.mtime)
+
+
+def checkpoint_info(file):
+    """(stage, head, base of an adapter, tokenizer) of a ckpt.pt without reading its weights; ValueError when it is none of ours."""
+    try:
+        ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        return ckpt['config']['stage'], 'scalar' if any('score.weight' in k for k in ckpt['model']) else 'lm', (ckpt.get('lora') or {}).get('base'), ckpt['tokenizer']
+    except Exception as e:  # torch raises a dozen kinds on a broken file; which one helps nobody
+        raise ValueError(f'{file}: not a whole checkpoint of ours ({type(e).__name__})') from None
+
+
+_infos = {}
+
+
+def find_models(root):
+    """{name: kind}, kind 'lm' | 'reward' | 'adapter' | 'broken': out_dirs with a checkpoint, Hugging Face and PEFT folders."""
+    found = {}
+    for name, files in folders(root):
+        path = os.path.join(root, name)
+        if 'ckpt.pt' in files:
+            file = os.path.join(path, 'ckpt.pt')
+            key = (file, os.stat(file).st_mtime_ns)
+            if key not in _infos:
+                try:
+                    _infos[key] = 'reward' if checkpoint_info(file)[1] == 'scalar' else 'lm'
+                except ValueError:
+                    _infos[key] = 'broken'
+            found[name] = _infos[key]
+        elif 'adapter_config.json' in files:
+            found[name] = 'adapter'
+        elif 'config.json' in files and any(f.endswith('.safetensors') for f in files):
+            kinds = read_json(os.path.join(path, 'config.json')).get('architectures') or ['']
+            found[name] = 'reward' if 'SequenceClassification' in str(kinds[0]) else 'lm'
+    return found
+
+
+class Models:
+    """Models in memory, the last few used; read anew when the file has changed since (a run goes on while one chats)."""
+
+    def __init__(self, root, keep=8):
+        self.root, self.keep, self.held, self.lock = root, keep, OrderedDict(), threading.Lock()
+        self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+    def get(self, name, head='lm'):
+        """name -> model, tok, and for head 'lm' engine. head 'value': the value network of a PPO run. ValueError says what is wrong."""
+        local = os.path.exists(os.path.join(self.root, name or '.'))
+        if not name or not (local or re.fullmatch(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?', name)) or '..' in name:
+            raise ValueError(f'{name!r}: no model of this folder, and not a name of the hub')
+        path = inside(self.root, name) if local else name
+        file = next((f for f in (os.path.join(path, n) for n in ('ckpt.pt', 'adapter_model.safetensors', 'model.safetensors')) if os.path.exists(f)), path)
+        stamp = os.stat(file).st_mtime_ns if os.path.exists(file) else 0
+        with self.lock:
+            if (name, head) not in self.held or self.held[name, head].stamp != stamp:
+                self.held[name, head] = self._load(name, path, file, head)
+                self.held[name, head].stamp = stamp
+            self.held.move_to_end((name, head))
+            while len(self.held) > self.keep:
+                self.held.popitem(last=False)
+            return self.held[name, head]
+
+    def _base(self, base):
+        return inside(self.root, base) if os.path.exists(os.path.join(self.root, base)) else base
+
+    def _load(self, name, path, file, head):
+        if head == 'value':
+            return self._value(name, file)
+        if file.endswith('adapter_model.safetensors'):
+            base = read_json(os.path.join(path, 'adapter_config.json')).get('base_model_name_or_path')
+            if not base:
+                raise ValueError(f'{name}: the adapter does not say which base model it belongs to (base_model_name_or_path)')
+            model, tok = load_model(self._base(base), head=head)
+            model = lora.merge_lora(lora.load_lora(model, path))
+        else:
+            if file.endswith('.pt'):
+                base = checkpoint_info(file)[2]
+                if base:
+                    self._base(base)
+            model, tok = load_model(path, head=head)
+        model, tok = model.eval().to(self.device), get_tokenizer(tok)
+        engine = infer.Engine(model, tok, max_num_seqs=16) if head == 'lm' else None
+        return SimpleNamespace(name=name, model=model, tok=tok, engine=engine)
+
+    def _value(self, name, file):
+        ckpt = torch.load(file, map_location='cpu', weights_only=True) if file.endswith('.pt') else {}
+        if 'value' not in ckpt:
+            raise ValueError(f'{name} has no value network: only a run of ppo.py leaves one')
+        if ckpt['value_kind'] == 'trunk':
+            raise ValueError(f'{name}: its value is a head on the policy trunk, which this view does not read; --value=reward or policy has one of its own')
+        if ckpt['value_kind'] == 'reward':
+            model = load_model(self._base(ckpt['config']['reward']), head='scalar')[0]
+        else:
+            model = GPT(GPTConfig(**ckpt['model_args']), 'scalar')
+        model.load_state_dict(ckpt['value'])
+        cfg = {k: ckpt['config'][k] for k in ('gamma', 'lam', 'kl_kind', 'temperature')}
+        return SimpleNamespace(name=name, model=model.eval().to(self.device), beta=ckpt['beta'], **cfg)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. runs: the form of a script, its command, start, stop, resume
+
+
+def script_form(stage):
+    """The config block of a script as it stands there: [(group, key, default, comment)]. Read as text, nothing is run."""
+    if stage not in STAGES:
+        raise ValueError(f'{stage!r} is no stage: {", ".join(STAGES)}')
+    with open(os.path.join(HERE, f'{stage}.py')) as f:
+        lines = f.read().split('config_keys = ')[0].split('\n')
+    out, group, block = [], '', False
+    for line in lines:
+        block = block or line.startswith('# ---')
+        m = re.match(r'([a-zA-Z]\w*) = (.*?)(?:\s+#\s*(.*))?$', line) if block else None
+        if m:
+            try:
+                out.append((group, m[1], ast.literal_eval(m[2]), m[3] or ''))
+            except (ValueError, SyntaxError):
+                continue  # computed, such as "cuda if there is one": the script's own default stands
+        elif block and line.startswith('# ') and not line.startswith('# ---'):
+            group = line[2:]
+    return out
+
+
+def configs_for(root, stage):
+    """Config files, of the project and of the folder, that name this script in their comments."""
+    found = {}
+    for base in (HERE, root):
+        for path in sorted(glob.glob(os.path.join(base, 'config', '*.py'))):
+            if f'{stage}.py config/' in open(path, encoding='utf-8', errors='replace').read():
+                found[os.path.join('config', os.path.basename(path))] = path
+    return found
+
+
+def config_values(path):
+    """What a config file sets, as the configurator reads it: {key: value}."""
+    try:
+        return {k: v for k, v in runpy.run_path(path).items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
+    except Exception as e:
+        raise ValueError(f'{os.path.basename(path)} does not run: {type(e).__name__}: {e}') from None
+
+
+def typed(key, text, default):
+    """What a form field holds, in the type of the script's default. ValueError as the configurator would put it."""
+    if isinstance(default, str) or not isinstance(text, str):
+        value = text
+    else:
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            value = text
+    value = float(value) if isinstance(default, float) and type(value) is int else int(value) if type(default) is int and type(value) is float and value.is_integer() else value
+    if type(value) is not type(default):
+        raise ValueError(f'{key} wants {type(default).__name__} (default {default!r}), got {value!r}')
+    return value
+
+
+def command(root, stage, config_file='', overrides=()):
+    """argv of a run. overrides {key: value or text}: those that the script (with its config file) has already are left out. Unknown keys,
+    wrong types and paths outside the folder are refused: {'max_iters': '20'} -> [python, sft.py, config/sft_toy.py, --max_iters=20]."""
+    defaults = {key: value for _, key, value, _ in script_form(stage)}
+    argv, now = [sys.executable, os.path.join(HERE, f'{stage}.py')], dict(defaults)
+    if config_file:
+        known = configs_for(root, stage)
+        if config_file not in known:
+            raise ValueError(f'{config_file} is no config of {stage}.py: {", ".join(known) or "there is none"}')
+        argv.append(config_file if os.path.exists(os.path.join(root, config_file)) else known[config_file])
+        now.update(config_values(known[config_file]))
+    for key, text in dict(overrides).items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, 1)
+            raise ValueError(f'unknown key {key!r}' + (f', did you mean {near[0]!r}?' if near else ''))
+        now_is, value = now[key], typed(key, text, defaults[key])
+        now[key] = value
+        if value != now_is:
+            argv.append(f'--{key}={value}')
+    for key, value in now.items():
+        if isinstance(value, str) and key != 'lora_targets':
+            for part in value.split(','):  # char:meta.json, path:weight
+                inside(root, re.sub(r'^char:', '', part.strip()))
+    if now['out_dir'] in ('', '.') or inside(root, now['out_dir']) == os.path.realpath(root):
+        raise ValueError('out_dir must be a folder of its own inside the folder')
+    return argv
+
+
+def shown(argv):
+    """argv as one would type it in the project's folder."""
+    words = ['python', *(os.path.relpath(a, HERE) if a.startswith(HERE + os.sep) else a for a in argv[1:])]
+    return shlex.join(words)
+
+
+def launch(root, stage, out_dir, commands):
+    """Starts the commands one behind the other in a process group of their own: neither Ctrl-C nor the end of the app reaches them, and stop()
+    reaches all of them. What they print goes to console.txt."""
+    path = inside(root, out_dir)
+    os.makedirs(path, exist_ok=True)
+    if run_of(root, out_dir).state == 'running':
+        raise ValueError(f'{out_dir} is being written by a run right now: stop it, or give another out_dir')
+    argv = commands[0] if len(commands) == 1 else ['sh', '-c', ' && '.join(shlex.join(c) for c in commands)]
+    with open(os.path.join(path, 'console.txt'), 'ab') as console:
+        console.write(''.join(f'$ {shown(c)}\n' for c in commands).encode())
+        console.flush()
+        child = subprocess.Popen(argv, cwd=root, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, process_group=0,
+                                 env=dict(os.environ, PYTHONUNBUFFERED='1'))
+    _children.append(child)
+    write_whole(os.path.join(path, 'run.json'), json.dumps(dict(pid=child.pid, birth=birth(child.pid), stage=stage, started=time.time(),
+                                                                commands=[shown(c) for c in commands])))
+    return child.pid
+
+
+def write_whole(path, text):
+    """The file is the old one or the new one, never half of it."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def stop(root, name, patience=5):
+    """Ctrl-C, then SIGTERM, then SIGKILL, to the process group that this app (now or before) started for the run, and to no other."""
+    run = run_of(root, name)
+    pid = run.info.get('pid')
+    if run.state != 'running' or not pid or birth(pid) != run.info.get('birth'):
+        raise ValueError(f'{name}: no running process that this app started; stop it where it was started')
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(pid, sign)
+        except ProcessLookupError:
+            break
+        end = time.time() + patience
+        while time.time() < end and birth(pid) == run.info['birth']:
+            for child in _children:
+                child.poll()
+            time.sleep(0.05)
+        if birth(pid) != run.info['birth']:
+            break
+    write_whole(os.path.join(run.path, 'run.json'), json.dumps(dict(run.info, stopped=time.time())))
+
+
+def resume_command(root, name, max_iters=None):
+    """The command that goes on with a run, whoever started it: its own settings, from the first row of its log."""
+    run = run_of(root, name)
+    if run.stage not in STAGES or not run.config:
+        raise ValueError(f'{name}: its log does not say what was run')
+    if not os.path.exists(os.path.join(run.path, 'ckpt.pt')):
+        raise ValueError(f'{name}: it has no checkpoint to go on from; start it anew')
+    keys = {key: value for _, key, value, _ in script_form(run.stage)}
+    same = {k: v for k, v in run.config.items() if k in keys and k not in ('init_from', 'overwrite', 'eval_only')}
+    return command(root, run.stage, '', {**same, **(dict(max_iters=max_iters) if max_iters else {}), 'init_from': 'resume', 'out_dir': name})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. labels: an append-only journal
+
+
+class Journal:
+    """annotations/NAME.jsonl. Rows: {"kind": "pair", "id", "prompt", "a", "b", "model_a", "model_b"}, {"kind": "label", "id", "pair", "label":
+    "a" | "b" | "tie" | "skip" | "edit", "by", "time"} and {"kind": "undo", "label": id}. Nothing is ever changed or removed. Every row is on
+    the disk (fsync) before the page says so; several processes may append at once (flock); half a line left by a crash is fenced off."""
+
+    def __init__(self, root, name):
+        if not re.fullmatch(r'[\w-]{1,60}', name or ''):
+            raise ValueError(f'{name!r}: a name of letters, digits, - and _ is wanted')
+        self.path = inside(root, os.path.join('annotations', f'{name}.jsonl'))
+        self.name, self.leases = name, {}
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+
+    def append(self, *rows):
+        """Rows get an id and the time; returned with them."""
+        rows = [dict(dict(id=os.urandom(6).hex(), time=round(time.time(), 3)), **r) for r in rows]
+        with open(self.path, 'a+b') as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if f.seek(0, 2):
+                f.seek(-1, 2)
+                if f.read(1) != b'\n':
+                    f.write(b'\n')
+            f.write(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows).encode('utf-8', 'replace'))
+            f.flush()
+            os.fsync(f.fileno())
+        return rows
+
+    def state(self):
+        """(pairs {id: row}, labels {pair id: its last label that was not undone}, broken lines)."""
+        rows, broken = read_rows(self.path)
+        undone = {r.get('label') for r in rows if r.get('kind') == 'undo'}
+        pairs = {r['id']: r for r in rows if r.get('kind') == 'pair' and all(isinstance(r.get(k), str) for k in ('id', 'prompt', 'a', 'b'))}
+        labels = {r['pair']: r for r in rows if r.get('kind') == 'label' and r.get('pair') in pairs and r.get('id') not in undone}
+        return pairs, labels, broken
+
+    def next(self, session, seconds=300):
+        """The first pair without a label that no other browser tab was shown in the last minutes; None when all are labelled."""
+        pairs, labels, _ = self.state()
+        now, mine = time.time(), None
+        for id in pairs:
+            holder, until = self.leases.get(id, (session, 0))
+            if id not in labels and (holder == session or until < now):
+                mine = id
+                break
+        if mine:
+            self.leases[mine] = (session, now + seconds)
+        return pairs.get(mine)
+
+    def label(self, pair, label, by, **more):
+        if label not in ('a', 'b', 'tie', 'skip', 'edit'):
+            raise ValueError(f'{label!r} is no label')
+        return self.append(dict(kind='label', pair=pair, label=label, by=by, **more))[0]
+
+    def undo(self, by):
+        """Takes back the last label of this session; its pair comes again. None when there is none."""
+        mine = [r for r in self.state()[1].values() if r['by'] == by]
+        last = max(mine, key=lambda r: r['time'], default=None)
+        if last:
+            self.append(dict(kind='undo', label=last['id']))
+            self.leases.pop(last['pair'], None)
+        return last
+
+    def preferences(self):
+        """(rows {"prompt", "chosen", "rejected"}, ties the same with "tie": true). An edited answer beats the one it was made from."""
+        pairs, labels, _ = self.state()
+        out, ties = [], []
+        for id, mark in labels.items():
+            p, kind = pairs[id], mark['label']
+            if kind in ('a', 'b'):
+                out.append(dict(prompt=p['prompt'], chosen=p[kind], rejected=p['ab'.replace(kind, '')]))
+            elif kind == 'edit' and mark.get('text') != p.get(mark.get('of')):
+                out.append(dict(prompt=p['prompt'], chosen=mark['text'], rejected=p[mark['of']]))
+            elif kind == 'tie':
+                ties.append(dict(prompt=p['prompt'], chosen=p['a'], rejected=p['b'], tie=True))
+        return out, ties
+
+    def export(self):
+        """Writes NAME.pref.jsonl and NAME.ties.jsonl beside the journal; (path, rows, ties)."""
+        rows, ties = self.preferences()
+        base = self.path[:-len('.jsonl')]
+        for end, part in (('.pref.jsonl', rows), ('.ties.jsonl', ties)):
+            write_whole(base + end, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in part))
+        return base + '.pref.jsonl', len(rows), len(ties)
+
+    def load(self, path):
+        """Imports a file of preference rows (labelled ones: kept so) or of {"prompt", "a", "b"} pairs to label -> (pairs, labels)."""
+        new, marks = [], []
+        for i, row in enumerate(load_dataset(path)):
+            a, b = row.get('chosen', row.get('a')), row.get('rejected', row.get('b'))
+            if not all(isinstance(x, str) for x in (row.get('prompt'), a, b)):
+                raise ValueError(f'row {i + 1}: wanted "prompt" with "chosen" and "rejected" (or "a" and "b"), all text; it has {", ".join(row)}')
+            swap = bool(random.getrandbits(1))  # blind here too
+            id = os.urandom(6).hex()
+            new.append(dict(kind='pair', id=id, prompt=row['prompt'], a=b if swap else a, b=a if swap else b, model_a='import', model_b='import'))
+            if 'chosen' in row:
+                marks.append(dict(kind='label', pair=id, label='tie' if row.get('tie') else 'b' if swap else 'a', by='import'))
+        self.append(*new, *marks)
+        return len(new), len(marks)
+
+
+def make_pairs(models, journal, prompts, names, temperature=0.9, max_tokens=96, seed=0):
+    """Two answers to each prompt, from one model or from two, in random order, into the journal. Equal answers are left out -> pairs made."""
+    names, rng, rows = (list(names) * 2)[:2], random.Random(seed or os.urandom(8)), []
+    answers = []
+    for k, name in enumerate(names):
+        m = models.get(name)
+        params = [infer.SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=rng.getrandbits(30) + k) for _ in prompts]
+        answers.append([c.text for c in m.engine.generate([infer.encode_prompt(p, m.tok) for p in prompts], params)])
+    for prompt, x, y in zip(prompts, *answers):
+        if x.strip() != y.strip():
+            (a, ma), (b, mb) = rng.sample([(x, names[0]), (y, names[1])], 2)
+            rows.append(dict(kind='pair', prompt=prompt, a=a, b=b, model_a=ma, model_b=mb))
+    if rows:
+        journal.append(*rows)
+    return len(rows)
+
+
+def score_texts(m, pairs):
+    """Rewards of [(prompt, answer)] under reward model m, the end token behind each answer."""
+    seqs = [infer.encode_prompt(p, m.tok) + m.tok.encode(a) + [m.tok.eot] * (m.tok.eot is not None) for p, a in pairs]
+    room = m.model.config.block_size
+    return rm.reward_of(m.model, [s[-room:] for s in seqs], next(m.model.parameters()).device, 8192).tolist()
+
+
+def agreement(m, journal):
+    """How often the reward model prefers what the labels prefer: (right, of)."""
+    rows, _ = journal.preferences()
+    if not rows:
+        return 0, 0
+    r = score_texts(m, [(row['prompt'], row[k]) for row in rows for k in ('chosen', 'rejected')])
+    return sum(a > b for a, b in zip(r[::2], r[1::2])), len(rows)
+
+
+def ask_judge(url, name, key, prompt, a, b):
+    """'a', 'b' or 'tie' of an OpenAI-compatible endpoint, asked both ways round; two different verdicts are a tie."""
+    if not re.match(r'https?://', url or ''):
+        raise ValueError('the judge is an address such as http://127.0.0.1:8000/v1')
+    said = []
+    for x, y in ((a, b), (b, a)):
+        text = f'Question:\n{prompt}\n\nAnswer A:\n{x}\n\nAnswer B:\n{y}\n\nWhich answer is better? Reply with one letter, A or B, or with TIE.'
+        try:
+            r = requests.post(url.rstrip('/') + '/chat/completions', timeout=60, headers={'Authorization': f'Bearer {key}'} if key else {},
+                              json=dict(model=name, messages=[dict(role='user', content=text)], temperature=0, max_tokens=8), allow_redirects=False)
+            r.raise_for_status()
+            said.append(r.json()['choices'][0]['message']['content'].strip().upper())
+        except (requests.RequestException, ValueError, LookupError, AttributeError, TypeError) as e:
+            raise ValueError(f'judge {url}: {type(e).__name__}: {str(e)[:200]}') from None
+    first, second = (re.match(r'\W*(A|B|TIE)\b', s) for s in said)
+    if not first or not second:
+        raise ValueError(f'judge {url}: expected A, B or TIE, got {said[0][:60]!r} and {said[1][:60]!r}')
+    return {('A', 'B'): 'a', ('B', 'A'): 'b'}.get((first[1], second[1]), 'tie')
+
+
+def judge_all(models, journal, judge, url='', key='', limit=200):
+    """Labels the open pairs by a reward model of the folder, or by a model at an endpoint -> labels made."""
+    pairs, labels, _ = journal.state()
+    todo = [p for id, p in pairs.items() if id not in labels][:limit]
+    if not todo:
+        return 0
+    if url:
+        for p in todo:  # one by one: what has been paid for is kept when the endpoint goes away
+            journal.label(p['id'], ask_judge(url, judge, key, p['prompt'], p['a'], p['b']), f'judge {judge}')
+        return len(todo)
+    r = score_texts(models.get(judge, 'scalar'), [(p['prompt'], p[k]) for p in todo for k in 'ab'])
+    journal.append(*(dict(kind='label', pair=p['id'], label='a' if x > y else 'b' if y > x else 'tie', by=f'judge {judge}') for p, x, y in zip(todo, r[::2], r[1::2])))
+    return len(todo)
+
+
+def refit_commands(root, journal, base, algorithm, steps, tag):
+    """[reward.py on the labels, then a few steps of ppo.py against it | of dpo.py on the labels] and the two out_dirs."""
+    path, n, _ = journal.export()
+    if n < 4:
+        raise ValueError(f'{n} labels with a preference are too few: label at least 4 pairs (20 and more make sense)')
+    data, block = os.path.relpath(path, os.path.realpath(root)), 96
+    outs = [f'out-reward-{tag}', f'out-{algorithm}-{tag}']
+    common = dict(init_from=base, overwrite=True)
+    first = command(root, 'reward', '', dict(common, out_dir=outs[0], dataset=data, batch_size=min(16, n // 2), epochs=3.0, learning_rate=2e-4,
+                                             normalize_n=64, max_new_tokens=block))
+    if algorithm == 'dpo':
+        second = command(root, 'dpo', '', dict(common, out_dir=outs[1], dataset=data, batch_size=min(16, n // 2), max_iters=steps, learning_rate=1e-4))
+    else:
+        prompts = os.path.join('annotations', f'{journal.name}.prompts.jsonl')
+        rows = {p['prompt'] for p in journal.state()[0].values()}
+        write_whole(inside(root, prompts), ''.join(json.dumps(dict(prompt=p)) + '\n' for p in sorted(rows)))
+        second = command(root, 'ppo', '', dict(common, out_dir=outs[1], dataset=prompts, val_dataset=prompts, reward=outs[0], batch_size=32, minibatch_size=16,
+                                               max_iters=steps, learning_rate=1e-4, max_new_tokens=block, temperature=1.0, eval_interval=max(1, steps // 2)))
+    return [first, second], outs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. tokens: what policy, reference, reward model and value network say of each
+
+
+@torch.no_grad()
+def token_view(m, prompt, response, reference=None, judge=None, value=None):
+    """[{text, logp, kl, reward, value, advantage}] of each response token; prompt, response are ids. Keys only where the model for it is given:
+    kl = logp - log-prob under reference; reward = what the reward model would say if the answer ended here; value, advantage as in ppo.py."""
+    dev, P = next(m.model.parameters()).device, len(prompt)
+    idx = torch.tensor([list(prompt) + list(response)], device=dev)
+    rows = [dict(text=m.tok.decode([t])) for t in response]
+    for name, other in (('reference', reference), ('reward model', judge), ('value network', value)):
+        if other is not None and other.model.config.vocab_size != m.model.config.vocab_size:
+            raise ValueError(f'{name} {other.name} has another tokenizer than {m.name}: their tokens cannot be compared')
+    T = value.temperature if value is not None else 1.0
+    logp = m.model.logprobs(idx, T)[0, P - 1:].float()
+    columns = dict(logp=logp)
+    if reference is not None:
+        columns['kl'] = logp - reference.model.logprobs(idx, T)[0, P - 1:].float()
+    if judge is not None:
+        columns['reward'] = judge.model(idx)[0][0, P:].float()
+    if value is not None:
+        columns['value'] = value.model(idx)[0][0, P - 1:-1].float()
+        if judge is not None and reference is not None:
+            mask = torch.ones(1, len(response), dtype=torch.bool, device=dev)
+            per_token = ppo.token_rewards(columns['reward'][-1:], logp[None], (logp - columns['kl'])[None], mask, value.beta, value.kl_kind)
+            columns['advantage'] = ppo.gae(per_token, columns['value'][None], mask, value.gamma, value.lam)[0][0]
+    for key, numbers in columns.items():
+        for row, x in zip(rows, numbers.tolist()):
+            row[key] = x
+    return rows
+
+
+def tokens_html(rows, key):
+    """The answer with each token on a tint: red below zero (or unlikely), blue above; all its numbers on hover."""
+    if not rows or key not in rows[0]:
+        return f'<div class=note>no {esc(key)}: choose the models that it needs</div>'
+    most = max(max(abs(r[key]) for r in rows), 1e-6)
+    out = []
+    for r in rows:
+        x = r[key] / (max(most, 4) if key == 'logp' else most)
+        title = f"{r['text']!r}\n" + '\n'.join(f'{k} {v:+.3f}' for k, v in r.items() if k != 'text')
+        tint = f'rgba(37,99,235,{min(0.6, 0.6 * x):.2f})' if x > 0 else f'rgba(220,38,38,{min(0.6, -0.6 * x):.2f})'
+        text = esc(r['text']).replace('\n', '&#9166;\n') or '&#183;'
+        out.append(f'<span class=tok title="{esc(title)}" style="background:{tint}">{text}</span>')
+    total = sum(r[key] for r in rows)
+    last = {'logp': f'sum {total:.2f} nats', 'kl': f'sum {total:.2f} nats', 'reward': f'at the end {rows[-1][key]:+.3f}'}.get(key, f'from {min(r[key] for r in rows):+.2f} to {max(r[key] for r in rows):+.2f}')
+    return f'<div class=answer>{"".join(out)}</div><div class=note>{esc(key)}: {last}; red is negative, blue positive; hover for the numbers</div>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. the dashboard: pictures and tables out of the logs
+
+COLOURS = ('#2563eb', '#dc2626', '#16a34a', '#d97706', '#9333ea', '#0891b2', '#db2777', '#65a30d', '#78716c', '#4f46e5')
+INK = '#0a0b0c'  # replaced by the colour of the page's text: one picture for light and dark
+UNITS = dict(score='reward', kl='KL, nats a sequence', loss='loss, nats', len='tokens an answer', tok_per_s='tokens/s', clip_frac='share of tokens clipped', pg='policy loss',
+             vf='value loss', ended='share that ends', accuracy='accuracy', margin='reward margin', entropy='entropy, nats a token', grad_norm='gradient norm', lr='learning rate',
+             time='seconds', step='iteration', chosen_logp_change='change of the chosen log-prob, nats', dead='share of dead groups')
+
+
+def series(run, metric, x='step', split='train'):
+    """([x], [y]) of a metric over a run: x 'step' | 'time' | 'kl'. Rows without a finite number are left out."""
+    ok = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    points = [(r[x], r[metric]) for r in run.rows if r['split'] == split and ok(r.get(x)) and ok(r.get(metric))]
+    points = sorted(points) if x == 'kl' else points
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def smooth(ys, a):
+    """Exponential moving average without the bias of its start: a = 0 is none. [1, 3], a = 0.5 -> [1, 2.333]."""
+    out, s, w = [], 0.0, 0.0
+    for y in ys:
+        s, w = a * s + (1 - a) * y, a * w + (1 - a)
+        out.append(s / w)
+    return out
+
+
+def picture(draw, xlabel='', ylabel='', title=''):
+    """An SVG string: draw(ax) fills it. Text stays text, its colour is the page's."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('the pictures need matplotlib: pip install -r requirements-app.txt') from None
+    matplotlib.rcParams.update({'svg.fonttype': 'none', 'text.parse_math': False, 'font.size': 9, 'font.family': 'sans-serif'})
+    fig = Figure(figsize=(4.7, 3.1))
+    ax = fig.add_subplot()
+    draw(ax)
+    ax.set_xlabel(xlabel, color=INK)
+    ax.set_ylabel(ylabel, color=INK)
+    ax.set_title(title, color=INK, fontsize=10, loc='left')
+    ax.spines[['top', 'right']].set_visible(False)
+    for s in ax.spines.values():
+        s.set_color(INK)
+    ax.tick_params(colors=INK, labelcolor=INK)
+    ax.grid(alpha=0.2)
+    handles, labels = ax.get_legend_handles_labels()
+    if labels:
+        fig.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False, labelcolor=INK, fontsize=8)
+    fig.set_layout_engine('constrained')
+    out = io.StringIO()
+    fig.savefig(out, format='svg', transparent=True)
+    svg = out.getvalue()
+    svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S).replace(INK, 'currentColor')
+    return re.sub(r'^<svg ([^>]*?)width="[^"]*"', r'<svg \1class=plot role=img', re.sub(r'(<svg [^>]*?)height="[^"]*"', r'\1', svg, count=1), count=1)
+
+
+def curves(runs, metric, x='step', smoothing=0.0):
+    """One metric of all runs, overlaid: train as a line, eval as dots. '' when no run has it."""
+    runs = [r for r in runs if series(r, metric, x)[0] or series(r, metric, x, 'eval')[0]]
+
+    def draw(ax):
+        for i, run in enumerate(runs):
+            colour = COLOURS[i % len(COLOURS)]
+            xs, ys = series(run, metric, x)
+            ax.plot(xs, smooth(ys, smoothing), color=colour, lw=1.3, label=run.name)
+            if smoothing:
+                ax.plot(xs, ys, color=colour, lw=0.7, alpha=0.25)
+            ax.plot(*series(run, metric, x, 'eval'), 'o', color=colour, ms=4)
+    return picture(draw, UNITS.get(x, x), UNITS.get(metric, metric), metric) if runs else ''
+
+
+def table_html(head, rows, caption=''):
+    """A table that scrolls sideways on a narrow screen; cells are text, never markup."""
+    cells = ''.join('<tr>' + ''.join(f'<td>{esc(c)}</td>' for c in row) + '</tr>' for row in rows)
+    return f'<div class=scroll><table><caption>{esc(caption)}</caption><tr>{"".join(f"<th>{esc(h)}</th>" for h in head)}</tr>{cells}</table></div>'
+
+
+def report_card(root, run):
+    """Accuracy, ECE, length correlation of a reward model, its histograms and reliability diagram, from its report.json. '' without one."""
+    r = read_json(os.path.join(run.path, 'report.json'))
+    try:
+        lo, hi = r['accuracy_95']
+        head = table_html(('reward model', 'accuracy', '95 %', 'pairs', 'ECE', 'length correlation', 'longer is chosen'),
+                          [(run.name, f"{r['accuracy']:.1%}", f'{lo:.1%} to {hi:.1%}', r['pairs'], f"{r['ece']:.3f}", f"{r['length_correlation']:+.2f}", f"{r['longer_is_chosen']:.0%}")],
+                          'Report card of the reward model, on held-out pairs')
+        h, rel = r['histogram'], r['reliability']
+        hist = picture(lambda ax: [ax.stairs(h[k], h['edges'], fill=True, alpha=0.45, color=c, label=k) for k, c in (('chosen', COLOURS[0]), ('rejected', COLOURS[1]))],
+                       'reward', 'answers', f'{run.name}: rewards')
+
+        def reliability(ax):
+            ax.plot([0.5, 1], [0.5, 1], '--', color='#888888', lw=1, label='calibrated')
+            ax.plot([b[3] for b in rel], [b[4] for b in rel], 'o-', color=COLOURS[0], label=run.name)
+        return head + f"<div class=plots>{hist}{picture(reliability, 'confidence in its choice', 'how often right', 'Reliability')}</div>"
+    except (KeyError, TypeError, ValueError, IndexError):
+        return ''
+
+
+def gold_of():
+    """(score(completion, row), {prompt: row}) of the toy world, or (None, {}): its gold scorer has seen no training."""
+    try:
+        rows = [r for f in ('prompts_val', 'prompts_train') for r in read_rows(os.path.join(HERE, 'data', 'toy', f'{f}.jsonl'))[0]]
+        return runpy.run_path(os.path.join(HERE, 'data', 'toy', 'gold.py'))['score'], {r['prompt']: r for r in rows}
+    except (OSError, KeyError, SyntaxError):
+        return None, {}
+
+
+def win_rates(root, path, against='sft'):
+    """{model: (share, low, high)}: how often its answer to a prompt gets a better gold mark than `against`'s; an equal mark is half a win."""
+    samples, (gold, rows) = read_rows(path)[0], gold_of()
+    samples = [(s, rows[s['prompt']]) for s in samples if gold and s.get('prompt') in rows and isinstance(s.get(against), str)]
+    out = {}
+    for name in [k for k in (samples[0][0] if samples else {}) if k not in ('prompt', against)]:
+        marks = [(gold(s[name], r), gold(s[against], r)) for s, r in samples if isinstance(s.get(name), str)]
+        wins = sum((a > b) + 0.5 * (a == b) for a, b in marks)
+        if marks:
+            out[name] = (wins / len(marks), *rm.wilson(wins, len(marks)))
+    return out
+
+
+def memory_of(root, name):
+    found = re.findall(r'peak memory ([\d.]+ GB)', tail(os.path.join(root, name, 'console.txt')))
+    return found[-1] if found else '–'
+
+
+def comparison(root):
+    """The table of data/toy/report.py (report.json, samples.jsonl) with win rate, tokens trained on and memory. '' without one."""
+    out = ''
+    for name, files in folders(root):
+        path = os.path.join(root, name)
+        rep = read_json(os.path.join(path, 'report.json')) if 'report.json' in files else {}
+        rep = {k: v for k, v in rep.items() if isinstance(v, dict) and 'gold' in v}
+        if not rep:
+            continue
+        wins, rows = win_rates(root, os.path.join(path, 'samples.jsonl')), []
+        tag = name[3:] if name.startswith('out') else ''
+        num = lambda v, form: format(v, form) if isinstance(v, (int, float)) and math.isfinite(v) else '–'
+        for model, r in rep.items():
+            run = run_of(root, f"out-{model.replace('dpo_lora', 'lora')}{tag}")
+            w = wins.get(model)
+            rows.append((model, num(r.get('gold'), '.2f'), num(r.get('reward'), '.2f'), num(r.get('kl'), '.1f'), f'{w[0]:.0%} ({w[1]:.0%} to {w[2]:.0%})' if w else '–',
+                         num(r.get('length'), '.0f'), num(r.get('valid'), '.0%'), num(r.get('seconds'), '.0f'), f"{sum(t.get('tokens', 0) for t in run.rows):,}", memory_of(root, run.name)))
+        out += table_html(('model', 'gold, 0 to 10', 'reward model', 'KL, nats', 'wins against SFT (95 %)', 'tokens', 'ends well', 'seconds', 'tokens trained', 'peak memory'), rows,
+                          f'The models of {name} on held-out prompts. Win: a better gold mark than the SFT model on the same prompt, equal marks half')
+
+        def points(ax):
+            for i, (model, r) in enumerate(rep.items()):
+                if not all(isinstance(r.get(k), (int, float)) for k in ('kl', 'gold', 'reward')):
+                    continue
+                x = math.sqrt(max(r['kl'], 0))
+                ax.plot(x, r['gold'], 'o', color=COLOURS[i % len(COLOURS)], label=f'{model}')
+                ax.plot(x, r['reward'], '^', color=COLOURS[i % len(COLOURS)], alpha=0.5)
+        out += f"<div class=plots>{picture(points, 'sqrt(KL to SFT)', 'gold ●, reward model ▲', 'Gold and proxy of each model')}</div>"
+    return out
+
+
+def over_optimisation(run):
+    """[(step, sqrt KL, proxy, gold)] at each evaluation: proxy and KL from the log, gold from the samples that the run kept (toy prompts only)."""
+    gold, rows = gold_of()
+    by_step = {}
+    for s in read_rows(os.path.join(run.path, 'samples.jsonl'))[0]:
+        if gold and s.get('prompt') in rows and isinstance(s.get('completion'), str):
+            by_step.setdefault(s.get('step'), []).append(gold(s['completion'].replace('<|endoftext|>', ''), rows[s['prompt']]))
+    return [(r['step'], math.sqrt(max(r['kl'], 0.0)), r['score'], sum(by_step[r['step']]) / len(by_step[r['step']]))
+            for r in run.rows if r['split'] == 'eval' and r['step'] in by_step and isinstance(r.get('kl'), (int, float)) and isinstance(r.get('score'), (int, float))]
+
+
+def over_optimisation_html(runs):
+    """Proxy and gold against sqrt KL, Gao et al. 2022 (2210.10760) figure 1: where gold turns down while proxy climbs, the model games its judge."""
+    out = ''
+    for run in runs:
+        points = over_optimisation(run) if run.stage in ('ppo', 'grpo') else []
+        if len(points) < 2:
+            continue
+        _, x, proxy, gold = zip(*points)
+
+        def draw(ax):
+            ax.plot(x, proxy, 'o-', color=COLOURS[0], label='proxy: reward trained on')
+            ax.plot(x, gold, 's-', color=COLOURS[3], label='gold, 0 to 10')
+        out += picture(draw, 'sqrt(KL to where it started)', 'mark', f'{run.name}: over-optimisation')
+    return f'<div class=plots>{out}</div>' if out else '<p class=note>Over-optimisation: needs a ppo or grpo run on toy prompts with two evaluations and a KL in its log.</p>'
+
+
+def ends(run, metric, split='train'):
+    """(first, last, smallest, largest) of a metric, or None."""
+    ys = series(run, metric, 'step', split)[1]
+    return (ys[0], ys[-1], min(ys), max(ys)) if len(ys) > 1 else None
+
+
+def hacked(run):
+    points = over_optimisation(run)
+    return bool(points) and points[-1][2] > points[0][2] and points[-1][3] < max(p[3] for p in points) - 0.5
+
+
+# (name, metric of the curve, is it there?, why, a command that provokes it)
+GALLERY = (
+    ('Reward hacking', 'score', hacked, 'The reward model is a stand-in, right only near the answers it was trained on. Pushed far from there, the policy finds what it '
+     'overrates (flattery, a phrase, a length): the learned reward climbs while the gold mark falls. A larger beta, fewer steps or fresh labels hold it.',
+     'python ppo.py config/ppo_toy.py --beta=0 --max_iters=200 --out_dir=out-hack'),
+    ('Mode collapse', 'entropy', lambda r: bool(e := ends(r, 'entropy')) and e[1] < 0.3 * e[0], 'Policy gradient rewards whatever won, and a winner sampled more often wins more often. '
+     'Without a KL term or entropy bonus one answer takes all the probability; samples become one sentence and exploration ends.',
+     'python ppo.py config/ppo_toy.py --beta=0 --learning_rate=2e-3 --out_dir=out-collapse'),
+    ('Answers without end', 'ended', lambda r: bool(e := ends(r, 'ended', 'eval')) and e[1] < 0.9, 'The end token was never trained (pad = EOS masks it out) or the reward does not care: answers run into '
+     'the length limit. A fixed bad score for an answer without end (missing_eos) is the usual cure.', 'python ppo.py config/ppo_toy.py --missing_eos=none --init_from=out-base --out_dir=out-endless'),
+    ('Length hacking', 'len', lambda r: bool(e := ends(r, 'len', 'eval')) and e[1] > 1.5 * e[0], 'Labellers like thorough answers, the reward model learns "longer is better" (see its length correlation), and '
+     'the policy pads. Compare answers of equal length, or train the reward model on pairs balanced in length.', "python ppo.py config/ppo_toy.py --beta=0.01 --max_new_tokens=160 --out_dir=out-long"),
+    ('KL runs away', 'kl', lambda r: bool(e := ends(r, 'kl')) and e[1] > 25, 'The policy has left the region where reference and reward model mean anything. The learning rate is too high or beta too low; '
+     'a negative KL, on the other hand, says that samples and log-probs are not at the same temperature.', 'python ppo.py config/ppo_toy.py --learning_rate=3e-3 --beta=0 --out_dir=out-kl'),
+    ('Dead groups', 'dead', lambda r: bool(e := ends(r, 'dead')) and e[1] > 0.6, 'All answers of a group got the same reward, so their advantages are 0 and nothing is learned from them: the task is too '
+     'hard or too easy. Choose prompts at the edge of what the model can do, or sample larger groups.', 'python grpo.py config/grpo_toy.py --init_from=out-base --out_dir=out-dead'),
+    ('Chosen falls too', 'chosen_logp_change', lambda r: bool(e := ends(r, 'chosen_logp_change', 'eval')) and e[1] < -5, 'DPO widens the gap between chosen and rejected, and nothing in its loss keeps the chosen '
+     'answer likely: both sink, the mass goes to answers nobody has seen. A larger beta or an SFT term holds it.', 'python dpo.py config/dpo_toy.py --beta=0.01 --learning_rate=1e-3 --out_dir=out-dpo-falls'),
+    ('Overfitting', 'loss', lambda r: bool(e := ends(r, 'loss', 'eval')) and e[1] > 1.05 * e[2], 'Held-out loss turns up while training loss falls: the rows are learned by heart. '
+     'Fewer epochs, more data, LoRA instead of all weights.', 'python sft.py config/sft_toy.py --max_iters=5000 --out_dir=out-overfit'),
+)
+
+
+def worst_sample(run, no_end=False):
+    """The last sample that a run kept, its prompt before it; for answers without end one that has none."""
+    rows = [s for s in read_rows(os.path.join(run.path, 'samples.jsonl'))[0] if isinstance(s.get('completion'), str)]
+    rows = [s for s in rows if '<|endoftext|>' not in s['completion']] or rows if no_end else rows
+    return f"iteration {rows[-1].get('step')}: {rows[-1].get('prompt')}{rows[-1]['completion']}" if rows else 'this stage keeps no samples'
+
+
+def gallery(runs):
+    """Each failure with the paragraph why; where a run of the folder shows it, that run's curve and text."""
+    out = ''
+    for name, metric, there, why, how in GALLERY:
+        hit = [r for r in runs if there(r)]
+        if hit:
+            shown_ = f'<p><b>Seen in {esc(hit[0].name)}</b></p><div class=plots>{curves(hit[:1], metric)}</div><pre>{esc(worst_sample(hit[0], metric == "ended")[:600])}</pre>'
+        else:
+            shown_ = f'<p class=note>Not seen in the runs of this folder (watch <i>{esc(metric)}</i>). This provokes it: <code>{esc(how)}</code></p>'
+        out += f'<section><h3>{esc(name)}</h3><p>{esc(why)}</p>{shown_}</section>'
+    return out
+
+
+def runs_html(runs):
+    rows = [(r.name, r.stage, r.state, f'{r.last}/{r.total}' if r.total else r.last, f'{r.rows[-1]["time"]:.0f}' if r.rows else '–',
+             r.note + (f' ({r.broken} broken log lines left out)' if r.broken else '')) for r in runs]
+    return table_html(('run', 'stage', 'state', 'iteration', 'seconds', 'note'), rows, 'Runs') if rows else '<p>No runs in this folder yet: start one in the tab Train, or run bash quickstart.sh.</p>'
+
+
+def dashboard(root, runs=None, metrics=('score', 'kl', 'loss', 'accuracy', 'len', 'clip_frac', 'entropy', 'ended', 'tok_per_s'), x='step', smoothing=0.6):
+    """The whole page as HTML: table, over-optimisation, curves, report cards, failures."""
+    runs = find_runs(root) if runs is None else runs
+    drawn = [c for c in (curves(runs, m, x, smoothing) for m in metrics) if c]
+    cards = ''.join(report_card(root, r) for r in runs if r.stage == 'reward')
+    none = '<p class=note>Nothing to draw: no run has logged any of these.</p>'
+    return (f'<h2>Runs</h2>{runs_html(runs)}<h2>Before and after</h2>{comparison(root) or "<p class=note>No table yet: python data/toy/report.py writes it at the end of quickstart.sh.</p>"}'
+            f'{over_optimisation_html(runs)}<h2>Curves</h2><div class=plots>{"".join(drawn) or none}</div><h2>Reward model</h2>{cards or "<p class=note>No report of a reward model yet.</p>"}'
+            f'<h2>Failures and why</h2>{gallery(runs)}')
+
+
+CSS = '''
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
+.plot{width:100%;max-width:560px;height:auto;color:inherit}.scroll{overflow-x:auto;margin:8px 0}
+.scroll table{border-collapse:collapse;font-size:14px;width:auto;color:inherit}.scroll td,.scroll th{padding:4px 10px;border-bottom:1px solid #8886;text-align:left;white-space:nowrap}
+.scroll td:last-child{white-space:normal;min-width:90px}.scroll caption{text-align:left;font-size:13px;opacity:.8;padding:2px}
+.note{font-size:13px;opacity:.8}.answer,.bubble{white-space:pre-wrap;overflow-wrap:anywhere}.tok{border-radius:2px}
+.side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));gap:10px}.side>div{border:1px solid #8886;border-radius:8px;padding:8px 10px;min-width:0}
+.side h4{margin:0 0 6px}.bubble{border-radius:8px;padding:6px 9px;margin:4px 0;background:#8882}.bubble.user{background:#2563eb33}
+.bad{color:#dc2626;white-space:pre-wrap;overflow-wrap:anywhere}.on{background:#16a34a44}.off{opacity:.65}
+.page pre,pre.page{white-space:pre-wrap;overflow-wrap:anywhere;background:#8882;border-radius:8px;padding:8px;font-size:13px;max-height:380px;overflow-y:auto}
+.page h2{margin:18px 0 6px;font-size:20px}.page h3{margin:12px 0 4px;font-size:16px}.page p{margin:4px 0;max-width:80ch}.page code{overflow-wrap:anywhere}
+'''
+
+
+def write_report(root, path):
+    """The dashboard as one HTML file: pictures inlined, no script, nothing loaded from anywhere."""
+    path = inside(root, path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    body = dashboard(root)
+    write_whole(path, '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
+                f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'"><title>plainRLHF report</title><style>{CSS}'
+                'body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1240px;padding:12px;color:#111;background:#fff}'
+                '@media(prefers-color-scheme:dark){body{color:#eee;background:#16181d}}</style>'
+                f'<body class=page><h1>plainRLHF: what the runs did</h1><p class=note>written {time.strftime("%Y-%m-%d %H:%M")}</p>{body}')
+    return path
+
+
+def serve(root, login):
+    import gradio as gr
+    with gr.Blocks(title='plainRLHF', fill_width=True) as page:
+        shown_ = gr.HTML(elem_classes='page')
+        page.load(lambda: dashboard(root), outputs=shown_)
+    page.launch(server_name=host, server_port=port, share=share, auth=login, css=CSS)
+
+
+def main():
+    root = os.path.realpath(folder)
+    if not os.path.isdir(root):
+        raise ValueError(f'--folder={folder}: no such folder')
+    os.chdir(root)  # checkpoints name their base models relative to where they were trained
+    torch.set_num_threads(1)
+    if report:
+        print(f'written: {write_report(root, report)}')
+        return
+    user, colon, password = auth.partition(':')
+    if auth and not (user and password):
+        raise ValueError('--auth wants user:password')
+    if not auth and (share or host not in ('127.0.0.1', 'localhost', '::1')):
+        raise ValueError(f'--share and --host={host} let other machines in, and they can start runs: they want --auth=user:password')
+    try:
+        import gradio
+    except ImportError as e:
+        raise ValueError(f'the app needs gradio ({e}): pip install -r requirements-app.txt') from None
+    serve(root, (user, password) if auth else None)
+
+
+if __name__ == '__main__':
+    main()
