@@ -701,6 +701,8 @@ class Sharded(nn.Module):
         _check_fit(c, mesh, model, layers)
         if attention not in ('auto', 'ring', 'gather'):
             raise ValueError(f"attention {attention!r}: expected 'auto', 'ring' or 'gather'")
+        if attention == 'ring' and c.dropout:
+            raise ValueError(f"attention 'ring' with dropout {c.dropout} is not supported: set --dropout=0.0, or attention 'gather'")
         self.config, self.head, self.mesh, self.attention, self.body, self.running = c, model.head, mesh, attention, model, False
         self.full = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()]  # the same list on every rank
         _check_replicas(model, mesh)

@@ -421,6 +421,8 @@ def test_refusals_of_one_process():
             parallel.init(device='cpu', **wrong)
     mesh, model = parallel.init(device='cpu'), make(GPT2)
     opt = parallel.Optimizer(model, mesh, 1e-2)
+    with pytest.raises(ValueError, match="'ring' with dropout 0.1"):
+        parallel.Sharded(make(dict(GPT2, dropout=0.1)), mesh, attention='ring')
     with pytest.raises(ValueError, match='nothing to learn from'):
         parallel.accumulate(model, opt, micros_of('lm', 0, 0, 4), loss_lm, [0, 0])
     before = model.wte.weight.clone()
