@@ -233,7 +233,7 @@ class BlockManager:
 
     def forget(self):
         """Empties the prefix cache; blocks in use stay in use."""
-        for block in range(self.num_blocks):
+        for block in list(self.table.values()):
             self._unname(block)
         self.free.extend(self.cached)
         self.cached.clear()
@@ -433,12 +433,12 @@ class RowCache:
 
 class PagedCache:
     """CUDA (on CPU through the kernels' twins, for tests). kv (2, layers, blocks, block_size, nkv, hs); a request's block i
-    holds its positions i * block_size and on. One block more than the manager knows takes the padding of captured graphs."""
+    holds its positions i * block_size and on."""
     copies = False
 
     def __init__(self, shapes, num_blocks, block_size, max_len, dtype, device, prefix):
         self.block_size, self.device, self.width = block_size, device, -(-max_len // block_size)
-        self.kv = [torch.zeros(2, layers, num_blocks + 1, block_size, nkv, hs, dtype=dtype, device=device) for layers, nkv, hs in shapes]
+        self.kv = [torch.zeros(2, layers, num_blocks, block_size, nkv, hs, dtype=dtype, device=device) for layers, nkv, hs in shapes]
 
     def reserve(self, r, n):
         """A block table needs no more room than its blocks."""
@@ -516,66 +516,55 @@ class PagedCache:
 
 
 class Net:
-    """The model's weights as inference wants them. What needs no change is shared with the model; on CPU in float32 and bfloat16
-    every matrix is a copy in oneDNN's hands, which multiplies 64 rows twice as fast as MKL does on the AMD machine that this was
-    measured on (230 against 106 GFLOP/s) and fuses activation, product and residual sum into the product. `refresh` reads
-    the model again: after an optimizer step, or under LoRA, whose merged weight is what runs."""
+    """The model's weights as inference wants them: shared with the model, but for the query, key and value matrices of the rotary models,
+    which are joined. On CPU in float32 and bfloat16 products go to oneDNN, which multiplies 64 rows twice as fast as MKL does on
+    the AMD machine that this was measured on (230 against 106 GFLOP/s) and fuses activation, product and residual sum into the
+    product. `refresh` reads the model again: after an optimizer step, or under LoRA, whose merged weight is what runs."""
 
     def __init__(self, model):
         c, w = model.config, model.wte.weight
         self.model, self.c, self.dtype, self.device = model, c, w.dtype, w.device
-        self.packed = w.device.type == 'cpu' and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        self.onednn = w.device.type == 'cpu' and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
         self.complex = c.pos == 'rope' and w.device.type == 'cpu' and w.dtype in (torch.float32, torch.float64)
         self.shape = (c.n_layer, c.n_kv_head, c.head_size)
-        self.heads, self.fused = c.n_head + 2 * c.n_kv_head, {}
+        self.heads, self.joined, self.addresses = c.n_head + 2 * c.n_kv_head, {}, None
         if c.pos == 'rope':
             inv = rope_frequencies(c).to(torch.float64 if w.dtype == torch.float64 else torch.float32)  # never half: angles need the bits
             angle = torch.arange(c.block_size)[:, None].float() * inv
             cos, sin = angle.cos().to(w.device), angle.sin().to(w.device)
-            self.rope = torch.complex(cos, sin).to(torch.complex128 if w.dtype == torch.float64 else torch.complex64) if self.complex else (cos, sin)
+            self.rope = torch.complex(cos, sin) if self.complex else (cos, sin)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self):
         """True when a weight has moved in memory, so that captured graphs are stale."""
-        m, seen = self.model, []
+        m, pairs = self.model, (lambda w: self.interleave(w)) if self.complex else (lambda w: w)
 
         def own(linear):
             """(weight, bias) in force; an adapter's is merged."""
             w = linear.merged_weight() if getattr(linear, 'active', None) is not None and not linear.kept else linear.weight
             return w.detach(), None if getattr(linear, 'bias', None) is None else linear.bias.detach()
 
-        def keep(linear):
-            w, b = own(linear)
-            seen.append(w.data_ptr())
-            return (w.contiguous().to_mkldnn() if self.packed else w), b
-
-        def joined(key, parts):
-            """Several linears as one; written into the same memory each time."""
-            w, b = torch.cat([p[0] for p in parts]), None if parts[0][1] is None else torch.cat([p[1] for p in parts])
-            if self.packed:
-                return w.to_mkldnn(), b
-            old = self.fused.setdefault(key, (w, b))
-            for x, y in zip(old, (w, b)):
-                x is None or x is y or x.copy_(y)
-            return old
+        def join(key, parts):
+            """Several tensors as one, written into the same memory each time."""
+            new = torch.cat(parts) if parts[0] is not None else None
+            old = self.joined.setdefault(key, new)
+            return old if old is new else old.copy_(new)
         self.layers = []
         for i, block in enumerate(m.h):
-            a, p = block.attn, block.mlp
-            qkv = [own(a.c_attn)] if hasattr(a, 'c_attn') else [own(x) for x in (a.q_proj, a.k_proj, a.v_proj)]
-            if self.complex:
-                qkv[:2] = [tuple(None if x is None else self.interleave(x) for x in part) for part in qkv[:2]]
-            norm = None
+            a, p, norm = block.attn, block.mlp, None
+            if hasattr(a, 'c_attn'):
+                qkv = own(a.c_attn)
+            else:
+                (q, k, v), bias = zip(*map(own, (a.q_proj, a.k_proj, a.v_proj)))
+                qkv = join((i, 'w'), [pairs(q), pairs(k), v]), join((i, 'b'), [None] if bias[0] is None else [pairs(bias[0]), pairs(bias[1]), bias[2]])
             if a.q_norm is not None:
-                each = [self.interleave(n.weight.detach()) if self.complex else n.weight.detach() for n in (a.q_norm, a.k_norm)]
-                norm = torch.cat([each[0].expand(self.c.n_head, -1), each[1].expand(self.c.n_kv_head, -1)])
-            up = [keep(p.gate_proj), keep(p.up_proj)] if self.c.gated else [keep(p.c_fc)]
-            self.layers.append((self.scale(block.ln_1), keep(a.c_attn) if hasattr(a, 'c_attn') else joined(i, qkv), norm, keep(getattr(a, 'o_proj', None) or a.c_proj),
-                                self.scale(block.ln_2), up, keep(p.down_proj if self.c.gated else p.c_proj)))
-        self.ln_f = self.scale(m.ln_f)
-        self.wte, self.wpe, self.head = own(m.wte)[0], None if m.wpe is None else m.wpe.weight.detach(), keep(m.lm_head)
-        moved, self.seen = getattr(self, 'seen', seen) != seen, seen
-        return moved
+                norm = join((i, 'n'), [pairs(n.weight.detach()).expand(heads, -1) for n, heads in ((a.q_norm, self.c.n_head), (a.k_norm, self.c.n_kv_head))])
+            up, down = ([own(p.gate_proj), own(p.up_proj)], own(p.down_proj)) if self.c.gated else ([own(p.c_fc)], own(p.c_proj))
+            self.layers.append((self.scale(block.ln_1), qkv, norm, own(getattr(a, 'o_proj', None) or a.c_proj), self.scale(block.ln_2), up, down))
+        self.ln_f, self.wte, self.wpe, self.head = self.scale(m.ln_f), own(m.wte)[0], None if m.wpe is None else m.wpe.weight.detach(), own(m.lm_head)
+        before, self.addresses = self.addresses, [p.data_ptr() for p in m.parameters()] + [down[0].data_ptr() for *_, down in self.layers]
+        return before != self.addresses
 
     @staticmethod
     def scale(norm):
@@ -593,17 +582,19 @@ class Net:
         return w.unflatten(0, (-1, 2, self.c.head_size // 2)).transpose(1, 2).reshape(w.shape)
 
     def lin(self, x, weight, act='', add=None, mul=None):
-        """act(x W' + b) or x W' + b (+ add) (* mul)"""
+        """act(x W' + b), or x W' + b + add, or (x W' + b) * mul"""
         w, b = weight
-        if self.packed:
+        if self.onednn and len(x) >= 6:  # below, starting it costs more than it saves
             if add is not None or mul is not None:
                 return torch.ops.mkldnn._linear_pointwise.binary(x, mul if add is None else add, w, b, 'mul' if add is None else 'add')
             name, how = {'': ('none', ''), 'gelu_tanh': ('gelu', 'tanh'), 'gelu': ('gelu', 'none'), 'relu': ('relu', ''), 'silu': ('swish', '')}[act]
             return torch.ops.mkldnn._linear_pointwise(x, w, b, name, [], how)
-        y = F.linear(x, w, b) if add is None or b is not None else torch.addmm(add, x, w.t())
+        if add is not None and b is None:
+            return torch.addmm(add, x, w.t())
+        y = F.linear(x, w, b)
         if act:
-            y = {'gelu_tanh': K.gelu, 'gelu': F.gelu, 'relu': F.relu, 'silu': F.silu}[act](y)
-        return y if add is None and mul is None or add is not None and b is None else y + add if mul is None else y * mul
+            return {'gelu_tanh': K.gelu, 'gelu': F.gelu, 'relu': F.relu, 'silu': F.silu}[act](y)
+        return y + add if add is not None else y * mul if mul is not None else y
 
     def hidden(self, ids, pos, attend):
         """ids, pos (N,) int64 -> (N, C), before the last norm."""
@@ -812,7 +803,7 @@ class Engine:
 
     def __repr__(self):
         how = f'{self.threads or torch.get_num_threads()} threads' if self.device.type == 'cpu' else K.which()
-        return (f'engine: {type(self.cache).__name__}, {str(self.dtype)[6:]}{" oneDNN" * self.net.packed}, {how}, {self.num_blocks} blocks x {self.block_size} tokens '
+        return (f'engine: {type(self.cache).__name__}, {str(self.dtype)[6:]}{" oneDNN" * self.net.onednn}, {how}, {self.num_blocks} blocks x {self.block_size} tokens '
                 f'= {self.kv_bytes / 1e6:.0f} MB of keys and values at most, {self.max_num_seqs} requests at once')
 
     # ---- requests in ---------------------------------------------------------------------------------------------
@@ -951,13 +942,12 @@ class Engine:
         return self.nets[net].hidden(ids, at, self.cache.plan(decode, chunks, pos, net))
 
     def _replay(self, ids, pos, decode):
-        """Decode on CUDA: one captured graph for each power of two of rows; padding rows write to the spare block. A decode step
+        """Decode on CUDA: one captured graph for each power of two of rows; padding rows (slot -1, length 0) do nothing. A decode step
         of a small model is some hundred launches of a few microseconds each; a graph makes them one."""
         n, cache = max(1, 1 << (len(ids) - 1).bit_length()), self.cache
         if n not in self.graphs:
             z = lambda *shape, dtype=torch.int64, fill=0: torch.full(shape, fill, dtype=dtype, device=self.device)
-            spare = self.num_blocks
-            box = [z(n), z(n), z(n, fill=spare * self.block_size), z(n, cache.width, dtype=torch.int32, fill=spare), z(n, dtype=torch.int32, fill=1)]
+            box = [z(n), z(n), z(n, fill=-1), z(n, cache.width, dtype=torch.int32), z(n, dtype=torch.int32)]
             attend = cache.graph_attend(*box[2:])
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -970,12 +960,12 @@ class Engine:
                 out = self.net.hidden(box[0], box[1], attend)
             self.graphs[n] = graph, box, out
         graph, box, out = self.graphs[n]
-        spare, table = self.num_blocks, np.full((n, cache.width), self.num_blocks, np.int32)
+        table = np.zeros((n, cache.width), np.int32)
         for row, r in zip(table, decode):
             row[:len(r.blocks)] = r.blocks
         pad = n - len(ids)
-        values = (np.array(ids + [0] * pad), np.pad(pos, (0, pad)), np.pad(cache.slots(decode, pos), (0, pad), constant_values=spare * self.block_size),
-                  table, np.pad(pos.astype(np.int32) + 1, (0, pad), constant_values=1))
+        values = (np.array(ids + [0] * pad), np.pad(pos, (0, pad)), np.pad(cache.slots(decode, pos), (0, pad), constant_values=-1),
+                  table, np.pad(pos.astype(np.int32) + 1, (0, pad)))
         for buffer, value in zip(box, values):
             buffer.copy_(torch.from_numpy(value), non_blocking=True)
         graph.replay()
