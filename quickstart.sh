@@ -42,7 +42,7 @@ run "out-sft$tag"    python sft.py    config/sft_toy.py      --seed=$seed --out_
 run "out-reward$tag" python reward.py config/reward_toy.py   --seed=$seed --out_dir="out-reward$tag" --init_from="out-sft$tag"
 run "out-ppo$tag"    python ppo.py    config/ppo_toy.py      --seed=$seed --out_dir="out-ppo$tag"    --init_from="out-sft$tag" --reward="out-reward$tag"
 run "out-dpo$tag"    python dpo.py    config/dpo_toy.py      --seed=$seed --out_dir="out-dpo$tag"    --init_from="out-sft$tag"
-run "out-lora$tag"   python dpo.py    config/dpo_toy.py      --seed=$seed --out_dir="out-lora$tag"   --init_from="out-sft$tag" --lora_r=16 --learning_rate=2e-3
+run "out-lora$tag"   python dpo.py    config/dpo_toy.py      --seed=$seed --out_dir="out-lora$tag"   --init_from="out-sft$tag" --lora_r=16 --learning_rate=5e-4
 run "out-grpo$tag"   python grpo.py   config/grpo_toy.py     --seed=$seed --out_dir="out-grpo$tag"   --init_from="out-sft$tag"
 say python data/toy/report.py --out="out$tag" base="out-base$tag" sft="out-sft$tag" reward="out-reward$tag" ppo="out-ppo$tag" dpo="out-dpo$tag" dpo_lora="out-lora$tag" grpo="out-grpo$tag"
 python data/toy/report.py --out="out$tag" base="out-base$tag" sft="out-sft$tag" reward="out-reward$tag" ppo="out-ppo$tag" dpo="out-dpo$tag" dpo_lora="out-lora$tag" grpo="out-grpo$tag"
