@@ -381,12 +381,12 @@ if __name__ == '__main__':
         start, best = ckpt['iter'], ckpt['best']
     log = RunLog(out_dir, config, ckpt)
     sampler = policy if amp_dtype == torch.float32 else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)  # half precision: the engine gets its own copy
-    engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs)
+    longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
+    engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     pw, pg, pm = training_bytes(policy)
     frozen = sum(p.nbytes for m in (reference, *(s[3] for s in sources)) if m is not None for p in m.parameters())
-    longest = max(map(len, prompts)) + max_new_tokens
     planned = memory_plan(dict(policy=pw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, frozen=frozen, grads=pg, adam=pm,
                                kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))

@@ -309,7 +309,7 @@ class GPT(nn.Module):
             self.score = Linear(config.n_embd, 1, bias=False)
         else:
             raise ValueError(f"head {head!r}: expected 'lm' or 'scalar'")
-        self.register_buffer('inv_freq', rope_frequencies(config) if config.pos == 'rope' else None, persistent=False)
+        self.inv_freq = rope_frequencies(config) if config.pos == 'rope' else None  # no buffer: .to(bfloat16) would round it
         self.apply(self._init_weights)
         for name, p in self.named_parameters():  # residual branches start small (GPT-2 paper)
             if name.endswith(('c_proj.weight', 'o_proj.weight', 'down_proj.weight')):
@@ -332,7 +332,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(pos)
         else:
-            angle = pos[:, None].float() * self.inv_freq
+            angle = pos[:, None].float() * self.inv_freq.to(pos.device)
             rope = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):

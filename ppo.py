@@ -21,6 +21,7 @@ import os
 import math
 import time
 import json
+import copy
 
 import numpy as np
 import torch
@@ -291,12 +292,12 @@ if __name__ == '__main__':
     policy.config.dropout = 0.0  # dropout off everywhere: the ratio must be 1 before the first step
     policy = policy.to(device)
     use_adapter = bool(lora.adapted(policy))
-    reference = None if use_adapter else load_model(config['init_from'], device)[0].requires_grad_(False)
+    reference = None if use_adapter else load_model(config['init_from'], device)[0].requires_grad_(False).eval()  # eval: no dropout
     if reward.endswith('.py'):
         reward_fn, reward_model, reward_tok = infer.load_reward(reward), None, None
     else:
         reward_model, reward_tok = load_model(reward, device, head='scalar')
-        reward_model.requires_grad_(False)
+        reward_model.requires_grad_(False).eval()
         reward_tok = get_tokenizer(reward_tok)
         if (reward_tok.spec, reward_tok.eot) == (tok.spec, tok.eot):
             reward_tok = None  # the same ids, nothing to re-encode
@@ -312,7 +313,8 @@ if __name__ == '__main__':
     else:
         value_net = load_model(config['init_from'], device, head='scalar')[0]
         nn.init.zeros_(value_net.score.weight)
-    value_net.requires_grad_(True)
+    value_net.requires_grad_(True).eval()  # the ratio and the values know no dropout
+    policy.eval()
     threads = pick_threads(threads, policy.num_params(), device)
 
     # ---- prompts -------------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ if __name__ == '__main__':
     room = min(max_prompt or T, T - max_new_tokens)
     rows, prompts = encode_prompts(rows, tok, room, dataset, long_prompts)
     val_rows, val_prompts = encode_prompts(val_rows, tok, room, val_dataset or dataset, long_prompts)
-    sampler = Sampler(len(prompts), batch_size, seed)
+    cursor = Sampler(len(prompts), batch_size, seed)
 
     # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
     policy_params, value_params = [p for _, p in lora.trainable(policy)], list(value_net.parameters())
@@ -337,16 +339,17 @@ if __name__ == '__main__':
         value_net.load_state_dict(ckpt['value'])
         optimizer.load_state_dict(ckpt['optimizer'])
         set_rng_state(ckpt['rng'], device)
-        sampler.load_state_dict(ckpt['data'])
+        cursor.load_state_dict(ckpt['data'])
         start, best, beta = ckpt['iter'], ckpt['best'], ckpt['beta']
     log = RunLog(out_dir, config, ckpt)
     longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
-    engine = infer.Engine(policy, tok, max_num_seqs=max_num_seqs, max_len=longest)
+    sampler = policy if amp_dtype == torch.float32 else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)  # half precision: the engine gets its own copy
+    engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     (pw, pg, pm), (vw, vg, vm) = training_bytes(policy), training_bytes(value_net)
     rw = sum(p.nbytes for m in (reference, reward_model) if m is not None for p in m.parameters())
-    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest),
+    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
     base_memory = memory_now(device) - pw - vw - rw
     print(f'policy {policy.num_params() / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
@@ -355,10 +358,8 @@ if __name__ == '__main__':
     # ---- the phases of an iteration ------------------------------------------------------------------------------
     def rollout(prompts, seeds):
         """One completion a prompt -> (responses [[int]], ended [bool], log-probs that the engine sampled with)."""
-        engine.weights_changed()
-        with lora.merged(policy):
-            params = [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s)) for s in seeds]
-            done = engine.generate(prompts, params)
+        engine.weights_changed() if sampler is policy else engine.load_weights(policy.state_dict())  # an adapter is merged by the engine
+        done = engine.generate(prompts, [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s)) for s in seeds])
         return [c.token_ids for c in done], torch.tensor([c.finish_reason == 'stop' for c in done]), [c.logprobs for c in done]
 
     def score(rows, prompts, responses, ended):
@@ -444,7 +445,7 @@ if __name__ == '__main__':
             objective = seen['score'] - beta * seen['kl']
             better, best = objective > best, max(best, objective)
             saved = dict(**lora.checkpoint_parts(policy), value=value_net.state_dict(), value_kind=start_value, optimizer=optimizer.state_dict(), config=config,
-                         tokenizer=tokenizer, iter=it, best=best, beta=beta, rng=rng_state(device), data=sampler.state_dict(), time=log.elapsed())
+                         tokenizer=tokenizer, iter=it, best=best, beta=beta, rng=rng_state(device), data=cursor.state_dict(), time=log.elapsed())
             save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
             if better:
                 save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
@@ -453,7 +454,7 @@ if __name__ == '__main__':
 
         # ---- rollout and score -----------------------------------------------------------------------------------
         t0 = time.time()
-        picked = next(sampler).tolist()
+        picked = next(cursor).tolist()
         mine = [prompts[i] for i in picked]
         responses, ended, engine_logp = rollout(mine, (seed * 1000003 + it * batch_size + np.arange(batch_size)) % (1 << 31))
         t_gen = time.time() - t0
