@@ -113,7 +113,7 @@ def test_greedy_generation_equals_transformers(arch, tmp_path):
     hf = hf_model(arch).double()  # float64: a tie in float32 would be a matter of rounding
     hf.save_pretrained(tmp_path)
     ours, idx = GPT.from_pretrained(str(tmp_path), dtype=torch.float64), torch.randint(0, 67, (2, 5))
-    want = hf.generate(idx, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    want = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     cache, got, x = M.KVCache(ours.config, 2, 40, idx.device, torch.float64), idx, idx
     for _ in range(20):
         x = ours(x, cache=cache)[0][:, -1:].argmax(-1)
