@@ -1,7 +1,7 @@
 """The table and the curve at the end of quickstart.sh: every model answers the same held-out prompts of the toy world.
 
     python data/toy/report.py --out=out base=out-base sft=out-sft ppo=out-ppo ...      # one run: out/report.md, out/curve.png
-    python data/toy/report.py --out=out --seeds out out-seed2 out-seed3                # several: min / median / max of their reports
+    python data/toy/report.py --out=out --seeds out out-seed2 out-seed3                # several: min / median / max, out/seeds.md and out/seeds.png
 
 Columns: gold = mark of the gold scorer, 0 to 10, which no training run has seen; reward = the learned reward model's;
 KL = nats a sequence between the model and the SFT model, on the model's own samples; valid = share of answers that end,
@@ -82,26 +82,34 @@ def markdown(table):
     return '\n'.join(lines + [f'| {name} | ' + ' | '.join(row[c] for c in COLUMNS) + ' |' for name, row in table.items()])
 
 
-def draw(out_dir, path):
-    """Reward and KL of a PPO run over its iterations."""
+def draw(runs, path):
+    """PPO's reward and KL, GRPO's share of right sums, over the iterations. runs: {'ppo': [out_dir of each seed], 'grpo': [...]}."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in open(os.path.join(out_dir, 'log.jsonl'))]
-    train, held = ([r for r in rows if r['split'] == s] for s in ('train', 'eval'))
-    fig, left = plt.subplots(figsize=(7, 3.6), dpi=130)
-    left.plot([r['step'] for r in train], [r['score'] for r in train], color='#9ecae1', lw=1, label='reward, each batch')
-    left.plot([r['step'] for r in held], [r['score'] for r in held], 'o-', color='#08519c', lw=2, label='reward, held-out prompts')
-    left.set_xlabel('PPO iteration')
-    left.set_ylabel('reward model score', color='#08519c')
-    right = left.twinx()
-    right.plot([r['step'] for r in train], [r['kl'] for r in train], color='#d94801', lw=1.2, label='KL to the SFT model')
-    right.set_ylabel('KL, nats a sequence', color='#d94801')
-    right.set_ylim(bottom=0)
-    lines = left.get_lines() + right.get_lines()
-    left.legend(lines, [x.get_label() for x in lines], loc='lower right', frameon=False, fontsize=8)
-    left.spines['top'].set_visible(False)
-    right.spines['top'].set_visible(False)
+
+    def series(folder, split, key):
+        rows = [json.loads(line) for line in open(os.path.join(folder, 'log.jsonl'))]
+        return zip(*((r['step'], r[key]) for r in rows if r['split'] == split and key in r))
+    fig, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.4), dpi=120, squeeze=False)
+    for axis, (stage, folders) in zip(axes[0], runs.items()):
+        axis.set_xlabel(f'{stage.upper()} iteration')
+        axis.spines[['top', 'right']].set_visible(False)
+        for i, folder in enumerate(folders):
+            label = lambda text: text if i == 0 else None
+            axis.plot(*series(folder, 'train', 'score'), color='#6baed6', lw=0.9, alpha=0.8, label=label('reward of each batch'))
+            axis.plot(*series(folder, 'eval', 'score'), 'o-', color='#08519c', lw=1.8, ms=4, label=label('on held-out prompts'))
+        axis.set_ylabel('reward model score' if stage == 'ppo' else 'share of right sums', color='#08519c')
+        handles = axis.get_lines()[:2]
+        if stage == 'ppo':
+            right = axis.twinx()
+            right.spines['top'].set_visible(False)
+            right.set_ylabel('KL to the SFT model, nats a sequence', color='#d94801')
+            for i, folder in enumerate(folders):
+                right.plot(*series(folder, 'train', 'kl'), color='#d94801', lw=0.9, alpha=0.8, label='KL')
+            right.set_ylim(0, None)
+            handles = [*handles, right.get_lines()[0]]
+        axis.legend(handles, [h.get_label() for h in handles], loc='lower right', frameon=False, fontsize=8)
     fig.tight_layout()
     fig.savefig(path)
 
@@ -117,6 +125,8 @@ def merge(folders, out):
     with open(os.path.join(out, 'seeds.md'), 'w') as f:
         f.write(text)
     print(text)
+    tags = [os.path.basename(os.path.normpath(f)).removeprefix('out') for f in folders]  # out-seed2 stands beside out-ppo-seed2
+    draw({stage: [os.path.join(os.path.dirname(f), f'out-{stage}{t}') for f, t in zip(folders, tags)] for stage in ('ppo', 'grpo')}, os.path.join(out, 'seeds.png'))
 
 
 if __name__ == '__main__':
@@ -150,6 +160,7 @@ if __name__ == '__main__':
     with open(os.path.join(out, 'samples.jsonl'), 'w') as f:
         for i, r in enumerate(rows):
             f.write(json.dumps(dict(prompt=r['prompt'], **{name: texts[name][i] for name in models})) + '\n')
-    if 'ppo' in models:
-        draw(models['ppo'], os.path.join(out, 'curve.png'))
-    print('\n'.join(shown) + '\n\n' + table + f'\n\nwritten: {out}/report.md, {out}/report.json, {out}/samples.jsonl' + (f', {out}/curve.png' if 'ppo' in models else ''))
+    runs = {stage: [models[stage]] for stage in ('ppo', 'grpo') if stage in models}
+    if runs:
+        draw(runs, os.path.join(out, 'curve.png'))
+    print('\n'.join(shown) + '\n\n' + table + f'\n\nwritten: {out}/report.md, {out}/report.json, {out}/samples.jsonl' + (f', {out}/curve.png' if runs else ''))
