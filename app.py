@@ -491,7 +491,7 @@ class Journal:
 
     def undo(self, by):
         """Takes back the last label of this session; its pair comes again. None when there is none."""
-        mine = [r for r in self.state()[1].values() if r['by'] == by]
+        mine = [r for r in self.state()[1].values() if by in (r.get('by'), r.get('session'))]
         last = max(mine, key=lambda r: r['time'], default=None)
         if last:
             self.append(dict(kind='undo', label=last['id']))
@@ -722,7 +722,7 @@ def picture(draw, xlabel='', ylabel='', title=''):
     ax.tick_params(colors=INK, labelcolor=INK)
     ax.grid(alpha=0.2)
     handles, labels = ax.get_legend_handles_labels()
-    if labels:
+    if len(labels) > 1:
         fig.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False, labelcolor=INK, fontsize=8)
     fig.set_layout_engine('constrained')
     out = io.StringIO()
@@ -750,7 +750,7 @@ def curves(runs, metric, x='step', smoothing=0.0):
 def table_html(head, rows, caption=''):
     """A table that scrolls sideways on a narrow screen; cells are text, never markup."""
     cells = ''.join('<tr>' + ''.join(f'<td>{esc(c)}</td>' for c in row) + '</tr>' for row in rows)
-    return f'<div class=scroll><table><caption>{esc(caption)}</caption><tr>{"".join(f"<th>{esc(h)}</th>" for h in head)}</tr>{cells}</table></div>'
+    return f'<div class=scroll><table>{f"<caption>{esc(caption)}</caption>" if caption else ""}<tr>{"".join(f"<th>{esc(h)}</th>" for h in head)}</tr>{cells}</table></div>'
 
 
 def report_card(root, run):
@@ -915,7 +915,7 @@ def gallery(runs):
 def runs_html(runs):
     rows = [(r.name, r.stage, r.state, f'{r.last}/{r.total}' if r.total else r.last, f'{r.rows[-1]["time"]:.0f}' if r.rows else '–',
              r.note + (f' ({r.broken} broken log lines left out)' if r.broken else '')) for r in runs]
-    return table_html(('run', 'stage', 'state', 'iteration', 'seconds', 'note'), rows, 'Runs') if rows else '<p>No runs in this folder yet: start one in the tab Train, or run bash quickstart.sh.</p>'
+    return table_html(('run', 'stage', 'state', 'iteration', 'seconds', 'note'), rows) if rows else '<p>No runs in this folder yet: start one in the tab Train, or run bash quickstart.sh.</p>'
 
 
 def dashboard(root, runs=None, metrics=('score', 'kl', 'loss', 'accuracy', 'len', 'clip_frac', 'entropy', 'ended', 'tok_per_s'), x='step', smoothing=0.6):
@@ -930,6 +930,7 @@ def dashboard(root, runs=None, metrics=('score', 'kl', 'loss', 'accuracy', 'len'
 
 
 CSS = '''
+:root{--block-info-text-color:#52525b}.dark{--block-info-text-color:#a1a1aa}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
 .plot{width:100%;max-width:560px;height:auto;color:inherit}.scroll{overflow-x:auto;margin:8px 0}
 .scroll table{border-collapse:collapse;font-size:14px;width:auto;color:inherit}.scroll td,.scroll th{padding:4px 10px;border-bottom:1px solid #8886;text-align:left;white-space:nowrap}
@@ -940,6 +941,7 @@ CSS = '''
 .bad{color:#dc2626;white-space:pre-wrap;overflow-wrap:anywhere}.on{background:#16a34a44}.off{opacity:.65}
 .page pre,pre.page{white-space:pre-wrap;overflow-wrap:anywhere;background:#8882;border-radius:8px;padding:8px;font-size:13px;max-height:380px;overflow-y:auto}
 .page h2{margin:18px 0 6px;font-size:20px}.page h3{margin:12px 0 4px;font-size:16px}.page p{margin:4px 0;max-width:80ch}.page code{overflow-wrap:anywhere}
+@media(max-width:480px){.tab-container button,.tab-wrapper button{padding:0 6px!important;font-size:13px!important}main.fillable,.gradio-container main{padding:8px!important}}
 '''
 
 
@@ -956,12 +958,553 @@ def write_report(root, path):
     return path
 
 
-def serve(root, login):
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. the page. Text of models and files reaches it only through esc(); mistakes come as a message, never as a stack trace
+
+KEYS = '''<script>
+let labelled = '', since = 0
+document.addEventListener('keydown', e => {
+  if (e.ctrlKey || e.metaKey || e.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(e.target.tagName) || e.target.isContentEditable) return
+  const button = document.querySelector('#key-' + ({a: 'a', b: 'b', t: 'tie', s: 'skip', u: 'undo', e: 'edit'})[e.key.toLowerCase()])
+  if (!button || button.offsetParent === null) return
+  const pair = document.querySelector('[data-pair]')?.dataset.pair || ''
+  if (pair && pair === labelled && Date.now() - since < 4000 && e.key !== 'u') return  // one key, one label: wait until the next pair is on the page
+  labelled = 'ue'.includes(e.key.toLowerCase()) ? '' : pair; since = Date.now(); button.click()
+})
+</script>'''
+
+
+def polite(fn):
+    """A mistake of the user becomes a message on the page; anything else one too, and its traceback goes to the terminal."""
+    import functools
+    import inspect
+    import traceback
     import gradio as gr
+
+    def say(e):
+        if not isinstance(e, (ValueError, OSError)):
+            traceback.print_exc()
+            e = f'{type(e).__name__}: the terminal of the app has the rest'
+        return gr.Error(esc(e), duration=20, print_exception=False)
+
+    if inspect.isgeneratorfunction(fn):
+        @functools.wraps(fn)
+        def wrapped(*args):
+            try:
+                yield from fn(*args)
+            except Exception as e:
+                raise say(e) from None
+    else:
+        @functools.wraps(fn)
+        def wrapped(*args):
+            try:
+                return fn(*args)
+            except Exception as e:
+                raise say(e) from None
+    return wrapped
+
+
+def chat_html(history, names):
+    """The turns of each model in a column of its own."""
+    columns = []
+    for name in names:
+        turns = ''
+        for turn in history:
+            a = turn['answers'].get(name)
+            if a is not None:
+                rate = f"{len(a['ids'])} tokens, {len(a['ids']) / max(a['seconds'], 1e-3):.0f} tok/s{a['note']}"
+                turns += f"<div class='bubble user'>{esc(turn['prompt'])}</div><div class=bubble>{esc(a['text'])}</div><div class=note>{esc(rate)}</div>"
+        columns.append(f'<div><h4>{esc(name)}</h4>{turns}</div>')
+    return f'<div class=side>{"".join(columns)}</div>' if columns else '<p class=note>Choose a model, up to four to compare.</p>'
+
+
+def prompt_ids(m, history, name, system, plain, room):
+    """Ids of the conversation of one model, its last turn open; turns that no longer fit are forgotten -> (ids, a word on it)."""
+    turns = [t for t in history if name in t['answers']]
+    for first in range(len(turns)):
+        if plain:
+            ids = infer.encode_prompt(turns[-1]['prompt'], m.tok)
+            return ids, ''
+        messages = [dict(role='system', content=system)] * bool(system)
+        for t in turns[first:]:
+            messages += [dict(role='user', content=t['prompt'])] + [dict(role='assistant', content=t['answers'][name]['text'])] * (t is not turns[-1])
+        ids = m.tok.apply_chat_template(messages, add_generation_prompt=True)
+        if len(ids) + room <= m.model.config.block_size:
+            break
+    return ids, f', {first} older turns no longer fit' if first else ''
+
+
+def chat(models, names, prompt, history, system, plain, *sampling):
+    """Streams (page, history): all models answer the same prompt with the same seed, a token each in turn."""
+    temperature, top_p, top_k, min_p, penalty, max_tokens, seed = sampling
+    if not names or len(names) > 4 or not prompt.strip():
+        raise ValueError('choose one to four models and write a message')
+    turn = dict(prompt=prompt, answers={n: dict(text='', ids=[], prompt_ids=[], seconds=0.0, note='') for n in names})
+    history, live = [*history, turn], {}
+    try:
+        for n in names:
+            m = models.get(n)
+            ids, note = prompt_ids(m, history, n, system, plain, min(int(max_tokens), m.model.config.block_size // 2))
+            params = infer.SamplingParams(max_tokens=int(max_tokens), temperature=temperature, top_p=top_p, top_k=int(top_k), min_p=min_p, repetition_penalty=penalty, seed=int(seed))
+            turn['answers'][n].update(prompt_ids=ids, note=note)
+            live[n] = m.engine, m.engine.add_request(ids, params, f'chat-{os.urandom(6).hex()}')
+        drawn = 0.0
+        while live:
+            for n, (engine, request) in list(live.items()):
+                t0 = time.time()
+                for e in engine.step():
+                    if e['request_id'] == request:
+                        turn['answers'][n]['text'] += e['text']
+                        turn['answers'][n]['ids'] += e['token_ids']
+                        if e['finished']:
+                            turn['answers'][n]['note'] += '' if e['finish_reason'] == 'stop' else ', cut at the limit'
+                            live.pop(n)
+                turn['answers'][n]['seconds'] += time.time() - t0
+            if time.time() - drawn > 0.12:
+                drawn = time.time()
+                yield chat_html(history, names), history
+    finally:  # the button Stop, a closed tab, an error of one model
+        for engine, request in live.values():
+            engine.abort(request)
+    yield chat_html(history, names), history
+
+
+def colour(models, names, history, reference, judge, value, key):
+    """The last answers with their tokens tinted."""
+    if not history:
+        raise ValueError('chat first: the last answer is what gets coloured')
+    given = dict(reference=models.get(reference) if reference else None, judge=models.get(judge, 'scalar') if judge else None, value=models.get(value, 'value') if value else None)
+    out = ''
+    for name, a in history[-1]['answers'].items():
+        rows = token_view(models.get(name), a['prompt_ids'], a['ids'], **given) if a['ids'] else []
+        out += f'<div><h4>{esc(name)}</h4>{tokens_html(rows, key)}</div>'
+    return f'<div class=side>{out}</div>'
+
+
+def chat_tab(gr, models, listed):
+    lms, rewards = listed
+    start_ = [n for n in ('out-sft', 'out-ppo') if n in lms] or lms[:1]
+    with gr.Row():
+        names = gr.Dropdown(lms, value=start_, multiselect=True, max_choices=4, allow_custom_value=True, label='Models', info='up to four answer side by side; a hub name works too', scale=3)
+        again = gr.Button('Look for models', scale=1)
+    page, history = gr.HTML(chat_html([], start_), elem_classes='page', elem_id='chat'), gr.State([])
+    prompt = gr.Textbox(label='Message', lines=1, max_lines=8, elem_id='message', submit_btn=True, stop_btn=True)
+    with gr.Accordion('Sampling', open=False):
+        system = gr.Textbox(label='System prompt')
+        plain = gr.Checkbox(label='plain text: no chat template (for base models; only the last message is seen)')
+        with gr.Row():
+            sampling = [gr.Slider(0, 2, 0.7, step=0.05, label='temperature (0 = greedy)'), gr.Slider(0.05, 1, 1, step=0.05, label='top_p'), gr.Slider(0, 200, 0, step=1, label='top_k (0 = off)'),
+                        gr.Slider(0, 1, 0, step=0.01, label='min_p'), gr.Slider(0.5, 2, 1, step=0.05, label='repetition penalty'),
+                        gr.Slider(1, 2048, 96, step=1, label='tokens at most'), gr.Number(1337, label='seed', precision=0)]
+    clear = gr.Button('New chat')
+    gr.HTML('<h3>Token by token</h3>', elem_classes='page')
+    with gr.Row():
+        reference = gr.Dropdown(lms, value='out-sft' if 'out-sft' in lms else None, allow_custom_value=True, label='reference (for kl)')
+        judge = gr.Dropdown(rewards, value=rewards[0] if rewards else None, label='reward model')
+        value = gr.Dropdown([n for n in lms if 'ppo' in n], value=next((n for n in lms if 'ppo' in n), None), label='value network of', allow_custom_value=True)
+        key = gr.Radio(['logp', 'kl', 'reward', 'value', 'advantage'], value='logp', label='colour by')
+    tint, view = gr.Button('Colour the last answers'), gr.HTML(elem_classes='page', elem_id='tokens')
+    going = prompt.submit(polite(lambda *a: (yield from chat(models, *a))), [names, prompt, history, system, plain, *sampling], [page, history])
+    prompt.submit(lambda: '', None, prompt, show_progress='hidden')
+    prompt.stop(None, cancels=[going])
+    clear.click(lambda n: ([], chat_html([], n)), names, [history, page])
+    names.change(lambda h, n: chat_html(h, n), [history, names], page)
+    shade = polite(lambda *a: colour(models, *a))
+    tint.click(shade, [names, history, reference, judge, value, key], view)
+    key.input(shade, [names, history, reference, judge, value, key], view)
+    return names, again, (reference, judge, value)
+
+
+def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf', 'clip_frac', 'len', 'tok_per_s')):
+    """State, remaining time, curves and console of one run."""
+    run = run_of(root, name)
+    train = [r for r in run.rows if r['split'] == 'train']
+    last = train[-20:]
+    pace = (last[-1]['time'] - last[0]['time']) / max(1, last[-1]['step'] - last[0]['step']) if len(last) > 1 else 0
+    left = f', about {(run.total - run.last) * pace:.0f} s left' if run.state == 'running' and pace and run.total else ''
+    now = ' | '.join(f'{k} {v:.3g}' for k, v in (train[-1] if train else {}).items() if k in metrics and isinstance(v, (int, float)))
+    bad = 'bad' if run.state == 'crashed' else 'note'
+    head = f'<p><b data-state={esc(run.state)}>{esc(name)}: {esc(run.state)}</b>, iteration <span id=at>{run.last}</span>{f" of {run.total}" if run.total else ""}{left}</p><p class={bad}>{esc(run.note)}</p><p class=note>{esc(now)}</p>'
+    drawn = ''.join(curves([run], m, 'step', 0.3) for m in metrics)
+    return f'{head}<div class=plots>{drawn}</div><pre>{esc(tail(os.path.join(run.path, "console.txt"))) or "no console: this run was started elsewhere"}</pre>'
+
+
+def signature(root, name):
+    """Changes when a run's files or state do: pictures are drawn anew only then."""
+    run = run_of(root, name)
+    try:
+        size = os.path.getsize(os.path.join(run.path, 'console.txt'))
+    except OSError:
+        size = 0
+    return f'{run.name} {run.state} {run.last} {run.mtime} {size}'
+
+
+def form(gr, root, stage, config_file, started):
+    """The script's config block as fields, the command that they make, the button that starts it."""
+    known = configs_for(root, stage)
+    now = config_values(known[config_file]) if config_file in known else {}
+    fields, group, box = {}, None, None
+    for section, key, default, note in script_form(stage):
+        if section != group:
+            group, box = section, gr.Accordion(section or 'keys', open=section == 'I/O')
+        with box:
+            shown_ = now.get(key, default)
+            fields[key] = (gr.Checkbox(bool(shown_), label=key, info=note, interactive=True, elem_id=f'form-{key}') if isinstance(default, bool)
+                           else gr.Textbox(str(shown_), label=key, info=note, interactive=True, elem_id=f'form-{key}'))
+    line = gr.Textbox(label='the command', interactive=False, elem_id='command', lines=2, value=shown(command(root, stage, config_file)))
+    go = gr.Button('Start', variant='primary', elem_id='start')
+
+    def argv(values):
+        return command(root, stage, config_file, dict(zip(fields, values)))
+
+    def preview(*values):
+        try:
+            return shown(argv(values))
+        except ValueError as e:
+            return f'not yet: {e}'
+
+    def begin(*values):
+        out = dict(zip(fields, values))['out_dir']
+        launch(root, stage, out, [argv(values)])
+        return gr.Dropdown([r.name for r in find_runs(root)], value=os.path.relpath(inside(root, out), root))
+    for f in fields.values():
+        f.change(preview, list(fields.values()), line, show_progress='hidden', trigger_mode='always_last')
+    go.click(polite(begin), list(fields.values()), started)
+
+
+def train_tab(gr, root):
+    with gr.Row():
+        stage = gr.Dropdown(list(STAGES), value='sft', label='stage')
+        conf = gr.Dropdown(['', *configs_for(root, 'sft')], value='config/sft_toy.py', label='config', info="'' = the script's own defaults")
+    stage.change(lambda s: gr.Dropdown(['', *(c := list(configs_for(root, s)))], value=next((x for x in c if x.endswith(f'{s}_toy.py')), '')), stage, conf)
+    names = [r.name for r in find_runs(root)]
+    box = gr.Group()
+    gr.HTML('<h3>Runs</h3>', elem_classes='page')
+    table = gr.HTML(runs_html(find_runs(root)), elem_classes='page', elem_id='runs')
+    with gr.Row():
+        which = gr.Dropdown(names, value=names[0] if names else None, label='watch', elem_id='watch')
+        iters = gr.Number(0, label='iterations when resumed', info='0 = as before', precision=0)
+        halt, go_on = gr.Button('Stop', elem_id='stop'), gr.Button('Resume', elem_id='resume')
+    view, seen = gr.HTML(elem_classes='page', elem_id='live'), gr.State('')
+    with box:
+        @gr.render(inputs=[stage, conf])
+        def _(stage, conf):
+            try:
+                form(gr, root, stage, conf if conf in configs_for(root, stage) else '', which)
+            except (ValueError, OSError) as e:
+                gr.HTML(f'<p class=bad>{esc(e)}</p>')
+
+    def tick(name, before):
+        if not name:
+            return gr.skip(), gr.skip(), gr.skip()
+        now = signature(root, name)
+        return (gr.skip(), gr.skip(), gr.skip()) if now == before else (runs_html(find_runs(root)), live_html(root, name), now)
+
+    def halt_(name):
+        stop(root, name or '')
+        return ''
+
+    def resume_(name, n):
+        run = run_of(root, name or '')
+        launch(root, run.stage, name, [resume_command(root, name, int(n) or None)])
+        return ''
+    gr.Timer(1.5).tick(polite(tick), [which, seen], [table, view, seen], show_progress='hidden')
+    halt.click(polite(halt_), which, seen)
+    go_on.click(polite(resume_), [which, iters], seen)
+    return which
+
+
+def check_upload(root, path, base):
+    """Copies an uploaded file into uploads/ and looks it over -> (its path in the folder, page with the linter's words and five rows, trained tokens marked)."""
+    if not path:
+        raise ValueError('choose a file first')
+    name = re.sub(r'[^\w.-]', '_', os.path.basename(path))[-80:].lstrip('.')
+    if not re.search(r'\.(jsonl|json|csv)$', name):
+        raise ValueError(f'{name}: .jsonl, .json or .csv is wanted')
+    if os.path.getsize(path) > UPLOAD_MB << 20:
+        raise ValueError(f'{name} is larger than {UPLOAD_MB} MB: put it into the folder and train on it there')
+    kept = inside(root, os.path.join('uploads', name))
+    os.makedirs(os.path.dirname(kept), exist_ok=True)
+    with open(path, 'rb') as f, open(kept + '.tmp', 'wb') as g:
+        while block := f.read(1 << 20):
+            g.write(block)
+    os.replace(kept + '.tmp', kept)
+    try:
+        ds = load_dataset(kept)
+        if not len(ds):
+            raise ValueError(f'{name} holds no row')
+        part = ds.select(range(min(len(ds), 5000)))
+        tok = get_tokenizer(base_tokenizer(root, base))
+        said = lint(part, tok)
+    except ValueError as e:
+        os.remove(kept)
+        raise ValueError(f'{name} cannot be read: {str(e).replace(kept, name)}') from None
+    words = ''.join(f'<li class={"bad" if grave else "note"}>{"error: " if grave else ""}{esc(m)}</li>' for grave, m in said)
+    rows = ''
+    for row in part.select(range(min(5, len(part)))):
+        try:
+            ids, on = encode_row(row, tok)
+            rows += '<pre>' + ''.join(f'<span class={"on" if t else "off"}>{esc(tok.decode([i]))}</span>' for i, t in zip(ids[:600], on)) + '</pre>'
+        except ValueError as e:
+            rows += f'<p class=bad>{esc(e)}</p>'
+    more = f', the first {len(part)} looked over' if len(part) < len(ds) else ''
+    return os.path.join('uploads', name), f'<h3>{esc(name)}: {len(ds)} rows{more}</h3><ul>{words}</ul><h3>Five rows; what is trained on is marked</h3>{rows}'
+
+
+def base_tokenizer(root, base):
+    if not base:
+        raise ValueError('choose the model that is to be finetuned')
+    path = inside(root, base)
+    return checkpoint_info(os.path.join(path, 'ckpt.pt'))[3] if os.path.exists(os.path.join(path, 'ckpt.pt')) else path
+
+
+def export_model(root, name):
+    """NAME-export/: the model with its adapter merged in, as a Hugging Face folder; NAME-adapter/ too (PEFT) where the run trained one."""
+    path, said = inside(root, name), []
+    file = os.path.join(path, 'ckpt.pt')
+    _, head, base, tokenizer = checkpoint_info(file)
+    if base:
+        ckpt = torch.load(file, map_location='cpu', weights_only=True)
+        model, _ = lora.open_model('', ckpt, head)
+        lora.save_lora(model, path + '-adapter', base=base)
+        said.append(f'{name}-adapter (PEFT)')
+    load_model(path, head=head)[0].save_pretrained(path + '-export')
+    get_tokenizer(tokenizer).save(path + '-export')
+    return f'<p>written: {esc(", ".join([name + "-export (Hugging Face)", *said]))}</p>'
+
+
+def finetune_tab(gr, root, lms, chat_names):
+    with gr.Row():
+        file = gr.File(label=f'rows: .jsonl, .json or .csv, up to {UPLOAD_MB} MB', file_types=['.jsonl', '.json', '.csv'], type='filepath', elem_id='upload', height=140)
+        base = gr.Dropdown(lms, value='out-sft' if 'out-sft' in lms else (lms or [None])[0], label='model to finetune')
+    check, looked, kept = gr.Button('Check the file'), gr.HTML(elem_classes='page', elem_id='looked'), gr.State('')
+    with gr.Row():
+        how = gr.Radio(['all weights', 'LoRA'], value='LoRA', label='train')
+        rank, iters = gr.Number(16, label='LoRA rank', precision=0), gr.Number(60, label='iterations', precision=0)
+        rate, out = gr.Number(1e-3, label='learning rate'), gr.Textbox('out-finetuned', label='out_dir')
+    with gr.Row():
+        go, talk, export = gr.Button('Start finetuning', variant='primary'), gr.Button('Chat with it'), gr.Button('Merge and export')
+    view, seen, done = gr.HTML(elem_classes='page', elem_id='tuned'), gr.State(''), gr.HTML(elem_classes='page', elem_id='exported')
+
+    def begin(data, base, how, rank, iters, rate, out):
+        if not data:
+            raise ValueError('check a file first')
+        keys = dict(dataset=data, init_from=base, out_dir=out, max_iters=int(iters), learning_rate=float(rate), min_lr=float(rate) / 10, lora_r=int(rank) if how == 'LoRA' else 0,
+                    batch_size=8, warmup_iters=2, eval_interval=max(1, int(iters) // 2), eval_iters=2, overwrite=True)
+        launch(root, 'sft', out, [command(root, 'sft', '', keys)])
+        return ''
+
+    def tick(out, before):
+        if not re.fullmatch(r'[\w./-]+', out or '') or not os.path.exists(os.path.join(inside(root, out), 'run.json')):
+            return gr.skip(), gr.skip()
+        now = signature(root, out)
+        return (gr.skip(), gr.skip()) if now == before else (live_html(root, out, ('loss', 'tok_per_s')), now)
+
+    def to_chat(out, base):
+        if out not in find_models(root):
+            raise ValueError(f'{out} has no checkpoint yet')
+        return gr.Dropdown(list(find_models(root)), value=[base, out])
+    check.click(polite(lambda f, b: check_upload(root, f, b)), [file, base], [kept, looked])
+    go.click(polite(begin), [kept, base, how, rank, iters, rate, out], seen)
+    talk.click(polite(to_chat), [out, base], chat_names)
+    export.click(polite(lambda o: export_model(root, o)), out, done)
+    gr.Timer(2).tick(polite(tick), [out, seen], [view, seen], show_progress='hidden')
+
+
+def pair_html(journal, pair):
+    """Progress, and the pair to label: blind, which model wrote what is not on the page."""
+    pairs, labels, broken = journal.state()
+    kinds = [m['label'] for m in labels.values()]
+    count = ', '.join(f'{kinds.count(k)} {k}' for k in ('a', 'b', 'tie', 'skip', 'edit') if k in kinds)
+    head = f'<p><b id=labelled>{len(labels)}</b> of {len(pairs)} pairs labelled{esc(": " + count if count else "")}{f" ({broken} broken lines left out)" if broken else ""}</p>'
+    if not pair:
+        return head + '<p class=note>No open pair: make or import some below.</p>'
+    sides = ''.join(f'<div><h4>{k.upper()}</h4><div class=answer>{esc(pair[k].strip())}</div></div>' for k in 'ab')
+    return f'{head}<div data-pair={esc(pair["id"])}><div class="bubble user">{esc(pair["prompt"])}</div><div class=side>{sides}</div></div>'
+
+
+def annotate_tab(gr, root, models, lms, rewards, chat_names):
+    journals, session, current = {}, gr.State(lambda: os.urandom(4).hex()), gr.State(None)
+
+    def of(name):
+        if name not in journals:
+            journals[name] = Journal(root, name)
+        return journals[name]
+    name = gr.Textbox('labels', label='journal', info='annotations/NAME.jsonl, append-only; every label is on the disk before the next pair comes')
+    page = gr.HTML(elem_classes='page', elem_id='pair')
+    with gr.Row():
+        buttons = {k: gr.Button(text, elem_id=f'key-{k}', min_width=90) for k, text in (('a', 'A is better (a)'), ('b', 'B is better (b)'), ('tie', 'Tie (t)'), ('skip', 'Skip (s)'),
+                                                                                        ('undo', 'Undo (u)'), ('edit', 'Edit (e)'))}
+    with gr.Group(visible=False) as editor:
+        side = gr.Radio(['a', 'b'], value='a', label='write a better version of')
+        text, save = gr.Textbox(label='better answer', lines=3), gr.Button('Save the edit')
+
+    def show(name, who):
+        pair = of(name).next(who)
+        return pair_html(of(name), pair), pair
+
+    def mark(kind):
+        def act(name, who, pair):
+            if pair:
+                of(name).label(pair['id'], kind, 'human', session=who)
+            return show(name, who)
+        return polite(act)
+
+    def undo(name, who):
+        of(name).undo(who)
+        return show(name, who)
+    for kind in ('a', 'b', 'tie', 'skip'):
+        buttons[kind].click(mark(kind), [name, session, current], [page, current], show_progress='hidden', concurrency_id='journal')
+    buttons['undo'].click(polite(undo), [name, session], [page, current], show_progress='hidden', concurrency_id='journal')
+    buttons['edit'].click(lambda p: (gr.Group(visible=bool(p)), p['a'].strip() if p else '', 'a'), current, [editor, text, side])
+    side.input(lambda p, s: p[s].strip() if p else '', [current, side], text)
+
+    def keep(name, who, pair, side, text):
+        if pair and text.strip():
+            of(name).label(pair['id'], 'edit', 'human', session=who, of=side, text=text)
+        return *show(name, who), gr.Group(visible=False)
+    save.click(polite(keep), [name, session, current, side, text], [page, current, editor], concurrency_id='journal')
+    name.submit(polite(show), [name, session], [page, current])
+    with gr.Accordion('Make or import pairs', open=False):
+        writers = gr.Dropdown(lms, value=[n for n in ('out-sft', 'out-ppo') if n in lms], multiselect=True, max_choices=2, label='one model, or two')
+        source = gr.Textbox('data/toy/prompts_val.jsonl', label='prompts: a file of rows with "prompt", or one prompt a line', lines=2)
+        with gr.Row():
+            many, heat = gr.Number(20, label='pairs', precision=0), gr.Slider(0.1, 2, 1.0, label='temperature')
+            make = gr.Button('Make pairs', elem_id='make')
+        given, load = gr.File(label='preference rows, or prompt/a/b rows', file_types=['.jsonl', '.json', '.csv'], type='filepath', height=120), gr.Button('Import')
+
+    def made(name, who, writers, source, many, heat):
+        if not writers:
+            raise ValueError('choose one or two models')
+        if re.fullmatch(r'\S+\.(jsonl|json|csv)', source.strip()):
+            rows = load_dataset(inside(root, source.strip()))
+            prompts = [r['prompt'] for r in rows.shuffle(random.randrange(1 << 30)).select(range(min(int(many), len(rows)))) if isinstance(r.get('prompt'), str)]
+        else:
+            prompts = [line for line in source.replace('\\n', '\n').split('\n') if line.strip()][:int(many)] if '\\n' not in source else [p.replace('\\n', '\n') for p in source.split('\n') if p.strip()]
+        make_pairs(models, of(name), prompts, writers, heat)
+        return show(name, who)
+
+    def imported(name, who, path):
+        check = path or ''
+        if not check:
+            raise ValueError('choose a file first')
+        of(name).load(check)
+        return show(name, who)
+    make.click(polite(made), [name, session, writers, source, many, heat], [page, current])
+    load.click(polite(imported), [name, session, given], [page, current])
+    after_labels(gr, root, models, of, name, session, page, current, lms, rewards, chat_names, show)
+    return show, [name, session], [page, current]
+
+
+def after_labels(gr, root, models, of, name, session, page, current, lms, rewards, chat_names, show):
+    """What labels are for: agreement with a reward model, a judge for the rest, export, and the one button that trains on them."""
+    out = gr.HTML(elem_classes='page', elem_id='after')
+    with gr.Row():
+        judge = gr.Dropdown(rewards, value=rewards[0] if rewards else None, label='reward model', allow_custom_value=True, info='or the name of a model at the endpoint')
+        url, key = gr.Textbox(label='endpoint of a judge (OpenAI-compatible)', placeholder='http://127.0.0.1:8000/v1'), gr.Textbox(label='its key', type='password')
+    with gr.Row():
+        agree, ask, export = gr.Button('Agreement with the labels'), gr.Button('Let it label the rest'), gr.Button('Export')
+    with gr.Row():
+        base = gr.Dropdown(lms, value='out-sft' if 'out-sft' in lms else None, label='model to train')
+        algorithm, steps = gr.Radio(['ppo', 'dpo'], value='dpo', label='with'), gr.Number(10, label='steps', precision=0)
+        refit = gr.Button('Refit the reward model, train, chat again', variant='primary', elem_id='refit')
+    view, seen, outs = gr.HTML(elem_classes='page', elem_id='refitted'), gr.State(''), gr.State([])
+
+    def agreed(name, judge):
+        right, n = agreement(models.get(judge, 'scalar'), of(name))
+        lo, hi = rm.wilson(right, n) if n else (0, 0)
+        return f'<p>{esc(judge)} agrees with {right} of {n} labels' + (f': {right / n:.0%} ({lo:.0%} to {hi:.0%})</p>' if n else '; label some pairs first</p>')
+
+    def asked(name, who, judge, url, key):
+        n = judge_all(models, of(name), judge, url.strip(), key)
+        return f'<p>{esc(judge)} labelled {n} pairs</p>', *show(name, who)
+
+    def exported(name):
+        path, n, ties = of(name).export()
+        return f'<p>{n} preferences in {esc(os.path.relpath(path, root))}, {ties} ties beside it</p>'
+
+    def refitted(name, base, algorithm, steps):
+        commands, outs = refit_commands(root, of(name), base, algorithm, int(steps), name)
+        launch(root, 'reward', outs[0], commands)
+        return outs, '', f'<pre>{esc(chr(10).join(map(shown, commands)))}</pre>'
+
+    def tick(outs, base, before):
+        if not outs:
+            return gr.skip(), gr.skip(), gr.skip()
+        now = signature(root, outs[0]) + signature(root, outs[1])
+        if now == before:
+            return gr.skip(), gr.skip(), gr.skip()
+        first, ready = run_of(root, outs[0]), outs[1] in find_models(root) and run_of(root, outs[1]).state == 'finished'
+        page = f'<p data-refit={"done" if ready else first.state}>{esc(outs[1])}: {"trained: chat with it in the first tab" if ready else esc(first.state)}</p>{live_html(root, outs[1] if run_of(root, outs[1]).rows else outs[0])}'
+        return page, now, gr.Dropdown([n for n, k in find_models(root).items() if k != 'reward'], value=[base, outs[1]]) if ready else gr.skip()
+    agree.click(polite(agreed), [name, judge], out)
+    ask.click(polite(asked), [name, session, judge, url, key], [out, page, current])
+    export.click(polite(exported), name, out)
+    refit.click(polite(refitted), [name, base, algorithm, steps], [outs, seen, out])
+    gr.Timer(2).tick(polite(tick), [outs, base, seen], [view, seen, chat_names], show_progress='hidden')
+
+
+def dashboard_tab(gr, root):
+    with gr.Row():
+        which = gr.Dropdown([r.name for r in find_runs(root)], value=[], multiselect=True, label='runs', info='none = all', scale=2)
+        x = gr.Radio(['step', 'time', 'kl'], value='step', label='over')
+        soft = gr.Slider(0, 0.98, 0.6, step=0.02, label='smoothing')
+        path = gr.Textbox('out/report.html', label='report file')
+    with gr.Row():
+        draw, keep = gr.Button('Draw', variant='primary', elem_id='draw'), gr.Button('Write the report')
+    said, page = gr.HTML(elem_classes='page'), gr.HTML(elem_classes='page', elem_id='dashboard')
+
+    def drawn(which, x, soft):
+        return gr.Dropdown([r.name for r in find_runs(root)]), dashboard(root, [r for r in find_runs(root) if not which or r.name in which], x=x, smoothing=soft)
+    act = polite(drawn)
+    draw.click(act, [which, x, soft], [which, page])
+    x.input(act, [which, x, soft], [which, page])
+    keep.click(polite(lambda p: f'<p>written: {esc(os.path.relpath(write_report(root, p), root))}</p>'), path, said)
+    return act, [which, x, soft], [which, page]
+
+
+def build(gr, root):
+    """The page: five tabs over one folder."""
+    models = Models(root)
+
+    def listed():
+        kinds = find_models(root)
+        return [n for n, k in kinds.items() if k in ('lm', 'adapter')], [n for n, k in kinds.items() if k == 'reward']
+    lms, rewards = listed()
     with gr.Blocks(title='plainRLHF', fill_width=True) as page:
-        shown_ = gr.HTML(elem_classes='page')
-        page.load(lambda: dashboard(root), outputs=shown_)
-    page.launch(server_name=host, server_port=port, share=share, auth=login, css=CSS)
+        empty = '' if lms or rewards or find_runs(root) else '<p class=note>This folder holds no model and no run yet: start one in Train, or run bash quickstart.sh first.</p>'
+        gr.HTML(f'<h1>plainRLHF</h1>{empty}', elem_classes='page')
+        with gr.Tab('Chat'):
+            names, again, others = chat_tab(gr, models, (lms, rewards))
+        with gr.Tab('Train'):
+            train_tab(gr, root)
+        with gr.Tab('Finetune'):
+            finetune_tab(gr, root, lms, names)
+        with gr.Tab('Annotate') as labelling:
+            show, ins, outs = annotate_tab(gr, root, models, lms, rewards, names)
+        with gr.Tab('Dashboard') as looking:
+            act, dash_in, dash_out = dashboard_tab(gr, root)
+
+        def refresh():
+            lms, rewards = listed()
+            return gr.Dropdown(lms), gr.Dropdown(lms), gr.Dropdown(rewards), gr.Dropdown([n for n in lms if 'ppo' in n])
+        again.click(polite(refresh), None, [names, *others])
+        labelling.select(polite(show), ins, outs, show_progress='hidden')
+        looking.select(act, dash_in, dash_out)
+    return page
+
+
+def serve(root, login):
+    """Until Ctrl-C. Loopback names only as Host (a web page cannot reach in by renaming itself), no fonts or counters from elsewhere."""
+    os.environ.update(GRADIO_TEMP_DIR=os.path.join(root, 'uploads', '.tmp'), GRADIO_ANALYTICS_ENABLED='False')
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
+    local = [] if login else [Middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1', 'localhost', '[::1]'])]
+    build(gr, root).queue(default_concurrency_limit=1).launch(
+        server_name=host, server_port=port, share=share, auth=login, css=CSS, head=KEYS, theme=gr.themes.Default(**fonts), show_error=False, ssr_mode=False,
+        max_file_size=f'{UPLOAD_MB}mb', footer_links=[], app_kwargs=dict(middleware=local))
 
 
 def main():
