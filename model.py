@@ -332,7 +332,8 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(pos)
         else:
-            angle = pos[:, None].float() * self.inv_freq.to(pos.device)
+            inv = self.inv_freq.to(pos.device, torch.promote_types(x.dtype, torch.float32))  # float32 in half precision, float64 in float64
+            angle = pos[:, None].to(inv.dtype) * inv
             rope = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
