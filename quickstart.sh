@@ -46,5 +46,7 @@ run "out-lora$tag"   python dpo.py    config/dpo_toy.py      --seed=$seed --out_
 run "out-grpo$tag"   python grpo.py   config/grpo_toy.py     --seed=$seed --out_dir="out-grpo$tag"   --init_from="out-sft$tag"
 say python data/toy/report.py --out="out$tag" base="out-base$tag" sft="out-sft$tag" reward="out-reward$tag" ppo="out-ppo$tag" dpo="out-dpo$tag" dpo_lora="out-lora$tag" grpo="out-grpo$tag"
 python data/toy/report.py --out="out$tag" base="out-base$tag" sft="out-sft$tag" reward="out-reward$tag" ppo="out-ppo$tag" dpo="out-dpo$tag" dpo_lora="out-lora$tag" grpo="out-grpo$tag"
+say python app.py --report="out$tag/report.html"
+python app.py --report="out$tag/report.html"
 echo
 echo "$(( $(date +%s) - started )) seconds beside the installation. Now: python infer.py --init_from=out-ppo$tag --chat   or   python app.py"

@@ -63,12 +63,13 @@ def run(fn, inputs, dtype, grads):
     return [o.detach() for o in out], [x.grad for x in leaves]
 
 
-def hold(ours, plain, exact, factor, what, ulp=0.0):
-    """The tolerance rule. Where plain PyTorch happens to be exact, a few units in the last place are allowed."""
+def hold(ours, plain, exact, factor, what, ulp=0.0, scale=1e-3):
+    """The tolerance rule. Where plain PyTorch happens to be exact, a few units in the last place are allowed, of the value itself or of
+    `scale` (a gradient that cancels to 0, as dq with one visible key, is as exact as the terms that cancel)."""
     assert ours.shape == exact.shape and torch.isfinite(ours).all(), f'{what}: shape {tuple(ours.shape)} or not finite'
     if exact.numel() == 0:
         return
-    floor = max(ulp, 4 * torch.finfo(ours.dtype).eps) * max(exact.abs().max().item(), 1e-3)
+    floor = max(ulp, 4 * torch.finfo(ours.dtype).eps) * max(exact.abs().max().item(), scale)
     err, limit = (ours.double() - exact).abs().max().item(), factor * (plain.double() - exact).abs().max().item() + floor
     assert err <= limit, f'{what}: error {err:.3g}, allowed {limit:.3g} (KERNEL_SEED={SEED})'
 
@@ -84,9 +85,10 @@ def check_against(fn, ref, inputs, what='', ulp=0.0):
     plain, g_plain = run(ref, inputs, None, grads)
     for i, (a, b, c) in enumerate(zip(ours, plain, exact)):
         hold(a, b, c, 2, f'{what} output {i}', ulp)
+    scale = max([g.abs().max().item() for g in g_exact if g.numel()] + [1e-3])
     for i, (a, b, c) in enumerate(zip(g_ours, g_plain, g_exact)):
         assert a.dtype == inputs[i].dtype
-        hold(a, b, c, 3, f'{what} gradient {i}')
+        hold(a, b, c, 3, f'{what} gradient {i}', scale=scale)
 
 
 # ---- norms, rotary, activations ---------------------------------------------------------------------------------------
