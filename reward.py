@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import infer
 import kernels as K
 import lora
-from dataset import Sampler, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
+from dataset import Sampler, encode_pair, get_tokenizer, load_dataset, pack
 from model import (RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
                    rng_state, save_checkpoint, set_rng_state, training_bytes, write_json)
 

@@ -25,9 +25,8 @@ import torch
 import kernels as K
 import lora
 from dataset import Sampler, collate_packed, encode_row, get_tokenizer, load_dataset, pack, show_masks as coloured
-from model import (GPT, GPTConfig, RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, peak_flops,
+from model import (GPTConfig, RunLog, activation_bytes, check_finite, eta, memory_now, memory_plan, open_run, peak_flops,
                    pick_device, pick_threads, rng_state, save_checkpoint, set_rng_state, training_bytes)
-from dataclasses import asdict
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -233,7 +232,7 @@ if __name__ == '__main__':
 
     # ---- loop ----------------------------------------------------------------------------------------------------
     model.train()
-    t_log, seen = time.time(), 0
+    rates = []
     for it in range(start, max_iters + 1):
         if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only):
             val = evaluate()
@@ -267,10 +266,14 @@ if __name__ == '__main__':
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         dt, n = time.time() - t0, sum(x.numel() for x, _, _ in micro)
+        rates.append(n / dt)
         log.row(it, 'train', loss=loss, grad_norm=norm, lr=lr, tokens=n, tok_per_s=n / dt)
         if it % 10 == 0:
             print(f'iter {it}/{max_iters} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.1e} | {dt * 1e3:.0f} ms | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}')
 
     # ---- end -----------------------------------------------------------------------------------------------------
     peak = memory_now(device, peak=True) - max(0, base_memory)
+    if rates:
+        rate = sorted(rates)[len(rates) // 2]
+        print(f'{rate:,.0f} tok/s on the median, {model.estimate_mfu(rate, T, peak_flops(device)):.0%} of what one matrix product after the other would reach here')
     print(f'done: best val loss {best:.4f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt')

@@ -20,7 +20,6 @@ import torch
 
 import gold
 import infer
-import lora
 from dataset import get_tokenizer, load_dataset, pad
 from model import load_model
 from reward import reward_of
