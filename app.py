@@ -468,7 +468,11 @@ class Journal:
         rows, broken = read_rows(self.path)
         undone = {r.get('label') for r in rows if r.get('kind') == 'undo'}
         pairs = {r['id']: r for r in rows if r.get('kind') == 'pair' and all(isinstance(r.get(k), str) for k in ('id', 'prompt', 'a', 'b'))}
-        labels = {r['pair']: r for r in rows if r.get('kind') == 'label' and r.get('pair') in pairs and r.get('id') not in undone}
+        labels = {}  # in the order of the file: clocks are too coarse to say which label was the last
+        for r in rows:
+            if r.get('kind') == 'label' and r.get('pair') in pairs and r.get('id') not in undone:
+                labels.pop(r['pair'], None)
+                labels[r['pair']] = r
         return pairs, labels, broken
 
     def next(self, session, seconds=300):
@@ -492,7 +496,7 @@ class Journal:
     def undo(self, by):
         """Takes back the last label of this session; its pair comes again. None when there is none."""
         mine = [r for r in self.state()[1].values() if by in (r.get('by'), r.get('session'))]
-        last = max(mine, key=lambda r: r['time'], default=None)
+        last = mine[-1] if mine else None
         if last:
             self.append(dict(kind='undo', label=last['id']))
             self.leases.pop(last['pair'], None)

@@ -69,7 +69,7 @@ def hold(ours, plain, exact, factor, what, ulp=0.0, scale=1e-3):
     assert ours.shape == exact.shape and torch.isfinite(ours).all(), f'{what}: shape {tuple(ours.shape)} or not finite'
     if exact.numel() == 0:
         return
-    floor = max(ulp, 4 * torch.finfo(ours.dtype).eps) * max(exact.abs().max().item(), scale)
+    floor = max(ulp, 16 * torch.finfo(ours.dtype).eps) * max(exact.abs().max().item(), scale)
     err, limit = (ours.double() - exact).abs().max().item(), factor * (plain.double() - exact).abs().max().item() + floor
     assert err <= limit, f'{what}: error {err:.3g}, allowed {limit:.3g} (KERNEL_SEED={SEED})'
 
@@ -177,7 +177,7 @@ def test_rope_turns_relative(side, dtype):
 @pytest.mark.parametrize('layout', ['plain', 'rows', 'strided'])
 def test_swiglu_gelu(side, dtype, layout):
     g, u = (draw(3, 5, 83, side=side, dtype=dtype, layout=layout, scale=3) for _ in range(2))
-    check_against(K.swiglu, lambda g, u: g / (1 + torch.exp(-g)) * u, [g, u], 'swiglu')
+    check_against(K.swiglu, lambda g, u: g * torch.sigmoid(g) * u, [g, u], 'swiglu')
     check_against(K.gelu, lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x ** 3))), [g], 'gelu')
     big = torch.tensor([-100.0, 0.0, 100.0], dtype=dtype, device=dev(side))
     assert torch.equal(K.gelu(big), torch.tensor([-0.0, 0.0, 100.0], dtype=dtype, device=dev(side)))

@@ -63,9 +63,9 @@ def test_gsm8k_reference_without_number_is_an_error():
 def test_hostile_completions_are_fast_and_harmless():
     for text in ('1,' * 20000, '1/' * 20000, '\\boxed{' * 5000, '{' * 20000, '\\frac{' * 5000, '#' * 20000, 'answer is ' * 3000, ' 1' * 20000, '-' * 20000, '$' * 20000,
                  '9' * 20000, '1e999', '\\frac' * 5000, '1' + ' ' * 20000 + '/', '\ud800', '\0' * 99):
-        start = time.perf_counter()
+        start = time.process_time()
         assert gsm.reward('', text, {'answer': '#### 77'}) == 0 and toy.reward('', text, {'answer': '77'}) == 0
-        assert time.perf_counter() - start < 1, text[:20]
+        assert time.process_time() - start < 5, text[:20]  # CPU seconds: milliseconds when linear, minutes when a pattern backtracks
 
 
 @pytest.mark.parametrize('text, want', [
