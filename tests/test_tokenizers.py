@@ -308,7 +308,7 @@ def test_published_templates_equal_transformers(folders, which):
         if which in ('', name):
             t = with_template(tok, template)
             for m, args in [*((m, {}) for m in CHATS.values()), (CHATS['multi'], {'enable_thinking': False}), (CHATS['think'], {'enable_thinking': False}), (TOOL_CHAT, {'tools': TOOLS})]:
-                if same_as_transformers(t, hf, template, m, **args) and name not in ('idefics3', 'smolvlm'):
+                if same_as_transformers(t, hf, template, m, **args) and not name.startswith(('idefics3', 'smolvlm')):  # these drop content that is a string
                     done += 1
                     if m in (CHATS['multi'], TOOL_CHAT):
                         said = ''.join(wrote(t, m, **args))
