@@ -1417,6 +1417,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header('Content-Type', 'application/json')
         self.send_header('Content-Length', str(len(data)))
+        if self.close_connection:
+            self.send_header('Connection', 'close')  # said, else a client that keeps connections sends its next request into a closed one
         self.end_headers()
         self.wfile.write(data)
 
