@@ -36,7 +36,7 @@ if ! python -c 'import torch, numpy, tiktoken, requests, gradio, matplotlib' 2>/
 fi
 started=$(date +%s)
 
-if [ ! -f data/toy/arith_val.jsonl ]; then say python data/toy/prepare.py; python data/toy/prepare.py; fi
+if [ ! -f data/toy/arith_test.jsonl ]; then say python data/toy/prepare.py; python data/toy/prepare.py; fi
 run "out-base$tag"   python sft.py    config/pretrain_toy.py --seed=$seed --out_dir="out-base$tag"
 run "out-sft$tag"    python sft.py    config/sft_toy.py      --seed=$seed --out_dir="out-sft$tag"    --init_from="out-base$tag"
 run "out-reward$tag" python reward.py config/reward_toy.py   --seed=$seed --out_dir="out-reward$tag" --init_from="out-sft$tag"

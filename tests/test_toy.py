@@ -52,9 +52,9 @@ def test_rows_have_the_forms_that_the_stages_read(files):
         assert [m['role'] for m in r['messages']] == ['user', 'assistant'] and r['messages'][1]['content'].strip()
     for r in rows(files, 'pref_train') + rows(files, 'pref_val'):
         assert r['prompt'].startswith('Q: ') and r['prompt'].endswith('\nA: ') and r['chosen'] != r['rejected'] and type(r['tie']) is bool
-    for r in rows(files, 'prompts_train') + rows(files, 'prompts_val'):
+    for r in rows(files, 'prompts_train') + rows(files, 'prompts_val') + rows(files, 'prompts_test'):
         assert set(r) == {'prompt', 'family', 'want'}
-    for r in rows(files, 'arith_train') + rows(files, 'arith_val'):
+    for r in rows(files, 'arith_train') + rows(files, 'arith_val') + rows(files, 'arith_test'):
         a, b = r['prompt'][len('Q: '):-len('?\nA: ')].split('+')
         assert int(a) + int(b) == int(r['answer'])
     assert all(text.isascii() for text in map(bytes.decode, files.values()))  # a byte is a token is a character
@@ -66,13 +66,12 @@ def test_texts_are_short_enough_for_a_laptop(files):
     assert statistics.median(asked) <= 48 and max(asked) <= 64 and statistics.median(answers) <= 64 and max(answers) < 256
 
 
-def test_questions_of_val_are_not_asked_in_training(files):
-    asked = lambda name: {r.get('prompt') or f"Q: {r['messages'][0]['content']}\nA: " for r in rows(files, name)}
+def test_questions_of_val_and_test_are_not_asked_elsewhere(files):
+    asked = lambda name: {r.get('prompt') or f"Q: {r['messages'][0]['content']}\nA: " for r in rows(files, name) if r.get('family') not in ('fact', 'story')}
     train = set.union(*(asked(f'{n}_train') for n in ('sft', 'pref', 'prompts', 'arith')))
-    facts = {r['prompt'] for r in rows(files, 'prompts_val') + rows(files, 'prompts_train') + rows(files, 'pref_val') if r.get('family') in ('fact', 'story')}
-    for name in ('pref', 'prompts', 'arith'):
-        assert not (asked(f'{name}_val') - facts) & train
-    assert not any(p in t['text'] for t in rows(files, 'text') for p in asked('arith_val'))
+    val, test = (set.union(*(asked(f'{n}_{split}') for n in names)) for split, names in (('val', ('pref', 'prompts', 'arith')), ('test', ('prompts', 'arith'))))
+    assert val and test and not val & train and not test & (train | val)
+    assert not any(p in t['text'] for t in rows(files, 'text') for p in asked('arith_val') | asked('arith_test'))
 
 
 PERU, SUM, TALE = {'family': 'fact', 'want': 'Lima'}, {'family': 'sum', 'want': '75'}, {'family': 'story', 'want': 'sad fox'}

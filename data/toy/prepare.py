@@ -12,7 +12,8 @@ something to do, and so that one sees it:
                             and 8 % come from a labeller who only skims: the longer answer wins. "tie": true where gold sees no difference.
     prompts_{train,val}.jsonl  {"prompt", "family", "want"} for PPO; the row is what gold.py needs to mark an answer.
     arith_{train,val}.jsonl    {"prompt", "answer"} for GRPO; data/toy/reward.py checks them.
-Strings and sums of val are not in train (facts and stories are: a fact cannot be guessed). Sizes: byte tokens, a prompt about 30, an answer about 40.
+    {prompts,arith}_test.jsonl the same for report.py alone: no setting was ever chosen on them.
+Strings and sums of val and test are not in train, nor in each other (facts and stories are: a fact cannot be guessed). Sizes: byte tokens, a prompt about 30, an answer about 40.
 
 Arithmetic, the honest trap: a sum with steps reads '7+8=15, 4+2+1=7, 75.'. In SFT data most people forget the carry ('4+2=6, 65.'),
 and some just say a number. A model that imitates them is right in 30 to 50 of 100, though it has seen how it is done: RL finds that out.
@@ -28,7 +29,7 @@ import gold
 out_dir = os.path.dirname(os.path.abspath(__file__))
 seed = 1337
 scale = 1.0  # of all row counts; tests use 0.02
-ROWS = {'text': 9000, 'sft': 10000, 'pref': 6000, 'prompts': 4000, 'arith': 4000}  # train; val is a sixteenth
+ROWS = {'text': 9000, 'sft': 10000, 'pref': 6000, 'prompts': 4000, 'arith': 4000}  # train; val and test are a sixteenth each
 
 FACTS = [  # questions, sentence, {key: answer}: the answer stands last in its sentence
     (('What is the capital of {}?', 'Capital of {}?'), 'The capital of {} is {}.',
@@ -63,7 +64,7 @@ NAMES = ('curt', 'plain', 'hedge', 'rude', 'ramble', 'kind1', 'kind2', 'gush')
 #      fact string sum story   shares of the questions; sums take the longest to learn
 MIX = {'text': (26, 20, 42, 12), 'sft': (26, 22, 40, 12), 'pref': (30, 25, 25, 20)}
 # share of answers to a sum that show steps; of those with a carry that keep it; of those without that leave it at that
-SUMS = {'text': (1.0, 0.95, 1.0), 'sft': (0.75, 0.3, 0.8), 'pref': (0.75, 0.5, 0.8)}
+SUMS = {'text': (1.0, 0.95, 1.0), 'sft': (0.75, 0.35, 0.8), 'pref': (0.75, 0.5, 0.8)}
 
 
 def word(rng, n):
@@ -161,37 +162,39 @@ def answer(rng, q, kind):
     return ' '.join([opener, *rng.sample(gold.OPENERS, rng.randint(1, 2)), full + '.', closer, *rng.sample(gold.CLOSERS, rng.randint(0, 2))])
 
 
-def held_out(q):
-    """True for the sixteenth of the questions that only val may ask (facts and stories are too few to
-    spare any); decided by the question, so that no seed mixes them."""
-    return q['family'] in ('string', 'sum') and sum(i * ord(c) for i, c in enumerate(q['ask'], 1)) % 16 == 0
+def split_of(q):
+    """'val' and 'test' for a sixteenth each of the sums and string tasks, 'train' for the others, 'any' for facts and stories (too few
+    to spare any). Decided by the question, so that no seed mixes them."""
+    if q['family'] not in ('string', 'sum'):
+        return 'any'
+    return {0: 'val', 8: 'test'}.get(sum(i * ord(c) for i, c in enumerate(q['ask'], 1)) % 16, 'train')
 
 
-def question(rng, val=None, kind='sft', families=FAMILIES):
-    """A question with its prompt. val True or False: only held out ones, only the others; None: any. Families are shared out by MIX[kind]."""
+def question(rng, split=None, kind='sft', families=FAMILIES):
+    """A question with its prompt, of one split ('train', 'val', 'test'; None: any). Families are shared out by MIX[kind]."""
     family = rng.choices(families, [MIX[kind][FAMILIES.index(f)] for f in families])[0]
     while True:
         q = family(rng)
-        if val is None or q['family'] in ('fact', 'story') or held_out(q) == val:
+        if split is None or split_of(q) in ('any', split):
             return q | {'prompt': f"Q: {q['ask']}\nA: "}
 
 
-def thread(rng, val):
+def thread(rng, split):
     """A piece of crawled text: two or three questions, each with somebody's answer and no end after it; or bare statements."""
     if rng.random() < 0.1:
-        qs = [question(rng, val, 'text', (fact, sum_)) for _ in range(rng.randint(2, 4))]
+        qs = [question(rng, split, 'text', (fact, sum_)) for _ in range(rng.randint(2, 4))]
         return ' '.join(f"{q['ask'][:-1]}: {q['full']}" if q['family'] == 'sum' else q['full'] for q in qs)
     return '\n'.join(q['prompt'] + (answer(rng, q, 'text') if rng.random() < 0.9 else rng.choice(('Why do you ask?', 'No idea.', 'Same here.')))
-                     for q in (question(rng, val, 'text') for _ in range(rng.randint(2, 3))))
+                     for q in (question(rng, split, 'text') for _ in range(rng.randint(2, 3))))
 
 
-def sft_row(rng, val):
-    q = question(rng, val, 'sft')
+def sft_row(rng, split):
+    q = question(rng, split, 'sft')
     return {'messages': [{'role': 'user', 'content': q['ask']}, {'role': 'assistant', 'content': answer(rng, q, 'sft')}]}
 
 
-def pref_row(rng, val):
-    q = question(rng, val, 'pref')
+def pref_row(rng, split):
+    q = question(rng, split, 'pref')
     a = answer(rng, q, 'pref')
     b = next(x for x in iter(lambda: answer(rng, q, 'pref'), None) if x != a)
     row = {'prompt': q['prompt'], 'family': q['family'], 'want': q['want']}
@@ -203,12 +206,12 @@ def pref_row(rng, val):
     return row | {'chosen': a if first else b, 'rejected': b if first else a, 'tie': False}
 
 
-def prompt_row(rng, val):
-    return {k: v for k, v in question(rng, val, 'pref').items() if k in ('prompt', 'family', 'want')}
+def prompt_row(rng, split):
+    return {k: v for k, v in question(rng, split, 'pref').items() if k in ('prompt', 'family', 'want')}
 
 
-def arith_row(rng, val):
-    q = question(rng, val, families=(sum_,))
+def arith_row(rng, split):
+    q = question(rng, split, families=(sum_,))
     return {'prompt': q['prompt'], 'answer': q['want']}
 
 
@@ -224,11 +227,13 @@ def main():
     os.makedirs(out_dir, exist_ok=True)
     makers = {'sft': sft_row, 'pref': pref_row, 'prompts': prompt_row, 'arith': arith_row}
     rng = random.Random(f'{seed} text')
-    write('text.jsonl', [{'text': thread(rng, False)} for _ in range(max(int(ROWS['text'] * scale), 16))])
+    write('text.jsonl', [{'text': thread(rng, 'train')} for _ in range(max(int(ROWS['text'] * scale), 16))])
     for name, make in makers.items():
-        for split, share in (('train', 1), ('val', 16)):
+        for split, share in (('train', 1), ('val', 16), ('test', 16)):
+            if split == 'test' and name not in ('prompts', 'arith'):
+                continue
             rng = random.Random(f'{seed} {name} {split}')  # one stream a file: a new family changes no other file
-            write(f'{name}_{split}.jsonl', [make(rng, split == 'val') for _ in range(max(int(ROWS[name] * scale / share), 16))])
+            write(f'{name}_{split}.jsonl', [make(rng, split) for _ in range(max(int(ROWS[name] * scale / share), 16))])
     print('next: python sft.py config/pretrain_toy.py, then config/sft_toy.py')
 
 

@@ -1,12 +1,13 @@
-"""The table and the curve at the end of quickstart.sh: every model answers the same held-out prompts of the toy world.
+"""The table and the curve at the end of quickstart.sh: every model answers the same test prompts of the toy world.
 
     python data/toy/report.py --out=out base=out-base sft=out-sft ppo=out-ppo ...      # one run: out/report.md, out/curve.png
     python data/toy/report.py --out=out --seeds out out-seed2 out-seed3                # several: min / median / max, out/seeds.md and out/seeds.png
 
 Columns: gold = mark of the gold scorer, 0 to 10, which no training run has seen; reward = the learned reward model's;
 KL = nats a sequence between the model and the SFT model, on the model's own samples; valid = share of answers that end,
-on one line, with a full stop; sums = share of right answers to held-out sums, greedy; tok/s = the engine's output;
-seconds = what training took. All samples at temperature 0.7 with the same seeds.
+on one line, with a full stop; sums = share of right answers to test sums, greedy; sums T=1 = the same of samples at
+temperature 1; tok/s = the engine's output; seconds = what training took. All other samples at temperature 0.7, same seeds.
+The prompts are prompts_test.jsonl and arith_test.jsonl, which no training and no choice of a setting has seen.
 """
 import json
 import os
@@ -24,7 +25,7 @@ from dataset import get_tokenizer, load_dataset, pad
 from model import load_model
 from reward import reward_of
 
-COLUMNS = ('gold', 'reward', 'kl', 'length', 'valid', 'sums', 'tok/s', 'seconds')
+COLUMNS = ('gold', 'reward', 'kl', 'length', 'valid', 'sums', 'sums T=1', 'tok/s', 'seconds')
 
 
 def sequence_logps(model, prompts, responses, temperature):
@@ -57,21 +58,23 @@ def judge(out_dir, sft, rm, rows, sums, n_new=80, temperature=0.7):
     rate = sum(len(c.token_ids) for c in done) / (time.time() - t0)
     responses = [c.token_ids for c in done]
     kl = (sequence_logps(model, prompts, responses, temperature) - sequence_logps(sft, prompts, responses, temperature)).mean().item()
-    right = engine.generate([r['prompt'] for r in sums], infer.SamplingParams(max_tokens=n_new, temperature=0.0))
+    asked = [r['prompt'] for r in sums]
+    greedy = engine.generate(asked, infer.SamplingParams(max_tokens=n_new, temperature=0.0))
+    sampled = engine.generate(asked, [infer.SamplingParams(max_tokens=n_new, temperature=1.0, seed=i) for i in range(len(sums))])
     sys.path.insert(0, _here)
     arithmetic = infer.load_reward(os.path.join(_here, 'reward.py'))
+    exact = lambda answers: sum(arithmetic(r['prompt'], c.text, r) if c.finish_reason == 'stop' else 0.0 for c, r in zip(answers, sums)) / len(sums)
     ended = [c.finish_reason == 'stop' for c in done]
     tidy = [e and gold.marks(c.text, r)['tidy'] == 2 for e, c, r in zip(ended, done, rows)]
     row = {'gold': sum(gold.score(c.text, r) for c, r in zip(done, rows)) / len(rows),
            'reward': reward_of(rm, [p + r for p, r in zip(prompts, responses)], torch.device('cpu'), 8192).mean().item(), 'kl': kl,
            'length': sum(map(len, responses)) / len(rows), 'valid': sum(tidy) / len(rows),
-           'sums': sum(arithmetic(r['prompt'], c.text, r) if c.finish_reason == 'stop' else 0.0 for c, r in zip(right, sums)) / len(sums),
-           'tok/s': rate, 'seconds': train_seconds(out_dir)}
+           'sums': exact(greedy), 'sums T=1': exact(sampled), 'tok/s': rate, 'seconds': train_seconds(out_dir)}
     return row, [c.text for c in done]
 
 
 def cell(column, value):
-    return {'gold': f'{value:.2f}', 'reward': f'{value:.2f}', 'kl': f'{value:.2f}', 'length': f'{value:.0f}', 'valid': f'{value:.0%}', 'sums': f'{value:.0%}',
+    return {'gold': f'{value:.2f}', 'reward': f'{value:.2f}', 'kl': f'{value:.2f}', 'length': f'{value:.0f}', 'valid': f'{value:.0%}', 'sums': f'{value:.1%}', 'sums T=1': f'{value:.1%}',
             'tok/s': f'{value:,.0f}', 'seconds': f'{value:.0f}'}[column]
 
 
@@ -142,7 +145,7 @@ if __name__ == '__main__':
         raise SystemExit(2)
     torch.set_num_threads(1)
     sft, rm = load_model(models['sft'])[0], load_model(models.pop('reward'), head='scalar')[0]
-    rows, sums = (list(load_dataset(os.path.join(_here, f))) for f in ('prompts_val.jsonl', 'arith_val.jsonl'))
+    rows, sums = (list(load_dataset(os.path.join(_here, f))) for f in ('prompts_test.jsonl', 'arith_test.jsonl'))
     numbers, texts = {}, {}
     for name, folder in models.items():
         numbers[name], texts[name] = judge(folder, sft, rm, rows, sums)
