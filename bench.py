@@ -844,9 +844,9 @@ def _train_ours(stage, folder, B, steps):
     return B * (len(t) - 1) / (t[-1] - t[0]), int(done.stdout.split()[-1])
 
 
-def _train_trl(stage, folder, B, steps):
+def _train_trl(stage, folder, B, steps, python=sys.executable):
     """The same of TRL's trainer on the same rows, model and batch, in a process of its own."""
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), 'trl_side', stage, folder, str(B), str(steps)], capture_output=True, text=True)
+    done = subprocess.run([python, os.path.abspath(__file__), 'trl_side', stage, folder, str(B), str(steps)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f'TRL {stage}: {done.stderr[-800:]}')
     rate, peak = done.stdout.split()[-2:]
@@ -870,7 +870,7 @@ def bench_trl_side(args):
         def on_step_end(self, *a, **k):
             assert k is not None
             times.append(time.time())
-    rows = [json.loads(x) for x in open(os.path.join(folder, {'sft': 'sft.jsonl', 'grpo': 'prompts.jsonl'}.get(stage, 'pref.jsonl')))]
+    rows = [json.loads(x) for x in open(os.path.join(folder, {'sft': 'sft.jsonl', 'grpo': 'prompts.jsonl', 'ppo': 'prompts.jsonl'}.get(stage, 'pref.jsonl')))]
     tok = PreTrainedTokenizerFast.from_pretrained(os.path.join(folder, 'lm'), pad_token='<pad>')
     lm = lambda: AutoModelForCausalLM.from_pretrained(os.path.join(folder, 'lm'), dtype=torch.float32)
     common = dict(output_dir=os.path.join(folder, 'trl'), max_steps=steps, per_device_train_batch_size=B, report_to=[], use_cpu=True, bf16=False, save_strategy='no', logging_steps=1,
@@ -884,6 +884,13 @@ def bench_trl_side(args):
         trainer = trl.RewardTrainer(rm, trl.RewardConfig(max_length=256, **common), train_dataset=data, processing_class=tok, callbacks=[Clock()])
     elif stage == 'dpo':
         trainer = trl.DPOTrainer(lm(), args=trl.DPOConfig(max_length=256, **common), train_dataset=data, processing_class=tok, callbacks=[Clock()])
+    elif stage == 'ppo':  # TRL 0.24 is the last that was seen with this trainer in its main part
+        data = data.map(lambda r: dict(input_ids=tok(r['prompt'])['input_ids']), remove_columns=['prompt'])
+        rm, value = (AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, 'rm'), dtype=torch.float32, num_labels=1) for _ in range(2))
+        args = trl.PPOConfig(num_ppo_epochs=4, num_mini_batches=1, response_length=64, temperature=1.0, total_episodes=steps * B, num_sample_generations=0,
+                             **{k: v for k, v in common.items() if k != 'max_steps'})
+        trainer = trl.PPOTrainer(args=args, processing_class=tok, model=lm(), ref_model=lm(), reward_model=rm, value_model=value, train_dataset=data, eval_dataset=data.select(range(8)),
+                                 callbacks=[Clock()])
     else:
         count = lambda completions, **_: [c.count('e') / 64 for c in completions]
         trainer = trl.GRPOTrainer(lm(), count, trl.GRPOConfig(num_generations=8, max_completion_length=64, temperature=1.0, beta=0.0, steps_per_generation=1, **common),
@@ -892,40 +899,57 @@ def bench_trl_side(args):
     print((len(times) - 1) * B / (times[-1] - times[0]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
 
 
-def _train_nano(folder, source):
-    """(our tokens/s, nanoGPT's) of plain pretraining: the same shapes through both train scripts, a checkout of nanoGPT in `source`."""
-    import json
+def _train_nano_data(source, name, tokens, vocab_size):
+    """Tokens as nanoGPT's train.py reads them: train.bin, val.bin (uint16), meta.pkl with the vocabulary size."""
     import pickle
+    import numpy as np
+    data = os.path.join(source, 'data', name)
+    os.makedirs(data, exist_ok=True)
+    for split, part in (('train', tokens[:len(tokens) * 9 // 10]), ('val', tokens[len(tokens) * 9 // 10:])):
+        np.asarray(part, np.uint16).tofile(os.path.join(data, split + '.bin'))
+    with open(os.path.join(data, 'meta.pkl'), 'wb') as f:
+        pickle.dump(dict(vocab_size=vocab_size, itos={}, stoi={}), f)
+
+
+def _train_nano(folder, source, rounds):
+    """{job: {'ours', 'nanogpt'}: tokens/s} through both train scripts, a checkout of nanoGPT in `source`: pretraining on tiny Shakespeare by characters
+    (data/shakespeare_char, prepared), and SFT on the toy rows: nanoGPT reads them as one stream in blocks of 256 and pads nothing either; its
+    step has 5 x 256 tokens, ours 24 rows = 1,215 tokens on average, and counts prompts as well as answers."""
+    import json
     import re
     import numpy as np
-    data = os.path.join(source, 'data', 'bench_random')
-    os.makedirs(data, exist_ok=True)
-    for name in ('train', 'val'):
-        np.random.default_rng(0).integers(0, 65, 200_000).astype(np.uint16).tofile(os.path.join(data, name + '.bin'))
-    with open(os.path.join(data, 'meta.pkl'), 'wb') as f:
-        pickle.dump(dict(vocab_size=65, itos={i: chr(33 + i) for i in range(65)}, stoi={chr(33 + i): i for i in range(65)}), f)
-    with open(os.path.join(data, 'meta.json'), 'w') as f:
-        json.dump(dict(vocab_size=65, chars=[chr(33 + i) for i in range(65)]), f)
-    shape = '--n_layer=4 --n_head=4 --n_embd=128 --block_size=128 --batch_size=16 --dropout=0.0 --max_iters=40 --eval_interval=100000 --eval_iters=1 --device=cpu'.split()
     here, out = os.path.dirname(os.path.abspath(__file__)), os.path.join(folder, 'out')
+    shakespeare, toy = os.path.join(here, 'data', 'shakespeare_char'), os.path.join(folder, 'toy')
+    if not os.path.exists(os.path.join(shakespeare, 'train.bin')):
+        raise SystemExit('error: no data/shakespeare_char/train.bin: python data/shakespeare_char/prepare.py (or --src=FILE) first')
+    _train_nano_data(source, 'bench_shakespeare', np.fromfile(os.path.join(shakespeare, 'train.bin'), np.uint16), 65)
+    subprocess.run([sys.executable, os.path.join(here, 'data', 'toy', 'prepare.py'), f'--out_dir={toy}'], check=True, capture_output=True)
+    rows = [json.loads(line)['messages'] for line in open(os.path.join(toy, 'sft_train.jsonl'))]
+    _train_nano_data(source, 'bench_toy', [t for r in rows for t in [*f"Q: {r[0]['content']}\nA: {r[1]['content']}".encode(), 256]], 258)
+    net, run = '--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0'.split(), '--max_iters=60 --eval_interval=100000 --eval_iters=1 --device=cpu --learning_rate=1e-3'.split()
+    jobs = {'pretraining': (['--block_size=128', '--batch_size=16'], 'bench_shakespeare', ['--block_size=128', '--batch_size=16', f'--dataset={shakespeare}'], 16 * 128),
+            'SFT, toy rows': (['--block_size=256', '--batch_size=5'], 'bench_toy', ['--block_size=256', '--batch_size=24', f'--dataset={toy}/sft_train.jsonl', '--tokenizer=byte'], 5 * 256)}
 
-    def nano():
-        done = subprocess.run([sys.executable, 'train.py', *shape, '--compile=False', '--dataset=bench_random', '--gradient_accumulation_steps=1', '--log_interval=1', f'--out_dir={out}n', '--bias=False'],
+    def nano(shape, name, tokens):
+        done = subprocess.run([sys.executable, 'train.py', *net, *run, *shape, '--compile=False', f'--dataset={name}', '--gradient_accumulation_steps=1', '--log_interval=1', f'--out_dir={out}n', '--bias=False'],
                               cwd=source, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         ms = sorted(float(x) for x in re.findall(r'time ([\d.]+)ms', done.stdout)[2:])
         if not ms:
             raise SystemExit(f'nanoGPT: {done.stderr[-600:]}')
-        return 16 * 128 / ms[len(ms) // 2] * 1e3
+        return tokens / ms[len(ms) // 2] * 1e3
 
-    def ours():
-        subprocess.run([sys.executable, os.path.join(here, 'sft.py'), *shape, f'--dataset={data}', f'--out_dir={out}', '--overwrite'], capture_output=True, check=True)
+    def ours(shape):
+        done = subprocess.run([sys.executable, os.path.join(here, 'sft.py'), *net, *run, *shape, f'--out_dir={out}', '--overwrite'], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f'sft.py: {done.stderr[-600:]}')
         rates = sorted(r['tok_per_s'] for r in map(json.loads, open(os.path.join(out, 'log.jsonl'))) if r['split'] == 'train')
         return rates[len(rates) // 2]
-    return alternate(dict(ours=ours, nanogpt=nano))
+    return {job: alternate(dict(ours=lambda: ours(mine), nanogpt=lambda: nano(theirs, name, tokens)), rounds) for job, (theirs, name, mine, tokens) in jobs.items()}
 
 
 def bench_train(args):
-    """Stages against TRL's trainers and nanoGPT's train.py: python bench.py train [model=tiny|gpt2] [stages=sft,dpo] [rounds=3] [nanogpt=FOLDER]."""
+    """Stages against TRL's trainers and nanoGPT's train.py: python bench.py train [model=tiny|gpt2] [stages=sft,dpo] [rounds=3]
+    [ppo_python=PYTHON of an environment with trl==0.24.0, the newer ones have no PPO] [nanogpt=FOLDER of its checkout]."""
     import tempfile
     given = dict(a.split('=', 1) for a in args)
     model, rounds = given.get('model', 'tiny'), int(given.get('rounds', 3))
@@ -943,14 +967,14 @@ def bench_train(args):
         seen = {'ours': [], 'trl': []}
         for _ in range(rounds):
             seen['ours'].append(_train_ours(stage, folder, B, steps))
-            if stage in known:
-                seen['trl'].append(_train_trl(stage, folder, B, steps))
+            if stage in known or stage == 'ppo' and 'ppo_python' in given:
+                seen['trl'].append(_train_trl(stage, folder, B, steps, given['ppo_python'] if stage == 'ppo' else sys.executable))
         mid = {k: (sorted(r for r, _ in v)[len(v) // 2], max(p for _, p in v)) for k, v in seen.items() if v}
-        peer = f"TRL {mid['trl'][0]:8.1f}/s {mid['trl'][1]:6d} MB | ratio {mid['ours'][0] / mid['trl'][0]:.2f}x" if 'trl' in mid else 'no peer (this TRL has no trainer for it)'
+        peer = f"TRL {mid['trl'][0]:8.1f}/s {mid['trl'][1]:6d} MB | ratio {mid['ours'][0] / mid['trl'][0]:.2f}x" if 'trl' in mid else 'no peer (this TRL has no trainer for it; ppo_python=PYTHON of an environment with trl==0.24.0)'
         print(f"{stage:>7}: ours {mid['ours'][0]:8.1f}/s {mid['ours'][1]:6d} MB | {peer}", flush=True)
     if 'nanogpt' in given:
-        r = _train_nano(folder, given['nanogpt'])
-        print(f"pretraining: ours {r['ours']:,.0f} tok/s | nanoGPT {r['nanogpt']:,.0f} | ratio {r['ours'] / r['nanogpt']:.2f}x")
+        for job, r in _train_nano(folder, given['nanogpt'], rounds).items():
+            print(f"{job}: ours {r['ours']:,.0f} tok/s | nanoGPT's train.py {r['nanogpt']:,.0f} | ratio {r['ours'] / r['nanogpt']:.2f}x", flush=True)
 
 
 if __name__ == '__main__':

@@ -60,6 +60,9 @@ def _triton(x):
     return True
 
 
+takes = _triton  # for a stage whose own lines are the twin
+
+
 def _launch(kernel, grid, *args, **meta):
     """Every kernel starts here: on its tensors' device, whichever is current."""
     with torch.cuda.device_of(args[0]):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels as K
+import ppo
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERP = os.environ.get('TRITON_INTERPRET') == '1'
@@ -441,6 +442,20 @@ def test_token_loss(side, dtype):
     assert torch.equal(dirty, loss) and torch.isfinite(x.grad).all() and (x.grad[~mask] == 0).all()
     empty = K.token_loss(x, *garbage[1:], torch.zeros_like(mask))
     assert all(e == 0 for e in empty)
+
+
+@pytest.mark.parametrize('side, dtype', [c for c in CASES if c.values[1] == torch.float32])  # log-probs are float32 in every stage
+def test_ppo_takes_the_fused_token_loss(side, dtype):
+    old, adv, mask = draw(3, 70, side=side), draw(3, 70, side=side), torch.rand(3, 70).to(dev(side)) < 0.6
+    logp = (old + 0.3 * draw(3, 70, side=side)).requires_grad_()
+    loss, stats = ppo.policy_loss(logp, old, adv, mask, 0.2)
+    grad, = torch.autograd.grad(loss, logp)
+    wide = logp.detach().double().requires_grad_()  # float64 is never the kernel's: the lines of ppo.py
+    want, stats64 = ppo.policy_loss(wide, old.double(), adv.double(), mask, 0.2)
+    assert abs(loss - want) < 1e-5 and (grad - torch.autograd.grad(want, wide)[0]).abs().max() < 1e-6
+    assert all(abs(stats[k] - stats64[k]) < 1e-5 for k in ('clip_frac', 'approx_kl', 'ratio_max'))
+    fused = type(loss.grad_fn).__name__ == '_TokenLossBackward'
+    assert fused == (side != 'cpu'), loss.grad_fn
 
 
 # ---- what holds everywhere ------------------------------------------------------------------------------------------
