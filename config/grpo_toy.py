@@ -1,12 +1,13 @@
 # GRPO on toy arithmetic: only the sum is checked, and the model finds out that one keeps the carry and shows the steps.
 #     python grpo.py config/grpo_toy.py
-# 32 sums x 8 answers = 256 completions of about 21 tokens an iteration, two optimizer steps; pass@1 from 30 % to 95 % and more in 120.
+# 32 sums x 8 answers = 256 completions of about 20 tokens an iteration, two optimizer steps; pass@1 38 % -> 88 % (60) -> 97 % (120), one seed.
 init_from = 'out-sft'
 out_dir = 'out-grpo'
 dataset = 'data/toy/arith_train.jsonl'
 val_dataset = 'data/toy/arith_val.jsonl'
 reward = 'data/toy/reward.py'
-max_iters = 120 # 50 stop at 93 %, 80 at 95 %
+loss_type = 'dr_grpo' # 'grpo' divides each answer's loss by its own length, so a long wrong one is punished less: 23 -> 55 tokens in 50 iterations here
+max_iters = 120
 batch_size = 256
 group_size = 8
 minibatch_size = 128
