@@ -11,6 +11,7 @@ One iteration:
   5. clipped policy loss on every token of the answer, beta * k3 to the reference if beta > 0, AdamW, lr linear to 0
   6. evaluation: pass@1 and pass@k on held-out prompts, read by the same reward function from step 0 on
 Variants are one key each: --advantage=dr_grpo, rloo or reinforce++; --loss_type=dr_grpo, dapo, gspo or cispo.
+--mode=async (AReaL, 2505.24298): step 1 runs ahead in processes of its own, at most max_staleness updates old; the loop is the same.
 Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable rewards need no leash, and no second model).
 
     python grpo.py config/grpo_toy.py                            # CPU: pass@1 30 -> 95 % and more in 120 iterations
@@ -69,7 +70,17 @@ clip_high = 0.2 # and below 1 + clip_high; dapo 0.28, gspo 4e-4
 beta = 0.0 # weight of k3 to the reference; 0 = off
 dynamic_sampling = 0 # further rounds of prompts at most, to replace dead groups; 0 = off
 tis_cap = 2.0 # truncated importance weight between sampler and trainer; 0 = off
+decoupled = True # the ratio is taken to the policy before the update, tis_cap's weight bridges from the sampler to that; False = naive: the ratio to the sampler
 track_kl = True # KL to the reference at evaluations also when beta = 0 (costs the memory of a frozen copy)
+# asynchronous rollouts (2505.24298)
+mode = 'sync' # 'sync': sample, then train | 'async': rollout workers sample while this process trains
+max_staleness = 1 # async: updates that a sample's weights may be behind at most; 0 = sync with workers
+simulate_staleness = 0 # async in one process, deterministic: each batch is sampled with the weights of so many updates ago; 0 = off
+rollout_workers = 1 # async: processes that sample, an engine of max_num_seqs each, on one CPU thread or a share of the GPUs
+reward_workers = 1 # async: processes that run the reward files
+reward_timeout = 30.0 # async: seconds for the answers to one prompt; a reward that hangs, raises, dies or is not finite is tried again
+reward_retries = 2 # async: so often; then the prompt is dropped, counted, and the next one takes its place
+runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --head=True
 # LoRA (2106.09685)
 lora_r = 0 # rank; 0 = train all weights; with an adapter the reference is the same model without it, for free
 lora_alpha = 16.0 # the adapter is scaled by alpha / r
@@ -177,9 +188,11 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
 
 
 def tis_weights(logp, sampler_logp, mask, cap):
-    """Truncated importance sampling: the sampler's kernels (paged, another dtype) are not the trainer's, so its samples come from another policy.
-    weight = min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False; all (B, R), no gradient. Returns (weights, stats): mismatch_max and
-    mismatch_mean of |delta log p|, tis_frac = the share that was cut. cap=2, delta=log 3 -> 2."""
+    """Truncated importance sampling: the sampler's kernels (paged, another dtype) are not the trainer's, in async mode its weights are older too, so
+    its samples come from another policy. weight = min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False; all (B, R), no gradient. With
+    pi_trainer = the policy before the update this is the decoupled objective of 2505.24298 eq. 5: the weight carries samples of the behaviour policy
+    over to the proximal one, around which grpo_loss clips. Returns (weights, stats): mismatch_max and mismatch_mean of |delta log p|, tis_frac = the
+    share that was cut. cap=2, delta=log 3 -> 2."""
     with torch.no_grad():
         d = torch.where(mask, logp - sampler_logp, 0.0)
         n = mask.sum().clamp(min=1)
@@ -313,7 +326,7 @@ if __name__ == '__main__':
     K.use(kernels)
     torch.manual_seed(seed)
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('overlong', overlong, ('none', 'mask', 'shape')),
-                              ('advantage', advantage, ADVANTAGES), ('loss_type', loss_type, LOSSES)):
+                              ('advantage', advantage, ADVANTAGES), ('loss_type', loss_type, LOSSES), ('mode', mode, ('sync', 'async'))):
         if given not in known:
             raise ValueError(f'{key} {given!r}: expected one of {", ".join(known)}')
     if batch_size % minibatch_size or minibatch_size % group_size:
@@ -322,6 +335,10 @@ if __name__ == '__main__':
                          + (f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'))
     if group_size == 1 and advantage != 'reinforce++':
         raise ValueError(f"group_size 1 with advantage {advantage!r}: a group of one has no baseline, every advantage would be 0; --group_size=8, or --advantage=reinforce++")
+    if mode == 'sync' and simulate_staleness or simulate_staleness < 0:
+        raise ValueError(f'simulate_staleness {simulate_staleness} with mode {mode!r}: a number of updates, with --mode=async')
+    if mode == 'async' and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError(f"mode 'async' with {os.environ['WORLD_SIZE']} ranks: it trains in one process; give the other GPUs to --rollout_workers, or --mode=sync")
     if temperature <= 0:
         raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
     if not os.path.exists(dataset):
@@ -368,7 +385,17 @@ if __name__ == '__main__':
     room = min(max_prompt or T, T - max_new_tokens)
     rows, prompts = encode_prompts(rows, tok, room, dataset, long_prompts)
     val_rows, val_prompts = encode_prompts(val_rows, tok, room, val_dataset or dataset, long_prompts)
-    cursor = Sampler(len(prompts), batch_size // group_size, seed)
+    need = batch_size // group_size  # prompts an iteration
+    cursor = Sampler(len(prompts), need, seed)
+
+    def jobs(k):
+        """Prompts for rollout workers, endless, from number k on: (row number, row, prompt, how to sample), in the order and with the seeds of sync mode."""
+        order = Sampler(len(prompts), need, seed)
+        order.batch = k // need
+        for picked in order:
+            for i in picked[k % need:].tolist():
+                yield i, rows[i], prompts[i], infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, n=group_size, seed=(seed * 1000003 + k) % (1 << 31))
+                k += 1
 
     # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
     params = [p for _, p in lora.trainable(policy)]
@@ -380,14 +407,21 @@ if __name__ == '__main__':
         cursor.load_state_dict(ckpt['data'])
         start, best = ckpt['iter'], ckpt['best']
     log = RunLog(out_dir, config, ckpt)
-    sampler = policy if amp_dtype == torch.float32 else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)  # half precision: the engine gets its own copy
+    own = amp_dtype == torch.float32 and not simulate_staleness  # else (half precision, old weights) the engine gets its own copy
+    sampler = policy if own else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)
     longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
     engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
+    pool, past = None, ckpt.get('past', []) if ckpt else []
+    if mode == 'async' and not simulate_staleness and not eval_only:
+        position = ckpt['data'].get('position', ckpt['data']['batch'] * need) if ckpt else 0
+        pool = infer.Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, need, max_staleness, rollout_workers,
+                              [name for name, _, fn, *_ in sources if fn is not None], reward_workers, reward_timeout, reward_retries, runtime, position, device,
+                              max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     pw, pg, pm = training_bytes(policy)
     frozen = sum(p.nbytes for m in (reference, *(s[3] for s in sources)) if m is not None for p in m.parameters())
-    planned = memory_plan(dict(policy=pw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, frozen=frozen, grads=pg, adam=pm,
+    planned = memory_plan(dict(policy=pw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
                                kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
     base_memory = memory_now(device) - pw - frozen
@@ -404,11 +438,35 @@ if __name__ == '__main__':
         done = engine.generate(prompts, [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, n=n, seed=int(s)) for s in seeds])
         return [c.token_ids for c in done], torch.tensor([c.finish_reason == 'stop' for c in done]), [c.logprobs for c in done]
 
-    def score(rows, prompts, responses, ended):
+    def publish(it):
+        """The weights before update `it` go to whoever samples for the loop; simulate_staleness: those of that many updates ago do."""
+        if pool is not None:
+            pool.publish(policy.state_dict(), it)
+        elif simulate_staleness:
+            past.append({k: v.clone() for k, v in policy.state_dict().items()})
+            del past[:-simulate_staleness - 1]
+            engine.load_weights(past[0])
+        else:
+            refresh()
+
+    def next_batch(it, rounds):
+        """(row numbers, responses, ended, log-probs sampled with, {reward file: (B,)} where already scored, age of each token in updates)."""
+        if pool is None:
+            picked = next(cursor).tolist()
+            seeds = (seed * 1000003 + (it * (1 + dynamic_sampling) + rounds) * need + np.arange(need)) % (1 << 31)
+            return picked, *rollout([prompts[i] for i in picked], group_size, seeds), {}, [min(it, simulate_staleness)]
+        groups = pool.take(need)
+        ids, logps, versions, ended = zip(*(a for g in groups for a in g.answers))
+        scored = {name: torch.tensor([s for g in groups for s in g.scores[name]], dtype=torch.float32) for name in groups[0].scores}
+        return [g.index for g in groups], list(ids), torch.tensor(ended), list(logps), scored, [it - v for vs in versions for v in vs]
+
+    def score(rows, prompts, responses, ended, scored={}):
         """(total reward (B,) float32, {name: (B,)}): the weighted sum of all sources, and the length penalty if overlong = 'shape'."""
         asked, plain = [tok.decode(p) for p in prompts], [tok.decode([t for t in r if t != tok.eot]) for r in responses]
-        each = {}
+        each = dict(scored)
         for name, _, fn, model, other_tok in sources:
+            if name in each:
+                continue
             if fn is not None:
                 each[name] = score_with_files(fn, name, rows, asked, plain)
                 continue
@@ -472,7 +530,7 @@ if __name__ == '__main__':
         return out, tok.decode(asked[0] + responses[0])
 
     # ---- loop ----------------------------------------------------------------------------------------------------
-    on_policy, need, checked = grpo_epochs == 1 and minibatch_size == batch_size, batch_size // group_size, start > 0
+    on_policy, checked = grpo_epochs == 1 and minibatch_size == batch_size, start > 0
     for it in range(start, max_iters + 1):
         if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only):
             seen, sample = evaluate(it)
@@ -484,6 +542,10 @@ if __name__ == '__main__':
             better, best = seen['score'] > best, max(best, seen['score'])
             saved = dict(**lora.checkpoint_parts(policy), optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it, best=best,
                          rng=rng_state(device), data=cursor.state_dict(), time=log.elapsed())
+            if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
+                saved['data'] |= dict(batch=-(-pool.position // need), position=pool.position)
+            if simulate_staleness:
+                saved['past'] = past
             save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
             if better:
                 save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
@@ -492,14 +554,14 @@ if __name__ == '__main__':
 
         # ---- rollout and score: groups until enough of them are alive --------------------------------------------
         t0 = time.time()
-        refresh()
-        alive, dead, all_scores, all_each, rounds = [], [], [], [], 0
+        publish(it)
+        alive, dead, all_scores, all_each, all_ages, all_rows, rounds = [], [], [], [], [], [], 0
         while rounds == 0 or (len(alive) < need and rounds <= dynamic_sampling):
-            picked = next(cursor).tolist()
-            seeds = (seed * 1000003 + (it * (1 + dynamic_sampling) + rounds) * need + np.arange(need)) % (1 << 31)
-            responses, ended, sampled = rollout([prompts[i] for i in picked], group_size, seeds)
+            picked, responses, ended, sampled, scored, ages = next_batch(it, rounds)
             asked = [prompts[i] for i in picked for _ in range(group_size)]
-            scores, each = score([rows[i] for i in picked for _ in range(group_size)], asked, responses, ended)
+            scores, each = score([rows[i] for i in picked for _ in range(group_size)], asked, responses, ended, scored)
+            all_ages += ages
+            all_rows += picked
             for g in range(0, len(asked), group_size):
                 s = slice(g, g + group_size)
                 (alive if scores[s].max() > scores[s].min() else dead).append((asked[s], responses[s], ended[s], sampled[s], scores[s]))
@@ -516,7 +578,7 @@ if __name__ == '__main__':
         mask = resp & (ended[:, None].to(device) | (overlong != 'mask'))
         counts = ((mask.any(1) & (advantages != 0)) | (beta > 0)).tolist()  # a dead or masked row has no gradient: it is not computed
         picked = [i for i in range(batch_size) if counts[i]]
-        old_logp = None if on_policy else logps_of(policy, picked, asked, responses)
+        old_logp = None if on_policy or not decoupled else logps_of(policy, picked, asked, responses)  # of the proximal policy
         ref_logp = reference_logp(picked, asked, responses) if beta else None
 
         # ---- update ----------------------------------------------------------------------------------------------
@@ -535,10 +597,10 @@ if __name__ == '__main__':
                     with amp():
                         logp, entropy, _ = answer_logps(policy, groups, device, temperature)
                     own, R = mask[m][:, :logp.shape[1]], logp.shape[1]
-                    old = logp.detach() if on_policy else old_logp[m][:, :R]
-                    weights, ts = tis_weights(old, sampled[m][:, :R], own, tis_cap or float('inf'))
-                    loss, ps = grpo_loss(logp, old, advantages[m], own, None if ref_logp is None else ref_logp[m][:, :R], beta, clip_low, clip_high,
-                                         loss_type, max_new_tokens, weights if tis_cap else None, denom)
+                    behaviour, old = sampled[m][:, :R], logp.detach() if old_logp is None else old_logp[m][:, :R]
+                    weights, ts = tis_weights(old, behaviour, own, tis_cap or float('inf'))
+                    loss, ps = grpo_loss(logp, old if decoupled else behaviour, advantages[m], own, None if ref_logp is None else ref_logp[m][:, :R], beta, clip_low, clip_high,
+                                         loss_type, max_new_tokens, weights if tis_cap and decoupled else None, denom)
                     loss.backward()
                     share = own.sum().item() / tokens
                     for k, x in dict(**ps, **ts, entropy=masked_mean(entropy, own)).items():
@@ -550,7 +612,7 @@ if __name__ == '__main__':
                     checked = True
                     print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, loss {step_stats['pg']:.1e}, gradient norm {norm:.2f}"
                           + (' (a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)' if abs(step_stats['pg']) < 1e-3 else ''))
-                    if step_stats['ratio_max'] > 1e-3:
+                    if step_stats['ratio_max'] > 1e-3 and decoupled:
                         raise ValueError(f"first update: |ratio - 1| is {step_stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -568,11 +630,18 @@ if __name__ == '__main__':
             row['kl'] = torch.where(resp, k3(sampled, ref_logp), 0.0).sum(1).mean()
         if len(names) > 1:
             row |= {f'score/{os.path.basename(name)}': torch.cat([e[name] for e in all_each]).mean() for name in names}
+        if mode == 'async':
+            row |= dict(staleness=sum(all_ages) / len(all_ages), staleness_max=max(all_ages), prompts=all_rows)
+        if pool is not None:  # idle: the share of the time that the trainer waited for samples
+            row |= dict(idle=t_gen / dt, dropped=pool.dropped, restarts=pool.restarts, position=pool.position)
         log.row(it, 'train', **row)
         print(f"iter {it}/{max_iters} | score {row['score']:.3f} | dead {row['dead']:.0%}" + (f" | kl {row['kl']:.2f} nats/seq" if beta else '')
               + (f" | pg {stats['pg']:.3f} | clip {stats['clip_frac']:.1%} | norm {stats['grad_norm']:.2f} | mismatch {stats['mismatch_mean']:.1e} max {stats['mismatch_max']:.1e}" if steps else ' | no group alive, no step')
+              + (f" | staleness {row['staleness']:.1f}" if mode == 'async' else '') + (f" | idle {row['idle']:.0%} | dropped {pool.dropped}" if pool is not None else '')
               + f" | len {n / batch_size:.1f} tok | gen {t_gen:.1f}s upd {row['upd_s']:.1f}s | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
 
     # ---- end -----------------------------------------------------------------------------------------------------
+    if pool is not None:
+        pool.close()
     peak = memory_now(device, peak=True) - max(0, base_memory)
     print(f'done: best val score {best:.3f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, samples in {out_dir}/samples.jsonl')

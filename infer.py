@@ -1032,14 +1032,18 @@ class Engine:
     def _grow(self, r, n):
         """Blocks for n tokens, at others' cost; False when r itself was the youngest and had to go."""
         while not self._room(r, n):
-            victim = self.running.pop()
-            self._release(victim)
-            victim.names, victim.n, victim.draft, victim.draft_n = [], 0, [], 0
-            self.waiting.appendleft(victim)
-            self.counts['preemptions'] += 1
-            if victim is r:
+            if self._evict() is r:
                 return False
         return True
+
+    def _evict(self):
+        """The youngest that runs loses its keys and values and waits, first in line; it goes on with the same tokens. -> that request"""
+        victim = self.running.pop()
+        self._release(victim)
+        victim.names, victim.n, victim.draft, victim.draft_n = [], 0, [], 0
+        self.waiting.appendleft(victim)
+        self.counts['preemptions'] += 1
+        return victim
 
     def _fork(self, r):
         """The other samples of r's prompt take over its keys and values: full blocks shared, the unfinished one copied."""
@@ -1246,7 +1250,7 @@ class Engine:
             self.admitting = True
             self.go.set()
 
-    def load_weights(self, state, version=None):
+    def load_weights(self, state, version=None, recompute=False):
         """Copies a state dict of the model in place, also between two tokens of a request; see weights_changed. ValueError when a name or a
         shape is another model's; nothing is changed then."""
         own, tie = self.model.state_dict(), self.model.config.tie
@@ -1259,12 +1263,16 @@ class Engine:
         with self.lock, torch.no_grad():
             for k in state:
                 own[k].copy_(state[k])
-            self.weights_changed(version)
+            self.weights_changed(version, recompute)
 
-    def weights_changed(self, version=None):
+    def weights_changed(self, version=None, recompute=False):
         """To be called after the model's weights were changed where they lie. The prefix cache is emptied; running requests keep their
-        keys and values (made by the old weights) and go on under the new ones; their tokens carry the version. Returns it."""
+        keys and values (made by the old weights) and go on under the new ones; their tokens carry the version. recompute: keys and values of
+        what runs are made anew (AReaL's way), so that each token comes from one set of weights exactly. Returns the version."""
         with self.lock:
+            with torch.inference_mode():
+                while recompute and self.running:
+                    self._evict()
             for i, net in enumerate(self.nets):
                 if net.refresh() and i == 0 and self.graphs:
                     self.graphs.clear()
@@ -1324,7 +1332,293 @@ def _lookup(tokens, ngram, k):
 
 
 # -----------------------------------------------------------------------------
-# 6. OpenAI's HTTP API. One thread makes the engine's steps; each connection has a thread that waits on a queue of its own
+# 6. rollouts ahead of the trainer (AReaL, 2505.24298): engines in actors; an asynchronous stage takes its batches from here
+#
+#     jobs (prompts in order) --capacity--> RolloutWorker x n --finished groups--> Scorer x m --> done --take()--> trainer
+#                                                 ^                                                                   |
+#                                                 +-------- weights, one object in the store, a version --- publish() +
+
+SLICE = 0.05     # seconds that a worker samples before it looks for new prompts and weights
+SILENCE = 300.0  # seconds without an answer after which a worker is taken for dead
+
+
+@dataclass
+class Rollout:
+    """All answers to one prompt. id: its place in the order of prompts, `index`: its row. answers: [(token ids, log-probs they were sampled
+    with, weight version of each, ended by itself)]. scores: {reward file: [float]}, of reward files only."""
+    id: int
+    index: int
+    answers: list
+    scores: dict
+
+
+class RolloutWorker:
+    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of an answer: what is in flight is
+    interrupted, its keys and values are made anew, and it goes on under the new weights; every token knows its version."""
+
+    def __init__(self, model, eot, device, **options):
+        torch.set_num_threads(1)
+        self.engine, self.open = Engine(model.to(device), **options), {}
+        self.engine.eot = eot
+
+    def run(self, jobs, version, weights, seconds):
+        """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids, SamplingParams)], samples for `seconds` or until all
+        is done. -> [(id, answers as in Rollout)] of the finished ones."""
+        if weights is not None:
+            self.engine.load_weights(weights, version, recompute=True)
+        for id, prompt, params in jobs:
+            left = [params.n]
+            self.open[id] = left, self.engine._add(self.engine._check(prompt, params), params, left=left)
+        until = time.monotonic() + seconds
+        while self.engine.has_unfinished() and time.monotonic() < until:
+            with self.engine.lock:
+                self.engine._step()
+        done = [id for id, (left, _) in self.open.items() if not left[0]]
+        out = [(id, [self.engine._completion(r) for r in self.open.pop(id)[1]]) for id in done]
+        return [(id, [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in group]) for id, group in out]
+
+
+class Scorer:
+    """Reward files in an actor: what they do there (hang, raise, kill the process) stays there."""
+
+    def __init__(self, files, tokenizer):
+        self.fns, self.tok = {file: load_reward(file) for file in files}, get_tokenizer(tokenizer)
+
+    def score(self, row, prompt, answers):
+        """{file: [float]} for the token ids of each answer. ValueError for a score that is not finite."""
+        asked, texts = self.tok.decode(prompt), [self.tok.decode([t for t in a if t != self.tok.eot]) for a in answers]
+        out = {file: [float(fn(asked, text, row)) for text in texts] for file, fn in self.fns.items()}
+        for file, scores in out.items():
+            if not np.isfinite(scores).all():
+                raise ValueError(f'reward {file} returned {scores[int(np.argmin(np.isfinite(scores)))]}: rewards must be finite')
+        return out
+
+
+class _Hand:
+    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it has; version = its weights'."""
+
+    def __init__(self, hire):
+        self.hire, self.actor, self.call, self.deadline, self.work, self.version = hire, hire(), None, 0.0, [], None
+
+    def go(self, ref, seconds):
+        self.call, self.deadline = ref, time.monotonic() + seconds
+
+
+class Rollouts:
+    """A stream of answered and scored prompts, for a trainer that does not wait for them.
+
+    jobs(k) -> iterator of (row number, row, prompt ids, SamplingParams) from prompt k on, endless; `batch` of them are an update's.
+    publish(state_dict, version) once before each update: the workers go on with these weights. take(n) -> the next n Rollouts, in the
+    ORDER OF THE PROMPTS, so that a batch holds what it would hold in sync mode (first come, first trained would prefer short answers),
+    and `position`, the id behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is left out.
+    Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch at each publish, so no token that is
+    taken is older than max_staleness versions; 0 = the workers sample with the weights of the update itself, as in sync mode.
+    Faults: a worker that dies, or is silent for SILENCE seconds, is replaced and its unfinished prompts begin anew (`restarts`); a
+    reward that raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries times more, then
+    the whole group is left out and the next one takes its place (`dropped`). runtime: 'local', 'ray', or 'HOST:PORT' of a cluster."""
+
+    def __init__(self, model, tokenizer, eot, jobs, batch, max_staleness=1, workers=1, rewards=(), reward_workers=1, reward_timeout=30.0,
+                 reward_retries=2, runtime='local', position=0, device='cpu', **engine):
+        for name, value, least in (('max_staleness', max_staleness, 0), ('rollout_workers', workers, 1), ('reward_workers', reward_workers, 1), ('reward_retries', reward_retries, 0)):
+            if value < least:
+                raise ValueError(f'{name} must be at least {least}, got {value}')
+        if reward_timeout <= 0:
+            raise ValueError(f'reward_timeout must be above 0 seconds, got {reward_timeout}')
+        import actors  # here: a synchronous stage starts nothing and imports nothing of it
+        self.actors, self.batch, self.max_staleness, self.reward_timeout, self.retries = actors, batch, max_staleness, reward_timeout, reward_retries
+        self.position = self.next = position
+        self.dropped = self.restarts = self.taken = self.limit = 0  # limit: prompts handed out and not dropped, at most
+        self.jobs, self.work, self.pending, self.unscored, self.done = jobs(position), {}, [], deque(), {}
+        self.tries, self.in_a_row, self.deaths = {}, 0, 0
+        self.version = self.weights = self.error = None
+        self.cv, self.closed, self.own = threading.Condition(), False, not actors.is_initialized()
+        gpus = self._init(runtime, workers + (reward_workers if rewards else 0), device)
+        first, options = actors.put(model), dict(eot=eot, device='cuda' if gpus else str(device), **engine)
+        worker = actors.remote(RolloutWorker).options(num_cpus=1, **(dict(num_gpus=min(1, gpus / workers)) if gpus else {}))
+        scorer = actors.remote(Scorer).options(num_cpus=1)
+        self.rollers = [_Hand(lambda: worker.remote(first, **options)) for _ in range(workers)]
+        self.scorers = [_Hand(lambda: scorer.remote(tuple(rewards), tokenizer)) for _ in range(reward_workers if rewards else 0)]
+        self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
+        self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
+        self.thread.start()
+
+    def _init(self, runtime, processes, device):
+        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there are several, else they share it."""
+        gpus = torch.cuda.device_count() if str(device).startswith('cuda') else 0
+        seen, mine = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
+        if gpus > 1:
+            ids = seen.split(',') if seen else [str(i) for i in range(gpus)]
+            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])  # read by the runtime; torch here has its device already
+        try:
+            if not self.own:
+                return gpus - (gpus > 1)
+            if runtime == 'local':
+                self.actors.init(num_cpus=processes)
+            elif runtime == 'ray':
+                cluster = os.environ.get('RAY_ADDRESS')  # a cluster has its own CPUs
+                self.actors.init(backend='ray', include_dashboard=False, **({} if cluster else dict(num_cpus=processes)))
+            elif ':' in runtime:
+                self.actors.init(address=runtime)
+            else:
+                raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py --head=True")
+        finally:
+            if gpus > 1:
+                os.environ.pop('CUDA_VISIBLE_DEVICES') if seen is None else os.environ.update(CUDA_VISIBLE_DEVICES=seen)
+        return gpus - (gpus > 1)
+
+    # ---- the trainer's side --------------------------------------------------------------------------------------
+
+    def publish(self, state, version):
+        """New weights (a state dict) for all that is sampled from now on, answers in flight included."""
+        weights = self.actors.put({k: v.detach().cpu() for k, v in state.items()})
+        with self.cv:
+            self.version, self.weights, self.limit = version, weights, self.taken + (self.max_staleness + 1) * self.batch
+            self.cv.notify_all()
+
+    def take(self, n):
+        """Waits for the next n Rollouts. Raises what went wrong with the workers."""
+        out = []
+        with self.cv:
+            self.limit = max(self.limit, self.taken + n)  # a second helping within one update (dynamic sampling)
+            self.cv.notify_all()
+            while len(out) < n:
+                if self.error is not None:
+                    raise self.error
+                if self.position in self.done:
+                    group = self.done.pop(self.position)
+                    if group is not None:
+                        out.append(group)
+                        del self.work[self.position]
+                        self.taken += 1
+                    self.position += 1
+                else:
+                    self.cv.wait(1.0)
+        return out
+
+    def close(self):
+        """Ends the workers, and the runtime if it was started here."""
+        with self.cv:
+            self.closed = True
+            self.cv.notify_all()
+        self.thread.join(30)
+        for hand in self.hands:
+            self.actors.kill(hand.actor)
+        if self.own:
+            self.actors.shutdown()
+
+    # ---- the thread that keeps the workers busy ------------------------------------------------------------------
+
+    def _pump(self):
+        try:
+            while not self.closed:
+                self._issue()
+                calls = {hand.call: hand for hand in self.hands if hand.call is not None}
+                if not calls:
+                    with self.cv:
+                        if not self.closed and not self._may_issue():
+                            self.cv.wait(0.5)
+                    continue
+                wait = min(hand.deadline for hand in calls.values()) - time.monotonic()
+                ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=min(0.5, max(0.0, wait)))
+                for ref in ready:
+                    self._collect(calls[ref])
+                for hand in self.hands:
+                    if hand.call is not None and hand.call not in ready and time.monotonic() > hand.deadline:
+                        self._replace(hand, f'no answer for {SILENCE if hand in self.rollers else self.reward_timeout:g} s')
+        except BaseException as e:
+            with self.cv:
+                self.error = e
+                self.cv.notify_all()
+
+    def _may_issue(self):
+        return self.weights is not None and self.taken + len(self.work) < self.limit
+
+    def _issue(self):
+        """Hands out prompts within the capacity, lowest id first, and gives every idle worker its next call."""
+        with self.cv:
+            while self._may_issue():
+                self.work[self.next] = next(self.jobs)
+                self.pending.append(self.next)
+                self.next += 1
+            version, weights = self.version, self.weights
+        for hand in self.rollers:
+            if hand.call is None and (hand.work or self.pending):
+                share = -(-(len(self.pending) + sum(len(h.work) for h in self.rollers)) // len(self.rollers))
+                room = min(share, max(1, self.size // self.work[(hand.work or self.pending)[0]][3].n)) - len(hand.work)
+                new, self.pending = self.pending[:max(0, room)], self.pending[max(0, room):]
+                hand.work += new
+                fresh = (version, weights if hand.version != version else None)
+                hand.version = version
+                hand.go(hand.actor.run.remote([(id, *self.work[id][2:]) for id in new], *fresh, SLICE), SILENCE)
+        for hand in self.scorers:
+            if hand.call is None and self.unscored:
+                hand.work = [self.unscored.popleft()]
+                id, answers = hand.work[0]
+                _, row, prompt, _ = self.work[id]
+                hand.go(hand.actor.score.remote(row, prompt, [a[0] for a in answers]), self.reward_timeout)
+
+    def _collect(self, hand):
+        """What a call came to."""
+        ref = hand.call
+        try:
+            result = self.actors.get(ref, timeout=SILENCE)
+        except self.actors.exceptions.RayActorError as e:
+            return self._replace(hand, str(e).strip().splitlines()[-1])
+        except Exception as e:
+            if hand in self.rollers:
+                raise
+            hand.call = None
+            return self._again(hand.work.pop(), str(e).strip().splitlines()[-1])
+        hand.call = None
+        if hand in self.scorers:
+            id, answers = hand.work.pop()
+            return self._finish(id, Rollout(id, self.work[id][0], answers, result))
+        self.deaths = 0
+        for id, answers in result:
+            hand.work.remove(id)
+            if self.scorers:
+                self.unscored.append((id, answers))
+            else:
+                self._finish(id, Rollout(id, self.work[id][0], answers, {}))
+
+    def _finish(self, id, group):
+        """A group is ready, or dropped (None). From here on it is the trainer's."""
+        with self.cv:
+            self.in_a_row = 0 if group is not None else self.in_a_row + 1
+            self.tries.pop(id, None)
+            self.done[id] = group
+            if group is None:
+                del self.work[id]
+                self.dropped += 1
+            self.cv.notify_all()
+
+    def _again(self, work, why):
+        """A reward failed: once more at the end of the line, or the group is dropped."""
+        id = work[0]
+        self.tries[id] = self.tries.get(id, 0) + 1
+        if self.tries[id] <= self.retries:
+            return self.unscored.append(work)
+        print(f'rollouts: prompt {id} (row {self.work[id][0] + 1}) is dropped, its reward failed {self.tries[id]} times: {why[:200]}', flush=True)
+        self._finish(id, None)
+        if self.in_a_row >= max(16, self.batch):
+            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last with: {why[:200]}')
+
+    def _replace(self, hand, why):
+        """Another actor takes the place of one that died or fell silent, and its work."""
+        self.actors.kill(hand.actor)
+        work, hand.work, hand.call, hand.version = hand.work, [], None, None
+        hand.actor = hand.hire()
+        if hand in self.scorers:
+            return self._again(work[0], why)
+        self.restarts, self.deaths = self.restarts + 1, self.deaths + 1
+        if self.deaths > 3 * len(self.rollers):
+            raise RuntimeError(f'{self.deaths} rollout workers died one after the other, at last: {why}')
+        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts begin anew', flush=True)
+        self.pending = sorted(work + self.pending)
+
+
+# -----------------------------------------------------------------------------
+# 7. OpenAI's HTTP API. One thread makes the engine's steps; each connection has a thread that waits on a queue of its own
 
 
 class BadRequest(Exception):
@@ -1628,7 +1922,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # -----------------------------------------------------------------------------
-# 7. the command
+# 8. the command
 
 
 def load_reward(path):
