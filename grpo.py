@@ -191,7 +191,7 @@ def tis_weights(logp, sampler_logp, mask, cap):
     """Truncated importance sampling: the sampler's kernels (paged, another dtype) are not the trainer's, in async mode its weights are older too, so
     its samples come from another policy. weight = min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False; all (B, R), no gradient. With
     pi_trainer = the policy before the update this is the decoupled objective of 2505.24298 eq. 5: the weight carries samples of the behaviour policy
-    over to the proximal one, around which grpo_loss clips. Returns (weights, stats): mismatch_max and mismatch_mean of |delta log p|, tis_frac = the
+    over to the proximal one, around which the loss clips. Returns (weights, stats): mismatch_max and mismatch_mean of |delta log p|, tis_frac = the
     share that was cut. cap=2, delta=log 3 -> 2."""
     with torch.no_grad():
         d = torch.where(mask, logp - sampler_logp, 0.0)

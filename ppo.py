@@ -10,6 +10,7 @@ PPO: Schulman et al. 2017 (1707.06347); for language models: Ziegler et al. 2019
   4. values, GAE on the response tokens only (eq. 16 of 1506.02438), advantages whitened over the batch
   5. ppo_epochs passes over minibatches: clipped policy loss (eq. 7) + vf_coef * clipped value loss, AdamW, lr linear to 0
   6. beta moves so that the KL meets target_kl (section 2.2 of 1909.08593), or stays fixed
+--mode=async (AReaL, 2505.24298): step 1 runs ahead in processes of its own, at most max_staleness updates old; the loop is the same.
 Changed from the papers: the value network may be one of its own, started from the reward model (2009.01325) or a head on
 the policy's trunk (1909.08593); padding is removed before every matrix product.
 
@@ -74,6 +75,17 @@ whiten_rewards = False # scale the per-token rewards to unit variance, mean kept
 whiten_advantages = True # over the whole batch
 entropy_coef = 0.0
 kl_stop = 0.0 # end an update's passes when its approximate KL exceeds this; 0 = off
+# asynchronous rollouts (2505.24298)
+mode = 'sync' # 'sync': sample, then train | 'async': rollout workers sample while this process trains
+max_staleness = 1 # async: updates that a sample's weights may be behind at most; 0 = sync with workers
+simulate_staleness = 0 # async in one process, deterministic: each batch is sampled with the weights of so many updates ago; 0 = off
+decoupled = True # async: the ratio is taken to the policy before the update, tis_cap's weight bridges from the sampler to that; False = naive: the ratio to the sampler
+tis_cap = 2.0 # async: that weight at most; 0 = off
+rollout_workers = 1 # async: processes that sample, an engine of max_num_seqs each, on one CPU thread or a share of the GPUs
+reward_workers = 1 # async: processes that run a reward file (a reward model scores in this process)
+reward_timeout = 30.0 # async: seconds for one answer; a reward that hangs, raises, dies or is not finite is tried again
+reward_retries = 2 # async: so often; then the prompt is dropped, counted, and the next one takes its place
+runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --head=True
 # LoRA (2106.09685)
 lora_r = 0 # rank; 0 = train all weights; with an adapter the reference is the same model without it, for free
 lora_alpha = 16.0 # the adapter is scaled by alpha / r
@@ -147,11 +159,13 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def policy_loss(logp, old_logp, advantages, mask, clip):
+def policy_loss(logp, old_logp, advantages, mask, clip, weights=None):
     """PPO's clipped surrogate, eq. 7: mean of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = exp(logp - old_logp).
-    All (B, R). Returns (loss, stats): clip_frac, approx_kl = mean (logp - old_logp)^2 / 2, ratio_max = largest |ratio - 1|.
+    All (B, R). weights (B, R): importance correction between sampler and trainer (`tis_weights`), a factor of each token.
+    Returns (loss, stats): clip_frac, approx_kl = mean (logp - old_logp)^2 / 2, ratio_max = largest |ratio - 1|.
     logp - old_logp = ln 2, A = 1, clip 0.2 -> loss -1.2, clip_frac 1."""
     d = torch.where(mask, logp - old_logp, 0.0)
+    advantages = advantages if weights is None else advantages * weights
     if K.takes(logp):  # the lines below and their gradient in one Triton kernel
         loss, clip_frac, approx_kl = K.token_loss(logp, old_logp, advantages, mask, clip, clip)
         return loss, dict(clip_frac=clip_frac, approx_kl=approx_kl, ratio_max=(d.detach().exp() - 1).abs().max())
@@ -160,6 +174,19 @@ def policy_loss(logp, old_logp, advantages, mask, clip):
     with torch.no_grad():
         stats = dict(clip_frac=masked_mean((clipped > plain).float(), mask), approx_kl=0.5 * masked_mean(d * d, mask), ratio_max=(ratio - 1).abs().max())
     return masked_mean(torch.maximum(plain, clipped), mask), stats
+
+
+def tis_weights(logp, sampler_logp, mask, cap):
+    """Truncated importance sampling: the sampler's kernels (paged, another dtype) are not the trainer's, in async mode its weights are older too, so
+    its samples come from another policy. weight = min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False; all (B, R), no gradient. With
+    pi_trainer = the policy before the update this is the decoupled objective of 2505.24298 eq. 5: the weight carries samples of the behaviour policy
+    over to the proximal one, around which the loss clips. Returns (weights, stats): mismatch_max and mismatch_mean of |delta log p|, tis_frac = the
+    share that was cut. cap=2, delta=log 3 -> 2."""
+    with torch.no_grad():
+        d = torch.where(mask, logp - sampler_logp, 0.0)
+        n = mask.sum().clamp(min=1)
+        return d.exp().clamp(max=cap), dict(mismatch_max=d.abs().max(), mismatch_mean=d.abs().sum() / n,
+                                            tis_frac=(d.exp() > cap).sum() / n)
 
 
 def value_loss(values, old_values, returns, mask, clip):
@@ -272,12 +299,16 @@ if __name__ == '__main__':
     K.use(kernels)
     torch.manual_seed(seed)
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('missing_eos', missing_eos, ('score', 'penalty', 'none')),
-                              ('value', value, ('auto', 'reward', 'policy', 'trunk')), ('kl_kind', kl_kind, ('k1', 'k2', 'k3'))):
+                              ('value', value, ('auto', 'reward', 'policy', 'trunk')), ('kl_kind', kl_kind, ('k1', 'k2', 'k3')), ('mode', mode, ('sync', 'async'))):
         if given not in known:
             raise ValueError(f'{key} {given!r}: expected one of {", ".join(known)}')
     if batch_size % minibatch_size:
         fits = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
         raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: set --minibatch_size to one of {fits}')
+    if mode == 'sync' and simulate_staleness or simulate_staleness < 0:
+        raise ValueError(f'simulate_staleness {simulate_staleness} with mode {mode!r}: a number of updates, with --mode=async')
+    if mode == 'async' and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError(f"mode 'async' with {os.environ['WORLD_SIZE']} ranks: it trains in one process; give the other GPUs to --rollout_workers, or --mode=sync")
     if temperature <= 0:
         raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
     if not os.path.exists(dataset):
@@ -333,6 +364,15 @@ if __name__ == '__main__':
     val_rows, val_prompts = encode_prompts(val_rows, tok, room, val_dataset or dataset, long_prompts)
     cursor = Sampler(len(prompts), batch_size, seed)
 
+    def jobs(k):
+        """Prompts for rollout workers, endless, from number k on: (row number, row, prompt, how to sample), in the order and with the seeds of sync mode."""
+        order = Sampler(len(prompts), batch_size, seed)
+        order.batch = k // batch_size
+        for picked in order:
+            for i in picked[k % batch_size:].tolist():
+                yield i, rows[i], prompts[i], infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=(seed * 1000003 + k) % (1 << 31))
+                k += 1
+
     # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
     policy_params, value_params = [p for _, p in lora.trainable(policy)], list(value_net.parameters())
     optimizer = torch.optim.AdamW([dict(params=policy_params, peak=learning_rate), dict(params=value_params, peak=value_lr or learning_rate)],
@@ -346,29 +386,63 @@ if __name__ == '__main__':
         start, best, beta = ckpt['iter'], ckpt['best'], ckpt['beta']
     log = RunLog(out_dir, config, ckpt)
     longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
-    sampler = policy if amp_dtype == torch.float32 else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)  # half precision: the engine gets its own copy
+    own = amp_dtype == torch.float32 and not simulate_staleness  # else (half precision, old weights) the engine gets its own copy
+    sampler = policy if own else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)
     engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
+    pool, past = None, ckpt.get('past', []) if ckpt else []
+    if mode == 'async' and not simulate_staleness and not eval_only:
+        position = ckpt['data'].get('position', ckpt['data']['batch'] * batch_size) if ckpt else 0
+        pool = infer.Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, batch_size, max_staleness, rollout_workers,
+                              [reward] if reward_model is None else [], reward_workers, reward_timeout, reward_retries, runtime, position, device,
+                              max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     (pw, pg, pm), (vw, vg, vm) = training_bytes(policy), training_bytes(value_net)
     rw = sum(p.nbytes for m in (reference, reward_model) if m is not None for p in m.parameters())
-    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
+    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
     base_memory = memory_now(device) - pw - vw - rw
     print(f'policy {policy.num_params() / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
     # ---- the phases of an iteration ------------------------------------------------------------------------------
+    def refresh():
+        """The sampler takes over the policy's weights: in place where it is the policy itself (an adapter is merged by the engine), else by a copy."""
+        engine.weights_changed() if sampler is policy else engine.load_weights(policy.state_dict())
+
     def rollout(prompts, seeds):
         """One completion a prompt -> (responses [[int]], ended [bool], log-probs that the engine sampled with)."""
-        engine.weights_changed() if sampler is policy else engine.load_weights(policy.state_dict())  # an adapter is merged by the engine
         done = engine.generate(prompts, [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s)) for s in seeds])
         return [c.token_ids for c in done], torch.tensor([c.finish_reason == 'stop' for c in done]), [c.logprobs for c in done]
 
-    def score(rows, prompts, responses, ended):
+    def publish(it):
+        """The weights before update `it` go to whoever samples for the loop; simulate_staleness: those of that many updates ago do."""
+        if pool is not None:
+            pool.publish(policy.state_dict(), it)
+        elif simulate_staleness:
+            past.append({k: v.clone() for k, v in policy.state_dict().items()})
+            del past[:-simulate_staleness - 1]
+            engine.load_weights(past[0])
+        else:
+            refresh()
+
+    def next_batch(it):
+        """(row numbers, responses, ended, log-probs sampled with, (B,) scores of a reward file if already there, age of each token in updates)."""
+        if pool is None:
+            picked = next(cursor).tolist()
+            seeds = (seed * 1000003 + it * batch_size + np.arange(batch_size)) % (1 << 31)
+            return picked, *rollout([prompts[i] for i in picked], seeds), None, [min(it, simulate_staleness)]
+        groups = pool.take(batch_size)
+        ids, logps, versions, ended = zip(*(g.answers[0] for g in groups))
+        scored = torch.tensor([g.scores[reward][0] for g in groups], dtype=torch.float32) if reward_model is None else None
+        return [g.index for g in groups], list(ids), torch.tensor(ended), list(logps), scored, [it - v for vs in versions for v in vs]
+
+    def score(rows, prompts, responses, ended, scored=None):
         """Reward of each completion, the end-token rule applied -> (B,) float32 on the device."""
         plain = [tok.decode([t for t in r if t != tok.eot]) for r in responses]
-        if reward_model is None:
+        if scored is not None:
+            s = scored
+        elif reward_model is None:
             s = score_with_files(reward_fn, reward, rows, [tok.decode(p) for p in prompts], plain)
         else:
             seqs = [p + r for p, r in zip(prompts, responses)]
@@ -422,6 +496,7 @@ if __name__ == '__main__':
     def evaluate(it):
         """Validation prompts answered with fixed seeds: score, KL to the reference, length; the samples are written."""
         n = min(eval_iters, len(val_prompts))
+        refresh()
         responses, ended, _ = rollout(val_prompts[:n], range(n))
         scores = score(val_rows[:n], val_prompts[:n], responses, ended)
         batch = collate(val_prompts[:n], responses)
@@ -449,6 +524,10 @@ if __name__ == '__main__':
             better, best = objective > best, max(best, objective)
             saved = dict(**lora.checkpoint_parts(policy), value=value_net.state_dict(), value_kind=start_value, optimizer=optimizer.state_dict(), config=config,
                          tokenizer=tokenizer, iter=it, best=best, beta=beta, rng=rng_state(device), data=cursor.state_dict(), time=log.elapsed())
+            if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
+                saved['data'] |= dict(batch=-(-pool.position // batch_size), position=pool.position)
+            if simulate_staleness:
+                saved['past'] = past
             save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
             if better:
                 save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
@@ -457,11 +536,11 @@ if __name__ == '__main__':
 
         # ---- rollout and score -----------------------------------------------------------------------------------
         t0 = time.time()
-        picked = next(cursor).tolist()
+        publish(it)
+        picked, responses, ended, engine_logp, scored, ages = next_batch(it)
         mine = [prompts[i] for i in picked]
-        responses, ended, engine_logp = rollout(mine, (seed * 1000003 + it * batch_size + np.arange(batch_size)) % (1 << 31))
         t_gen = time.time() - t0
-        scores = score([rows[i] for i in picked], mine, responses, ended)
+        scores = score([rows[i] for i in picked], mine, responses, ended, scored)
 
         # ---- log-probs, values, advantages -----------------------------------------------------------------------
         batch = collate(mine, responses)
@@ -476,9 +555,11 @@ if __name__ == '__main__':
             advantages, returns = gae(rewards, old_values, resp, gamma, lam)
             if whiten_advantages:
                 advantages = whiten(advantages, resp)
-        sampled, _ = pad(engine_logp, 0.0)
-        mismatch = torch.where(resp, (old_logp - sampled.to(device)).abs(), 0.0)
-        kl = torch.where(resp, old_logp - ref_logp, 0.0).sum(1).mean().item()
+        sampled = pad(engine_logp, 0.0)[0].to(device)
+        mismatch = torch.where(resp, (old_logp - sampled).abs(), 0.0)
+        weights = tis_weights(old_logp, sampled, resp, tis_cap)[0] if mode == 'async' and decoupled and tis_cap else None
+        proximal = old_logp if decoupled or mode == 'sync' else sampled  # the policy around which the update is clipped
+        kl = torch.where(resp, (old_logp if mode == 'sync' else sampled) - ref_logp, 0.0).sum(1).mean().item()  # of the policy that sampled
 
         # ---- update ----------------------------------------------------------------------------------------------
         t1 = time.time()
@@ -493,7 +574,7 @@ if __name__ == '__main__':
                     share = resp[m].sum().item() / tokens
                     with amp():
                         logp, entropy, v = policy_forward(m, batch)
-                    pg_loss, ps = policy_loss(logp, old_logp[m], advantages[m], resp[m], clip)
+                    pg_loss, ps = policy_loss(logp, proximal[m], advantages[m], resp[m], clip, None if weights is None else weights[m])
                     ent = masked_mean(entropy, resp[m])
                     loss = (pg_loss - entropy_coef * ent) * share
                     if v is None:  # two networks: one's activations are gone before the other's come
@@ -508,7 +589,7 @@ if __name__ == '__main__':
                 if not checked:  # the invariant of every correct PPO: before the first step nothing has moved
                     checked = True
                     print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, approx KL = {step_stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
-                    if step_stats['ratio_max'] > 1e-3:
+                    if step_stats['ratio_max'] > 1e-3 and decoupled:
                         raise ValueError(f"first update: |ratio - 1| is {step_stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
                 norm = torch.nn.utils.clip_grad_norm_(policy_params + value_params, grad_clip or float('inf')).item()
                 check_finite(it, out_dir, grad_norm=norm, pg=step_stats['pg'], vf=step_stats['vf'])
@@ -530,10 +611,17 @@ if __name__ == '__main__':
         dt, n = time.time() - t0, int(resp.sum())
         row = dict(score=scores.mean(), score_std=scores.std(), kl=kl, beta=beta, len=n / batch_size, ended=ended.float().mean(), mismatch=mismatch.sum().item() / n,
                    mismatch_max=mismatch.max(), value_mean=masked_mean(old_values, resp), gen_s=t_gen, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, lr=optimizer.param_groups[0]['lr'], steps=steps, **stats)
+        if mode == 'async':
+            row |= dict(staleness=sum(ages) / len(ages), staleness_max=max(ages), prompts=picked)
+        if pool is not None:  # idle: the share of the time that the trainer waited for samples
+            row |= dict(idle=t_gen / dt, dropped=pool.dropped, restarts=pool.restarts, position=pool.position)
         log.row(it, 'train', **row)
         print(f"iter {it}/{max_iters} | score {row['score']:.2f} | kl {kl:.2f} nats/seq | pg {stats['pg']:.3f} | vf {stats['vf']:.3f} | clip {stats['clip_frac']:.1%} | "
-              f"len {n / batch_size:.1f} tok | gen {t_gen:.1f}s upd {row['upd_s']:.1f}s | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
+              + (f"staleness {row['staleness']:.1f} | " if mode == 'async' else '') + (f"idle {row['idle']:.0%} | dropped {pool.dropped} | " if pool is not None else '')
+              + f"len {n / batch_size:.1f} tok | gen {t_gen:.1f}s upd {row['upd_s']:.1f}s | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
 
     # ---- end -----------------------------------------------------------------------------------------------------
+    if pool is not None:
+        pool.close()
     peak = memory_now(device, peak=True) - max(0, base_memory)
     print(f'done: best score - beta kl {best:.3f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, samples in {out_dir}/samples.jsonl')
