@@ -1339,7 +1339,8 @@ def _lookup(tokens, ngram, k):
 #                                                 +-------- weights, one object in the store, a version --- publish() +
 
 SLICE = 0.05     # seconds that a worker samples before it looks for new prompts and weights
-SILENCE = 300.0  # seconds without an answer after which a worker is taken for dead
+START = 300.0    # seconds that a worker may take to start
+SILENCE = 120.0  # seconds without an answer after which a worker is taken for dead
 
 
 @dataclass
@@ -1360,6 +1361,9 @@ class RolloutWorker:
         torch.set_num_threads(1)
         self.engine, self.open = Engine(model.to(device), **options), {}
         self.engine.eot = eot
+
+    def ready(self):
+        """Answers once the process is up."""
 
     def run(self, jobs, version, weights, seconds):
         """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids, SamplingParams)], samples for `seconds` or until all
@@ -1384,6 +1388,9 @@ class Scorer:
     def __init__(self, files, tokenizer):
         self.fns, self.tok = {file: load_reward(file) for file in files}, get_tokenizer(tokenizer)
 
+    def ready(self):
+        """Answers once the process is up: from then on reward_timeout counts."""
+
     def score(self, row, prompt, answers):
         """{file: [float]} for the token ids of each answer. ValueError for a score that is not finite."""
         asked, texts = self.tok.decode(prompt), [self.tok.decode([t for t in a if t != self.tok.eot]) for a in answers]
@@ -1395,13 +1402,19 @@ class Scorer:
 
 
 class _Hand:
-    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it has; version = its weights'."""
+    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it has; version = its weights';
+    deaths = how often it was replaced since it last did something."""
 
     def __init__(self, hire):
-        self.hire, self.actor, self.call, self.deadline, self.work, self.version = hire, hire(), None, 0.0, [], None
+        self.hire, self.deaths = hire, 0
+        self.start()
+
+    def start(self):
+        self.actor, self.work, self.version, self.up = self.hire(), [], None, False
+        self.go(self.actor.ready.remote(), START)
 
     def go(self, ref, seconds):
-        self.call, self.deadline = ref, time.monotonic() + seconds
+        self.call, self.deadline, self.seconds = ref, time.monotonic() + seconds, seconds
 
 
 class Rollouts:
@@ -1429,7 +1442,7 @@ class Rollouts:
         self.position = self.next = position
         self.dropped = self.restarts = self.taken = self.limit = 0  # limit: prompts handed out and not dropped, at most
         self.jobs, self.work, self.pending, self.unscored, self.done = jobs(position), {}, [], deque(), {}
-        self.tries, self.in_a_row, self.deaths = {}, 0, 0
+        self.tries, self.in_a_row = {}, 0
         self.version = self.weights = self.error = None
         self.cv, self.closed, self.own = threading.Condition(), False, not actors.is_initialized()
         gpus = self._init(runtime, workers + (reward_workers if rewards else 0), device)
@@ -1497,6 +1510,8 @@ class Rollouts:
 
     def close(self):
         """Ends the workers, and the runtime if it was started here."""
+        if self.closed:
+            return
         with self.cv:
             self.closed = True
             self.cv.notify_all()
@@ -1524,7 +1539,7 @@ class Rollouts:
                     self._collect(calls[ref])
                 for hand in self.hands:
                     if hand.call is not None and hand.call not in ready and time.monotonic() > hand.deadline:
-                        self._replace(hand, f'no answer for {SILENCE if hand in self.rollers else self.reward_timeout:g} s')
+                        self._replace(hand, f'no answer for {hand.seconds:g} s')
         except BaseException as e:
             with self.cv:
                 self.error = e
@@ -1565,15 +1580,18 @@ class Rollouts:
         except self.actors.exceptions.RayActorError as e:
             return self._replace(hand, str(e).strip().splitlines()[-1])
         except Exception as e:
-            if hand in self.rollers:
+            if hand in self.rollers or not hand.work:
                 raise
             hand.call = None
             return self._again(hand.work.pop(), str(e).strip().splitlines()[-1])
         hand.call = None
+        if not hand.up:
+            hand.up = True
+            return
+        hand.deaths = 0
         if hand in self.scorers:
             id, answers = hand.work.pop()
             return self._finish(id, Rollout(id, self.work[id][0], answers, result))
-        self.deaths = 0
         for id, answers in result:
             hand.work.remove(id)
             if self.scorers:
@@ -1606,13 +1624,14 @@ class Rollouts:
     def _replace(self, hand, why):
         """Another actor takes the place of one that died or fell silent, and its work."""
         self.actors.kill(hand.actor)
-        work, hand.work, hand.call, hand.version = hand.work, [], None, None
-        hand.actor = hand.hire()
-        if hand in self.scorers:
+        work = hand.work
+        hand.start()
+        if hand in self.scorers and work:
             return self._again(work[0], why)
-        self.restarts, self.deaths = self.restarts + 1, self.deaths + 1
-        if self.deaths > 3 * len(self.rollers):
-            raise RuntimeError(f'{self.deaths} rollout workers died one after the other, at last: {why}')
+        hand.deaths += 1
+        if hand.deaths > 3:
+            raise RuntimeError(f'a {"rollout" if hand in self.rollers else "reward"} worker died {hand.deaths} times before it did anything, at last: {why}')
+        self.restarts += 1
         print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts begin anew', flush=True)
         self.pending = sorted(work + self.pending)
 
