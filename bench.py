@@ -39,79 +39,96 @@ def _data_tokens(batch):
     return {'ids': [[crc32(w.encode()) % 50257 for w in (p + c).split(' ')] for p, c in zip(batch['prompt'], batch['chosen'])]}
 
 
-def _data_peak(code):
-    """Peak memory in MB that the code adds to a process of its own (its maps of files count as far as they are touched). Linux."""
-    import subprocess
-    head = 'import dataset, json\npeak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])\nbase = peak()\n'
-    tail = '\nprint((peak() - base) // 1024)'
-    return int(subprocess.run([sys.executable, '-c', head + code + tail], capture_output=True, text=True, check=True).stdout.split()[-1])
+def _data_work(side, tmp, n):
+    """What is measured on one side: {name: (rows it handles, function)}. The table that most of them read is opened before, by 'ready'."""
+    import functools
+    import itertools
+    import json
+    import numpy as np
+    rows, folder, fresh = os.path.join(tmp, 'rows.jsonl'), os.path.join(tmp, side), itertools.count()
+    new = lambda kind: os.path.join(tmp, f'{kind}-{os.getpid()}-{next(fresh)}')  # a cache folder of its own: nothing is found there
+
+    def floor():
+        with open(rows, 'rb') as f:
+            for line in f:
+                json.loads(line)
+    if side == 'json.loads':
+        return {'load, 1 process': (n, floor), 'load, 2 processes': (n, floor)}
+    if side == 'ours':
+        import dataset
+        work = {f'load, {k} process{"es" * (k - 1)}': (n, lambda k=k: dataset.load_dataset(rows, num_proc=k)) for k in (1, 2)}
+        start, cached = lambda: dataset.load_dataset(folder), lambda: {'cache_dir': new('map')}
+    else:
+        import datasets
+        datasets.disable_progress_bars()
+        work = {'load, 1 process': (n, lambda: datasets.load_dataset('json', data_files=rows, split='train', cache_dir=new('load')))}
+        start, cached = lambda: datasets.load_from_disk(folder), lambda: {'load_from_cache_file': False}
+    table = functools.cache(start)
+    mixed, part = functools.cache(lambda: table().shuffle(seed=1)), functools.cache(lambda: table().select(range(min(n, 40_000))))
+    at, some = np.random.default_rng(0).integers(0, n, 10_000).tolist(), min(n, 100_000)
+
+    def each(items):
+        for _ in items:
+            pass
+    work |= {'open': (1, start), 'random rows': (len(at), lambda: each(table()[i] for i in at)), 'slices of 32': (some, lambda: each(table()[i:i + 32] for i in range(0, some, 32))),
+             'iterate rows': (some, lambda: each(table().select(range(some)))), 'iter(256)': (some, lambda: each(table().select(range(some)).iter(256))),
+             'shuffle': (n, lambda: table().shuffle(seed=next(fresh))), 'shuffled slices of 32': (32_000, lambda: each(mixed()[i:i + 32] for i in range(0, min(n, 32_000), 32)))}
+    for k in (1, 2):
+        work[f'map, {k} process{"es" * (k - 1)}'] = min(n, 40_000), lambda k=k: part().map(_data_tokens, batched=True, num_proc=k, **cached())
+    return work
+
+
+def _data_peak(side, what, tmp, n):
+    """Run by a process of its own: prints the MB that this work, its opening of the table included, adds to what the imports take; the parts
+    of mapped files that it touched count. Worker processes: twice what the larger of the two adds. Linux."""
+    import resource
+    rss = lambda key: int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])
+    work = _data_work(side, tmp, n)[what][1]
+    with open('/proc/self/clear_refs', 'w') as f:
+        f.write('5')  # the peak counts from here
+    base = rss('VmRSS')
+    work()
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(max(rss('VmHWM') - base, 0) // 1024 + (2 * max(workers - base, 0) // 1024 if what.endswith('processes') else 0))
 
 
 def bench_data(args):
-    """dataset.py against HF datasets and bare json.loads: python bench.py data [rows=500000]."""
-    import json
-    import os
+    """dataset.py against HF datasets and bare json.loads, speed and peak memory: python bench.py data [rows=500000]."""
     import tempfile
-    import time
-    import numpy as np
     import dataset
+    begin, n, sides = time.perf_counter(), int(args[0]) if args else 500_000, ['ours', 'json.loads', 'HF']
     try:
-        import datasets as hf
-        hf.disable_progress_bars()
+        import datasets
     except ImportError:
-        hf = None
+        sides.remove('HF')
         print('datasets is not installed: its side is skipped (pip install -r requirements-test.txt)')
-    n = int(args[0]) if args else 500_000
+
+    def rate(count, work):
+        def measure():
+            start = time.perf_counter()
+            work()
+            return count / (time.perf_counter() - start)
+        return measure
+
     with tempfile.TemporaryDirectory() as tmp:
-        path = os.path.join(tmp, 'rows.jsonl')
-        with open(path, 'w', encoding='utf-8') as f:
+        with open(os.path.join(tmp, 'rows.jsonl'), 'w', encoding='utf-8') as f:
             f.writelines(_data_rows(n))
-        fresh = iter(range(10**9))
-
-        def rate(fn, count):
-            def measure():
-                start = time.perf_counter()
-                fn()
-                return count / (time.perf_counter() - start)
-            return measure
-
-        def floor():
-            with open(path, 'rb') as f:
-                for line in f:
-                    json.loads(line)
-
-        def show(name, sides, unit, rounds=3):
-            found = alternate({k: v for k, v in sides.items() if v}, rounds)
-            first, *rest = found
-            print(f'{name:22}' + ' | '.join(f'{k} {v:,.0f} {unit}' for k, v in found.items())
-                  + ''.join(f' | {found[first] / found[k]:.2f}x {k}' for k in rest), flush=True)
-        print(f'{n:,} rows of prompt/chosen/rejected, {os.path.getsize(path) / 1e6:.0f} MB of JSON lines')
-        show('load, one process', {'ours': rate(lambda: dataset.load_dataset(path), n), 'json.loads': rate(floor, n),
-                                   'HF': hf and rate(lambda: hf.load_dataset('json', data_files=path, split='train', cache_dir=os.path.join(tmp, f'hf{next(fresh)}')), n)}, 'rows/s')
-        show('load, two processes', {'ours': rate(lambda: dataset.load_dataset(path, num_proc=2), n), 'json.loads': rate(floor, n)}, 'rows/s')
-        peaks = {'ours': f'dataset.load_dataset({path!r})', 'list of json.loads': f'rows = [json.loads(l) for l in open({path!r}, "rb")]'}
-        if hf:
-            peaks['HF'] = f'import datasets; datasets.load_dataset("json", data_files={path!r}, split="train", cache_dir={os.path.join(tmp, "hfp")!r})'
-        print('peak memory of load    ' + ' | '.join(f'{k} {_data_peak(v)} MB' for k, v in peaks.items()), flush=True)
-        mine = dataset.load_dataset(path)
-        folders = {'ours': os.path.join(tmp, 'mine'), 'HF': os.path.join(tmp, 'theirs')}
-        mine.save_to_disk(folders['ours'])
-        if hf:
-            hf.load_from_disk(folders['ours']).save_to_disk(folders['HF'])  # each side opens what it writes itself
-        show('open', {'ours': rate(lambda: dataset.load_dataset(folders['ours']), 1), 'HF': hf and rate(lambda: hf.load_from_disk(folders['HF']), 1),
-                      "ours, HF's file": hf and rate(lambda: dataset.load_dataset(folders['HF']), 1)}, 'times/s', 5)
-        sides = {'ours': dataset.load_dataset(folders['ours'])} | ({'HF': hf.load_from_disk(folders['HF'])} if hf else {})
-        at = np.random.default_rng(0).integers(0, n, 10_000).tolist()
-        show('random rows', {k: rate(lambda d=d: [d[i] for i in at], len(at)) for k, d in sides.items()}, 'rows/s')
-        show('slices of 32', {k: rate(lambda d=d: [d[i:i + 32] for i in range(0, min(n, 200_000), 32)], min(n, 200_000)) for k, d in sides.items()}, 'rows/s')
-        show('iterate', {k: rate(lambda d=d: [None for _ in d.select(range(min(n, 100_000)))], min(n, 100_000)) for k, d in sides.items()}, 'rows/s')
-        show('shuffle', {k: rate(lambda d=d: d.shuffle(seed=next(fresh)), n) for k, d in sides.items()}, 'rows/s')
-        mixed = {k: d.shuffle(seed=1) for k, d in sides.items()}
-        show('shuffled slices of 32', {k: rate(lambda d=d: [d[i:i + 32] for i in range(0, 32_000, 32)], 32_000) for k, d in mixed.items()}, 'rows/s')
-        part = {k: d.select(range(min(n, 100_000))) for k, d in sides.items()}
-        for procs in (1, 2):
-            show(f'tokenising map, {procs} proc', {k: rate(lambda d=d, k=k: d.map(_data_tokens, batched=True, num_proc=procs, **({'cache_dir': os.path.join(tmp, f'c{next(fresh)}')} if k == 'ours' else
-                 {'load_from_cache_file': False})), len(d)) for k, d in part.items()}, 'rows/s')
+        print(f'{n:,} rows of prompt/chosen/rejected, {os.path.getsize(f.name) / 1e6:.0f} MB of JSON lines; rows/s (median of 3, sides in turn), peak MB above the imports')
+        dataset.load_dataset(f.name).save_to_disk(os.path.join(tmp, 'ours'))
+        if 'HF' in sides:
+            datasets.load_from_disk(os.path.join(tmp, 'ours')).save_to_disk(os.path.join(tmp, 'HF'))  # each side opens what it has written
+        work = {side: _data_work(side, tmp, n) for side in sides}
+        for what in work['ours']:
+            found = alternate({side: rate(*work[side][what]) for side in sides if what in work[side]})
+            line = f'{what:22}'
+            for side, value in found.items():
+                peak = subprocess.run([sys.executable, '-c', f'import bench; bench._data_peak({side!r}, {what!r}, {tmp!r}, {n})'], capture_output=True, text=True,
+                                      cwd=os.path.dirname(os.path.abspath(__file__))) if os.path.exists('/proc/self/clear_refs') else None
+                if peak and peak.returncode:
+                    raise RuntimeError(f'{side}, {what}: {peak.stderr[-2000:]}')
+                line += f'{side} {value:,.0f}' + (f' {peak.stdout.split()[-1]} MB' if peak else '') + ' | '
+            print(line + ', '.join(f'{found["ours"] / v:.2f}x {side}' for side, v in found.items() if side != 'ours'), flush=True)
+    print(f'{time.perf_counter() - begin:.0f} s in all')
 
 
 def _actors_pss(pids):

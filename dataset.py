@@ -14,7 +14,10 @@ import torch
 # ---------------------------------------------------------------------------------------------------------------------
 
 class ArrowError(ValueError):
-    """A file that is not what it claims to be: corrupt, cut off, or of an Arrow type or feature that is not read here (then named)."""
+    """A file that is not what it claims to be: corrupt, cut off, or of an Arrow type or feature that is not read here (then named).
+    When a file is opened: its metadata and the length of every array and buffer; in files of up to 32 MiB also each offset and dictionary
+    index, in larger ones at first use: an open that reads 300 MB of columns is no open any more. When a value is
+    read: text that is not UTF-8, a date or time that Python cannot hold. Always this error. `python dataset.py lint FILE` reads all values."""
 
 
 class Type(NamedTuple):
@@ -48,18 +51,21 @@ class Array:
     def __init__(self, type, n, valid=None, data=None, offs=None, kids=(), ok=True):
         self.type, self.n, self.valid, self.data, self.offs, self.kids, self.ok, self.memo = type, n, valid, data, offs, kids, ok, None
 
-    def check(self):
-        """What costs a pass over the offsets, done at first use and not when a file is opened."""
+    def check(self, deep=False):
+        """What costs a pass over the offsets: when a file of moderate size is opened (deep: the children too), else at first use."""
+        for kid in self.kids if deep else ():
+            kid.check(True)
         if not self.ok:
-            if self.offs is not None and self.n and not (self.offs[1:] >= self.offs[:-1]).all():
-                raise ArrowError(f'corrupt: the offsets of a {self.type.kind} column fall')
+            o, end = self.offs, self.kids[0].n if self.kids else len(self.data or b'')
+            if o is not None and not (0 <= o[0] and o[-1] <= end and (o[1:] >= o[:-1]).all()):
+                raise ArrowError(f'corrupt: the offsets of a {self.type.kind} column fall, or lead beyond its {end} values')
             if self.type.kind == 'dictionary' and self.n:
                 at = self.data if self.valid is None else self.data[_bits(self.valid, 0, self.n)]
                 if at.size and not 0 <= at.min() <= at.max() < max(self.kids[0].n, 1):  # under a null parent 0 may stand for no value at all
                     raise ArrowError('corrupt: a dictionary index points outside of its dictionary')
             self.ok = True
         if self.type.kind in _TEXT and self.valid is None and self.memo is None:
-            self.memo = memoryview(self.offs)
+            self.memo = memoryview(self.offs)  # its items are Python's ints: get() is twice as fast
         return self
 
     def get(self, i):
@@ -74,11 +80,10 @@ class Array:
 
     def list(self, lo, hi):
         """Values lo..hi as Python objects, what pyarrow's to_pylist() gives; nanosecond times are np.datetime64 and np.timedelta64."""
-        self.check()
         k = self.type.kind
-        if self.memo is not None and k in _TEXT:
-            o = self.memo[lo:hi + 1].tolist()
-            return _strings(bytes(self.data[o[0]:o[-1]]), o, o[0], True)
+        if k in _TEXT and self.memo is not None:  # the usual column
+            return _strings(self.data, self.memo[lo:hi + 1].tolist(), True, None)
+        self.check()
         valid = None if self.valid is None else _bits(self.valid, lo, hi)
         if valid is not None and valid.all():
             valid = None
@@ -90,18 +95,14 @@ class Array:
             if k == 'dictionary' and self.memo is None:
                 self.memo = self.kids[0].list(0, self.kids[0].n) or [None]
             out = [self.memo[i] for i in out] if k == 'dictionary' else _times(out, self.type) if k[:4] in ('date', 'time', 'dura') else out
+        elif self.offs is not None and not self.kids:
+            out = _strings(self.data, self.offs[lo:hi + 1].tolist(), k in _TEXT, valid)
         elif self.offs is not None:
             base = int(self.offs[lo])
             o = (self.offs[lo:hi + 1] - base).tolist()
-            if self.kids:
-                flat = self.kids[0].list(base, base + o[-1])
-                flat = [tuple(kv.values()) for kv in flat] if k == 'map' else flat
-                out = [flat[x:y] for x, y in zip(o, o[1:])]
-            else:
-                blob = bytes(self.data[base:base + o[-1]])
-                if valid is not None:  # what stands in a null slot need not be text
-                    return [_strings(blob[x:y], (x, y), x, k in _TEXT)[0] if ok else None for x, y, ok in zip(o, o[1:], valid.tolist())]
-                out = _strings(blob, o, 0, k in _TEXT)
+            flat = self.kids[0].list(base, base + o[-1])
+            flat = [tuple(kv.values()) for kv in flat] if k == 'map' else flat
+            out = [flat[x:y] for x, y in zip(o, o[1:])]
         elif k == 'fixed_size_binary':
             w = self.type.arg
             out = [bytes(self.data[i * w:i * w + w]) for i in range(lo, hi)]
@@ -115,15 +116,13 @@ class Array:
         return out if valid is None else [v if ok else None for v, ok in zip(out, valid.tolist())]
 
 
-def _strings(blob, o, base, text):
-    """blob cut at o - base, as text or as bytes."""
+def _strings(data, o, text, valid):
+    """What the offsets o cut out of data, as str or bytes. All of it in C: a file in memory is read piece by piece, which beats slicing."""
+    parts = map(io.BytesIO(data[o[0]:o[-1]]).read, map(operator.sub, o[1:], o))
+    if valid is not None:  # what stands in a null slot need not be text
+        parts = [p if ok else b'' for p, ok in zip(parts, valid.tolist())]
     try:
-        if not text:
-            return [blob[x - base:y - base] for x, y in zip(o, o[1:])]
-        if blob.isascii():  # decode once: characters are bytes
-            blob = blob.decode()
-            return [blob[x - base:y - base] for x, y in zip(o, o[1:])]
-        return [blob[x - base:y - base].decode() for x, y in zip(o, o[1:])]
+        return list(map(bytes.decode, parts) if text else parts)
     except UnicodeDecodeError as e:
         raise ArrowError(f'corrupt: text that is not UTF-8 ({e.reason})') from None
 
@@ -518,7 +517,7 @@ def _renumber(a, s, t):
 # ARROW1, a stream, a footer that lists the batches. https://arrow.apache.org/docs/format/Columnar.html, Message.fbs, Schema.fbs, File.fbs
 
 _U8, _U16, _I16, _I32, _U32, _I64 = (struct.Struct('<' + c).unpack_from for c in 'BHhiIq')
-_MAX32, _SPILL = 2**31 - 1, 256 << 20
+_MAX32, _SPILL, _DEEP = 2**31 - 1, 256 << 20, 32 << 20
 _REFUSED = {0: 'none', 7: 'decimal', 11: 'interval', 14: 'union', 22: 'run-end encoded', 23: 'binary_view', 24: 'string_view', 25: 'list_view', 26: 'large_list_view'}
 
 
@@ -698,7 +697,7 @@ class _Source:
 
     def view(self, lo, hi):
         if not 0 <= lo <= hi <= self.size:
-            raise ArrowError(f'cut off: bytes {lo} to {hi} are wanted, the file has {self.size}')
+            raise ArrowError(f'cut off, or no Arrow data: bytes {lo} to {hi} are wanted, the file has {self.size}')
         if self.map is not None or lo == hi:
             return self.map[lo:hi] if lo < hi else memoryview(b'')
         page = lo - lo % mmap.ALLOCATIONGRANULARITY
@@ -760,8 +759,6 @@ class _Body:
             offs = np.frombuffer(raw, dtype, n + 1) if n else np.zeros(1, dtype)  # no rows: the buffer may be empty
             kid = self.read(t.fields[0].type, path + (0,)) if t.fields else None
             data = None if kid else self.buf(0)
-            if not 0 <= offs[0] <= offs[-1] <= (kid.n if kid else len(data)):
-                raise ArrowError(f'corrupt: the offsets of a {k} column lead beyond its {kid.n if kid else len(data)} values')
             return Array(t, n, valid, data, offs if offs.flags.aligned else offs.copy(), (kid,) if kid else (), ok=False)
         if k == 'struct':
             if not t.fields:
@@ -873,6 +870,8 @@ def _batch(m, source, t, ids, dicts, chunks, budget):
             raise ArrowError('corrupt: more arrays or buffers than the schema has')
         return table
     table, keep = load(), source.map is not None  # read once now: the structure is checked when the file is opened
+    if keep and source.size <= _DEEP:
+        table.check(True)
     budget = [2**62]
     chunk = _Chunk(table.n, (lambda: table) if keep else (lambda: source.batch(load)), keep)
     chunks.append(chunk)
@@ -1094,7 +1093,7 @@ class Dataset:
         return len(self._idx)
 
     def __repr__(self):
-        return f"Dataset of {len(self):,} rows: {', '.join(f'{k} {type_name(t)}' for k, t in self.types.items())}"
+        return f"Dataset of {len(self):,} row{'s' * (len(self) != 1)}: {', '.join(f'{k} {type_name(t)}' for k, t in self.types.items())}"
 
     # reading
 
@@ -1143,8 +1142,12 @@ class Dataset:
     def _read(self, rows, names):
         """-> {name: list of Python values}"""
         if isinstance(rows, range) and rows.step == 1:
+            c = bisect.bisect_right(self._starts, rows.start) - 1
+            if rows and rows.stop <= self._starts[c + 1]:  # most slices lie in one chunk
+                cols, base = self._chunks[c].cols(), self._starts[c]
+                return {k: cols[k].list(rows.start - base, rows.stop - base) for k in names}
             parts = [{k: cols[k].list(lo, hi) for k in names} for chunk, lo, hi in self._pieces(rows) for cols in [chunk.cols()]]
-            return parts[0] if len(parts) == 1 else {k: list(itertools.chain.from_iterable(p[k] for p in parts)) for k in names}
+            return {k: list(itertools.chain.from_iterable(p[k] for p in parts)) for k in names}
         which, local = self._find(rows)
         if not self._kept:  # chunks that are mapped anew each time: one after the other
             return {k: a.list(0, a.n) for k, a in self._gather(rows, names).items()}
@@ -1170,6 +1173,8 @@ class Dataset:
         return {k: take(concat([p[k] for p in parts]), back) if len(parts) > 1 else parts[0][k] for k in names}
 
     def __getitem__(self, key):
+        if isinstance(key, slice):
+            return self._read(self._idx[key], self.types)
         if isinstance(key, str):
             if key not in self.types:
                 raise KeyError(f"no column {key!r}: this dataset has {', '.join(self.types)}")
@@ -1185,7 +1190,7 @@ class Dataset:
     def iter(self, batch_size, drop_last_batch=False):
         """Batches as ds[i:j] gives them."""
         for lo in range(0, len(self) - (batch_size - 1 if drop_last_batch else 0), batch_size):
-            yield self[lo:lo + batch_size]
+            yield self._read(self._idx[lo:lo + batch_size], self.types)
 
     # choosing rows and columns
 
@@ -1657,9 +1662,9 @@ def _load(path, num_proc):
         raise ValueError(f'{path}: no such file')
     stat = os.stat(path)
     id = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
-    if stat.st_size == 0:
-        raise ValueError(f'{path}: the file is empty')
     kind = os.path.splitext(path.removesuffix('.gz'))[1]
+    if stat.st_size == 0:
+        raise (ArrowError if kind == '.arrow' else ValueError)(f'{path}: the file is empty')
     with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
         head = f.read(256).removeprefix(b'\xef\xbb\xbf').lstrip()
         f.seek(0)
@@ -1782,11 +1787,12 @@ def _read_lines(f, path, sink, end):
         except (StopIteration, ValueError, RecursionError):
             at = -1
         lines = range(line, line + len(rows))
-        if at != size or set(map(type, rows)) != {dict}:  # blank lines, spaces, or a fault: line by line
+        count = text.count('\n')
+        if at != size or count != len(rows) or set(map(type, rows)) != {dict}:  # blank lines, spaces, an object over two lines, a fault: line by line
             rows, lines = _slow_lines(text, path, line)
         if rows:
             sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
-        line += text.count('\n')
+        line += count
 
 
 def _slow_lines(text, path, first):
@@ -1796,7 +1802,7 @@ def _slow_lines(text, path, first):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise ValueError(f'{path}:{i}:{e.colno}: {e.msg}; expected one JSON object a line') from None
+                raise ValueError(f'{path}:{i}:{e.colno}: {e.msg}; expected one JSON object a line, or one list of objects') from None
             except (ValueError, RecursionError) as e:
                 raise ValueError(f'{path}:{i}: {e}') from None
             if not isinstance(row, dict):
@@ -2138,7 +2144,7 @@ def lint(ds, tok=None, max_len=None, test=None):
     said += [(False, f'{k}: {n} of {len(ds)} rows are null') for k, n in nulls_.items() if n]
 
     def where(rows):
-        return f"{len(rows)} rows ({', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''})"
+        return f"{len(rows):,} row{'s' * (len(rows) != 1)} ({', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''})"
     seen, twice = {}, []
     for i, k in enumerate(keys):
         if seen.setdefault(k, i) != i:
@@ -2161,27 +2167,28 @@ def lint(ds, tok=None, max_len=None, test=None):
             said.append((False, f'length bias: chosen is the longer one in {longer:.0%} of the pairs (mean {sizes[:, 0].mean():.0f} against {sizes[:, 1].mean():.0f} '
                                 'characters): a reward model can learn length alone'))
     if tok is not None:
-        bad, empty, open_, cut, lengths = [], [], [], [], []
+        bad, empty, open_, cut, lengths = {}, [], [], [], []
+        asked = 'prompt' in ds.types and not {'completion', 'chosen', 'messages', 'text', 'instruction'} & set(ds.types)  # prompts for PPO and GRPO
         for i, row in enumerate(ds):
             try:
                 if pairs:
-                    p, x, y = encode_pair(row, tok)
-                    rows = [(p + x, [False] * len(p) + [True] * len(x)), (p + y, [False] * len(p) + [True] * len(y))]
+                    p, x, y = encode_pair(row, tok) if row['chosen'] != row['rejected'] else ([], [], [])  # equal ones are in the list already
+                    rows = [(p + a, [False] * len(p) + [True] * len(a)) for a in (x, y) if a]
                 else:
-                    rows = [encode_row(row, tok)]
+                    rows = [encode_row(row, tok)] if not asked else [(ids := encode_prompt(_of_table(row)['prompt'], tok), [True] * len(ids))]
             except ValueError as e:
-                bad.append((i, str(e)))
+                bad.setdefault(str(e).split(':')[0], (str(e), []))[1].append(i)
                 continue
-            lengths.append(max(len(ids) for ids, _ in rows))
+            lengths += [len(ids) for ids, _ in rows]
             empty += [i] if any(not any(on) for _, on in rows) else []
-            open_ += [i] if any(not (any(on) and tok.eot in [t for t, m in zip(ids[-4:], on[-4:]) if m]) for ids, on in rows) else []
+            open_ += [i] if not asked and any(not (any(on) and tok.eot in [t for t, m in zip(ids[-4:], on[-4:]) if m]) for ids, on in rows) else []
             cut += [i] if max_len and any(any(on[max_len:]) for _, on in rows) else []
-        said += [(True, f'unreadable: {where([i for i, _ in bad])}: {bad[0][1]}')] if bad else []
+        said += [(True, f'unreadable: {where(rows)}: {why}') for why, rows in bad.values()]
         said += [(True, f'nothing to train on: {where(empty)} have an empty mask')] if empty else []
         said += [(True, f'no EOS: {where(open_)} do not end in a trained end token: the model will not learn to stop')] if open_ else []
-        said += [(True, f'cut answers: {where(cut)} have trained tokens beyond max_len {max_len}')] if cut else []
+        said += [(True, f'{"long prompts" if asked else "cut answers"}: {where(cut)} have {"" if asked else "trained "}tokens beyond max_len {max_len}')] if cut else []
         if lengths:
-            said.append((False, f'tokens a row: median {int(np.median(lengths))}, 95 % {int(np.quantile(lengths, 0.95))}, longest {max(lengths)}'))
+            said.append((False, f'tokens a {"prompt" if asked else "pair member" if pairs else "row"}: median {int(np.median(lengths)):,}, 95 % {int(np.quantile(lengths, 0.95)):,}, longest {max(lengths):,}'))
     return said
 
 
@@ -2927,7 +2934,7 @@ def split_pair(row):
     elif prompt is None:
         prompt = ''.join(chosen.rpartition('\n\nAssistant:')[:2])
         if not prompt or not rejected.startswith(prompt) or '\n\nHuman:' in rejected[len(prompt):]:
-            raise ValueError('row without "prompt" whose two dialogues do not share all up to the last "\\n\\nAssistant:"')
+            raise ValueError('preference row without "prompt" whose two texts are no dialogues that share all up to the last "\\n\\nAssistant:"')
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
     for key, answer in (('chosen', chosen), ('rejected', rejected)):
         said = answer if isinstance(answer, str) else ''.join(str(m.get('content') or m.get('tool_calls') or '') for m in answer)
@@ -2953,28 +2960,43 @@ def show_masks(ids, trained, tok):
 # command line: python dataset.py head FILE | lint FILE
 # ---------------------------------------------------------------------------------------------------------------------
 
+def _show(key, value, most=500):
+    """One column of a row for a terminal: text as it is, messages one by one."""
+    if isinstance(value, list) and value and all(isinstance(m, dict) and {'role', 'content'} <= m.keys() for m in value):
+        for m in value:
+            _show(f'{key} | {m["role"]}', m['content'], most)
+    else:
+        text = value if isinstance(value, str) else repr(value)
+        print(f'{key}: {text[:most]}' + (f' ... ({len(text):,} characters)' if len(text) > most else ''))
+
+
 def _main(words):
     """head FILE [rows] | lint FILE [--tokenizer=NAME] [--max_len=N] [--test=FILE]"""
     usage = 'usage: python dataset.py head FILE [ROWS] | python dataset.py lint FILE [--tokenizer=gpt2] [--max_len=1024] [--test=FILE]'
     options = dict(w[2:].split('=', 1) for w in words if w.startswith('--') and '=' in w)
     plain = [w for w in words if not w.startswith('--')]
-    if len(plain) < 2 or plain[0] not in ('head', 'lint') or options.keys() - {'tokenizer', 'max_len', 'test'} or len(plain) + len(options) < len(words):
+    numbers = [*plain[2:], *([options['max_len']] if 'max_len' in options else [])]
+    if (len(plain) < 2 or len(plain) > 2 + (plain[0] == 'head') or plain[0] not in ('head', 'lint') or options.keys() - {'tokenizer', 'max_len', 'test'}
+            or len(plain) + len(options) < len(words) or not all(n.isdecimal() for n in numbers) or (plain[0] == 'head' and options)):
         raise ValueError(usage)
     ds = load_dataset(plain[1])
     print(ds)
-    if plain[0] == 'head':
-        for row in ds.select(range(min(int(plain[2]) if len(plain) > 2 else 3, len(ds)))):
-            print('---')
-            for k, v in row.items():
-                text = v if isinstance(v, str) else repr(v)
-                print(f'{k}: {text[:500]}' + (f' ... ({len(text)} characters)' if len(text) > 500 else ''))
-        return 0
-    tok = get_tokenizer(options['tokenizer']) if 'tokenizer' in options else None
-    said = lint(ds, tok, int(options.get('max_len', 0)) or None, load_dataset(options['test']) if 'test' in options else None)
+    try:
+        if plain[0] == 'head':
+            for i, row in enumerate(ds.select(range(min(int(plain[2]) if len(plain) > 2 else 3, len(ds))))):
+                print(f'--- row {i}')
+                for k, v in row.items():
+                    _show(k, v)
+            return 0
+        tok = get_tokenizer(options['tokenizer']) if 'tokenizer' in options else None
+        said = lint(ds, tok, int(options.get('max_len', 0)) or None, load_dataset(options['test']) if 'test' in options else None)
+    except ArrowError as e:  # a value, read only now
+        raise ValueError(f'{plain[1]}: {e}') from None
     for grave, message in said:
         print(('FAULT  ' if grave else 'note   ') + message)
-    print(f'{sum(g for g, _ in said)} faults' + ('' if tok else ' (give --tokenizer=... to check masks, EOS and lengths too)'))
-    return int(any(g for g, _ in said))
+    faults = sum(g for g, _ in said)
+    print(f'{faults} fault{"s" * (faults != 1)}' + ('' if tok else ' (give --tokenizer=... to check masks, EOS and lengths too)'))
+    return int(faults > 0)
 
 
 if __name__ == '__main__':

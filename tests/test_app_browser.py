@@ -191,7 +191,7 @@ def test_finetune_upload_lint_and_refusals(page, served):
     page.get_by_role('button', name='Check the file').click()
     page.locator('#looked .on').first.wait_for()
     seen = page.locator('#looked').inner_text()
-    assert '31 rows' in seen and 'unreadable: 1 rows' in seen and page.locator('#looked img').count() == 0
+    assert '31 rows' in seen and 'unreadable: 1 row' in seen and page.locator('#looked img').count() == 0
 
 
 def test_doors_are_shut(served):

@@ -491,28 +491,35 @@ def mutate(data, r):
 
 
 def fuzz(tmp_path, count, seed):
-    """count mutated files: each is the one error type, or a table that can be read to its end; none slow, none large."""
+    """count mutated inputs, streams and files, every third in a folder of save_to_disk whose state.json is mutated too now and then: each is
+    the one error type, or a table that can be read to its end; none slow, none large."""
+    folder = tmp_path / 'folder'
+    Dataset.from_dict({'a': [1]}).save_to_disk(folder)
+    state, data_file = (folder / 'state.json').read_bytes(), next(folder.glob('*.arrow'))
     path, files, r, read, slowest = str(tmp_path / 'f.arrow'), seeds_for_fuzz(), random.Random(seed), 0, 0
     f = os.fdopen(os.memfd_create('fuzz'), 'r+b') if hasattr(os, 'memfd_create') else open(path, 'w+b')
     if hasattr(os, 'memfd_create'):  # memory, not disk: ten times as fast
         os.symlink(f'/proc/self/fd/{f.fileno()}', path)
+    data_file.unlink()
+    os.symlink(path, data_file)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(count):
-        data = mutate(r.choice(files), r)
+    for k in range(count):
+        broken = k % 9 == 0
+        data = r.choice(files) if broken else mutate(r.choice(files), r)
         f.seek(0)
         f.truncate()
         f.write(data)
         f.flush()
+        if k % 9 < 2:
+            (folder / 'state.json').write_bytes(mutate(state, r) if broken else state)
         start = time.perf_counter()
         try:
-            ds = load_dataset(path)
+            ds = load_dataset(path if k % 3 else folder)
             for block in ds.iter(4096):
                 assert len({len(v) for v in block.values()}) <= 1
             read += 1
         except ArrowError as e:
             assert '\n' not in str(e)
-        except ValueError as e:
-            assert not data and 'the file is empty' in str(e), (e, bytes(data[:40]))
         slowest = max(slowest, time.perf_counter() - start)
     assert 0.02 < read / count < 0.9, read
     assert slowest < 5, slowest
@@ -527,6 +534,37 @@ def test_mutated_files(tmp_path):
 @pytest.mark.slow
 def test_100_000_mutated_files(tmp_path):
     print(fuzz(tmp_path, 100_000, 2))
+
+
+def test_what_a_corrupt_value_does_and_when(tmp_path, monkeypatch):
+    """Cut files and false lengths: when opened. Falling offsets and indices without a word: when opened, or at first use in a large file. Bad
+    UTF-8: when that value is read, and not before. Always ArrowError."""
+    ds = Dataset.from_dict({'s': ['abcd', 'efgh', 'ijkl'], 'd': ['x', 'y', 'x']}, {'d': Type('dictionary', ('int8', False), (Field('', Type('string')),))})
+    ds.to_arrow(tmp_path / 'x.arrow')
+    good = (tmp_path / 'x.arrow').read_bytes()
+    falling, index = good.replace(np.array([0, 4, 8, 12], 'i4').tobytes(), np.array([0, 8, 4, 12], 'i4').tobytes()), good.replace(b'\0\1\0' + bytes(61), b'\0\5\0' + bytes(61))
+    beyond = good.replace(np.array([0, 4, 8, 12], 'i4').tobytes(), np.array([0, 4, 8, 130], 'i4').tobytes())
+    assert good not in (falling, index, beyond) and good.count(b'efgh') == 1
+
+    def write(data):
+        (tmp_path / 'x.arrow').write_bytes(data)
+        return tmp_path / 'x.arrow'
+    for data in (good[:-70], good[:100], falling, index, beyond):
+        with pytest.raises(ArrowError, match='x.arrow'):
+            load_dataset(write(data))
+    ds = load_dataset(write(good.replace(b'efgh', b'e\xff\xffh')))
+    assert ds[0]['s'] == 'abcd' and ds[2] == {'s': 'ijkl', 'd': 'x'}
+    for use in (lambda: ds[1], lambda: ds[:2], lambda: list(ds), lambda: list(ds.shuffle(0)), lambda: ds.to_json(tmp_path / 'y.jsonl')):
+        with pytest.raises(ArrowError, match='not UTF-8'):
+            use()
+    code, _, err = run('lint', tmp_path / 'x.arrow')
+    assert code == 2 and 'x.arrow: corrupt: text' in err
+    monkeypatch.setattr(D, '_DEEP', 0)  # as in a large file
+    for data in (falling, index, beyond):
+        for use in (lambda d: d[0], lambda d: d[:2], lambda d: list(d.shuffle(0)), lambda d: d.save_to_disk(tmp_path / 'y'), lambda d: list(D.concatenate([d, d]))):
+            ds = load_dataset(write(data))
+            with pytest.raises(ArrowError, match='offsets|dictionary'):
+                use(ds)
 
 
 BOMBS = {'a list of 2^31 nulls in one row': lambda: Dataset.from_dict({'x': [[None] * 3]}), 'rows of nothing': lambda: Dataset.from_dict({'x': [None] * 3})}
@@ -761,15 +799,15 @@ def test_lint_and_head(tmp_path):
     for name, rows in (('good', good), ('bad', bad), ('test', [{'prompt': 'Q7 ', 'chosen': 'a', 'rejected': 'b'}])):
         Dataset.from_list(rows).to_json(tmp_path / f'{name}.jsonl')
     code, out, _ = run('lint', tmp_path / 'bad.jsonl', '--tokenizer=byte', '--max_len=100', f'--test={tmp_path / "test.jsonl"}')
-    assert code == 1 and 'chosen == rejected: 1 rows (30)' in out and 'duplicates: 1 rows (31) repeat' in out and 'cut answers: 1 rows (32)' in out
-    assert 'train/test overlap: 1 rows (7)' in out and 'length bias: chosen' in out
+    assert code == 1 and 'chosen == rejected: 1 row (30)' in out and 'duplicates: 1 row (31) repeat' in out and 'cut answers: 1 row (32)' in out
+    assert 'train/test overlap: 1 row (7)' in out and 'length bias: chosen' in out
     code, out, _ = run('head', tmp_path / 'bad.jsonl', 2)
     assert code == 0 and out.startswith('Dataset of 33 rows: prompt string') and out.count('---') == 2 and 'chosen: yes, x' in out
     Dataset.from_list([{'messages': [{'role': 'user', 'content': 'x'}]}, {'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]}]).to_json(tmp_path / 'm.jsonl')
     code, out, _ = run('lint', tmp_path / 'm.jsonl', '--tokenizer=byte')
-    assert code == 1 and ('nothing to train on: 1 rows (0)' in out or 'unreadable: 1 rows (0)' in out)
+    assert code == 1 and ('nothing to train on: 1 row (0)' in out or 'unreadable: 1 row (0)' in out)
     code, out, _ = run('lint', tmp_path / 'test.jsonl', '--tokenizer=byte')
     assert code == 0 and '0 faults' in out
-    for words in ((), ('head',), ('lint', tmp_path / 'none'), ('lint', tmp_path / 'm.jsonl', '--tokenizr=byte')):
+    for words in ((), ('head',), ('head', tmp_path / 'm.jsonl', 'x'), ('lint', tmp_path / 'none'), ('lint', tmp_path / 'm.jsonl', '--tokenizr=byte')):
         code, out, err = run(*words)
         assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
