@@ -1,7 +1,7 @@
 """Every speed figure that the README states, each by one command; every figure is a ratio to a named peer in the same run.
 
-    python bench.py kernels | data | infer | actors | parallel | train      # one section
-    python bench.py all                                                     # all of them, one after the other
+    python bench.py kernels | data | infer | actors | async | staleness | parallel | train      # one section
+    python bench.py all                         # one after the other; but for async and staleness, which start from quickstart.sh's out-sft
 
 A peer that is not installed is named and skipped. Machines are noisy: sides alternate, the median of the rounds counts.
 """
@@ -239,6 +239,97 @@ def bench_actors(args):
     for i, case in enumerate(('start to first result (s)', 'start of an actor, 4 at once (s each)', 'memory of workers and daemons, 4 actors (MB)')):
         seen = {name: sorted(row[i] for row in rows)[1] for name, rows in starts.items()}
         print(f'{case:44}' + ''.join(f'{seen[name]:12.3f}' for name in sides) + (f'{seen["ray"] / seen["actors"]:11.1f}x' if ray else ''))
+
+
+def _async_run(out, name, args, init_from, seed):
+    """One GRPO run on the toy sums, in a process of its own, one thread; a finished one is kept, a broken one begins anew -> its log rows."""
+    import json
+    here, folder = os.path.dirname(os.path.abspath(__file__)), os.path.join(out, name)
+    log = os.path.join(folder, 'log.jsonl')
+    read = lambda: [json.loads(line) for line in open(log)] if os.path.exists(log) else []
+    rows = read()
+    if not rows or rows[-1]['split'] != 'eval' or rows[-1]['step'] != rows[0]['max_iters']:
+        data = os.path.join(here, 'data', 'toy')
+        fixed = [f'--dataset={data}/arith_train.jsonl', f'--val_dataset={data}/arith_val.jsonl', f'--reward={data}/reward.py', '--device=cpu', '--threads=1', '--overwrite']
+        done = subprocess.run([sys.executable, os.path.join(here, 'grpo.py'), 'config/grpo_toy.py', *fixed, *args, f'--init_from={init_from}', f'--seed={seed}', f'--out_dir={folder}'],
+                              capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        if done.returncode:
+            sys.exit(f'error: {name}: {done.stderr.strip().splitlines()[-1]}')
+        rows = read()
+    return rows
+
+
+def _async_args(args, **known):
+    """key=value words over defaults; whoever has no toy world yet is told how to make it."""
+    for word in args:
+        key, _, value = word.partition('=')
+        if key not in known:
+            sys.exit(f'error: {word!r}: expected one of {", ".join(f"{k}={v}" for k, v in known.items())}')
+        known[key] = type(known[key])(value)
+    if not os.path.exists(os.path.join(known['init_from'], 'ckpt.pt')):
+        sys.exit(f"error: {known['init_from']}: no checkpoint; bash quickstart.sh makes out-sft (python data/toy/prepare.py, sft.py config/pretrain_toy.py, sft.py config/sft_toy.py)")
+    return known.values()
+
+
+def _range(values, form):
+    values = sorted(values)
+    return ' / '.join(format(v, form) for v in (values[0], values[len(values) // 2], values[-1]))
+
+
+def bench_staleness(args):
+    """GRPO on samples that are 0, 1, 4, 8 updates old (--simulate_staleness), naive and decoupled objective, 3 seeds -> table and assets/staleness.png."""
+    out, init_from, iters, lr, seeds = _async_args(args, out='out-staleness', init_from='out-sft', iters=40, learning_rate=4e-4, seeds=3)
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    ages, runs = (0, 1, 4, 8), {}
+    common = [f'--max_iters={iters}', f'--eval_interval={iters}', f'--learning_rate={lr}', '--batch_size=128', '--minibatch_size=64']
+    for seed in (1337, 2, 3, 4, 5)[:seeds]:
+        for age in ages:
+            for kind in ('naive', 'decoupled'):
+                mode = ['--mode=async', f'--simulate_staleness={age}'] if age else []
+                rows = _async_run(out, f'{kind}-{age}-{seed}', [*common, *mode, f'--decoupled={kind == "decoupled"}'], init_from, seed)
+                runs.setdefault((kind, age), []).append(rows)
+                print(f"seed {seed}, staleness {age}, {kind}: {rows[-1]['pass@1']:.1%} of held-out sums", flush=True)
+    start = runs['naive', 0][0][1]['pass@1']
+    print(f'\nheld-out sums right after {iters} updates (from {start:.1%}), min / median / max of {seeds} seeds, learning rate {lr:g}\n')
+    print('| samples are old by | ' + ' | '.join(f'{a} updates' for a in ages) + ' |\n|' + ' --- |' * (len(ages) + 1))
+    for kind in ('naive', 'decoupled'):
+        print(f'| {kind} | ' + ' | '.join(_range([r[-1]['pass@1'] for r in runs[kind, a]], '.1%') for a in ages) + ' |')
+    fig, axes = plt.subplots(1, 2, figsize=(10.4, 3.6), dpi=120, sharey=True)
+    for axis, kind in zip(axes, ('naive', 'decoupled')):
+        for color, age in zip(('#08519c', '#41ab5d', '#fd8d3c', '#cb181d'), ages):
+            for i, rows in enumerate(runs[kind, age]):
+                train = [r['score'] for r in rows if r['split'] == 'train']
+                smooth = [sum(train[max(0, t - 4):t + 1]) / len(train[max(0, t - 4):t + 1]) for t in range(len(train))]
+                axis.plot(smooth, color=color, lw=1.0, alpha=0.75, label=f'{age} updates old' if i == 0 else None)
+                axis.plot([iters], [rows[-1]['pass@1']], 'o', color=color, ms=4)
+        axis.set_title('naive: the ratio to the sampler' if kind == 'naive' else 'decoupled: the ratio to the policy before the update', fontsize=10)
+        axis.set_xlabel('GRPO update')
+        axis.spines[['top', 'right']].set_visible(False)
+        axis.set_ylim(0, 1)
+    axes[0].set_ylabel('share of right sums (dots: held out)')
+    axes[0].legend(loc='upper left', frameon=False, fontsize=8)
+    fig.tight_layout()
+    fig.savefig(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'staleness.png'))
+
+
+def bench_async(args):
+    """GRPO with its rollouts in the same process (sync) and in a worker ahead of it (async), in turn, 3 seeds: accuracy, samples/s, the trainer's idle share."""
+    out, init_from, iters, staleness, workers, seeds = _async_args(args, out='out-async', init_from='out-sft', iters=40, max_staleness=1, rollout_workers=1, seeds=3)
+    runs = {'sync': [], 'async': []}
+    common = [f'--max_iters={iters}', f'--eval_interval={iters}', '--batch_size=128', '--minibatch_size=64']
+    for seed in (1337, 2, 3, 4, 5)[:seeds]:
+        for mode in runs:
+            extra = ['--mode=async', f'--max_staleness={staleness}', f'--rollout_workers={workers}'] if mode == 'async' else []
+            runs[mode].append(_async_run(out, f'{mode}-{seed}', [*common, *extra], init_from, seed))
+    print(f'{iters} updates of 128 completions, {seeds} seeds, min / median / max; rates from the second update on (the first waits for the workers to start)\n')
+    print('| rollouts | held-out sums right | completions/s | trainer idle | staleness |\n| --- | --- | --- | --- | --- |')
+    for mode, logs in runs.items():
+        trains = [[r for r in rows if r['split'] == 'train'][1:] for rows in logs]
+        seconds = lambda rows: sum(r['tokens'] / r['tok_per_s'] for r in rows)
+        print(f"| {mode} | {_range([rows[-1]['pass@1'] for rows in logs], '.1%')} | {_range([128 * len(t) / seconds(t) for t in trains], '.0f')} | "
+              f"{_range([sum(r['gen_s'] for r in t) / seconds(t) for t in trains], '.0%')} | {_range([sum(r.get('staleness', 0) for r in t) / len(t) for t in trains], '.2f')} |")
 
 
 def _parallel_spawn(world, fn, *args):
@@ -999,5 +1090,5 @@ if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in [*sections, 'all']:
         print(f'{__doc__}\nsections: {", ".join(sections)}', file=sys.stderr)
         sys.exit(2)
-    for _name in [s for s in sections if s != 'trl_side'] if sys.argv[1] == 'all' else [sys.argv[1]]:
+    for _name in [s for s in sections if s not in ('trl_side', 'async', 'staleness')] if sys.argv[1] == 'all' else [sys.argv[1]]:
         sections[_name](sys.argv[2:])
