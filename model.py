@@ -13,6 +13,7 @@ Weights are HF's safetensors (8 bytes + JSON + raw tensors, parsed here); nothin
 References: GPT-2 (Radford et al. 2019), Llama (2302.13971), RoPE (2104.09864), GQA (2305.13245), Qwen2 (2407.10671),
 Qwen3 (2505.09388); structure and initialisation as in nanoGPT.
 """
+import ctypes
 import hashlib
 import json
 import math
@@ -907,6 +908,7 @@ class RunLog:
         """Writes one row; a metric that is not finite ends the run with its name (JSON knows no NaN, nor should a reader)."""
         metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
         self.file.write(json.dumps(dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)) + '\n')
+        trim_heap()
 
 
 def check_finite(step, out_dir, **metrics):
@@ -932,6 +934,26 @@ def training_bytes(model, itemsize=4):
     """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only."""
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return sum(p.nbytes for p in model.parameters()), n * itemsize, 2 * n * itemsize
+
+
+_malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
+_heap = None  # resident bytes one step after the last trim
+
+
+def trim_heap(grown=1.25):
+    """Gives freed memory back to the system once the process has grown by a quarter since the last time; returns the bytes (0: not now, or no glibc).
+    Batches of ever new lengths leave glibc's heap full of holes: 120 steps of a model of 0.66 M parameters held 0.54 GB in use and 1.39 GB in all.
+    Called after a step, when its activations are free."""
+    global _heap
+    now = memory_now(torch.device('cpu'))
+    if _malloc_trim is None or _heap is not None and now < grown * _heap:
+        return 0
+    if _heap is None:
+        _heap = now  # with what one step leaves behind
+        return 0
+    _malloc_trim(0)
+    _heap = None
+    return now - memory_now(torch.device('cpu'))
 
 
 def memory_now(device, peak=False):

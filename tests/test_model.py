@@ -282,3 +282,17 @@ def test_optimizer_groups_and_flops():
     n = 11 * 8 + 8 * 8 + (4 * 8 * 8 + 4 * 8) + (8 * 8 * 8 + 5 * 8) + 6 * 8  # wte, wpe, attention, MLP, three norms
     assert m.num_params(non_embedding=False) == n
     assert m.flops_per_token(8) == 6 * (n - 64) + 12 * 1 * 2 * 4 * 8
+
+
+def test_freed_heap_goes_back():
+    """Blocks below malloc's mmap threshold, every other one freed: the heap cannot shrink by itself, trim_heap can."""
+    if M._malloc_trim is None:
+        pytest.skip('no glibc')
+    M._heap = None
+    assert M.trim_heap() == 0 and M._heap > 0 and M.trim_heap() == 0  # the first call measures, the second sees no growth
+    blocks = [torch.ones(12_000) for _ in range(8000)]  # 48 kB each
+    held = blocks[::2]
+    del blocks
+    grown = M.memory_now(torch.device('cpu'))
+    M._heap = grown // 2
+    assert M.trim_heap() > 100e6 and M._heap is None and M.memory_now(torch.device('cpu')) < grown - 100e6 and len(held) == 4000
