@@ -773,6 +773,11 @@ class _infer_Peer:
         self.p.stdin.flush()
         return float(self.wait('seconds'))
 
+    def close(self):
+        """The end of its input ends it, and it its workers; killed, it would leave them behind."""
+        self.p.stdin.close()
+        self.p.wait(60)
+
 
 def _infer_transformers(folder, prompts, lens):
     """{name: round()} of transformers: generate over a left-padded batch, and its continuous batching."""
@@ -852,7 +857,7 @@ def bench_infer(args):
             ours()
             seen = alternate(timed, int(opts['rounds']))
             if peer:
-                peer.p.kill()
+                peer.close()
         print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(lens)} requests, {sum(lens)} output tokens; {engine!r}')
         for side, r in seen.items():
             print(f'    {side:26s} {r:8.0f} tok/s' + ('' if side == 'infer.py' else f'   infer.py is {seen["infer.py"] / r:.2f} x'), flush=True)
