@@ -298,15 +298,16 @@ class RowCache:
     `store`, whose pages the system provides only when they are written."""
     copies = True
 
-    def __init__(self, shapes, num_blocks, block_size, max_len, dtype, device, prefix):
+    def __init__(self, shapes, groups, num_blocks, block_size, max_len, dtype, device, prefix):
         self.shapes, self.block_size, self.dtype = shapes, block_size, dtype
         row_bytes = sum(2 * layers * nkv * hs for layers, nkv, hs in shapes) * dtype.itemsize
-        caps = [max(64, min(256, (1 << 19) // row_bytes))]  # small models: fewer, wider arenas, each costs a call or ten
+        caps = [max(64, min(256, (1 << 19) // row_bytes // 16 * 16))]  # small models: fewer, wider arenas, each costs a call or ten
         while caps[-1] < max_len:
             caps.append(2 * caps[-1])
         self.arenas = [Arena(cap, shapes, dtype) for cap in caps]
         self.caps = caps
         self.store = [torch.empty(2, layers, num_blocks, nkv, block_size, hs, dtype=dtype) for layers, nkv, hs in shapes] if prefix else None
+        self.native = [K.row_attention(nkv, group, hs) if dtype == torch.float32 else None for (_, nkv, hs), group in zip(shapes, groups)]
 
     def reserve(self, r, n):
         """Room for n tokens of r, whose n so far stay."""
@@ -354,6 +355,8 @@ class RowCache:
     def plan(self, decode, chunks, pos, net=0):
         """decode: requests in `order`, one token each, then chunks [(request, start, n)]; pos: all positions (N,) NumPy.
         -> attend(layer, q (N, nh, hs), k, v (N, nkv, hs)) -> (N, nh * hs), which also writes k and v."""
+        if self.native[net] is not None:
+            return self._plan_native(decode, chunks, pos, net)
         nkv, dense = self.shapes[net][1], self.dtype in (torch.float32, torch.float64)
         heads, jobs, fresh, later = np.arange(nkv), [], [], []
         spans, at = {}, len(decode)
@@ -405,14 +408,43 @@ class RowCache:
                     if whole:
                         return y
                     out[rows] = y
-            for grid, S, W, real, at in grids:
-                a, b, c = (x.index_select(0, grid).view(S, W, -1, hs).transpose(1, 2) for x in (q, k, v))
-                y = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=nh != nkv).transpose(1, 2).reshape(S * W, -1)
-                out.index_copy_(0, at, y.index_select(0, real))
-            for r, at, start, n in later:
-                kc, vc = (r.arena.kv[net][i, layer, r.row, :, :start + n] for i in (0, 1))
-                out[at:at + n] = _attend_chunk(q[at:at + n], kc, vc, None)
-            return out
+            return self._attend_prompts(out, net, layer, q, k, v, grids, later)
+        return attend
+
+    @staticmethod
+    def _attend_prompts(out, net, layer, q, k, v, grids, later):
+        """Fills in `out` for prompts from their beginning, in rectangles, and for chunks that follow what is in the cache."""
+        (_, nh, hs), nkv = q.shape, k.size(1)
+        for grid, S, W, real, at in grids:
+            a, b, c = (x.index_select(0, grid).view(S, W, -1, hs).transpose(1, 2) for x in (q, k, v))
+            y = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=nh != nkv).transpose(1, 2).reshape(S * W, -1)
+            out.index_copy_(0, at, y.index_select(0, real))
+        for r, at, start, n in later:
+            kc, vc = (r.arena.kv[net][i, layer, r.row, :, :start + n] for i in (0, 1))
+            out[at:at + n] = _attend_chunk(q[at:at + n], kc, vc, None)
+        return out
+
+    def _plan_native(self, decode, chunks, pos, net):
+        """As plan, by kernels.row_attention: each token over as many keys as it has before it. Long chunks are left to matrix products."""
+        fn, scale, fresh, later, who, at = self.native[net], self.shapes[net][2] ** -0.5, [], [], [np.arange(len(decode))], len(decode)
+        owners, repeat = decode + [r for r, *_ in chunks], [1] * len(decode) + [n for *_, n in chunks]
+        for r, start, n in chunks:
+            if n <= 256:
+                who.append(np.arange(at, at + n))
+            else:
+                (later if start else fresh).append((r, at, start, n))
+            at += n
+        where = {a: (kv.data_ptr(), kv.stride(2) * kv.itemsize, kv.stride(0), a.cap, kv.stride(1)) for a in self.arenas if a.rows for kv in (a.kv[net],)}
+        table = np.array([(w[0] + r.row * w[1], *w[2:]) for r in owners for w in (where[r.arena],)], np.int64)
+        table = np.ascontiguousarray((np.repeat(table, repeat, axis=0) if chunks else table).T)
+        who, width = np.concatenate(who), (int(pos.max()) + 16) // 16 * 16
+        rows = [x.ctypes.data for x in (*table, pos)]
+        grids = _rectangles([n for *_, n in fresh], [a for _, a, _, _ in fresh])
+
+        def attend(layer, q, k, v, alive=(table, pos)):  # C knows only their addresses
+            out = q.new_empty(len(q), q.size(1) * q.size(2))
+            fn(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), *rows, len(q), who.ctypes.data, len(who), layer, width, scale)
+            return self._attend_prompts(out, net, layer, q, k, v, grids, later)
         return attend
 
     @staticmethod
@@ -436,7 +468,7 @@ class PagedCache:
     holds its positions i * block_size and on."""
     copies = False
 
-    def __init__(self, shapes, num_blocks, block_size, max_len, dtype, device, prefix):
+    def __init__(self, shapes, groups, num_blocks, block_size, max_len, dtype, device, prefix):
         self.block_size, self.device, self.width = block_size, device, -(-max_len // block_size)
         self.kv = [torch.zeros(2, layers, num_blocks, block_size, nkv, hs, dtype=dtype, device=device) for layers, nkv, hs in shapes]
 
@@ -519,7 +551,7 @@ class Net:
     """The model's weights as inference wants them: shared with the model, but for the query, key and value matrices of the rotary models,
     which are joined. On CPU in float32 and bfloat16 products go to oneDNN, which multiplies 64 rows twice as fast as MKL does on
     the AMD machine that this was measured on (230 against 106 GFLOP/s) and fuses activation, product and residual sum into the
-    product. `refresh` reads the model again: after an optimizer step, or under LoRA, whose merged weight is what runs."""
+    product; it gets a copy of each matrix in its own order, another 10 to 30 % (20 to 64 rows). `refresh` reads the model again: after an optimizer step, or under LoRA, whose merged weight is what runs."""
 
     def __init__(self, model):
         c, w = model.config, model.wte.weight
@@ -550,6 +582,10 @@ class Net:
             new = torch.cat(parts) if parts[0] is not None else None
             old = self.joined.setdefault(key, new)
             return old if old is new else old.copy_(new)
+
+        def pack(w, b):
+            """(weight, bias, weight in oneDNN's order)"""
+            return w, b, torch.ops.mkldnn._reorder_linear_weight(w, 64) if self.onednn else w
         self.layers = []
         for i, block in enumerate(m.h):
             a, p, norm = block.attn, block.mlp, None
@@ -560,9 +596,9 @@ class Net:
                 qkv = join((i, 'w'), [pairs(q), pairs(k), v]), join((i, 'b'), [None] if bias[0] is None else [pairs(bias[0]), pairs(bias[1]), bias[2]])
             if a.q_norm is not None:
                 norm = join((i, 'n'), [pairs(n.weight.detach()).expand(heads, -1) for n, heads in ((a.q_norm, self.c.n_head), (a.k_norm, self.c.n_kv_head))])
-            up, down = ([own(p.gate_proj), own(p.up_proj)], own(p.down_proj)) if self.c.gated else ([own(p.c_fc)], own(p.c_proj))
-            self.layers.append((self.scale(block.ln_1), qkv, norm, own(getattr(a, 'o_proj', None) or a.c_proj), self.scale(block.ln_2), up, down))
-        self.ln_f, self.wte, self.wpe, self.head = self.scale(m.ln_f), own(m.wte)[0], None if m.wpe is None else m.wpe.weight.detach(), own(m.lm_head)
+            out, *up, down = (pack(*own(x)) for x in (getattr(a, 'o_proj', None) or a.c_proj, *((p.gate_proj, p.up_proj, p.down_proj) if self.c.gated else (p.c_fc, p.c_proj))))
+            self.layers.append((self.scale(block.ln_1), pack(*qkv), norm, out, self.scale(block.ln_2), up, down))
+        self.ln_f, self.wte, self.wpe, self.head = self.scale(m.ln_f), m.wte.weight.detach(), None if m.wpe is None else m.wpe.weight.detach(), pack(*own(m.lm_head))
         before, self.addresses = self.addresses, [p.data_ptr() for p in m.parameters()] + [down[0].data_ptr() for *_, down in self.layers]
         return before != self.addresses
 
@@ -583,12 +619,12 @@ class Net:
 
     def lin(self, x, weight, act='', add=None, mul=None):
         """act(x W' + b), or x W' + b + add, or (x W' + b) * mul"""
-        w, b = weight
+        w, b, packed = weight
         if self.onednn and len(x) >= 6:  # below, starting it costs more than it saves
             if add is not None or mul is not None:
-                return torch.ops.mkldnn._linear_pointwise.binary(x, mul if add is None else add, w, b, 'mul' if add is None else 'add')
+                return torch.ops.mkldnn._linear_pointwise.binary(x, mul if add is None else add, packed, b, 'mul' if add is None else 'add')
             name, how = {'': ('none', ''), 'gelu_tanh': ('gelu', 'tanh'), 'gelu': ('gelu', 'none'), 'relu': ('relu', ''), 'silu': ('swish', '')}[act]
-            return torch.ops.mkldnn._linear_pointwise(x, w, b, name, [], how)
+            return torch.ops.mkldnn._linear_pointwise(x, packed, b, name, [], how)
         if add is not None and b is None:
             return torch.addmm(add, x, w.t())
         y = F.linear(x, w, b)
@@ -784,7 +820,8 @@ class Engine:
         self.kv_bytes = self.num_blocks * per_block
         self.blocks = BlockManager(self.num_blocks, block_size)
         kind = dict(rows=RowCache, paged=PagedCache)[('rows' if self.device.type == 'cpu' else 'paged') if cache == 'auto' else cache]
-        self.cache = kind([net.shape for net in self.nets], self.num_blocks, block_size, self.max_len, self.dtype, self.device, prefix_caching)
+        self.cache = kind([net.shape for net in self.nets], [net.c.n_head // net.c.n_kv_head for net in self.nets], self.num_blocks, block_size, self.max_len, self.dtype, self.device, prefix_caching)
+        self.native = getattr(self.cache, 'native', [None])[0] is not None
         self.waiting, self.running, self.requests, self.undelivered = deque(), [], {}, []
         self.weight_version, self.counter, self.settings, self.settings_of = 0, itertools.count(), None, None
         self.lock, self.go, self.admitting = threading.RLock(), threading.Event(), True
@@ -803,7 +840,7 @@ class Engine:
 
     def __repr__(self):
         how = f'{self.threads or torch.get_num_threads()} threads' if self.device.type == 'cpu' else K.which()
-        return (f'engine: {type(self.cache).__name__}, {str(self.dtype)[6:]}{" oneDNN" * self.net.onednn}, {how}, {self.num_blocks} blocks x {self.block_size} tokens '
+        return (f'engine: {type(self.cache).__name__}, {str(self.dtype)[6:]}{" oneDNN" * self.net.onednn}{" C" * self.native}, {how}, {self.num_blocks} blocks x {self.block_size} tokens '
                 f'= {self.kv_bytes / 1e6:.0f} MB of keys and values at most, {self.max_num_seqs} requests at once')
 
     # ---- requests in ---------------------------------------------------------------------------------------------

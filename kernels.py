@@ -10,8 +10,12 @@ batches, windows and paged caches), the matmuls themselves, and AdamW (fused=Tru
 Triton 3.6 to 3.9: plain pointers, a mask on every load, float32 inside, no atomics (two runs agree to the bit), a table of sizes
 instead of autotuning.
 """
+import ctypes
+import functools
 import importlib.util
 import os
+import subprocess
+import tempfile
 
 import torch
 import torch.nn.functional as F
@@ -1172,3 +1176,103 @@ def token_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
     with torch.no_grad():
         clip_frac, kl = ((clipped > plain) & mask).sum() / n, 0.5 * (d * d).sum() / n
     return torch.maximum(plain, clipped).sum() / n, clip_frac, kl
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decode attention on CPU in C: every request reads as many keys as it has. The twin (RowCache in infer.py) must pad to the longest of a
+# batch, writes the keys in a call of its own and the scores to memory: 2 to 3 times slower. Compiled in 0.1 s by the C compiler that is
+# there; without one, for heads that are no multiple of 16, or under --kernels=torch, the twin runs.
+
+_ROWS_C = r"""
+#include <stdint.h>
+#include <string.h>
+static inline float exp_(float x) {  // 2^n e^f, |f| <= ln 2 / 2, e^f as in Cephes: 1e-7 relative, and compilers make vectors of it
+    x = x < -87.f ? -87.f : x;
+    float n = __builtin_rintf(x * 1.44269504f), f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f;
+    union { int32_t i; float f; } two = { ((int32_t)n + 127) << 23 };
+    return (p * f * f + f + 1.f) * two.f;
+}
+typedef const int64_t *ints;
+typedef float vec __attribute__((vector_size(64)));
+enum { C = HS / 16, U = 8 / (C * G) > 1 ? 8 / (C * G) : 1 };
+static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
+static inline vec pairs(vec a, vec b) {  // a0 + a1, a2 + a3 .. b14 + b15
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+         + __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+void rows(const float *q, int64_t sq, const float *k, int64_t sk, const float *v, int64_t sv, float *out, ints base, ints half, ints cap, ints layers,
+          ints pos, int64_t n, ints who, int64_t queries, int64_t layer, int64_t width, float scale) {
+    #pragma omp parallel
+    {
+        #pragma omp for
+        for (int64_t i = 0; i < n * NKV; i++) {  // new keys and values into their rows; the barrier behind: chunks read what others wrote
+            int64_t r = i / NKV, g = i % NKV;
+            float *to = (float *)base[r] + layer * layers[r] + (g * cap[r] + pos[r]) * HS;
+            memcpy(to, k + r * sk + g * HS, sizeof(float) * HS);
+            memcpy(to + half[r], v + r * sv + g * HS, sizeof(float) * HS);
+        }
+        float p[G * width];
+        #pragma omp for schedule(dynamic, NKV)
+        for (int64_t i = 0; i < queries * NKV; i++) {  // G queries share a head of keys
+            int64_t r = who[i / NKV], g = i % NKV, T = pos[r] + 1;
+            const float *kr = (float *)base[r] + layer * layers[r] + g * cap[r] * HS, *vr = kr + half[r], *qr = q + r * sq + g * G * HS;
+            float most[G], sum[G];
+            vec o[U][G][C] = {0}, a[16], x[G][C];
+            memcpy(x, qr, sizeof x);
+            for (int64_t t = 0; t < T; t += 16)  // 16 keys: 16 vectors of partial sums, whose lanes are then added up pairwise
+                for (int h = 0; h < G; h++) {
+                    for (int j = 0; j < 16; j++) {
+                        for (int c = 0; c < C && !h; c++) __builtin_prefetch(vr + (t + j) * HS + 16 * c);  // the values, while keys are multiplied
+                        a[j] = x[h][0] * load(kr + (t + j) * HS);
+                        for (int c = 1; c < C; c++) a[j] += x[h][c] * load(kr + (t + j) * HS + 16 * c);
+                    }
+                    for (int m = 8; m; m /= 2)
+                        for (int j = 0; j < m; j++) a[j] = pairs(a[2 * j], a[2 * j + 1]);
+                    a[0] *= scale;
+                    memcpy(p + h * width + t, a, sizeof(vec));
+                }
+            for (int h = 0; h < G; h++) {
+                float m = -3e38f, l = 0, *s = p + h * width;
+                #pragma omp simd reduction(max:m)
+                for (int64_t t = 0; t < T; t++) m = s[t] > m ? s[t] : m;
+                #pragma omp simd reduction(+:l)
+                for (int64_t t = 0; t < T; t++) l += s[t] = exp_(s[t] - m);
+                sum[h] = l;
+            }
+            for (int64_t t = 0; t < T; t++)
+                for (int h = 0; h < G; h++)
+                    for (int c = 0; c < C; c++) o[t % U][h][c] += p[h * width + t] * load(vr + t * HS + 16 * c);
+            for (int h = 0; h < G; h++)
+                for (int c = 0; c < C; c++) {
+                    for (int u = 1; u < U; u++) o[0][h][c] += o[u][h][c];
+                    o[0][h][c] /= sum[h];
+                    memcpy(out + ((r * NKV + g) * G + h) * HS + 16 * c, &o[0][h][c], sizeof(vec));
+                }
+        }
+    }
+}
+"""
+
+def row_attention(nkv, group, hs):
+    """The C function for nkv heads of keys, `group` queries to each, hs numbers a head; None under --kernels=torch, hs % 16, no C compiler. float32, cap % 16 = 0:
+    (q, stride of a token, k, stride, v, stride, out (N, nh * hs), then int64 (N,) each: address of the keys of the token's row in layer 0
+    (nkv, cap, hs), floats from its keys to its values, cap, floats from layer to layer, the token's position; N; who (n,) int64: tokens
+    that attend, n; layer; longest row, a multiple of 16; scale). Writes k and v of all N, then out of `who`, each over its positions 0 .. pos."""
+    return None if _mode == 'torch' or hs % 16 else _compile_rows(nkv, group, hs)
+
+@functools.lru_cache(None)
+def _compile_rows(nkv, group, hs):
+    with tempfile.TemporaryDirectory() as folder:  # a folder of our own: nobody can leave a library there for us
+        source, lib = (os.path.join(folder, f) for f in ('rows.c', 'rows.so'))
+        with open(source, 'w') as f:
+            f.write(_ROWS_C)
+        flags = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC'.split()
+        try:
+            subprocess.run(['cc', *flags, f'-DNKV={nkv}', f'-DG={group}', f'-DHS={hs}', source, '-o', lib], check=True, capture_output=True, timeout=60)
+            fn = ctypes.CDLL(lib).rows  # its OpenMP is libgomp.so.1, the one that torch has loaded: one pool of threads
+        except (OSError, subprocess.SubprocessError):
+            return None
+    P, I = ctypes.c_void_p, ctypes.c_int64
+    fn.argtypes, fn.restype = [P, I, P, I, P, I, P, P, P, P, P, P, I, P, I, I, I, ctypes.c_float], None
+    return fn
