@@ -3,6 +3,7 @@ import itertools
 import math
 import os
 import random
+import shutil
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import infer
+import kernels
 from dataset import get_tokenizer
 from infer import BlockManager, Engine, SamplingParams, uniform
 from model import ARCHS, GPT, GPTConfig
@@ -180,6 +182,68 @@ def test_logprobs_in_float32(arch, cache):
         want = model.logprobs(idx, temperature=0.7)[0, len(c.prompt_token_ids) - 1:]
         assert torch.allclose(want, torch.tensor(c.logprobs), atol=1e-5)
     assert idle(engine)
+
+
+@pytest.fixture
+def compiler():
+    if shutil.which('cc') is None:
+        pytest.skip('no C compiler: the twin runs, which the other tests hold against dense forwards')
+
+
+@pytest.mark.parametrize('nkv, group, hs', [(1, 1, 16), (3, 2, 32), (2, 4, 48), (12, 1, 64), (1, 3, 128)])
+def test_row_attention_in_c_against_plain_softmax(compiler, nkv, group, hs):
+    """Rows of several capacities, decoding tokens and chunks that see their own beginning; what no token wrote is nan."""
+    rng, fn, g = random.Random(SEED), kernels.row_attention(nkv, group, hs), torch.Generator().manual_seed(SEED)
+    layers, layer, caps = 2, 1, [16, 64, 208]
+    kv = [torch.full((2, layers, 5, nkv, cap, hs), math.nan) for cap in caps]
+    table, who, want, tokens = [], [], {}, []
+    for a, (cap, x) in enumerate(zip(caps, kv)):
+        for row in range(5):
+            n = rng.choice([1, 1, 5])
+            first = rng.choice([0, cap - n, rng.randint(0, cap - n)])
+            x[:, :, row, :, :first] = torch.randn(2, layers, nkv, first, hs, generator=g) * 3
+            tokens += [(a, row, first + i) for i in range(n)]
+    q, k, v = (torch.randn(len(tokens), h + 1, hs, generator=g)[:, :h] for h in (nkv * group, nkv, nkv))  # strided, as views of one matrix are
+    done = [x.clone().double() for x in kv]
+    for i, (a, row, pos) in enumerate(tokens):
+        done[a][0, layer, row, :, pos], done[a][1, layer, row, :, pos] = k[i].double(), v[i].double()
+        table.append((kv[a].data_ptr() + 4 * row * kv[a].stride(2), kv[a].stride(0), caps[a], kv[a].stride(1), pos))
+    for i, (a, row, pos) in enumerate(tokens):
+        if rng.random() < 0.8:
+            keys, values = (done[a][j, layer, row, :, :pos + 1].repeat_interleave(group, 0) for j in (0, 1))
+            want[i] = ((keys @ q[i].double()[:, :, None])[..., 0] / hs ** 0.5).softmax(-1)[:, None] @ values
+    who, columns, out = np.array(list(want), np.int64), np.ascontiguousarray(np.array(table, np.int64).T), torch.full((len(tokens), nkv * group * hs), 7.0)
+    fn(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), *(c.ctypes.data for c in columns), len(tokens), who.ctypes.data, len(who),
+       layer, max(caps), hs ** -0.5)
+    for i in range(len(tokens)):
+        assert torch.allclose(out[i].double(), want[i].reshape(-1) if i in want else torch.full((), 7.0).double(), atol=2e-6), (SEED, tokens[i])
+    for x, y in zip(kv, done):
+        assert torch.equal(x.nan_to_num(9.0), y.float().nan_to_num(9.0))  # new keys and values are where they belong, and nothing else has changed
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_c_path_in_any_schedule(compiler, arch):
+    """float32, heads of 16: whatever the schedule, each token's log-prob is the dense forward's, and with the twin in its place the tokens are the same."""
+    model, rng, seen = tiny(arch, torch.float32, vocab=211, n_embd=64, head_size=16), random.Random(SEED), dict(preemptions=0, cached_tokens=0, accepted=0)
+    for i in range(6):
+        kw = dict(max_num_batched_tokens=rng.choice([3, 17, 500]), max_num_seqs=rng.choice([2, 5, 16]), block_size=rng.choice([2, 4]), ngram=i % 2, num_blocks=40 if i % 3 else 200)
+        trunk = [rng.randrange(4) for _ in range(30)]
+        prompts = [trunk[:rng.randint(1, 30)] + [rng.randrange(4) for _ in range(rng.randint(0, 9))] for _ in range(12)]
+        params = [SamplingParams(max_tokens=rng.randint(1, 22), temperature=0.7, seed=j, top_k=5, logit_bias={t: 5 for t in range(4)}) for j in range(12)]
+        engine = Engine(model, None, **kw)
+        assert engine.native and ' C' in repr(engine)
+        out = engine.generate(prompts, params)
+        assert engine.mismatch(out)['max'] <= 2e-5 and idle(engine), (SEED, kw)
+        seen = {k: v + engine.counts[k] for k, v in seen.items()}
+        kernels.use('torch')
+        try:
+            twin = Engine(model, None, **kw)
+        finally:
+            kernels.use('auto')
+        assert not twin.native
+        same = [a.token_ids == b.token_ids for a, b in zip(out, twin.generate(prompts, params))]
+        assert sum(same) >= 11, (SEED, kw, same)  # a draw within a rounding of its border may fall on either side
+    assert all(seen.values()), (SEED, seen)
 
 
 def test_grouped_heads_untied_long_and_bfloat16():
