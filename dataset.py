@@ -15,9 +15,9 @@ import torch
 
 class ArrowError(ValueError):
     """A file that is not what it claims to be: corrupt, cut off, or of an Arrow type or feature that is not read here (then named).
-    When a file is opened: its metadata and the length of every array and buffer; in files of up to 32 MiB also each offset and dictionary
-    index, in larger ones at first use: an open that reads 300 MB of columns is no open any more. When a value is
-    read: text that is not UTF-8, a date or time that Python cannot hold. Always this error. `python dataset.py lint FILE` reads all values."""
+    A file of up to 32 MiB is checked when it is opened: metadata, lengths, each offset and dictionary index. A larger one only as far as all of
+    it is there, each batch then at first use: an open that reads 300 MB is none. In both, when the value is read: text that is not UTF-8, a
+    date that Python cannot hold. Always this error; `python dataset.py lint FILE` reads every value."""
 
 
 class Type(NamedTuple):
@@ -52,7 +52,7 @@ class Array:
         self.type, self.n, self.valid, self.data, self.offs, self.kids, self.ok, self.memo = type, n, valid, data, offs, kids, ok, None
 
     def check(self, deep=False):
-        """What costs a pass over the offsets: when a file of moderate size is opened (deep: the children too), else at first use."""
+        """What costs a pass over the offsets: when a small file is opened (deep: the children too), else at first use."""
         for kid in self.kids if deep else ():
             kid.check(True)
         if not self.ok:
@@ -130,6 +130,7 @@ def _strings(data, o, text, valid):
 def _times(values, t):
     """Integers to the objects of the datetime module."""
     k, unit = t.kind, t.arg[0] if t.kind == 'timestamp' else t.arg
+    zone = _zone(t.arg[1]) if k == 'timestamp' and t.arg[1] else None
     try:
         if k in ('date32', 'date64'):
             return [datetime.date.fromordinal(_DAY0 + v // (1 if k == 'date32' else 86400000)) for v in values]
@@ -140,14 +141,9 @@ def _times(values, t):
             return spans
         if k != 'timestamp':
             if spans and not datetime.timedelta(0) <= min(spans) <= max(spans) < datetime.timedelta(1):
-                raise ArrowError(f'corrupt: a {k} outside of the day')
+                raise ValueError('outside of the day')
             return [(_EPOCH + s).time() for s in spans]
-        if not t.arg[1]:
-            return [_EPOCH + s for s in spans]
-        zone, utc = _zone(t.arg[1]), datetime.timezone.utc
-        return [(_EPOCH + s).replace(tzinfo=utc).astimezone(zone) for s in spans]
-    except ArrowError:
-        raise
+        return [_EPOCH + s if zone is None else (_EPOCH + s).replace(tzinfo=datetime.timezone.utc).astimezone(zone) for s in spans]
     except (OverflowError, ValueError) as e:
         raise ArrowError(f"a {k} beyond Python's range ({e})") from None
 
@@ -686,7 +682,7 @@ class _Source:
     """The bytes of a file: one map of it all, or maps of parts (windows=True: the file still grows; or ulimit -v forbids the one map)."""
 
     def __init__(self, file, windows=False):
-        self.size, self.map = os.fstat(file.fileno()).st_size, None
+        self.size, self.map, self.name = os.fstat(file.fileno()).st_size, None, file.name
         try:
             if not windows and self.size:
                 self.map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -773,26 +769,25 @@ class _Body:
 
 class _Chunk:
     """n rows of a table. cols() -> {name: Array}, kept unless the chunk is read from a window of its file each time anew."""
-    __slots__ = ('n', 'load', 'keep', 'kept', 'id')
+    __slots__ = ('n', 'load', 'keep', 'kept')
 
-    def __init__(self, n, load, keep=True, id=None):
-        self.n, self.load, self.keep, self.kept, self.id = n, load, keep, None, id
+    def __init__(self, n, load, keep=True):
+        self.n, self.load, self.keep, self.kept = n, load, keep, None
 
     def cols(self):
-        if self.kept is not None:
-            return self.kept
-        table = self.load()
-        cols = {f.name: kid for f, kid in zip(table.type.fields, table.kids)}
-        if self.keep:
-            self.kept = cols
+        cols = self.kept
+        if cols is None:
+            table = self.load()
+            cols = {f.name: kid for f, kid in zip(table.type.fields, table.kids)}
+            self.kept = cols if self.keep else None
         return cols
 
-    def view(self, names, t):
-        """The columns names = {new: old or None} as the struct type t."""
+    def view(self, t, names={}):
+        """The same rows as the struct type t, whose column f.name is names[f.name] here, else of the same name; one that is not here is null."""
         def load():
             cols = self.cols()
-            kids = [cast(cols[names[f.name]], f.type) if names[f.name] else nulls(f.type, self.n) for f in t.fields]
-            return Array(t, self.n, kids=tuple(kids))
+            old = [cols.get(names.get(f.name, f.name)) for f in t.fields]
+            return Array(t, self.n, kids=tuple(nulls(f.type, self.n) if a is None else cast(a, f.type) for f, a in zip(t.fields, old)))
         return _Chunk(self.n, load, self.keep)
 
 
@@ -861,20 +856,27 @@ def _batch(m, source, t, ids, dicts, chunks, budget):
             values = concat([dicts[paths[0]], values])
         return {**dicts, **dict.fromkeys(paths, values)}
 
+    n, keep = header.num(0, _I64), source.map is not None
+    budget[0] -= n
+    if n < 0 or budget[0] < 0:
+        raise ArrowError(f'corrupt: a batch of {n} rows in a file of {source.size} bytes')
+
     def load():
-        body, n = _Body(header, source, lo, size, dicts, budget), header.num(0, _I64)
-        if not t.fields:
-            body.free(max(n, 0))
+        body = _Body(header, source, lo, size, dicts, budget)
         table = Array(t, n, kids=tuple(body.read(f.type, (i,), n) for i, f in enumerate(t.fields)))
-        if n < 0 or next(body.nodes, None) or next(body.bufs, None):
+        if next(body.nodes, None) or next(body.bufs, None):
             raise ArrowError('corrupt: more arrays or buffers than the schema has')
         return table
-    table, keep = load(), source.map is not None  # read once now: the structure is checked when the file is opened
-    if keep and source.size <= _DEEP:
-        table.check(True)
-    budget = [2**62]
-    chunk = _Chunk(table.n, (lambda: table) if keep else (lambda: source.batch(load)), keep)
-    chunks.append(chunk)
+
+    def late():
+        with _corrupt(source.name):
+            return load()
+    if keep and source.size > _DEEP:
+        chunks.append(_Chunk(n, late))
+        return dicts
+    table = load().check(keep)
+    budget = [2**62]  # a window that is mapped again has been checked
+    chunks.append(_Chunk(n, (lambda: table) if keep else (lambda: source.batch(load)), keep))
     return dicts
 
 
@@ -1102,11 +1104,8 @@ class Dataset:
         n = len(self)
         if isinstance(key, slice):
             return self._idx[key]
-        if isinstance(key, range):
-            key = key if not key or 0 <= min(key) <= max(key) < n else np.arange(key.start, key.stop, key.step)
-            if isinstance(key, range) and isinstance(self._idx, range) and key:
-                i = self._idx
-                return range(i[key[0]], i[key[-1]] + (1 if i.step * key.step > 0 else -1), i.step * key.step)
+        if isinstance(key, range) and key.step > 0 and 0 <= key.start and key.stop <= n:
+            return self._idx[key.start:key.stop:key.step]
         at = np.asarray(list(key) if not isinstance(key, (list, tuple, np.ndarray)) else key)
         at = at if at.size else at.astype(np.int64)
         if at.dtype == bool:
@@ -1248,7 +1247,7 @@ class Dataset:
         fields = {f.name: f for f in self._type.fields}
         t = Type('struct', None, tuple(fields[old]._replace(name=new) for new, old in names.items()))
         special = {new: self._special[old] for new, old in names.items() if old in self._special}
-        return Dataset([c.view(names, t) for c in self._chunks], t, self._idx, special, self._id and (self._id, tuple(names.items())))
+        return Dataset([c.view(t, names) for c in self._chunks], t, self._idx, special, self._id and (self._id, tuple(names.items())))
 
     # new values
 
@@ -1330,27 +1329,16 @@ class Dataset:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         work = tempfile.mkdtemp(prefix=os.path.basename(path) + '.', dir=os.path.dirname(os.path.abspath(path)))
         os.chmod(work, 0o755)
-        files, w, f = [], None, None
-        for table in self._blocks():
-            if f is None or f.tell() > max_shard_size:
-                _close(w, f)
-                files.append(os.path.join(work, f'{len(files)}.arrow'))
-                f = open(files[-1], 'wb')
-                w = _Writer(f, self._type, self._metadata())
-            w.batch(table.kids, table.n)
-        _close(w, f)
-        if not files:
-            files = [os.path.join(work, '0.arrow')]
-            self.to_arrow(files[0])
-        names = [f'data-{i:05d}-of-{len(files):05d}.arrow' for i in range(len(files))]
-        for old, new in zip(files, names):
-            os.rename(old, os.path.join(work, new))
+        size = sum(_nbytes(a) for chunk in self._chunks for a in chunk.cols().values()) * len(self) / max(self._starts[-1], 1)
+        k = max(min(math.ceil(size / max_shard_size), len(self)), 1)
+        names = [f'data-{i:05d}-of-{k:05d}.arrow' for i in range(k)]
+        for i, name in enumerate(names):
+            self.select(range(len(self) * i // k, len(self) * (i + 1) // k)).to_arrow(os.path.join(work, name))
         features = {} if None in self.features.values() else {'features': self.features}
         state = {'_data_files': [{'filename': n} for n in names], '_fingerprint': os.urandom(8).hex(), '_format_columns': None, '_format_kwargs': {},
                  '_format_type': None, '_output_all_columns': False, '_split': None}
         for name, content in (('dataset_info.json', {'citation': '', 'description': '', 'homepage': '', 'license': '', **features}), ('state.json', state)):
-            with _atomic(os.path.join(work, name)) as f:
-                f.write(json.dumps(content, indent=2).encode())
+            _write_json(os.path.join(work, name), content)
         old = tempfile.mkdtemp(prefix=os.path.basename(path) + '.old', dir=os.path.dirname(os.path.abspath(path)))
         if os.path.exists(path):
             os.rename(path, os.path.join(old, 'old'))
@@ -1367,21 +1355,12 @@ class Dataset:
                     raise ValueError(f'{path}: {e}: JSON has no such type; map the column to text, or write to_arrow') from None
 
 
-def _close(w, f):
-    if f is not None:
-        w.end()
-        f.flush()
-        os.fsync(f.fileno())
-        f.close()
-
-
 def concatenate(datasets):
     """Datasets end to end; columns that one lacks are null there. ValueError naming the column where the types do not meet."""
     t = functools.reduce(unify, (d._type for d in datasets))
     chunks, idx, base = [], [], 0
     for d in datasets:
-        same = d._type == t
-        chunks += d._chunks if same else [c.view({f.name: f.name if f.name in d.types else None for f in t.fields}, t) for c in d._chunks]
+        chunks += d._chunks if d._type == t else [c.view(t) for c in d._chunks]
         idx.append(range(d._idx.start + base, d._idx.stop + base, d._idx.step) if isinstance(d._idx, range) else d._idx + base)
         base += d._starts[-1]
     whole = all(d._idx == range(d._starts[-1]) for d in datasets if isinstance(d._idx, range)) and all(isinstance(i, range) for i in idx)
@@ -1419,6 +1398,11 @@ def _atomic(path):
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def _write_json(path, value, indent=2):
+    with _atomic(path) as f:
+        f.write(json.dumps(value, ensure_ascii=False, indent=indent).encode())
 
 
 # --- map: workers, progress, fingerprints ---
@@ -1480,11 +1464,14 @@ def _map_piece(job, lo, hi, path):
                 new = bad[0] if bad else None if None in outs else {k: [o.get(k) for o in outs] for k in dict.fromkeys(itertools.chain.from_iterable(outs))}
             if new is not None and not isinstance(new, dict):
                 raise ValueError(f'map: the function returned {builtins.type(new).__name__}, expected a dict of new values (or None)')
-            sink.put(_merge(ds, rows, n, new or {}, gone, at), f'map, rows {at} to {at + n}')
+            try:
+                sink.put(_merge(ds, rows, new or {}, gone))
+            except _Mixed as e:
+                raise ValueError(f'map, rows {at} to {at + n}: {e}') from None
         sink.flush()
 
 
-def _merge(ds, rows, n, new, gone, at):
+def _merge(ds, rows, new, gone):
     """The struct array of a mapped batch: old columns untouched as arrays, new ones built, with the old type where it still holds."""
     stay = [k for k in ds.types if k not in gone and k not in new]
     kids = ds._gather(rows, stay) if stay else {}
@@ -1495,10 +1482,9 @@ def _merge(ds, rows, n, new, gone, at):
                     kids[k] = array(values, ds.types[k])
             kids[k] = kids[k] if k in kids else array(values)
         except _Mixed as e:
-            raise ValueError(f"map, rows {at} to {at + n}: column {'.'.join((k, *e.path))!r}: {e.message}") from None
+            raise _Mixed(e.message, (k, *e.path)) from None
     if len({a.n for a in kids.values()}) > 1:
-        raise ValueError(f"map, rows {at} to {at + n}: columns of different lengths ({', '.join(f'{k} {a.n}' for k, a in kids.items())}): "
-                         'name the old ones in remove_columns')
+        raise _Mixed(f"columns of different lengths ({', '.join(f'{k} {a.n}' for k, a in kids.items())}): name the old ones in remove_columns")
     kids = {k: kids[k] for k in [*(k for k in ds.types if k in kids), *(k for k in new if k not in ds.types)]}
     t = Type('struct', None, tuple(Field(k, a.type) for k, a in kids.items()))
     return Array(t, next((a.n for a in kids.values()), 0), kids=tuple(kids.values()))
@@ -1574,8 +1560,7 @@ class _Sink:
     def add(self, rows, where):
         """A list of dicts. where(k, error) -> the message for a row k that does not fit."""
         try:
-            table = array(rows)
-            self.type = unify(self.type, table.type)
+            self.put(array(rows))
         except _Mixed as e:
             lo, hi, worst = 0, len(rows), e  # a prefix that fails keeps failing: bisect for the first row
             while lo < hi:
@@ -1586,13 +1571,9 @@ class _Sink:
                 except _Mixed as e:
                     hi, worst = mid, e
             raise ValueError(where(lo, worst)) from None
-        self.put(table)
 
-    def put(self, table, where=''):
-        try:
-            self.type = unify(self.type, table.type)
-        except _Mixed as e:
-            raise ValueError(f'{where}: {e}') from None
+    def put(self, table):
+        self.type = unify(self.type, table.type)
         self.wait.append((table, _nbytes(table)))
         if sum(n for _, n in self.wait) >= _BATCH:
             self.flush()
@@ -1617,12 +1598,7 @@ class _Sink:
         if self.spill is not None:
             self.spill.flush()
             self.chunks += [(c, t) for t, _, chunks in _read_ipc(_Source(self.spill, windows=True), many=True) for c in chunks]
-        return _unified(self.chunks, self.type, id)
-
-
-def _unified(parts, t, id=None):
-    """[(chunk, its struct type)] -> Dataset of the type t."""
-    return Dataset([c if s == t else c.view({f.name: f.name if any(g.name == f.name for g in s.fields) else None for f in t.fields}, t) for c, s in parts], t, id=id)
+        return Dataset([c if t == self.type else c.view(self.type) for c, t in self.chunks], self.type, id=id)
 
 
 def _nbytes(a):
@@ -2318,10 +2294,8 @@ class Tokenizer:
     def save(self, folder):
         """tokenizer.json and tokenizer_config.json: get_tokenizer(folder) reads them back, so do transformers and vLLM."""
         os.makedirs(folder, exist_ok=True)
-        for file, value in (('tokenizer.json', self.spec), ('tokenizer_config.json', self.config)):
-            with open(os.path.join(folder, file + '.tmp'), 'w', encoding='utf-8') as f:
-                json.dump(value, f, ensure_ascii=False, indent=None if file == 'tokenizer.json' else 2)
-            os.replace(os.path.join(folder, file + '.tmp'), os.path.join(folder, file))
+        _write_json(os.path.join(folder, 'tokenizer.json'), self.spec, None)
+        _write_json(os.path.join(folder, 'tokenizer_config.json'), self.config)
 
 
 def _any_of(texts):

@@ -490,7 +490,7 @@ def mutate(data, r):
     return data
 
 
-def fuzz(tmp_path, count, seed):
+def fuzz(tmp_path, count, seed, monkeypatch):
     """count mutated inputs, streams and files, every third in a folder of save_to_disk whose state.json is mutated too now and then: each is
     the one error type, or a table that can be read to its end; none slow, none large."""
     folder = tmp_path / 'folder'
@@ -512,6 +512,7 @@ def fuzz(tmp_path, count, seed):
         f.flush()
         if k % 9 < 2:
             (folder / 'state.json').write_bytes(mutate(state, r) if broken else state)
+        monkeypatch.setattr(D, '_DEEP', 2**30 if k % 2 else 0)  # checked when opened, or batch by batch
         start = time.perf_counter()
         try:
             ds = load_dataset(path if k % 3 else folder)
@@ -527,13 +528,13 @@ def fuzz(tmp_path, count, seed):
     return read, slowest
 
 
-def test_mutated_files(tmp_path):
-    fuzz(tmp_path, 4000, 1)
+def test_mutated_files(tmp_path, monkeypatch):
+    fuzz(tmp_path, 4000, 1, monkeypatch)
 
 
 @pytest.mark.slow
-def test_100_000_mutated_files(tmp_path):
-    print(fuzz(tmp_path, 100_000, 2))
+def test_100_000_mutated_files(tmp_path, monkeypatch):
+    print(fuzz(tmp_path, 100_000, 2, monkeypatch))
 
 
 def test_what_a_corrupt_value_does_and_when(tmp_path, monkeypatch):
@@ -560,11 +561,18 @@ def test_what_a_corrupt_value_does_and_when(tmp_path, monkeypatch):
     code, _, err = run('lint', tmp_path / 'x.arrow')
     assert code == 2 and 'x.arrow: corrupt: text' in err
     monkeypatch.setattr(D, '_DEEP', 0)  # as in a large file
+    with pytest.raises(ArrowError, match='x.arrow: corrupt or cut off'):
+        load_dataset(write(good[:-70]))
     for data in (falling, index, beyond):
         for use in (lambda d: d[0], lambda d: d[:2], lambda d: list(d.shuffle(0)), lambda d: d.save_to_disk(tmp_path / 'y'), lambda d: list(D.concatenate([d, d]))):
             ds = load_dataset(write(data))
             with pytest.raises(ArrowError, match='offsets|dictionary'):
                 use(ds)
+    nodes = np.array([3, 0, 3, 0], 'i8').tobytes()  # lengths and null counts of the two columns: found at first use, with the file's name
+    assert good.count(nodes) == 1
+    ds = load_dataset(write(good.replace(nodes, np.array([9, 0, 3, 0], 'i8').tobytes())))
+    with pytest.raises(ArrowError, match='x.arrow: corrupt: '):
+        ds[0]
 
 
 BOMBS = {'a list of 2^31 nulls in one row': lambda: Dataset.from_dict({'x': [[None] * 3]}), 'rows of nothing': lambda: Dataset.from_dict({'x': [None] * 3})}
