@@ -134,7 +134,8 @@ def paths(model):
 
 
 def adapted(model):
-    """{our module name: LoraLinear or LoraEmbedding}; {} without adapters."""
+    """{our module name: LoraLinear or LoraEmbedding}; {} without adapters. model: a GPT, or what parallel.shard made of it."""
+    model = getattr(model, 'body', model)
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
@@ -189,7 +190,7 @@ def set_adapter(model, name):
 def lora_active(model, name):
     """Inside: adapter `name` (None = the base model) is in force; what is trained does not change. ValueError: no such adapter, or merged."""
     layers = list(adapted(model).values())
-    if not layers or name not in (None, *model.lora) or any(m.kept for m in layers):
+    if not layers or name not in (None, *getattr(model, 'body', model).lora) or any(m.kept for m in layers):
         raise ValueError(f'adapter {name!r} cannot be put in force: the model has no such adapter, or its adapters are merged')
     before = [m.active for m in layers]
     try:
@@ -247,7 +248,11 @@ def trainable(model):
 
 def lora_state(model):
     """{our name: tensor} of all adapters and the scalar head: what a checkpoint holds in the place of the whole model."""
-    return {k: v for k, v in model.state_dict().items() if any(f'.{part}.' in k for part in PARTS) or k == 'score.weight'}
+    return {k: v for k, v in model.state_dict().items() if is_adapter(k)}
+
+
+def is_adapter(name):
+    return any(f'.{part}.' in name for part in PARTS) or name == 'score.weight'
 
 
 def load_lora_state(model, state, where='the adapter state'):
@@ -342,7 +347,7 @@ def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora
     GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the adapter."""
     if ckpt and ckpt.get('lora'):
         model, _ = load_model(ckpt['lora']['base'], head=head)
-        model.lora_base = ckpt['lora']['base']
+        model.lora_info = ckpt['lora']
         return load_state(model, ckpt['lora'], ckpt['model']), ckpt['tokenizer']
     if ckpt:
         model = GPT(GPTConfig(**ckpt['model_args']), head)
@@ -351,11 +356,20 @@ def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora
     model, found = (GPT(scratch, head), tokenizer) if init_from == 'scratch' else load_model(init_from, head=head)
     if lora_r:
         add_lora(model, lora_r, lora_alpha, lora_dropout, tuple(t for t in lora_targets.split(',') if t))
-        model.lora_base = init_from
+        model.lora_info = describe(model, init_from)  # now: a pipeline stage will not have all layers
     return model, tokenizer or found
+
+
+def checkpoint_keys(model):
+    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps (see parallel.save_checkpoint): all, or (LoRA)
+    those of the adapters and the scalar head; `lora` then says where their base lies."""
+    info = getattr(getattr(model, 'body', model), 'lora_info', None)
+    if info is None:
+        return dict(model_args=dataclasses.asdict(model.config), lora=None)
+    return dict(model_args=dataclasses.asdict(model.config), lora={**info, 'reward_bias': model.config.reward_bias}, keep=is_adapter)
 
 
 def checkpoint_parts(model):
     """The keys model, model_args, lora of a checkpoint: the whole state dict, or (LoRA) the adapter and where its base lies."""
-    info = describe(model, model.lora_base) if adapted(model) else None
+    info = describe(model, model.lora_info['base']) if adapted(model) else None
     return dict(model=lora_state(model) if info else model.state_dict(), model_args=dataclasses.asdict(model.config), lora=info)

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import parallel
 
 
 @dataclass
@@ -402,6 +403,10 @@ class GPT(nn.Module):
         logp, ent = kernels.linear_logprobs(*self.head_weight(x[row]), idx.reshape(-1)[flat + 1], temperature)
         out = [torch.zeros(B * T, device=idx.device, dtype=logp.dtype).index_copy(0, flat, y).view(B, T)[:, :-1] for y in (logp, ent)]
         return tuple(out) if entropy else out[0]
+
+    def token_logprobs(self, x, targets, temperature=1.0):
+        """(log p, entropy) of targets (n,) int64 after the hidden states x (n, C), both (n,) float32: the head without its logits."""
+        return kernels.linear_logprobs(*self.head_weight(x), targets, temperature)
 
     # ---- optimizer and cost --------------------------------------------------------------------------------------
 
@@ -860,33 +865,46 @@ def set_rng_state(state, device):
         torch.cuda.set_rng_state(state['cuda'], device)
 
 
-def open_run(out_dir, init_from, overwrite, stage):
+def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
     """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never overwritten
-    unasked. ValueError tells what to do."""
+    unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells what to do."""
     file = os.path.join(out_dir, 'ckpt.pt')
+    if mesh.restarted(out_dir) and os.path.exists(file):
+        init_from = 'resume'
     if init_from == 'resume':
         if not os.path.exists(file):
             raise ValueError(f'{file}: nothing to resume from; start without --init_from=resume')
         try:
-            ckpt = torch.load(file, map_location='cpu', weights_only=True)
+            ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=mesh.world > 1)  # the ranks of a node share its pages
             theirs = ckpt['config']['stage']
         except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as e:
             raise ValueError(f'{file}: not a checkpoint of ours ({type(e).__name__}); {out_dir}/ckpt_best.pt may still be good') from None
         if theirs != stage:
             raise ValueError(f'{out_dir} is a run of {theirs}.py, this is {stage}.py: give another --out_dir')
+        mesh.mark(out_dir)
+        mesh.saved(file, ckpt['iter'])
         return ckpt
     if os.path.exists(file) and not overwrite:
         raise ValueError(f'{out_dir} already holds a run: --init_from=resume goes on with it, --out_dir=... starts beside it, --overwrite=True starts anew')
     os.makedirs(out_dir, exist_ok=True)
+    mesh.barrier()  # all have looked
+    if mesh.torchrun and mesh.master and os.path.exists(file):
+        os.remove(file)  # or torchrun, starting us again before the first checkpoint, would go on with the old run
+    mesh.mark(out_dir)
     return None
 
 
 class RunLog:
     """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed at iteration `step`,
-    it drops what was logged behind the checkpoint and goes on, so that no step stands in it twice."""
+    it drops what was logged behind the checkpoint and goes on, so that no step stands in it twice. master: of several ranks one writes."""
 
-    def __init__(self, out_dir, config, ckpt=None):
-        self.path, self.t0, rows = os.path.join(out_dir, 'log.jsonl'), time.time() - (ckpt['time'] if ckpt else 0), []
+    def __init__(self, out_dir, config, ckpt=None, master=True):
+        self.file, self.t0 = None, time.time() - (ckpt['time'] if ckpt else 0)
+        if master:
+            self._open(out_dir, config, ckpt)
+
+    def _open(self, out_dir, config, ckpt):
+        self.path, rows = os.path.join(out_dir, 'log.jsonl'), []
         if ckpt and os.path.exists(self.path):
             for line in open(self.path):
                 try:
@@ -907,6 +925,8 @@ class RunLog:
     def row(self, step, split, **metrics):
         """Writes one row; a metric that is not finite ends the run with its name (JSON knows no NaN, nor should a reader)."""
         metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
+        if self.file is None:
+            return
         self.file.write(json.dumps(dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)) + '\n')
         trim_heap()
 
@@ -930,8 +950,12 @@ def memory_plan(parts):
     return total
 
 
-def training_bytes(model, itemsize=4):
-    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only."""
+def training_bytes(model, mesh=None, itemsize=4):
+    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only. With a mesh of several ranks: on the
+    fullest rank once `parallel.shard` has cut the model."""
+    if mesh is not None and mesh.world > 1:
+        part = mesh.plan(model)
+        return part['weights'], part['gradients'] + part['in_flight'], part['optimizer']
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return sum(p.nbytes for p in model.parameters()), n * itemsize, 2 * n * itemsize
 

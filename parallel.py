@@ -4,20 +4,23 @@
 A stage has the same lines for one process and for many; with one, every operation is the identity:
 
     mesh = parallel.init(tp, pp, cp, zero)              # torchrun's processes, or this one alone
+    sampler = parallel.sampler_of(model, mesh)          # the plain GPT that a rollout engine reads; before shard cuts the model
     model = parallel.shard(model.to(mesh.device), mesh) # this rank's part; called as before: model(idx, targets), model.logprobs(idx)
     optimizer = parallel.Optimizer(model, mesh, learning_rate, betas, eps, weight_decay)
     mesh.split_seeds(seed)                              # weights are made from one seed, dropout and sampling from one per rank
     rest = parallel.load_checkpoint(path, mesh, model, optimizer)   # on resume: what save_checkpoint was given, and the RNGs
     while True:
-        rows = batch[mesh.share(len(batch))]            # this replica's share of the global batch; tp, pp and cp ranks see the same
-        micros = [...]                                  # microbatches: whatever loss_of takes; as many on every rank
+        bins = mesh.deal(pack(lengths, n), lengths)     # of the global batch's microbatches this replica's; tp, pp and cp ranks see the same
+        micros = [...]                                  # made of them: whatever loss_of takes; as many on every rank
         def loss_of(model, mb): ...; return loss, dict(clip_frac=...)    # mean over the microbatch; calls model ONCE (needed by pp only)
         metrics = parallel.accumulate(model, optimizer, micros, loss_of, weights)  # weights: counted tokens (or pairs) of each microbatch
         norm = optimizer.step(lr, grad_clip)            # global gradient norm, clipped across all axes; gradients are gone after it
+                                                        # (parallel.step([a, b], [lr_a, lr_b], clip): two networks under one norm)
         outputs = parallel.evaluate(model, micros, fn)  # [fn(model, mb)] without gradients, on every rank of the replica
         state = parallel.full_state(model)              # plain state dict on every rank: HF export, a rollout engine's load_weights
         parallel.save_checkpoint(path, mesh, model, optimizer, config=..., iter=..., data=..., best=...)   # one file whatever the layout
-        mesh.log('...')                                 # rank 0; also: mesh.master, .rank, .world, .dp, .dp_rank, .device, .barrier(),
+        values = mesh.collect([...])                    # the replicas' lists one behind the other, on every rank
+                                                        # also: mesh.master, .rank, .world, .dp, .dp_rank, .device, .barrier(), .log('...'),
                                                         # .all_reduce_mean({'x': 1.0}), .restarts (times torchrun has started us again)
 
 Gradients are sum_i weight_i * grad_i / sum_i weight_i over all microbatches of all replicas: token-weighted, whatever the split.
@@ -30,7 +33,7 @@ Everything that a Parameter needs to know is in its `Part`: which piece of which
     refused: tp with lora or n_head % tp, pp with dropout or more stages than layers, ring attention with dropout (gather is used)
     python parallel.py merge out-sft             # per-rank files of --sharded_ckpt -> ckpt.pt; needs no torchrun
 """
-import atexit, collections, contextlib, dataclasses, json, math, os, select, signal, socket, sys, threading, time
+import atexit, collections, contextlib, copy, dataclasses, json, math, os, select, signal, socket, sys, threading, time
 from datetime import timedelta
 
 import torch
@@ -223,6 +226,7 @@ class Mesh:
     def __init__(self, sizes, zero, device):
         self.zero, self.device, self.restarts = zero, device, int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
         self.world, self.rank, self.watch, self._made = math.prod(sizes), 0, None, {}
+        self.torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
         self.grid = torch.arange(self.world).view(sizes)
         if self.world > 1:
             self.rank = dist.get_rank()
@@ -233,7 +237,7 @@ class Mesh:
         self.replicas, self.inside = self.group('dp'), self.group('pp', 'tp')
         self.pp, self.pp_back = self.group('pp'), self.group('pp', tag='back')  # one channel per direction: no order to get wrong
         self.everyone = self.group('dp', 'pp', 'cp', 'tp')
-        self.dp, self.dp_rank, self.master = self.replicas.size, self.replicas.rank, self.rank == 0
+        self.dp, self.dp_rank, self.master, self.checkpoint = self.replicas.size, self.replicas.rank, self.rank == 0, 'none yet'
 
     def group(self, *axes, tag='', split=None):
         """The group of this rank along `axes`; split (with one axis): runs of that many ranks along it."""
@@ -264,9 +268,71 @@ class Mesh:
             raise ValueError(f'a batch of {n} cannot be divided among {self.dp} data-parallel replicas: set batch_size to a multiple of {self.dp}')
         return slice(n // self.dp * self.dp_rank, n // self.dp * (self.dp_rank + 1))
 
+    def deal(self, bins, lengths):
+        """Of the bins (lists of row numbers, as `pack` makes them) into which EVERY rank has cut the same global batch, those of this
+        replica: as many for each, the largest first, halved until their number divides. lengths: tokens of a row. With fewer rows than
+        replicas each does them all (see `copies`). bins [[0, 1, 2]], dp=2 -> [[0, 2]] on the first, [[1]] on the second."""
+        if self.dp == 1 or self.copies(sum(map(len, bins))) > 1:
+            return bins
+        size, bins = (lambda b: sum(int(lengths[i]) for i in b)), [list(b) for b in bins]
+        while len(bins) % self.dp:
+            largest = max((b for b in bins if len(b) > 1), key=size)
+            bins.remove(largest)
+            bins += [largest[0::2], largest[1::2]]
+        bins.sort(key=size, reverse=True)
+        return [bins[k + (self.dp_rank if k // self.dp % 2 == 0 else self.dp - 1 - self.dp_rank)] for k in range(0, len(bins), self.dp)]
+
+    def copies(self, rows):
+        """How many replicas compute each of `rows` rows that were dealt out: 1, or all where there are fewer rows than replicas."""
+        return self.dp if rows < self.dp else 1
+
+    def collect(self, mine, everyone=False):
+        """The replicas' lists (everyone: those of all ranks) one behind the other, on every rank. For small things: they travel pickled,
+        tensors on the CPU. Of the ranks of a replica the last pipeline stage speaks: it has the outputs. [1] and [2, 3] -> [1, 2, 3]."""
+        if self.world == 1:
+            return mine
+        lists = [None] * self.world
+        self.everyone.run('exchange of results', lambda: dist.all_gather_object(lists, mine))
+        return [x for r in (self.grid.view(-1) if everyone else self.grid[:, -1, 0, 0]).tolist() for x in lists[r]]
+
+    def mine(self, n):
+        """The slice of n things (prompts to answer) that falls to this rank of all. n=5, world=2 -> slice(0, 2), slice(2, 5)."""
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
     def split_seeds(self, seed):
-        """From here on each rank draws its own numbers (dropout); seed + rank * 100003 as in lm-human-preferences."""
-        torch.manual_seed(seed + 100003 * self.rank)
+        """From here on each rank of several draws its own numbers (dropout); seed + rank * 100003 as in lm-human-preferences."""
+        if self.world > 1:
+            torch.manual_seed(seed + 100003 * self.rank)
+
+    def words(self):
+        """'' for one process, else ' x 4 (dp 2, tp 2, zero 1)'."""
+        axes = [f'{a} {n}' for a, n in zip(self.AXES, self.grid.shape) if n > 1] + [f'zero {self.zero}'] * bool(self.zero)
+        return f' x {self.world} ({", ".join(axes)})' if self.world > 1 else ''
+
+    def plan(self, model):
+        """`plan` for this layout; the model is still whole."""
+        return plan(model, self.tp.size, self.pp.size, self.cp.size, self.dp, self.zero)
+
+    def saved(self, path, it):
+        """What a failure names as the last good checkpoint."""
+        self.checkpoint = f'{path} (iter {it})'
+        if self.watch:
+            self.watch.checkpoint = self.checkpoint
+
+    def restarted(self, out_dir):
+        """True when torchrun has started this very run again after a failure: what lies in out_dir is its own. See `mark`."""
+        file = os.path.join(out_dir, '.torchrun')
+        mine = bool(self.restarts and os.path.exists(file) and open(file).read() == self._run())
+        return self.everyone.share_object(mine, 0, 'restart')
+
+    def mark(self, out_dir):
+        """Notes in out_dir that its run is this one."""
+        if self.torchrun and self.master:
+            with open(os.path.join(out_dir, '.torchrun'), 'w') as f:
+                f.write(self._run())
+
+    def _run(self):
+        return f'{os.environ.get("TORCHELASTIC_RUN_ID", "")} {socket.gethostname()} {os.getppid()}'  # torchrun itself stays the same process
 
     def rng_state(self):
         """[random state of rank 0, of rank 1, ...] for a checkpoint. All ranks call it."""
@@ -277,11 +343,14 @@ class Mesh:
         return states
 
     def set_rng_state(self, states):
-        """Each rank goes on with its own numbers, if as many ranks run as wrote them; else from its own seed."""
-        if len(states) == self.world:
-            torch.set_rng_state(states[self.rank]['cpu'])
-            if self.device.type == 'cuda' and 'cuda' in states[self.rank]:
-                torch.cuda.set_rng_state(states[self.rank]['cuda'], self.device)
+        """Each rank goes on with its own numbers if as many ranks run as wrote them, all with the same ones if all had the same (no
+        dropout); else from its own seed."""
+        alike = bool(states) and all(torch.equal(s['cpu'], states[0]['cpu']) for s in states)
+        if len(states) == self.world or alike:
+            state = states[self.rank if len(states) == self.world else 0]
+            torch.set_rng_state(state['cpu'])
+            if self.device.type == 'cuda' and 'cuda' in state:
+                torch.cuda.set_rng_state(state['cuda'], self.device)
 
     def all_reduce_mean(self, numbers):
         """{name: float} -> the mean over the replicas, the same on every rank. Keys must agree."""
@@ -309,12 +378,13 @@ class Mesh:
             dist.destroy_process_group()
 
 
-def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337):
+def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, quiet=False):
     """The mesh of this run: torchrun's processes if there are several (dp = world / (tp pp cp)), else this one alone.
 
     device: 'cpu', 'cuda', 'mps' or None (cuda where there is one; rank i of a node takes GPU i). zero 0-3: what the replicas
     share out: nothing, optimizer, + gradients, + weights. Seeds torch alike everywhere (see Mesh.split_seeds). A collective
-    that waits longer than dist_timeout seconds ends the run. ValueError when the numbers do not fit the processes.
+    that waits longer than dist_timeout seconds ends the run. quiet: what ranks other than 0 print is dropped (errors are not).
+    ValueError when the numbers do not fit the processes.
     torchrun --nproc_per_node=8 with tp=2 -> dp=4; rank 5 is (dp 2, pp 0, cp 0, tp 1)."""
     for name, n in (('tp', tp), ('pp', pp), ('cp', cp)):
         if n < 1:
@@ -325,7 +395,11 @@ def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337):
     if world % (tp * pp * cp):
         raise ValueError(f'tp {tp} x pp {pp} x cp {cp} = {tp * pp * cp} processes (or a multiple), but {world} run: '
                          f'torchrun --nproc_per_node={tp * pp * cp} SCRIPT.py ...')
-    kind, local = device or ('cuda' if torch.cuda.is_available() else 'cpu'), int(os.environ.get('LOCAL_RANK', 0))
+    if dist_timeout < 1:
+        raise ValueError(f'dist_timeout {dist_timeout}: seconds, at least 1')
+    kind, local = str(device or ('cuda' if torch.cuda.is_available() else 'cpu')), int(os.environ.get('LOCAL_RANK', 0))
+    if world > 1 and kind.startswith('cuda:'):
+        raise ValueError(f'device {kind} with {world} processes: --device=cuda, each takes the GPU of its number')
     if kind == 'cuda' and world > 1:
         if local >= torch.cuda.device_count():
             raise ValueError(f'process {local} of this node has no GPU of its own, {torch.cuda.device_count()} are here: lower --nproc_per_node')
@@ -337,8 +411,13 @@ def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337):
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank, world_size=world,
                                 timeout=timedelta(seconds=dist_timeout))
     torch.manual_seed(seed)
-    return Mesh((world // (tp * pp * cp), pp, cp, tp), zero, torch.device(kind))
+    mesh = Mesh((world // (tp * pp * cp), pp, cp, tp), zero, torch.device(kind))
+    if quiet and not mesh.master:
+        sys.stdout = open(os.devnull, 'w')
+    return mesh
 
+
+ALONE = Mesh((1, 1, 1, 1), 0, torch.device('cpu'))  # for functions of a stage that somebody calls outside a run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # communication with a gradient: each pair is its own mirror image
@@ -802,6 +881,23 @@ class Sharded(nn.Module):
         keep = own < n
         return ((x, own) if padded + rest == n else (x[keep], own[keep])), at
 
+    def hidden(self, ids, pos, attend):
+        """As GPT.hidden, for a stage that lays its tokens out itself: all N rows on every tp rank."""
+        n, tp = len(ids), self.mesh.tp.size
+        if self.mesh.cp.size > 1:
+            raise ValueError(f'cp {self.mesh.cp.size}: answers that share their prompt cannot be cut along the context; the nearest that works is --cp=1 '
+                             f'with --tp or a smaller micro_tokens')
+        if self.mesh.pp.size > 1 and not self.running:
+            raise RuntimeError('with pp > 1 call the model inside parallel.accumulate or parallel.evaluate')
+        rest = -n % tp
+        padded = attend if not rest else lambda layer, q, k, v: F.pad(attend(layer, q[:n], k[:n], v[:n]), (0, 0, 0, 0, 0, rest))
+        x = self.body.hidden(F.pad(ids, (0, rest)), F.pad(pos, (0, rest)), padded)
+        return gather_rows(x, self.mesh.tp)[:n] if tp > 1 else x
+
+    def token_logprobs(self, x, targets, temperature=1.0):
+        """As GPT.token_logprobs."""
+        return self.out(x, targets, temperature)
+
     def _whole(self, values, own, n):
         """This rank's rows (len(own), ...) -> all n rows, on every cp rank."""
         if self.mesh.cp.size == 1:
@@ -852,6 +948,19 @@ def shard(model, mesh, layers=None, attention='auto'):
     if mesh.world == 1:
         return model
     return Sharded(model, mesh, layers, attention)
+
+
+def sampler_of(model, mesh, dtype=torch.float32):
+    """The plain GPT that a rollout engine on this rank reads, to be asked for BEFORE `shard`: the model itself where its weights stay
+    whole and in dtype (one process; data and context parallel below ZeRO-3), else a copy that load_weights(full_state(model)) fills."""
+    if dtype == torch.float32 and mesh.tp.size == mesh.pp.size == 1 and (mesh.zero < 3 or mesh.data.size == 1):
+        return model
+    return copy.deepcopy(model).to(dtype).requires_grad_(False)
+
+
+def set_weight(model, name, value):
+    """Puts the full tensor `value` in the place of parameter `name`, whatever the layout. All ranks call it with the same one."""
+    _load_network({name: value}, model, name, only=name)
 
 
 def _parts(model):
@@ -1061,41 +1170,42 @@ class Optimizer:
             b.release()
 
     # ---- the step
-    @torch.no_grad()
     def step(self, lr, grad_clip=0.0):
-        """One update; returns the global norm of the gradient before clipping (float). grad_clip 0 = off. A norm that is not
-        finite raises ValueError and leaves the weights as they were. g = (3, 4), clip 1 -> returns 5, g becomes (0.6, 0.8)."""
+        """One update; see the function `step`. Returns the norm of the gradient before clipping."""
+        return step([self], [lr], grad_clip)
+
+    def _ready(self):
+        """The gradients where AdamW looks for them -> [those that there are]."""
         for b in self.buckets:
             for p in b.pieces:
                 p.master.grad = b.shard_grad[p.at:p.at + p.hi - p.lo]
-        grads = [p.master.grad for p in self.pieces if p.master.grad is not None]
-        norm = self._norm()
-        if not math.isfinite(norm):
-            raise ValueError(f'the gradient norm is {norm}: weights left as they were; last good checkpoint: '
-                             f'{self.mesh.watch.checkpoint if self.mesh.watch else "see out_dir"}; lower the learning rate or look at the batch')
-        if grad_clip and norm > grad_clip and grads:
-            torch._foreach_mul_(grads, min(1.0, grad_clip / (norm + 1e-6)))
+        return [p.master.grad for p in self.pieces if p.master.grad is not None]
+
+    def _update(self, lr):
         if self.adam:
             for group in self.adam.param_groups:
                 group['lr'] = lr
             self.adam.step()
-        for p in self.pieces:
-            p.master.grad = None
+        self._drop()
         works = collections.deque()
         for b in self.buckets:
             if b.master is not b.local:
                 b.local.copy_(b.master)
-            b.grad = b.shard_grad = None
             if b.zero in (1, 2):
                 works.append(b.group.all_gather(b.local.clone(), 'weights', out=b.full, wait=False))
             if len(works) > 2:
                 b.group.wait(works.popleft(), 'weights')
         for work in works:
             self.mesh.data.wait(work, 'weights')
-        return norm
 
-    def _norm(self):
-        """Adds the partial gradients of copies, then sqrt of the sum of squares over all axes, every element once."""
+    def _drop(self):
+        for p in self.pieces:
+            p.master.grad = None
+        for b in self.buckets:
+            b.grad = b.shard_grad = None
+
+    def _square(self):
+        """Adds the partial gradients of copies -> the sum of squares over all axes, every element once."""
         for group in dict.fromkeys(g for p in self.pieces for g in p.part.sums):
             grads = [p.master.grad for p in self.pieces if group in p.part.sums]
             whole = group.all_reduce(torch.cat(grads), 'gradients of copies')
@@ -1104,10 +1214,9 @@ class Optimizer:
         owned = [p.master.grad for p in self.pieces if p.part.owner and p.master.grad is not None]
         square = torch.stack(torch._foreach_norm(owned)).double().square().sum() if owned else torch.zeros((), dtype=torch.float64)
         if self.mesh.world == 1:
-            return math.sqrt(float(square))
+            return float(square)
         zero = self.mesh.zero and self.mesh.data.size > 1
-        total = (self.mesh.everyone if zero else self.mesh.inside).all_reduce(self.mesh._near(square.reshape(1)), 'gradient norm')
-        return math.sqrt(float(total))
+        return float((self.mesh.everyone if zero else self.mesh.inside).all_reduce(self.mesh._near(square.reshape(1)), 'gradient norm'))
 
     # ---- state, layout-free: {'step': n, 'exp_avg': {name: full tensor}, ...}
     def state_dict(self):
@@ -1144,18 +1253,41 @@ class Optimizer:
                 p.master.copy_(cut(saved['master'][name]))
 
 
+@torch.no_grad()
+def step(optimizers, lrs, grad_clip=0.0):
+    """One update of one network or several (policy and value), clipped by ONE global norm over all of them; returns that norm before
+    clipping (float). grad_clip 0 = off. A norm that is not finite raises ValueError and leaves the weights as they were.
+    g = (3, 4), clip 1 -> returns 5, g becomes (0.6, 0.8)."""
+    mesh, grads = optimizers[0].mesh, [g for o in optimizers for g in o._ready()]
+    if any(o.flat for o in optimizers):
+        norm = math.sqrt(sum(o._square() for o in optimizers))
+        if grad_clip and grad_clip < norm < math.inf and grads:
+            torch._foreach_mul_(grads, min(1.0, grad_clip / (norm + 1e-6)))
+    else:
+        norm = torch.nn.utils.clip_grad_norm_([p.master for o in optimizers for p in o.pieces], grad_clip or math.inf).item()
+    if not math.isfinite(norm):
+        for o in optimizers:
+            o._drop()
+        raise ValueError(f'step {optimizers[0].steps()}: the gradient norm is {norm}: weights left as they were; the last good checkpoint is '
+                         f'{mesh.checkpoint}: resume from it with a lower learning_rate or a smaller grad_clip')
+    for o, lr in zip(optimizers, lrs):
+        o._update(lr)
+    return norm
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # one optimizer step's worth of microbatches
 
 
-def accumulate(model, optimizer, micros, loss_of, weights=None):
-    """Forward and backward of all microbatches of this replica; then optimizer.step. Returns {'loss': ..., stats ...} as floats,
-    weighted means over all microbatches of all replicas, the same on every rank; with pp also 'bubble', the share of the time
-    that this rank waited for another stage, beside the schedule's own 'bubble_ideal' = (pp - 1) / (m + pp - 1).
+def accumulate(model, optimizer, micros, loss_of, weights=None, summed=False):
+    """Forward and backward of all microbatches of this replica; then optimizer.step. Returns {'loss': ..., stats ...} as floats over
+    all microbatches of all replicas, the same on every rank (a name that ends in _max: the largest); with pp also 'bubble', the share of
+    the time that this rank waited for another stage, beside the schedule's own 'bubble_ideal' = (pp - 1) / (m + pp - 1).
 
-    loss_of(model, micro) -> (loss, {name: number}): the mean over the microbatch. weights: how much each one counts (its tokens).
+    loss_of(model, micro) -> (loss, {name: number}): means over the microbatch, and weights: how much each one counts (its tokens); or
+    with summed=True its share of the whole batch's loss and statistics, which are only added up (see mesh.copies).
     ValueError when the replicas hold unequal numbers of microbatches or nothing counts.
-    Two replicas, losses 1.0 and 4.0 with weights 3 and 1 -> loss 1.75, gradient 3/4 g_1 + 1/4 g_2."""
+    Two replicas, losses 1.0 and 4.0 with weights 3 and 1 -> loss 1.75, gradient 3/4 g_1 + 1/4 g_2; summed: 5.0, g_1 + g_2."""
     mesh = optimizer.mesh
     weights = [float(w) for w in weights] if weights is not None else [1.0] * len(micros)
     total = sum(weights)
@@ -1166,7 +1298,7 @@ def accumulate(model, optimizer, micros, loss_of, weights=None):
             raise ValueError(f'the replicas hold {seen[:, 1].int().tolist()} microbatches: each needs as many as the others')
     if not total > 0:
         raise ValueError(f'nothing to learn from in this batch: the weights of its {len(micros)} microbatches add up to {total}')
-    scales = [w / total for w in weights]
+    scales = [1.0 if summed else w / total for w in weights]
     start, waited = time.perf_counter(), mesh.pp.waited + mesh.pp_back.waited
     if mesh.pp.size > 1:
         results = _one_forward_one_backward(model, optimizer, micros, loss_of, scales)
@@ -1175,20 +1307,29 @@ def accumulate(model, optimizer, micros, loss_of, weights=None):
         results = []
         for i, (micro, scale) in enumerate(zip(micros, scales)):
             loss, stats = loss_of(model, micro)
+            part = loss * scale
             optimizer.begin(sync=i == len(micros) - 1)
-            (loss * scale).backward()
+            part.backward()
             optimizer.end()
-            results.append({'loss': loss.detach(), **stats})
+            results.append({'loss': part.detach(), **stats})
         results = _numbers(results)
+    metrics = _over_replicas(mesh, results, scales)
+    if mesh.pp.size > 1:
+        metrics['bubble'] = (mesh.pp.waited + mesh.pp_back.waited - waited) / (time.perf_counter() - start)
+        metrics['bubble_ideal'] = (mesh.pp.size - 1) / (len(micros) + mesh.pp.size - 1)
+    return metrics
+
+
+def _over_replicas(mesh, results, scales):
+    """One dict of floats out of those of the microbatches; the loss is scaled already."""
     if any(r.keys() != results[0].keys() for r in results):
         raise ValueError(f'the loss function must return the same statistics for every microbatch, got {[sorted(r) for r in results]}')
-    mean = {k: sum(r[k] * s for r, s in zip(results, scales)) for k in results[0]}
-    if mesh.dp > 1:
-        mean = {k: v * mesh.dp for k, v in mesh.all_reduce_mean(mean).items()}
-    if mesh.pp.size > 1:
-        mean['bubble'] = (mesh.pp.waited + mesh.pp_back.waited - waited) / (time.perf_counter() - start)
-        mean['bubble_ideal'] = (mesh.pp.size - 1) / (len(micros) + mesh.pp.size - 1)
-    return mean
+    most = lambda k: k.endswith('_max')
+    out = {k: max(r[k] for r in results) if most(k) else sum(r[k] if k == 'loss' else r[k] * s for r, s in zip(results, scales)) for k in results[0]}
+    if mesh.dp == 1:
+        return out
+    rows = mesh.replicas.all_gather(mesh._near(torch.tensor([list(out.values())], dtype=torch.float64)), 'metrics').cpu()
+    return {k: (rows[:, i].max() if most(k) else rows[:, i].sum()).item() for i, k in enumerate(out)}
 
 
 def _numbers(results):
@@ -1210,7 +1351,7 @@ def _one_forward_one_backward(model, optimizer, micros, loss_of, scales):
             try:
                 loss, stats = loss_of(model, micros[i])
                 out = loss * scales[i]
-                results.append({'loss': loss.detach(), **stats})
+                results.append({'loss': out.detach(), **stats})
             except _Handoff as h:
                 out = h.x
                 sending.append((pp, pp.send(out.detach(), pp.rank + 1, 'activations')))
@@ -1309,14 +1450,14 @@ def _full_tensors(model, read=None):
         yield name, full
 
 
-def full_state(model, only_master=False):
-    """The plain state dict of the whole model whatever the layout, on every rank (only_master: rank 0, on the CPU; {} elsewhere).
+def full_state(model, only_master=False, keep=None):
+    """The plain state dict of the whole model whatever the layout, on every rank (only_master: rank 0, on the CPU; {} elsewhere; keep(name) -> bool).
     All ranks must call it. It is what GPT.load_state_dict, save_pretrained and a rollout engine's load_weights take."""
-    state, keep = {}, not only_master or getattr(model, 'mesh', None) is None or model.mesh.master
+    state, mine = {}, not only_master or getattr(model, 'mesh', None) is None or model.mesh.master
     for name, full in _full_tensors(model):
-        if keep:
+        if mine and (keep is None or keep(name)):
             state[name] = full.cpu() if only_master else full
-    if keep and model.config.tie and model.head == 'lm' and 'wte.weight' in state:
+    if hasattr(model, 'config') and model.config.tie and model.head == 'lm' and 'wte.weight' in state:
         state['lm_head.weight'] = state['wte.weight']
     return state
 
@@ -1330,25 +1471,27 @@ def _atomic(write, path):
     os.replace(path + '.tmp', path)
 
 
-def save_checkpoint(path, mesh, model, optimizer, value=None, value_optimizer=None, sharded=False, **rest):
+def save_checkpoint(path, mesh, model, optimizer, value=None, value_optimizer=None, sharded=False, keep=None, also=None, **rest):
     """One file, the same whatever the layout: model, optimizer (and value, value_optimizer: PPO's second network), rng (one state a
     rank) and what is given in `rest` (config, iter, data, best, model_args, tokenizer: plain types and tensors). Atomic. All
     ranks call it. Full tensors are made one at a time; rank 0 holds them all (12 bytes a parameter: 8B -> 96 GB of host memory).
-    sharded=True: each rank writes what it holds, `python parallel.py merge` makes the file."""
+    keep(name) -> bool: which of the model's tensors are written (an adapter's). also: a second file, without the optimizer (the best so
+    far). sharded=True: each rank writes what it holds, `python parallel.py merge` makes the file; there is no second one then."""
     networks = {'model': model, 'value': value}
     optimizers = {'optimizer': optimizer, 'value_optimizer': value_optimizer}
     rest = {**rest, 'rng': mesh.rng_state()}
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     if sharded:
-        _save_pieces(path, mesh, networks, optimizers, rest)
+        _save_pieces(path, mesh, networks, optimizers, keep, rest)
     else:
-        out = {key: full_state(net, only_master=True) for key, net in networks.items() if net is not None}
-        out.update({key: opt.state_dict() for key, opt in optimizers.items() if opt is not None})
+        out = {key: full_state(net, only_master=True, keep=keep if key == 'model' else None) for key, net in networks.items() if net is not None}
+        moments = {key: opt.state_dict() for key, opt in optimizers.items() if opt is not None}
         if mesh.master:
-            _atomic(lambda tmp: torch.save({**out, **rest}, tmp), path)
+            _atomic(lambda tmp: torch.save({**out, **moments, **rest}, tmp), path)
+            if also:
+                _atomic(lambda tmp: torch.save({**out, **dict.fromkeys(moments), **rest}, tmp), also)
     mesh.barrier()
-    if mesh.watch:
-        mesh.watch.checkpoint = f'{path} (iter {rest.get("iter", "?")})'
+    mesh.saved(path, rest.get('iter', '?'))
 
 
 def load_checkpoint(path, mesh, model, optimizer=None, value=None, value_optimizer=None):
@@ -1369,14 +1512,13 @@ def load_checkpoint(path, mesh, model, optimizer=None, value=None, value_optimiz
     except (RuntimeError, KeyError, EOFError, TypeError) as e:
         raise ValueError(f'{path}: not a checkpoint of ours, or cut short ({type(e).__name__}: {str(e).splitlines()[0][:100]})') from None
     mesh.set_rng_state(saved.get('rng', ()))
-    if mesh.watch:
-        mesh.watch.checkpoint = f'{path} (iter {saved.get("iter", "?")})'
+    mesh.saved(path, saved.get('iter', '?'))
     return {k: v for k, v in saved.items() if k not in ('model', 'value', 'optimizer', 'value_optimizer', 'rng')}
 
 
 @torch.no_grad()
-def _load_network(state, model, where):
-    for part in _parts(model):
+def _load_network(state, model, where, only=None):
+    for part in (p for p in _parts(model) if only in (None, p.name)):
         if part.name not in state or tuple(state[part.name].shape) != tuple(part.shape):
             raise ValueError(f'{where}: {part.name} is {tuple(state[part.name].shape) if part.name in state else "missing"}, this model wants {tuple(part.shape)}')
         local = part.take(state[part.name]).to(part.param)
@@ -1388,7 +1530,7 @@ def _load_network(state, model, where):
                 p.master.copy_(p.weight)
 
 
-def _save_pieces(path, mesh, networks, optimizers, rest):
+def _save_pieces(path, mesh, networks, optimizers, keep, rest):
     """This rank's pieces to DIR/ckpt.iter<i>.rank<r>.pt, then the pointer file DIR/ckpt.shards.json, then the old ones go."""
     folder, stamp, rows = os.path.dirname(path) or '.', f'ckpt.iter{rest.get("iter", 0)}.', []
     owner_of = {id(o.model): (key, o) for key, o in optimizers.items() if o is not None}
@@ -1396,7 +1538,7 @@ def _save_pieces(path, mesh, networks, optimizers, rest):
     for net, model in networks.items():
         opt_key, opt = owner_of.get(id(model), (None, None))
         for part in _parts(model) if model is not None else ():
-            if part.owner and (mesh.data.rank == 0 or (split and part.bucketed)):
+            if part.owner and (mesh.data.rank == 0 or (split and part.bucketed)) and (keep is None or net != 'model' or keep(part.name)):
                 common = dict(net=net, opt=opt_key, name=part.name, shape=list(part.shape), dim=part.dim, ranges=[list(r) for r in part.ranges],
                               local=list(part.param.shape))
                 for p in part.pieces:
@@ -1405,7 +1547,7 @@ def _save_pieces(path, mesh, networks, optimizers, rest):
                 if not part.bucketed:
                     rows.append(dict(common, opt=None, lo=0, weight=part.param.detach().reshape(-1).cpu().clone()))
     rest = dict(rest, **{key: {'step': o.steps()} for key, o in optimizers.items() if o is not None},
-                tied=[net for net, model in networks.items() if model is not None and model.config.tie and model.head == 'lm'])
+                tied=[net for net, model in networks.items() if model is not None and model.config.tie and model.head == 'lm' and keep is None])
     _atomic(lambda tmp: torch.save(dict(rows=rows, rest=rest if mesh.master else {}), tmp), os.path.join(folder, f'{stamp}rank{mesh.rank}.pt'))
     mesh.barrier()
     if mesh.master:
@@ -1461,15 +1603,17 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, itemsize=4, activations=0):
     c, n, worst = model.config, dp * cp if zero else 1, {'total': -1}
     bounds, tied = [c.n_layer * (i + 1) // pp for i in range(pp)], c.tie and model.head == 'lm'
     for stage in range(pp):
-        sizes = collections.Counter()
+        sizes, trained = collections.Counter(), collections.Counter()
         for name, p in model.named_parameters():
             dim, ranges = _ranges(name, c, tp, 0)
             unit = '.'.join(name.split('.')[:2]) if name.startswith('h.') else name.split('.')[0]
             at = {next(i for i in range(pp) if int(name.split('.')[1]) < bounds[i])} if unit.startswith('h.') else {0} if unit in ('wte', 'wpe') else {pp - 1}
             if stage in (at | {pp - 1} if tied and unit == 'wte' else at):
-                sizes[unit] += p.numel() // p.shape[dim] * sum(b - a for a, b in ranges) if ranges and tp > 1 else p.numel()
-        local, large = sum(sizes.values()), max(sizes.values())
-        out = dict(weights=itemsize * (local / n + min(local, 2 * large) if zero == 3 and n > 1 else local),
+                n_here = p.numel() // p.shape[dim] * sum(b - a for a, b in ranges) if ranges and tp > 1 else p.numel()
+                sizes[unit] += n_here
+                trained[unit] += n_here * p.requires_grad
+        frozen, local, large = sum(sizes.values()) - sum(trained.values()), sum(trained.values()), max(trained.values())
+        out = dict(weights=itemsize * (frozen + (local / n + min(local, 2 * large) if zero == 3 and n > 1 else local)),
                    gradients=4 * (local if zero < 2 or n == 1 else local / n + large), optimizer=(12 if itemsize == 2 else 8) * local / n,
                    in_flight=4 * large * (2 if tied else 1), activations=activations / (tp * cp))
         out['total'] = sum(out.values())

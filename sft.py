@@ -13,6 +13,7 @@ Changed from the paper: nothing; it trained on prompts' completions just so.
     python sft.py config/sft_toy.py                              # CPU
     python sft.py config/pretrain_shakespeare_char.py            # nanoGPT's first example
     python sft.py config/sft_gpt2.py                             # one GPU
+    torchrun --nproc_per_node=8 sft.py config/sft_gpt2.py --zero=1   # eight
     python sft.py --dataset=my.jsonl --init_from=gpt2 --show_masks=3
 """
 import os
@@ -24,9 +25,10 @@ import torch
 
 import kernels as K
 import lora
+import parallel
 from dataset import Sampler, collate_packed, encode_row, get_tokenizer, load_dataset, pack, show_masks as coloured
 from model import (GPTConfig, RunLog, activation_bytes, check_finite, eta, memory_now, memory_plan, open_run, peak_flops,
-                   pick_device, pick_threads, rng_state, save_checkpoint, set_rng_state, training_bytes)
+                   pick_device, pick_threads, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -72,6 +74,13 @@ dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weight
 compile = False # torch.compile
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+# several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
+tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # context parallel: the tokens of a micro-batch shared out, for long ones
+zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -121,23 +130,25 @@ def encode_rows(rows, tok, block_size, name):
     return ids, trained
 
 
-def packed_batches(ids, trained, rows, micro_tokens):
-    """One batch of rows -> [(idx, targets, doc)] micro-batches, each (1, N) with N <= micro_tokens (or one longer row)."""
+def packed_batches(ids, trained, rows, micro_tokens, mesh=parallel.ALONE):
+    """One batch of rows -> [(idx, targets, doc)] micro-batches, each (1, N) with N <= micro_tokens (or one longer row); of
+    several replicas each gets its share of them."""
     lengths = [len(ids[i]) for i in rows]
     out = []
-    for bin in pack(lengths, max([micro_tokens, *lengths])):
+    for bin in mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths):
         mine = [rows[i] for i in bin]
         b = collate_packed([ids[i] for i in mine], [trained[i] for i in mine], [list(range(len(mine)))], sum(lengths[i] for i in bin))
         out.append((b['idx'], b['targets'], b['doc']))
     return out
 
 
-def crops(tokens, n, block_size, generator, micro_tokens):
-    """n random crops of nanoGPT's token file -> [(idx, targets, None)] micro-batches."""
+def crops(tokens, n, block_size, generator, micro_tokens, mesh=parallel.ALONE):
+    """n random crops of nanoGPT's token file -> [(idx, targets, None)] micro-batches; of several replicas each gets its share."""
     at = torch.randint(len(tokens) - block_size, (n,), generator=generator).tolist()
     x = torch.stack([torch.from_numpy(tokens[i:i + block_size + 1].astype(np.int64)) for i in at])
     k = max(1, micro_tokens // block_size)
-    return [(x[i:i + k, :-1], x[i:i + k, 1:], None) for i in range(0, n, k)]
+    bins = mesh.deal([list(range(i, min(i + k, n))) for i in range(0, n, k)], [block_size] * n)
+    return [(x[bin, :-1], x[bin, 1:], None) for bin in bins]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,11 +157,14 @@ if __name__ == '__main__':
     config['stage'] = 'sft'
     device, amp_dtype = pick_device(device, dtype)
     K.use(kernels)
-    torch.manual_seed(seed)
+    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
+    device = mesh.device
+    if compile and mesh.world > 1:
+        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
     text = os.path.isdir(dataset) and os.path.exists(os.path.join(dataset, 'train.bin'))
-    ckpt = None if show_masks else open_run(out_dir, init_from, overwrite, 'sft')
+    ckpt = None if show_masks else open_run(out_dir, init_from, overwrite, 'sft', mesh)
 
     # ---- model ---------------------------------------------------------------------------------------------------
     scratch = None
@@ -194,40 +208,51 @@ if __name__ == '__main__':
     def training_batch(it):
         """Iteration `it`'s micro-batches: a function of (seed, it) for crops, of the sampler's cursor for rows."""
         if text:
-            return crops(train_tokens, batch_size, T, generator.manual_seed(seed * 1000003 + it), micro_tokens)
-        return packed_batches(ids, trained, next(sampler), micro_tokens)
+            return crops(train_tokens, batch_size, T, generator.manual_seed(seed * 1000003 + it), micro_tokens, mesh)
+        return packed_batches(ids, trained, next(sampler), micro_tokens, mesh)
+
+    def validation():
+        """The same micro-batches each time."""
+        for k in range(eval_iters if text else min(eval_iters, math.ceil(len(val_ids) / batch_size))):
+            yield from (crops(val_tokens, batch_size, T, generator.manual_seed(k), micro_tokens, mesh) if text else
+                        packed_batches(val_ids, val_trained, list(range(len(val_ids)))[k * batch_size:(k + 1) * batch_size], micro_tokens, mesh))
+
+    def loss_of(model, micro):
+        """(mean loss, {}) over the trained tokens of a micro-batch."""
+        x, y, d = micro
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            return model(x.to(device), y.to(device), doc=None if d is None else d.to(device))[1], {}
 
     def evaluate():
-        """Mean loss over trained tokens, the same validation batches each time."""
+        """Mean loss over trained tokens."""
         model.eval()
+        pairs = parallel.evaluate(model, validation(), lambda model, micro: (loss_of(model, micro)[0], (micro[1] >= 0).sum()))
         total = count = 0
-        for k in range(eval_iters if text else min(eval_iters, math.ceil(len(val_ids) / batch_size))):
-            micro = (crops(val_tokens, batch_size, T, generator.manual_seed(k), micro_tokens) if text else
-                     packed_batches(val_ids, val_trained, list(range(len(val_ids)))[k * batch_size:(k + 1) * batch_size], micro_tokens))
-            for x, y, d in micro:
-                with torch.no_grad(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                    n = int((y >= 0).sum())
-                    total += model(x.to(device), y.to(device), doc=None if d is None else d.to(device))[1].item() * n
-                    count += n
+        for loss, n in mesh.collect([(loss.item(), n.item()) for loss, n in pairs]):
+            total += loss * n
+            count += n
         model.train()
         return total / max(1, count)
 
     # ---- optimizer, resume ---------------------------------------------------------------------------------------
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2))
+    weights, grads, moments = training_bytes(model, mesh)
+    base_memory = memory_now(device) - training_bytes(model)[0]
+    n_params, trains = model.num_params(), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops = model.flops_per_token(T)
+    model = parallel.shard(model, mesh)
+    optimizer = parallel.Optimizer(model, mesh, learning_rate, (beta1, beta2), weight_decay=weight_decay)
+    mesh.split_seeds(seed)
     start, best = 0, float('inf')
     if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
-        set_rng_state(ckpt['rng'], device)
+        mesh.set_rng_state(ckpt['rng'])
         start, best = ckpt['iter'], ckpt['best']
         if not text:
             sampler.load_state_dict(ckpt['data'])
-    log = RunLog(out_dir, config, ckpt)
-    weights, grads, moments = training_bytes(model)
-    tokens = min(micro_tokens, batch_size * T)
-    base_memory = memory_now(device) - weights
+    log = RunLog(out_dir, config, ckpt, mesh.master)
+    tokens = min(micro_tokens, batch_size * T) // (tp * cp)
     planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, tokens, T)))
-    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f'{model.num_params() / 1e6:.2f} M parameters ({trains / 1e6:.2f} M trained) on {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
+    print(f'{n_params / 1e6:.2f} M parameters ({trains / 1e6:.2f} M trained) on {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
     forward = torch.compile(model) if compile else model
 
     # ---- loop ----------------------------------------------------------------------------------------------------
@@ -242,30 +267,18 @@ if __name__ == '__main__':
             if eval_only:
                 break
             better, best = val < best, min(val, best)
-            saved = dict(**lora.checkpoint_parts(model), optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it, best=best,
-                         rng=rng_state(device), data=None if text else sampler.state_dict(), time=log.elapsed())
-            save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
-            if better:
-                save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
+            parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, model, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
+                                     sharded=sharded_ckpt, **lora.checkpoint_keys(model), config=config, tokenizer=tokenizer, iter=it, best=best,
+                                     data=None if text else sampler.state_dict(), time=log.elapsed())
         if it == max_iters:
             break
         t0 = time.time()
         lr = cosine_lr(it, learning_rate, min_lr, warmup_iters, max_iters) if decay_lr else learning_rate
-        for group in optimizer.param_groups:
-            group['lr'] = lr
         micro = training_batch(it)
-        counts = [int((y >= 0).sum()) for _, y, _ in micro]
-        loss = 0.0
-        for (x, y, d), n in zip(micro, counts):
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                part = forward(x.to(device), y.to(device), doc=None if d is None else d.to(device))[1] * (n / sum(counts))
-            part.backward()
-            loss += part.item()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip or float('inf')).item()
-        check_finite(it, out_dir, loss=loss, grad_norm=norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        dt, n = time.time() - t0, sum(x.numel() for x, _, _ in micro)
+        loss = parallel.accumulate(forward, optimizer, micro, loss_of, [int((y >= 0).sum()) for _, y, _ in micro])['loss']  # a mean over trained tokens
+        check_finite(it, out_dir, loss=loss)
+        norm = optimizer.step(lr, grad_clip)
+        dt, n = time.time() - t0, sum(mesh.collect([x.numel() for x, _, _ in micro]))
         rates.append(n / dt)
         log.row(it, 'train', loss=loss, grad_norm=norm, lr=lr, tokens=n, tok_per_s=n / dt)
         if it % 10 == 0:
@@ -275,5 +288,6 @@ if __name__ == '__main__':
     peak = memory_now(device, peak=True) - max(0, base_memory)
     if rates:
         rate = sorted(rates)[len(rates) // 2]
-        print(f'{rate:,.0f} tok/s on the median, {model.estimate_mfu(rate, T, peak_flops(device)):.0%} of what one matrix product after the other would reach here')
+        print(f'{rate:,.0f} tok/s on the median, {flops * rate / peak_flops(device) / mesh.world:.0%} of what one matrix product after the other would reach here')
     print(f'done: best val loss {best:.4f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt')
+    mesh.close()
