@@ -14,6 +14,7 @@ Changed from the paper: nothing in the equation; RMSprop is AdamW here.
 
     python dpo.py config/dpo_toy.py                              # CPU: held-out accuracy 50 -> 79 %, about a minute
     python dpo.py config/dpo_gpt2.py                             # one GPU
+    torchrun --nproc_per_node=8 dpo.py config/dpo_gpt2.py --zero=1   # eight
     python dpo.py config/dpo_toy.py --loss_type=kto --lora_r=8
 Measured on real preferences, CPU: a 0.66 M TinyStories model, 1,728 pairs of HH helpful-base, one epoch (beta 0.1, lr 1e-4): accuracy on 92
 held-out pairs 50 -> 70.7 % (60.7 to 79.0), margin 0 -> 0.32; adapter off, frozen copy and disk agree to 2e-6 in every loss.
@@ -31,9 +32,10 @@ from torch.nn import functional as F
 import infer
 import kernels as K
 import lora
+import parallel
 from dataset import Sampler, encode_completion, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
 from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, load_safetensors, memory_now, memory_plan, open_run, pick_device,
-                   pick_threads, rng_state, save_checkpoint, save_safetensors, set_rng_state, training_bytes)
+                   pick_threads, save_safetensors, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -87,6 +89,13 @@ dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weight
 compile = False # torch.compile
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+# several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
+tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # context parallel: not here, where two answers share their prompt's tokens
+zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -259,7 +268,7 @@ def answer_logps(model, groups, device, temperature=1.0):
         attend = lambda layer, q, k, v: packed(layer, q[gather], k[gather], v[gather])[slot]
     x = model.hidden(tokens, pos, attend)
     targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(device)
-    found = K.linear_logprobs(*model.head_weight(x[predict]), targets, temperature)
+    found = model.token_logprobs(x[predict], targets, temperature)
     sizes = torch.tensor([len(a) for a in answers], device=device)
     mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
     where = mask.reshape(-1).nonzero()[:, 0]
@@ -267,14 +276,18 @@ def answer_logps(model, groups, device, temperature=1.0):
     return logp, entropy.detach(), mask
 
 
-def logps_of(model, groups, device, micro_tokens, average):
-    """log pi(answer | prompt) of groups with the same number A of answers each, (len(groups), A), without gradient, on the CPU."""
+def logps_of(model, groups, device, micro_tokens, average, mesh=parallel.ALONE):
+    """log pi(answer | prompt) of groups with the same number A of answers each, (len(groups), A), without gradient, on the CPU; of
+    several replicas each does its share."""
     out = torch.empty(len(groups), len(groups[0][1]))
     lengths = [len(p) + sum(map(len, answers)) for p, answers in groups]
-    for bin in pack(lengths, max([micro_tokens, *lengths])):
-        with torch.no_grad():
-            logp, _, mask = answer_logps(model, [groups[i] for i in bin], device)
-        out[bin] = sequence_logp(logp, mask, average).view(len(bin), -1).float().cpu()
+    bins = mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)
+
+    def one(model, bin):
+        logp, _, mask = answer_logps(model, [groups[i] for i in bin], device)
+        return sequence_logp(logp, mask, average).view(len(bin), -1).float().cpu()
+    for bin, found in mesh.collect(list(zip(bins, parallel.evaluate(model, bins, one)))):
+        out[bin] = found.cpu()
     return out
 
 
@@ -285,7 +298,10 @@ if __name__ == '__main__':
     device, amp_dtype = pick_device(device, dtype)
     amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
     K.use(kernels)
-    torch.manual_seed(seed)
+    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
+    device = mesh.device
+    if compile and mesh.world > 1:
+        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     if loss_type not in LOSSES:
         raise ValueError(f'loss_type {loss_type!r} is unknown: one of {", ".join(LOSSES)}')
     unpaired, needs_ref, average = loss_type == 'kto', loss_type not in REFERENCE_FREE, length_norm or loss_type in REFERENCE_FREE
@@ -298,7 +314,9 @@ if __name__ == '__main__':
         raise ValueError(f'beta {beta}: wants to be above 0')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
-    ckpt = open_run(out_dir, init_from, overwrite, 'dpo')
+    if cp > 1:
+        raise ValueError(f'cp {cp} is not supported by dpo.py, where two answers share their prompt: the nearest that works is --cp=1 with --tp={cp}, or a smaller micro_tokens')
+    ckpt = open_run(out_dir, init_from, overwrite, 'dpo', mesh)
     if init_from == 'scratch':
         raise ValueError('DPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
@@ -324,9 +342,17 @@ if __name__ == '__main__':
     sampler = Sampler(len(items), batch_size, seed)
     print(f'{dataset}: {len(items):,} {"answers" if unpaired else "pairs"}, {len(val_items):,} held out; {max_iters} iterations of {batch_size} = {max_iters * batch_size / len(items):.2f} epochs')
 
+    # ---- this rank's part of the policy ---------------------------------------------------------------------------
+    weights, grads, moments = training_bytes(policy, mesh)
+    base_memory, n_params, trains = memory_now(device) - training_bytes(policy)[0], policy.num_params(), sum(p.numel() for _, p in lora.trainable(policy))
+    sampler_model = parallel.sampler_of(policy, mesh) if eval_samples and needs_ref else None
+    policy = parallel.shard(policy, mesh)
+    optimizer = parallel.Optimizer(policy, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
+    mesh.split_seeds(seed)
+
     # ---- reference: three ways to the same numbers ----------------------------------------------------------------
     def load_reference():
-        return load_model(ref or config['init_from'], device)[0].requires_grad_(False).eval()  # eval: no dropout
+        return parallel.shard(load_model(ref or config['init_from'], device)[0].requires_grad_(False).eval(), mesh)  # eval: no dropout
 
     @contextlib.contextmanager
     def reference():
@@ -340,7 +366,7 @@ if __name__ == '__main__':
     def reference_logps(items):
         """(n, 2) of the items' two answers."""
         with reference() as m, amp():
-            return logps_of(m, [(p, a) for p, a, _ in items], device, micro_tokens, average)
+            return logps_of(m, [(p, a) for p, a, _ in items], device, micro_tokens, average, mesh)
 
     def precomputed(items, split):
         """The same from disk, computed if it is not there; the file names the data and the reference that it belongs to."""
@@ -353,7 +379,8 @@ if __name__ == '__main__':
                 return stored['logps'].clone()
             print(f'{file} belongs to other data or another reference: computed anew')
         logps = reference_logps(items)
-        save_safetensors(file, dict(logps=logps, belongs_to=name))
+        if mesh.master:  # the others have looked for the file: all took part in the log-probs
+            save_safetensors(file, dict(logps=logps, belongs_to=name))
         return logps
     frozen = load_reference() if needs_ref and not use_adapter and not precompute_ref else None
     ref_logps = val_ref_logps = None
@@ -361,7 +388,7 @@ if __name__ == '__main__':
         ref_logps, val_ref_logps = precomputed(items, 'train'), precomputed(val_items, 'val')
 
     # ---- the loss of a few items ----------------------------------------------------------------------------------
-    def losses_of(items, ref_logps, kl):
+    def losses_of(policy, items, ref_logps, kl):
         """(losses (b,), rewards (b, 2), log-probs (b, 2)) with gradient; ref_logps (b, 2). kto: one answer, column 0."""
         with amp():
             logp, _, mask = answer_logps(policy, [(p, a[:1] if unpaired else a) for p, a, _ in items], device)
@@ -388,15 +415,19 @@ if __name__ == '__main__':
         kl, found = 0.0, []
         if unpaired:  # KTO's reference point: how far the policy is from the reference on answers that have nothing to do with the prompt
             with amp():
-                kl = (logps_of(policy, [(p, a[1:]) for p, a, _ in items], device, micro_tokens, average)[:, 0] - ref_logps[:, 1]).mean().clamp(min=0).item()
+                kl = (logps_of(policy, [(p, a[1:]) for p, a, _ in items], device, micro_tokens, average, mesh)[:, 0] - ref_logps[:, 1]).mean().clamp(min=0).item()
         lengths = [len(p) + sum(map(len, a[:1] if unpaired else a)) for p, a, _ in items]
-        bins = pack(lengths, max([micro_tokens, *lengths]))
-        for bin in bins:
-            with torch.set_grad_enabled(train):
-                losses, rewards, logps = losses_of([items[i] for i in bin], None if ref_logps is None else ref_logps[bin], kl)
-                if train:
-                    (losses.sum() / len(items)).backward()
+        bins, n = mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths), len(items) * mesh.copies(len(items))
+
+        def loss_of(policy, bin):
+            losses, rewards, logps = losses_of(policy, [items[i] for i in bin], None if ref_logps is None else ref_logps[bin], kl)
             found.append((losses.detach().float().cpu(), rewards.float().cpu(), logps.float().cpu()))
+            return losses.sum() / n, {}
+        if train:
+            parallel.accumulate(policy, optimizer, bins, loss_of, summed=True)
+        else:
+            parallel.evaluate(policy, bins, lambda policy, bin: loss_of(policy, bin)[0])
+        found, bins = mesh.collect(found), mesh.collect(bins)
         losses, rewards, logps = (torch.cat(x) for x in zip(*found))
         if unpaired:
             good = torch.tensor([items[i][2] for bin in bins for i in bin])
@@ -415,20 +446,22 @@ if __name__ == '__main__':
     def kl_on_samples():
         """KL(policy || reference), nats a sequence, and length, on the policy's own answers to held-out prompts, fixed seeds."""
         asked = list(dict.fromkeys(tuple(p[-(policy.config.block_size - max_new_tokens):]) for p, _, _ in val_items))[:eval_samples]
-        engine.weights_changed()
-        done = engine.generate([list(p) for p in asked], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=i) for i in range(len(asked))])
-        groups = [(list(p), [c.token_ids]) for p, c in zip(asked, done)]
+        parallel.refresh(engine, policy)
+        mine = range(len(asked))[mesh.mine(len(asked))]  # each rank answers its share
+        done = engine.generate([list(asked[i]) for i in mine], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=i) for i in mine])
+        answers = mesh.collect([c.token_ids for c in done], everyone=True)
+        groups = [(list(p), [a]) for p, a in zip(asked, answers)]
         lengths = [len(p) + len(a[0]) for p, a in groups]
-        bins = pack(lengths, max([micro_tokens, *lengths]))
+        bins = mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)
 
         def token_logps(m):
-            with torch.no_grad(), amp():
-                return [answer_logps(m, [groups[i] for i in bin], device, temperature)[0] for bin in bins]
+            with amp():
+                return parallel.evaluate(m, bins, lambda m, bin: answer_logps(m, [groups[i] for i in bin], device, temperature)[0])
         own = token_logps(policy)
         with reference() as m:
             d = [a - b for a, b in zip(own, token_logps(m))]
-        kl = sum((torch.exp(-x) - 1 + x).sum().item() for x in d) / len(groups)  # k3: unbiased, and never negative on a few samples
-        return dict(kl=kl, len=sum(len(c.token_ids) for c in done) / len(done)), tok.decode(groups[0][0] + groups[0][1][0])
+        kl = sum(mesh.collect([(torch.exp(-x) - 1 + x).sum().item() for x in d])) / len(groups) / mesh.copies(len(groups))  # k3: unbiased, never negative
+        return dict(kl=kl, len=sum(map(len, answers)) / len(answers)), tok.decode(groups[0][0] + groups[0][1][0])
 
     def evaluate():
         """Means over held-out items, batch by batch; the KL on samples."""
@@ -446,25 +479,21 @@ if __name__ == '__main__':
         policy.train()
         return out | dict(pairs=n, accuracy_95=wilson(round(out['accuracy'] * n), n)), sample
 
-    # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
-    optimizer = policy.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), adam_eps)
+    # ---- resume, memory plan --------------------------------------------------------------------------
     start, best, first_logp = 0, float('inf'), None
     if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
-        set_rng_state(ckpt['rng'], device)
+        mesh.set_rng_state(ckpt['rng'])
         sampler.load_state_dict(ckpt['data'])
         start, best, first_logp = ckpt['iter'], ckpt['best'], ckpt['first_logp']
-    log = RunLog(out_dir, config, ckpt)
-    engine = infer.Engine(policy, tok, max_num_seqs=64) if eval_samples and needs_ref else None
-    weights, grads, moments = training_bytes(policy)
+    log = RunLog(out_dir, config, ckpt, mesh.master)
+    engine = infer.Engine(sampler_model, tok, max_num_seqs=64) if sampler_model is not None else None
     frozen_bytes = sum(p.nbytes for p in frozen.parameters()) if frozen is not None else 0
-    base_memory = memory_now(device) - weights - frozen_bytes
     longest = max(len(p) + sum(map(len, a)) for p, a, _ in items)
     planned = memory_plan(dict(weights=weights, reference=frozen_bytes, grads=grads, adam=moments,
-                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), batch_size * longest), T)))
-    trains = sum(p.numel() for _, p in lora.trainable(policy))
+                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), batch_size * longest) // tp, T)))
     way = 'none' if not needs_ref else 'precomputed' if precompute_ref else 'adapter disabled' if use_adapter else 'frozen copy'
-    print(f'{policy.num_params() / 1e6:.2f} M parameters ({trains:,} trained), reference: {way}, {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
+    print(f'{n_params / 1e6:.2f} M parameters ({trains:,} trained), reference: {way}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
     # ---- loop ----------------------------------------------------------------------------------------------------
     policy.train()
@@ -483,24 +512,18 @@ if __name__ == '__main__':
             if eval_only:
                 break
             better, best = seen['loss'] < best, min(best, seen['loss'])
-            saved = dict(**lora.checkpoint_parts(policy), optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it, best=best, first_logp=first_logp,
-                         rng=rng_state(device), data=sampler.state_dict(), time=log.elapsed())
-            save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
-            if better:
-                save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
+            parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
+                                     sharded=sharded_ckpt, **lora.checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best,
+                                     first_logp=first_logp, data=sampler.state_dict(), time=log.elapsed())
         if it == max_iters:
             break
         t0 = time.time()
         lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
         picked = next(sampler).tolist()
         batch = [items[i] for i in picked]
         stats = run_batch(batch, None if ref_logps is None else ref_logps[picked], train=True)
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in lora.trainable(policy)], grad_clip or float('inf')).item()
-        check_finite(it, out_dir, loss=stats['loss'], grad_norm=norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        check_finite(it, out_dir, loss=stats['loss'])
+        norm = optimizer.step(lr, grad_clip)
         dt, tokens = time.time() - t0, sum(len(p) + len(a) for p, answers, _ in batch for a in answers[:1 if unpaired else 2])
         log.row(it, 'train', grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt, pairs_per_s=batch_size / dt, **stats)
         if it % 10 == 0:
@@ -510,3 +533,4 @@ if __name__ == '__main__':
     # ---- end -----------------------------------------------------------------------------------------------------
     peak = memory_now(device, peak=True) - max(0, base_memory)
     print(f'done: best held-out loss {best:.4f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt')
+    mesh.close()

@@ -309,7 +309,7 @@ def answer_logps(model, groups, device, temperature=1.0):
         attend = lambda layer, q, k, v: packed(layer, q[gather], k[gather], v[gather])[slot]
     x = model.hidden(tokens, pos, attend)
     targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(device)
-    found = K.linear_logprobs(*model.head_weight(x[predict]), targets, temperature)
+    found = model.token_logprobs(x[predict], targets, temperature)
     sizes = torch.tensor([len(a) for a in answers], device=device)
     mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
     where = mask.reshape(-1).nonzero()[:, 0]

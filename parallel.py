@@ -958,6 +958,14 @@ def sampler_of(model, mesh, dtype=torch.float32):
     return copy.deepcopy(model).to(dtype).requires_grad_(False)
 
 
+def refresh(engine, model):
+    """A rollout engine takes over the model's weights: in place where what it reads is the model itself (see sampler_of), else by a copy."""
+    if engine.model is getattr(model, 'body', model):
+        engine.weights_changed()
+    else:
+        engine.load_weights(full_state(model))
+
+
 def set_weight(model, name, value):
     """Puts the full tensor `value` in the place of parameter `name`, whatever the layout. All ranks call it with the same one."""
     _load_network({name: value}, model, name, only=name)
@@ -1427,18 +1435,18 @@ def _wide(dtype):
 
 
 @torch.no_grad()
-def _full_tensors(model, read=None):
+def _full_tensors(model, read=None, keep=None):
     """Yields (name, full tensor) on every rank: owners fill in what they hold, the world adds up (x + 0 = x: exact). `read(piece)`
-    -> flat tensor, for the optimizer's kinds of the trained parameters; without it the weights of all."""
+    -> flat tensor, for the optimizer's kinds of the trained parameters; without it the weights of all. keep(name): which of them."""
     if not isinstance(model, Sharded):
         for part in _parts(model):
-            if read is None or part.pieces:
+            if (read is None or part.pieces) and (keep is None or keep(part.name)):
                 yield part.name, part.param.detach() if read is None else read(part.pieces[0]).view(part.shape)
         return
     mesh, owned = model.mesh, {p.name: p for p in model.parts if p.owner}
     split = mesh.zero > 0 and mesh.data.size > 1
     for name, shape, dtype, trained in model.full:
-        if read is not None and not trained:
+        if (read is not None and not trained) or (keep is not None and not keep(name)):
             continue
         full, part = torch.zeros(shape, dtype=dtype if read is None else _wide(dtype), device=mesh.device), owned.get(name)
         if part is not None and (split and part.bucketed or mesh.data.rank == 0):
@@ -1454,8 +1462,8 @@ def full_state(model, only_master=False, keep=None):
     """The plain state dict of the whole model whatever the layout, on every rank (only_master: rank 0, on the CPU; {} elsewhere; keep(name) -> bool).
     All ranks must call it. It is what GPT.load_state_dict, save_pretrained and a rollout engine's load_weights take."""
     state, mine = {}, not only_master or getattr(model, 'mesh', None) is None or model.mesh.master
-    for name, full in _full_tensors(model):
-        if mine and (keep is None or keep(name)):
+    for name, full in _full_tensors(model, keep=keep):
+        if mine:
             state[name] = full.cpu() if only_master else full
     if hasattr(model, 'config') and model.config.tie and model.head == 'lm' and 'wte.weight' in state:
         state['lm_head.weight'] = state['wte.weight']

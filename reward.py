@@ -13,6 +13,7 @@ Changed from the papers: ties are either left out or trained with both orders at
 
     python reward.py config/reward_toy.py                        # CPU
     python reward.py config/reward_gpt2.py                       # one GPU
+    torchrun --nproc_per_node=8 reward.py config/reward_gpt2.py --zero=1   # eight
     python reward.py --dataset=my_pairs.jsonl --init_from=gpt2
 """
 import os
@@ -26,9 +27,10 @@ from torch.nn import functional as F
 import infer
 import kernels as K
 import lora
+import parallel
 from dataset import Sampler, encode_pair, get_tokenizer, load_dataset, pack
 from model import (RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
-                   rng_state, save_checkpoint, set_rng_state, training_bytes, write_json)
+                   training_bytes, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -76,6 +78,13 @@ dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weight
 compile = False # torch.compile
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+# several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
+tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # context parallel: the tokens of a micro-batch shared out, for long ones
+zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -167,13 +176,15 @@ def packed_rewards(model, sequences, device):
     return model(idx.to(device), doc=doc.to(device))[0][0, (lengths.cumsum(0) - 1).to(device)]
 
 
-def reward_of(model, sequences, device, micro_tokens):
-    """The same for any number of sequences, without gradient, in micro-batches; float32 on the CPU, in their order."""
+def reward_of(model, sequences, device, micro_tokens, mesh=parallel.ALONE):
+    """The same for any number of sequences, without gradient, in micro-batches (of several replicas each does its share); float32
+    on the CPU, in their order."""
     out = torch.empty(len(sequences))
     lengths = [len(s) for s in sequences]
-    for bin in pack(lengths, max([micro_tokens, *lengths])):
-        with torch.no_grad():
-            out[bin] = packed_rewards(model, [sequences[i] for i in bin], device).float().cpu()
+    bins = mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)
+    found = parallel.evaluate(model, bins, lambda model, bin: packed_rewards(model, [sequences[i] for i in bin], device).float().cpu())
+    for bin, r in mesh.collect(list(zip(bins, found))):
+        out[bin] = r.cpu()
     return out
 
 
@@ -183,13 +194,16 @@ if __name__ == '__main__':
     config['stage'] = 'reward'
     device, amp_dtype = pick_device(device, dtype)
     K.use(kernels)
-    torch.manual_seed(seed)
+    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
+    device = mesh.device
+    if compile and mesh.world > 1:
+        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     for key, value, known in (('ties', ties, ('drop', 'half')), ('normalize', normalize, ('samples', 'responses', 'none'))):
         if value not in known:
             raise ValueError(f'{key} {value!r}: expected one of {", ".join(known)}')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
-    ckpt = open_run(out_dir, init_from, overwrite, 'reward')
+    ckpt = open_run(out_dir, init_from, overwrite, 'reward', mesh)
     if init_from == 'scratch':
         raise ValueError('a reward model starts from a language model: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     model, tokenizer = lora.open_model(init_from, ckpt, 'scalar', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
@@ -213,7 +227,7 @@ if __name__ == '__main__':
         """What there is to say about a reward model on held-out pairs; see the glossary of the README."""
         model.eval()
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            r = reward_of(model, [s for p in part for s in p[:2]], device, micro_tokens).view(-1, 2)
+            r = reward_of(model, [s for p in part for s in p[:2]], device, micro_tokens, mesh).view(-1, 2)
         model.train()
         chosen, rejected = r[:, 0].numpy().astype(float), r[:, 1].numpy().astype(float)
         margins = chosen - rejected
@@ -226,29 +240,43 @@ if __name__ == '__main__':
                     histogram=dict(edges=edges.tolist(), chosen=np.histogram(chosen, edges)[0].tolist(), rejected=np.histogram(rejected, edges)[0].tolist()))
 
     # ---- optimizer, resume ---------------------------------------------------------------------------------------
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), adam_eps)
-    start, best = 0, 0.0
     if ckpt:
         with torch.no_grad():  # the weights as trained, before gain and bias
             model.score.weight.copy_(ckpt['raw_score'])
         model.config.reward_bias = 0.0
+    weights, grads, moments = training_bytes(model, mesh)
+    base_memory, n_params = memory_now(device) - training_bytes(model)[0], model.num_params()
+    model = parallel.shard(model, mesh)
+    optimizer = parallel.Optimizer(model, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
+    mesh.split_seeds(seed)
+    start, best = 0, 0.0
+    if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
-        set_rng_state(ckpt['rng'], device)
+        mesh.set_rng_state(ckpt['rng'])
         sampler.load_state_dict(ckpt['data'])
         start, best = ckpt['iter'], ckpt['best']
-    log = RunLog(out_dir, config, ckpt)
-    weights, grads, moments = training_bytes(model)
-    base_memory = memory_now(device) - weights
+    log = RunLog(out_dir, config, ckpt, mesh.master)
     longest = max(len(p[0]) + len(p[1]) for p in pairs)
-    planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, min(max(micro_tokens, longest), batch_size * longest), T)))
-    print(f'{model.num_params() / 1e6:.2f} M parameters on {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
+    planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, min(max(micro_tokens, longest), batch_size * longest) // (tp * cp), T)))
+    print(f'{n_params / 1e6:.2f} M parameters on {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
     rewards_of_batch = torch.compile(packed_rewards) if compile else packed_rewards
 
-    def checkpoint(name, it):
-        raw = model.score.weight.detach().clone() if model.config.reward_bias == 0 else raw_score
-        saved = dict(**lora.checkpoint_parts(model), raw_score=raw, optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it,
-                     best=best, rng=rng_state(device), data=sampler.state_dict(), time=log.elapsed())
-        save_checkpoint(os.path.join(out_dir, name), saved)
+    def score_weight():
+        return parallel.full_state(model, keep=lambda name: name == 'score.weight')['score.weight'].clone()
+
+    def checkpoint(it, raw, better=False):
+        parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, model, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
+                                 sharded=sharded_ckpt, **lora.checkpoint_keys(model), raw_score=raw.cpu(), config=config, tokenizer=tokenizer, iter=it,
+                                 best=best, data=sampler.state_dict(), time=log.elapsed())
+
+    def loss_of(model, mine):
+        """The share of some pairs in the batch's loss; how many are right, the sum of their margins."""
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            r = rewards_of_batch(model, [s for p in mine for s in p[:2]], device).view(-1, 2)
+        margins, tie = torch.tensor([margin_scale * p[4] for p in mine], device=device), torch.tensor([p[5] for p in mine], device=device)
+        d = (r[:, 0] - r[:, 1]).detach()
+        return pair_losses(r[:, 0], r[:, 1], margins, tie, center).sum() / pairs_a_step, dict(right=(d > 0).sum(), margin=d.sum())
+    pairs_a_step = batch_size * mesh.copies(batch_size)
 
     # ---- loop ----------------------------------------------------------------------------------------------------
     model.train()
@@ -263,34 +291,22 @@ if __name__ == '__main__':
             if eval_only:
                 break
             better, best = seen['accuracy'] > best, max(best, seen['accuracy'])
-            checkpoint('ckpt.pt', it)
-            if better:
-                checkpoint('ckpt_best.pt', it)
+            checkpoint(it, score_weight(), better)
         if it == max_iters:
             break
         t0 = time.time()
         lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
         batch = [pairs[i] for i in next(sampler)]
-        lengths, loss, right, margin, tokens = [len(p[0]) + len(p[1]) for p in batch], 0.0, 0, 0.0, 0
-        for bin in pack(lengths, max([micro_tokens, *lengths])):
-            mine = [batch[i] for i in bin]
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                r = rewards_of_batch(model, [s for p in mine for s in p[:2]], device).view(-1, 2)
-            margins, tie = torch.tensor([margin_scale * p[4] for p in mine], device=device), torch.tensor([p[5] for p in mine], device=device)
-            part = pair_losses(r[:, 0], r[:, 1], margins, tie, center).sum() / len(batch)
-            part.backward()
-            d = (r[:, 0] - r[:, 1]).detach()
-            loss, right, margin, tokens = loss + part.item(), right + int((d > 0).sum()), margin + d.sum().item(), tokens + sum(lengths[i] for i in bin)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip or float('inf')).item()
-        check_finite(it, out_dir, loss=loss, grad_norm=norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        lengths = [len(p[0]) + len(p[1]) for p in batch]
+        micros = [[batch[i] for i in bin] for bin in mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)]
+        found = parallel.accumulate(model, optimizer, micros, loss_of, summed=True)
+        loss, accuracy, margin, tokens = found['loss'], found['right'] / pairs_a_step, found['margin'] / pairs_a_step, sum(lengths)
+        check_finite(it, out_dir, loss=loss)
+        norm = optimizer.step(lr, grad_clip)
         dt = time.time() - t0
-        log.row(it, 'train', loss=loss, accuracy=right / len(batch), margin=margin / len(batch), grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt)
+        log.row(it, 'train', loss=loss, accuracy=accuracy, margin=margin, grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt)
         if it % 10 == 0:
-            print(f'iter {it}/{max_iters} | loss {loss:.4f} | acc {right / len(batch):.1%} | margin {margin / len(batch):.3f} | norm {norm:.2f} | lr {lr:.1e} | '
+            print(f'iter {it}/{max_iters} | loss {loss:.4f} | acc {accuracy:.1%} | margin {margin:.3f} | norm {norm:.2f} | lr {lr:.1e} | '
                   f'{dt * 1e3:.0f} ms | {tokens / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}')
 
     # ---- gain and bias, report -----------------------------------------------------------------------------------
@@ -302,22 +318,24 @@ if __name__ == '__main__':
             engine = infer.Engine(policy, tok, max_num_seqs=64)
             prompts = [p[:-a] for p, _, a, _, _, _ in (pairs[i % len(pairs)] for i in range(normalize_n))]
             prompts = [p[-(T - max_new_tokens):] for p in prompts]
-            done = engine.generate(prompts, [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed + i) for i in range(len(prompts))])
-            sequences = [prompts[c.prompt_index] + c.token_ids for c in done]
+            mine = range(len(prompts))[mesh.mine(len(prompts))]  # each rank answers its share
+            done = engine.generate([prompts[i] for i in mine], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed + i) for i in mine])
+            sequences = mesh.collect([prompts[mine[c.prompt_index]] + c.token_ids for c in done], everyone=True)
             del engine, policy
-        r = reward_of(model, sequences, device, micro_tokens)
+        r = reward_of(model, sequences, device, micro_tokens, mesh)
         gain = 1 / r.std(correction=0).clamp(min=1e-6).item()
-        raw_score, bias = model.score.weight.detach().clone(), -gain * r.mean().item()
-        with torch.no_grad():
-            model.score.weight.mul_(gain)
+        raw_score, bias = score_weight(), -gain * r.mean().item()
+        parallel.set_weight(model, 'score.weight', raw_score * gain)
         model.config.reward_bias = bias
-        r = reward_of(model, sequences, device, micro_tokens)
+        r = reward_of(model, sequences, device, micro_tokens, mesh)
         print(f'normalised on {len(sequences)} {normalize}: gain {gain:.3f}, bias {bias:+.3f}; their rewards now have mean {r.mean():.4f} and std {r.std(correction=0):.4f}')
-        checkpoint('ckpt.pt', max_iters)
+        checkpoint(max_iters, raw_score)
     seen = evaluate(val_pairs)
-    write_json(os.path.join(out_dir, 'report.json'), seen)
+    if mesh.master:
+        write_json(os.path.join(out_dir, 'report.json'), seen)
     print('reliability: confidence of its choice | how often right | pairs')
     for lo, hi, n, conf, acc in seen['reliability']:
         print(f'  {lo:.2f}-{hi:.2f}: {conf:.3f} | {acc:.3f} | {n}')
     peak = memory_now(device, peak=True) - max(0, base_memory)
     print(f"done: held-out accuracy {seen['accuracy']:.1%}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, report in {out_dir}/report.json")
+    mesh.close()
