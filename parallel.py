@@ -60,8 +60,8 @@ class Watch:
     thread sits in C++ at that moment and would never say where."""
     EVERY = 0.5
 
-    def __init__(self, store, coords):
-        self.store, self.coords, self.calls, self.what, self.since = store, coords, 0, 'starting', time.time()
+    def __init__(self, store, coords, timeout):
+        self.store, self.coords, self.timeout, self.calls, self.what, self.since = store, coords, timeout, 0, 'starting', time.time()
         self.rank, self.world, self.checkpoint = dist.get_rank(), dist.get_world_size(), 'none yet'
         self.pipe = os.pipe()
         os.set_blocking(self.pipe[1], False)
@@ -95,6 +95,9 @@ class Watch:
                 self.store.set(f'beat{self.rank}', json.dumps([socket.gethostname(), os.getpid(), time.time(), self.calls, self.what, self.since]))
             except RuntimeError as e:  # the store's host is gone; the main thread will meet that too
                 self.what = f'{self.what} (store: {type(e).__name__})'[:200]
+            if self.calls and self.what not in ('computing', 'closed') and time.time() - self.since > self.timeout + 10:  # the collective's own timeout should have come
+                print(self.failure(TimeoutError('given up by the watch')), file=sys.stderr, flush=True)
+                os._exit(1)
             if select.select([self.pipe[0]], [], [], self.EVERY)[0] and signal.SIGTERM in os.read(self.pipe[0], 64):
                 print(f'{self._me()} was told to end (SIGTERM) while in {self.what}: another rank failed, '
                       f'or the job was stopped. {self._advice()}', file=sys.stderr, flush=True)
@@ -223,8 +226,9 @@ class Mesh:
     """Who this process is in the grid (dp, pp, cp, tp), and its groups. Made by `init`."""
     AXES = ('dp', 'pp', 'cp', 'tp')
 
-    def __init__(self, sizes, zero, device):
+    def __init__(self, sizes, zero, device, dist_timeout=120):
         self.zero, self.device, self.restarts = zero, device, int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+        self.timeout = timedelta(seconds=dist_timeout)  # given to each group: a new one would wait for half an hour, whatever the first was told
         self.world, self.rank, self.watch, self._made = math.prod(sizes), 0, None, {}
         self.torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
         self.grid = torch.arange(self.world).view(sizes)
@@ -232,7 +236,7 @@ class Mesh:
             self.rank = dist.get_rank()
             store = dist.PrefixStore('plain', dist.distributed_c10d._get_default_store())
             coords = {int(r): ' '.join(f'{a} {int((self.grid == r).nonzero()[0][i])}' for i, a in enumerate(self.AXES)) for r in self.grid.view(-1)}
-            self.watch = Watch(store, coords)
+            self.watch = Watch(store, coords, dist_timeout)
         self.tp, self.cp, self.data = self.group('tp'), self.group('cp'), self.group('dp', 'cp')
         self.replicas, self.inside = self.group('dp'), self.group('pp', 'tp')
         self.pp, self.pp_back = self.group('pp'), self.group('pp', tag='back')  # one channel per direction: no order to get wrong
@@ -247,7 +251,7 @@ class Mesh:
             rows = self.grid.permute(*rest, *[i for i, a in enumerate(self.AXES) if a in axes])
             rows = rows.reshape(-1, split or math.prod(self.grid.shape[self.AXES.index(a)] for a in axes)).tolist()
             for ranks in rows:  # new_group is a collective of ALL ranks: each walks through the same list
-                pg = dist.new_group(ranks) if len(ranks) > 1 else None
+                pg = dist.new_group(ranks, self.timeout) if len(ranks) > 1 else None
                 if self.rank in ranks:
                     self._made[key] = Group('x'.join(axes), ranks, self.rank, pg, self.watch)
         return self._made[key]
@@ -256,7 +260,7 @@ class Mesh:
         """The first and the last stage, on which a tied embedding lives."""
         if 'ends' not in self._made:
             for first, last in zip(self.grid[:, 0].reshape(-1).tolist(), self.grid[:, -1].reshape(-1).tolist()):
-                pg = dist.new_group([first, last])
+                pg = dist.new_group([first, last], self.timeout)
                 if self.rank in (first, last):
                     self._made['ends'] = Group('first and last stage', [first, last], self.rank, pg, self.watch)
             self._made.setdefault('ends', Group('middle stage'))
@@ -411,7 +415,7 @@ def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, qui
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank, world_size=world,
                                 timeout=timedelta(seconds=dist_timeout))
     torch.manual_seed(seed)
-    mesh = Mesh((world // (tp * pp * cp), pp, cp, tp), zero, torch.device(kind))
+    mesh = Mesh((world // (tp * pp * cp), pp, cp, tp), zero, torch.device(kind), dist_timeout)
     if quiet and not mesh.master:
         sys.stdout = open(os.devnull, 'w')
     return mesh

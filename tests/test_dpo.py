@@ -17,6 +17,7 @@ from conftest import ROOT
 import dpo
 import grpo
 import model as M
+import parallel
 from dataset import get_tokenizer
 from model import ARCHS, GPT, GPTConfig
 from oracle import World, central_difference, gradient
@@ -257,23 +258,23 @@ def stage(script, *args, cwd, die_at_save=0):
     class Killed(Exception):
         pass
     argv, hook, threads, here, saves = sys.argv, sys.excepthook, torch.get_num_threads(), os.getcwd(), []
-    save = M.save_checkpoint
+    save = parallel.save_checkpoint
 
-    def counted(path, ckpt):
-        save(path, ckpt)
+    def counted(path, *args, **rest):
+        save(path, *args, **rest)
         saves.append(path)
         if die_at_save and sum(p.endswith('ckpt.pt') for p in saves) == die_at_save:
             raise Killed
     out = io.StringIO()
     try:
-        M.save_checkpoint, sys.argv = counted, [script, *args, '--device=cpu', '--overwrite=True']
+        parallel.save_checkpoint, sys.argv = counted, [script, *args, '--device=cpu', '--overwrite=True']
         os.chdir(cwd)
         with contextlib.redirect_stdout(out):
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
     except Killed:
         pass
     finally:
-        M.save_checkpoint, sys.argv, sys.excepthook = save, argv, hook
+        parallel.save_checkpoint, sys.argv, sys.excepthook = save, argv, hook
         torch.set_num_threads(threads)
         os.chdir(here)
     return out.getvalue()
