@@ -1,4 +1,5 @@
 """dataset.py part 1 against pyarrow, HF datasets and plain Python; corrupt files; order, packing and prefetch against enumeration."""
+import contextlib
 import datetime
 import gzip
 import io
@@ -235,7 +236,7 @@ BAD = [('{"a": 1}\n{"a": 2\n', 'x.jsonl:2:8: '), ('{"a": 1}\n\n[1]\n', 'x.jsonl:
        ('{"a": "\\ud800"}\n', 'x.jsonl:1: column .a.: text with a lone surrogate'), ('', 'x.jsonl: the file is empty'), ('\n \n', 'x.jsonl: no rows'),
        ('{"a": 1\n"b": 2}\n{},{}\n', 'x.jsonl:1:8: '), ('[{"a": 1},\n {"a": }]', 'x.jsonl:2:8: '), ('[{"a": 1}', 'x.jsonl:1:10: the list is cut off'),
        ('[{"a": 1}] x', 'x.jsonl:1:12: something stands behind'), ('[{"a": 1}, 3]', 'x.jsonl:1:12: expected an object'), ('[{"a": 1},]', 'x.jsonl:1:11: expected an object'),
-       ('[{"a":1},\n{"a":"x"}]', "x.jsonl:2: column 'a': mixed"), ('hello', 'x.jsonl:1:1: '), (b'{"a": "\xff"}\n', 'x.jsonl:1:8: not UTF-8'),
+       ('[{"a":1},\n{"a":"x"}]', "x.jsonl:2: column 'a': mixed"), ('{"a": 1}\n{\n"a": 1}\n', 'x.jsonl:2:2: .*expected one JSON object a line'), ('hello', 'x.jsonl:1:1: '), (b'{"a": "\xff"}\n', 'x.jsonl:1:8: not UTF-8'),
        (b'{"a": 1}\n{"a": "\xff"}\n', 'x.jsonl:2:8: not UTF-8'), ('{"a":' * 100000, 'x.jsonl:1: '), ('[' * 100000, 'x.jsonl:1:2: expected an object')]
 
 
@@ -797,6 +798,16 @@ def test_prefetch():
 # --- linter and command line ---
 
 def run(*words):
+    """(exit code, what was printed, error line) of `python dataset.py words`, in this process: see command() for the real one."""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            return D._main(list(map(str, words))), out.getvalue(), ''
+    except ValueError as e:
+        return 2, out.getvalue(), str(e)
+
+
+def command(*words):
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'dataset.py'), *map(str, words)], capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
@@ -809,13 +820,23 @@ def test_lint_and_head(tmp_path):
     code, out, _ = run('lint', tmp_path / 'bad.jsonl', '--tokenizer=byte', '--max_len=100', f'--test={tmp_path / "test.jsonl"}')
     assert code == 1 and 'chosen == rejected: 1 row (30)' in out and 'duplicates: 1 row (31) repeat' in out and 'cut answers: 1 row (32)' in out
     assert 'train/test overlap: 1 row (7)' in out and 'length bias: chosen' in out
-    code, out, _ = run('head', tmp_path / 'bad.jsonl', 2)
+    code, out, _ = command('head', tmp_path / 'bad.jsonl', 2)
     assert code == 0 and out.startswith('Dataset of 33 rows: prompt string') and out.count('---') == 2 and 'chosen: yes, x' in out
     Dataset.from_list([{'messages': [{'role': 'user', 'content': 'x'}]}, {'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]}]).to_json(tmp_path / 'm.jsonl')
     code, out, _ = run('lint', tmp_path / 'm.jsonl', '--tokenizer=byte')
     assert code == 1 and ('nothing to train on: 1 row (0)' in out or 'unreadable: 1 row (0)' in out)
     code, out, _ = run('lint', tmp_path / 'test.jsonl', '--tokenizer=byte')
     assert code == 0 and '0 faults' in out
-    for words in ((), ('head',), ('head', tmp_path / 'm.jsonl', 'x'), ('lint', tmp_path / 'none'), ('lint', tmp_path / 'm.jsonl', '--tokenizr=byte')):
-        code, out, err = run(*words)
-        assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
+    Dataset.from_list([{'prompt': 'Q' * (1 + 50 * (i == 3)), 'answer': i} for i in range(9)]).to_json(tmp_path / 'asked.jsonl')  # rows for PPO and GRPO
+    code, out, _ = run('lint', tmp_path / 'asked.jsonl', '--tokenizer=byte', '--max_len=40')
+    assert code == 1 and 'long prompts: 1 row (3)' in out and 'tokens a prompt: median 1, ' in out and out.count('FAULT') == 1
+    Dataset.from_list([{'prompt': 'Q', 'chosen': c, 'rejected': r} for c, r in (('a', 'a'), ('', 'b'), ('x', ' '), ('m', 'n'))]).to_json(tmp_path / 'odd.jsonl')
+    code, out, _ = run('lint', tmp_path / 'odd.jsonl', '--tokenizer=byte')  # each reason once, an equal pair is no second fault
+    assert "unreadable: 2 rows (1, 2): empty completion: 'chosen' says nothing" in out and 'chosen == rejected: 1 row (0)' in out and '2 faults' in out
+    code, out, _ = run('head', tmp_path / 'm.jsonl')
+    assert code == 0 and 'messages | user: x\nmessages | assistant: y\n' in out
+    for words in ((), ('head',), ('head', tmp_path / 'm.jsonl', 'x'), ('lint', tmp_path / 'm.jsonl', '--tokenizr=byte'), ('lint', tmp_path / 'm.jsonl', '--max_len=x')):
+        code, _, err = run(*words)
+        assert code == 2 and err.startswith('usage: python dataset.py')
+    code, out, err = command('lint', tmp_path / 'none')
+    assert code == 2 and err.startswith('error: ') and err.endswith('none: no such file\n') and err.count('\n') == 1
