@@ -1140,18 +1140,16 @@ class Dataset:
 
     def _read(self, rows, names):
         """-> {name: list of Python values}"""
-        if isinstance(rows, range) and rows.step == 1:
+        together = isinstance(rows, range) and rows.step == 1
+        if together and rows:
             c = bisect.bisect_right(self._starts, rows.start) - 1
-            if rows and rows.stop <= self._starts[c + 1]:  # most slices lie in one chunk
+            if rows.stop <= self._starts[c + 1]:  # most slices lie in one chunk
                 cols, base = self._chunks[c].cols(), self._starts[c]
                 return {k: cols[k].list(rows.start - base, rows.stop - base) for k in names}
-            parts = [{k: cols[k].list(lo, hi) for k in names} for chunk, lo, hi in self._pieces(rows) for cols in [chunk.cols()]]
-            return {k: list(itertools.chain.from_iterable(p[k] for p in parts)) for k in names}
-        which, local = self._find(rows)
-        if not self._kept:  # chunks that are mapped anew each time: one after the other
+        if together or not self._kept:  # chunks that are mapped anew each time: one after the other
             return {k: a.list(0, a.n) for k, a in self._gather(rows, names).items()}
-        which = which.tolist()
-        cols, local = {c: self._chunks[c].cols() for c in set(which)}, local.tolist()
+        which, local = map(np.ndarray.tolist, self._find(rows))
+        cols = {c: self._chunks[c].cols() for c in set(which)}
         return {k: [cols[c][k].get(r) for c, r in zip(which, local)] for k in names}
 
     def _find(self, rows):
