@@ -1761,7 +1761,7 @@ def _read_lines(f, path, sink, end):
         except (StopIteration, ValueError, RecursionError):
             at = -1
         lines = range(line, line + len(rows))
-        count = text.count('\n')
+        count = data.count(b'\n') + (data[-1] != 10)  # of bytes: three times as fast as of text
         if at != size or count != len(rows) or set(map(type, rows)) != {dict}:  # blank lines, spaces, an object over two lines, a fault: line by line
             rows, lines = _slow_lines(text, path, line)
         if rows:
