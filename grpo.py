@@ -525,7 +525,7 @@ if __name__ == '__main__':
             picked = list(range(0, len(asked), eval_k))  # one answer a prompt is enough for the KL
             out['kl'] = k3(logps_of(policy, picked, asked, responses), reference_logp(picked, asked, responses)).sum().item() / n
         with open(os.path.join(out_dir, 'samples.jsonl'), 'a') as f:
-            for i in range(0, min(8, n) * eval_k, eval_k):
+            for i in range(n * eval_k):
                 f.write(json.dumps(dict(step=it, prompt=tok.decode(asked[i]), completion=tok.decode(responses[i]), score=total[i].item())) + '\n')
         return out, tok.decode(asked[0] + responses[0])
 

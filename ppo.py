@@ -507,7 +507,7 @@ if __name__ == '__main__':
         resp = batch[3].to(device)
         kl = torch.where(resp, logp - ref, 0.0).sum(1).mean().item()
         with open(os.path.join(out_dir, 'samples.jsonl'), 'a') as f:
-            for p, r, s in zip(val_prompts[:8], responses, scores.tolist()):
+            for p, r, s in zip(val_prompts, responses, scores.tolist()):
                 f.write(json.dumps(dict(step=it, prompt=tok.decode(p), completion=tok.decode(r), score=s)) + '\n')
         return dict(score=scores.mean().item(), score_std=scores.std().item() if n > 1 else 0.0, kl=kl, len=resp.sum(1).float().mean().item(), ended=ended.float().mean().item()), tok.decode(val_prompts[0] + responses[0])
 

@@ -86,7 +86,7 @@ def test_every_key_of_a_script_is_read(script):
 @pytest.mark.parametrize('config', sorted(f for f in os.listdir(os.path.join(ROOT, 'config')) if f.endswith('.py')))
 def test_every_config_sets_keys_of_its_script(config):
     source = open(os.path.join(ROOT, 'config', config)).read()
-    script = re.search(r'(?:python|torchrun.*?)\s+(\w+\.py)\s+config/' + re.escape(config), source)
+    script = re.search(r'(?:python|torchrun.*?)\s+([\w/]+\.py)\s+config/' + re.escape(config), source)
     assert script, f'config/{config} says nowhere which command it is for'
     head = open(os.path.join(ROOT, script[1])).read().partition('config_keys =')[0]
     known = {n.targets[0].id for n in ast.parse(head).body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}

@@ -1,0 +1,12 @@
+# DPO of the ablations: 96 steps of 32 pairs = 3,072 of the 5,638 pairs, the pairs that config/reward_toy.py learns from.
+#     python dpo.py config/ablate_dpo.py --loss_type=ipo
+init_from = 'out-sft'
+out_dir = 'out-exp/dpo'
+dataset = 'data/toy/pref_train.jsonl'
+val_dataset = 'data/toy/pref_val.jsonl'
+max_iters = 96
+batch_size = 32
+learning_rate = 1e-4
+beta = 0.1
+max_new_tokens = 96
+eval_interval = 24

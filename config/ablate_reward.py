@@ -1,0 +1,11 @@
+# The reward model of the ablations: config/reward_toy.py on fewer pairs or other labels, always one learning rate.
+#     python reward.py config/ablate_reward.py --max_rows=600 --epochs=5
+# 600 rows x 5 epochs = 88 steps, 1,800 x 2 = 105, all x 1 = 177: little data is not also little training.
+init_from = 'out-sft'
+out_dir = 'out-exp/reward'
+dataset = 'data/toy/pref_train.jsonl'
+val_dataset = 'data/toy/pref_val.jsonl'
+batch_size = 32
+learning_rate = 5e-4
+warmup_iters = 10
+max_new_tokens = 96

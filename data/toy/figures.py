@@ -1,0 +1,319 @@
+"""Pictures and tables of data/toy/experiments.py, from the rows of out-exp/results.jsonl and the logs of the runs; trains nothing.
+
+    python data/toy/figures.py a b c --out=out-exp --assets=assets        # assets/exp_a.png, assets/exp_a.md ...; and the blocks of EXPERIMENTS.md
+
+Every number is median (smallest to largest) over the seeds, every band and bar the same range.
+"""
+import json
+import math
+import os
+import re
+import sys
+
+_here = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(os.path.dirname(_here)), _here]
+
+import numpy as np
+
+import experiments as X
+
+RED, BLUE, GREEN, GREY, ORANGE, PURPLE = '#cb181d', '#08519c', '#238b45', '#737373', '#d94801', '#6a51a3'
+COLOURS = (RED, BLUE, GREEN, ORANGE, PURPLE, GREY, '#17becf', '#bcbd22', '#e377c2')
+
+
+class Rows:
+    """The rows of results.jsonl by name and key, for some seeds. A row that is missing is an error that says which command makes it."""
+
+    def __init__(self, out, seeds):
+        self.out, self.seeds, self.rows = out, seeds, X.results(out)
+
+    def values(self, name, key, **where):
+        found = [r[key] for s in self.seeds for r in self.rows if r['name'] == name and r['seed'] == s and all(r[k] == v for k, v in where.items())]
+        if len(found) != len(self.seeds):
+            raise ValueError(f'{self.out}/results.jsonl: {len(found)} of {len(self.seeds)} seeds of {name!r} are there: python data/toy/experiments.py trains the others')
+        return found
+
+    def span(self, name, key, **where):
+        v = sorted(self.values(name, key, **where))
+        return v[0], float(np.median(v)), v[-1]
+
+    def logs(self, name, key, split='eval'):
+        """(steps, values (seeds, steps)) of a key of log.jsonl."""
+        tables = []
+        for s in self.seeds:
+            rows = [json.loads(line) for line in open(os.path.join(X.folder(name, s, self.out), 'log.jsonl'))]
+            tables.append({r['step']: r[key] for r in rows if r['split'] == split and key in r})
+        steps = sorted(set.intersection(*map(set, tables)))
+        return steps, np.array([[t[s] for s in steps] for t in tables])
+
+
+def text(span, digits=2, percent=False, scale=1.0):
+    """(0.1, 0.2, 0.3) -> '0.20 (0.10 to 0.30)'"""
+    one = lambda v: f'{v * scale:.{digits}%}' if percent else f'{v * scale:,.{digits}f}'
+    return f'{one(span[1])} ({one(span[0])} to {one(span[2])})'
+
+
+def table(head, rows):
+    return '\n'.join(['| ' + ' | '.join(head) + ' |', '|' + ' --- |' * len(head), *('| ' + ' | '.join(r) + ' |' for r in rows)])
+
+
+def figure(columns, height=3.4, width=4.3):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, columns, figsize=(width * columns, height), dpi=120, squeeze=False)
+    for axis in axes[0]:
+        axis.spines[['top', 'right']].set_visible(False)
+    return fig, axes[0]
+
+
+def band(axis, x, y, colour, label, style='-'):
+    """Median line and range over seeds; y (seeds, len(x))."""
+    axis.plot(x, np.median(y, 0), style, color=colour, lw=1.8, label=label)
+    axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.18, lw=0)
+
+
+def point(axis, x, y, colour, label, marker='o'):
+    """A cross of ranges with its median; x, y are spans."""
+    axis.errorbar(x[1], y[1], xerr=[[x[1] - x[0]], [x[2] - x[1]]], yerr=[[y[1] - y[0]], [y[2] - y[1]]], fmt=marker, color=colour, ms=6, lw=1.3, capsize=2, label=label)
+
+
+def ranges(axis, spans, labels, colours, title):
+    """Horizontal ranges, one row a label; spans: [(min, median, max)]."""
+    for i, (s, c) in enumerate(zip(spans, colours)):
+        axis.plot([s[0], s[2]], [i, i], color=c, lw=3, alpha=0.4, solid_capstyle='round')
+        axis.plot(s[1], i, 'o', color=c, ms=6)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set_xlabel(title, fontsize=9)
+    axis.grid(axis='x', alpha=0.3)
+
+
+def curves(rows, name, key):
+    """(steps, (seeds, steps)) of a key of experiments.trajectory."""
+    runs = [X.trajectory(name, s, rows.out) for s in rows.seeds]
+    return [p['step'] for p in runs[0]], np.array([[p[key] for p in run] for run in runs])
+
+
+JUDGED = (('gold', 'gold', 2, False), ('proxy', 'proxy', 2, False), ('KL, nats', 'kl', 1, False), ('tokens', 'len', 0, False), ('courtesies', 'courtesies', 2, False),
+          ('repeats itself', 'repeats', 0, True), ('distinct-2', 'distinct2', 2, False))
+
+
+def judged(rows, names, columns=JUDGED):
+    """A table of judged models. names: {label: name}."""
+    return table(['model', *(c[0] for c in columns)], [[label, *(text(rows.span(n, key), d, p) for _, key, d, p in columns)] for label, n in names.items()])
+
+
+def samples(rows, names, prompts=3):
+    """The same test questions answered by several models of the first seed."""
+    said = {label: [json.loads(line) for line in open(os.path.join(X.folder(n, rows.seeds[0], rows.out), 'judged.jsonl'))] for label, n in names.items()}
+    first, picked = next(iter(said.values())), []
+    for i, r in enumerate(first):
+        if r['prompt'][:9] not in {first[j]['prompt'][:9] for j in picked} and len(picked) < prompts:
+            picked.append(i)
+    lines = []
+    for i in picked:
+        lines += [first[i]['prompt'].strip().replace('\nA:', '')] + [f"    {label:>9}: {r[i]['completion']!r} (gold {r[i]['gold']:g}, proxy {r[i]['proxy']:.1f})" for label, r in said.items()]
+    return '```\n' + '\n'.join(lines) + '\n```'
+
+
+def draw_a(rows):
+    names = {'SFT': 'sft', 'beta 0': X.BETAS[0.0], 'beta 0.2': X.TUNED}
+    fig, axes = figure(3)
+    for axis, key, title in zip(axes, ('proxy', 'gold', 'kl'), ('proxy: the reward it is paid by', 'gold: what people want (0 to 10)', 'KL to the SFT model, nats a sequence')):
+        for label, colour in (('beta 0', RED), ('beta 0.2', BLUE)):
+            band(axis, *curves(rows, names[label], key), colour, label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel('PPO iteration')
+    axes[0].legend(frameon=False, fontsize=9)
+    return fig, judged(rows, names) + '\n\n' + samples(rows, {k: names[k] for k in names})
+
+
+def draw_b(rows):
+    fig, axes = figure(2)
+    for axis, key in zip(axes, ('gold', 'proxy')):
+        line = []
+        for (beta, name), colour in zip(X.BETAS.items(), COLOURS):
+            kl, y = rows.span(name, 'kl'), rows.span(name, key)
+            point(axis, kl, y, colour, f'beta {beta}')
+            line.append((kl[1], y[1]))
+        start = (0.0, rows.span('sft', key)[1])
+        line = sorted([*line, start])
+        axis.plot(*zip(*line), color=GREY, lw=0.8, zorder=0)
+        axis.plot(*start, 's', color='black', ms=5, label='SFT')
+        axis.set_xscale('symlog', linthresh=1)
+        axis.set_xlim(0, None)
+        axis.set_xlabel('KL to the SFT model, nats a sequence')
+        axis.set_title(key + (' mark' if key == 'gold' else ' reward'), fontsize=10)
+    axes[1].legend(frameon=False, fontsize=8)
+    return fig, judged(rows, {'SFT': 'sft', **{f'beta {b}': n for b, n in X.BETAS.items()}})
+
+
+def fit_gao(d, gain, form):
+    """Least squares of Gao et al. 2022 (2210.10760): gain = d (alpha - beta log d) for 'rl' (eq. 2), d (alpha - beta d) for 'bon' (eq. 1), d = sqrt KL.
+    Returns (alpha, beta, R^2). Points at d = 0 say nothing and are left out."""
+    d, gain = np.asarray(d, float), np.asarray(gain, float)
+    keep = d > 1e-6
+    d, gain = d[keep], gain[keep]
+    design = np.stack([d, -d * (np.log(d) if form == 'rl' else d)], 1)
+    (alpha, beta), *_ = np.linalg.lstsq(design, gain, rcond=None)
+    rest = gain - design @ (alpha, beta)
+    return float(alpha), float(beta), float(1 - (rest ** 2).sum() / ((gain - gain.mean()) ** 2).sum())
+
+
+def draw_c(rows):
+    fig, axes = figure(3, width=4.6)
+    lines, sizes = [], {'10 %': ('rm10', 'ppo-rm10', ORANGE), '30 %': ('rm30', 'ppo-rm30', GREEN), '100 %': ('rm', X.BETAS[0.0], BLUE)}
+    for label, (rm, ppo, colour) in sizes.items():
+        points = {k: [] for k in ('d', 'gain', 'proxy')}
+        for s in rows.seeds:
+            run = X.trajectory(ppo, s, rows.out)
+            for p in run:
+                points['d'].append(math.sqrt(max(p['kl'], 0.0))), points['gain'].append(p['gold'] - run[0]['gold']), points['proxy'].append(p['proxy'] - run[0]['proxy'])
+        alpha, beta, r2 = fit_gao(points['d'], points['gain'], 'rl')
+        x = np.linspace(0.05, max(points['d']), 200)
+        axes[0].plot(points['d'], points['proxy'], 'o', color=colour, ms=3.5, alpha=0.7, label=f'{label} of the pairs')
+        axes[1].plot(points['d'], points['gain'], 'o', color=colour, ms=3.5, alpha=0.7)
+        axes[1].plot(x, x * (alpha - beta * np.log(x)), color=colour, lw=1.8, label=f'{label}: d ({alpha:.2f} - {beta:.2f} log d)')
+        bon = [[r for r in rows.rows if r['name'] == f'bon-{rm}' and r['seed'] == s] for s in rows.seeds]
+        d = np.sqrt([r['kl'] for r in bon[0]])
+        gain = np.array([[r['gold'] - b[0]['gold'] for r in b] for b in bon])
+        band(axes[2], d, gain, colour, None)
+        ba, bb, br2 = fit_gao(np.tile(d, len(bon)), gain.flatten(), 'bon')
+        axes[2].plot(x[x <= d[-1]], (x * (ba - bb * x))[x <= d[-1]], '--', color=colour, lw=1.2, label=f'{label}: d ({ba:.2f} - {bb:.2f} d)')
+        peak = math.exp(alpha / beta - 1) if beta > 0 else float('inf')
+        best = max(points['gain'])
+        lines.append([label, text(rows.span(rm, 'agreement'), 1, True), f'{alpha:.2f}, {beta:.2f} ({r2:.2f})', f'{peak ** 2:.1f} nats, {peak * (alpha - beta * math.log(peak)):+.2f}',
+                      f'{best:+.2f}', text(rows.span(ppo, 'gold')), f'{ba:.2f}, {bb:.2f} ({br2:.2f})', f'{np.median(gain[:, -1]):+.2f}'])
+    for axis, title in zip(axes, ('PPO without KL: own proxy, gain', 'PPO without KL: gold, gain, and the fit', 'best of n (1 to 64): gold, gain, and the fit')):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel('d = sqrt(KL to the SFT model, nats)')
+        axis.axhline(0, color='black', lw=0.6)
+        axis.legend(frameon=False, fontsize=8)
+    head = ['reward model', 'orders as gold does', 'PPO: alpha, beta (R2)', 'peak of the fit: KL, gold gain', 'largest gain seen', 'gold at the end', 'best of n: alpha, beta (R2)', 'gold gain at n = 64']
+    return fig, table(head, lines)
+
+
+def draw_d(rows):
+    fig, axes = figure(2, width=4.8)
+    names = {'PPO': X.TUNED, 'GRPO': X.GRPO, 'DPO': X.DPO}
+    rm_cost, lines = rows.span('rm', 'cpu_s'), [['SFT', text(rows.span('sft', 'gold')), '', text(rows.span('sft', 'proxy')), text((0, 0, 0), 1), '', '', '']]
+    bars = []
+    for (label, name), colour in zip(names.items(), COLOURS):
+        gold, kl, cost = rows.span(name, 'gold'), rows.span(name, 'kl'), rows.span(name, 'cpu_s')
+        point(axes[0], kl, gold, colour, label)
+        needs = rm_cost if label != 'DPO' else (0, 0, 0)
+        gain = sorted(g - s for g, s in zip(rows.values(name, 'gold'), rows.values('sft', 'gold')))
+        lines.append([label, text(gold), f'{gain[0]:+.2f} to {gain[-1]:+.2f}', text(rows.span(name, 'proxy')), text(kl, 1), text(cost, 0), f'{needs[1]:.0f}', text(rows.span(name, 'rss_mb'), 0)])
+        bars.append((label, cost[1], needs[1], colour))
+    for n, marker in ((4, 'v'), (16, '^'), (64, 's')):
+        gold = rows.span('bon-rm', 'gold', n=n)
+        kl = rows.span('bon-rm', 'kl', n=n)
+        point(axes[0], kl, gold, GREY, f'best of {n}', marker)
+        gain = sorted(g - s for g, s in zip(rows.values('bon-rm', 'gold', n=n), rows.values('bon-rm', 'gold', n=1)))
+        lines.append([f'best of {n}', text(gold), f'{gain[0]:+.2f} to {gain[-1]:+.2f}', text(rows.span('bon-rm', 'proxy', n=n)), text(kl, 1), '0', f'{rm_cost[1]:.0f}', f'{n} answers for one'])
+    axes[0].plot(0, rows.span('sft', 'gold')[1], 'ks', ms=5, label='SFT')
+    axes[0].set_xlabel('KL to the SFT model, nats a sequence')
+    axes[0].set_ylabel('gold mark')
+    axes[0].legend(frameon=False, fontsize=8)
+    for i, (label, own, rm, colour) in enumerate([*bars, ('best of n', 0, rm_cost[1], GREY)]):
+        axes[1].barh(i, own, color=colour)
+        axes[1].barh(i, rm, left=own, color='#d9d9d9', label='its reward model' if i == 0 else None)
+    axes[1].set_yticks(range(4), [b[0] for b in bars] + ['best of n'])
+    axes[1].invert_yaxis()
+    axes[1].set_xlabel('CPU seconds of training')
+    axes[1].legend(frameon=False, fontsize=8)
+    return fig, table(['method', 'gold', 'gain over SFT, each seed', 'proxy', 'KL, nats', 'CPU s', '+ reward model', 'memory, MB'], lines)
+
+
+def draw_e(rows):
+    fig, axes = figure(3, height=3.8, width=3.7)
+    names = X.DETAILS
+    for axis, key, title in zip(axes, ('gold', 'kl', 'ended'), ('gold mark', 'KL, nats a sequence', 'share of answers that end')):
+        ranges(axis, [rows.span(n, key) for n in names.values()], names if axis is axes[0] else [''] * len(names), [BLUE] + [GREY] * (len(names) - 1), title)
+        axis.axvline(rows.span(X.TUNED, key)[1], color=BLUE, lw=0.8, ls=':')
+    columns = (*JUDGED[:4], ('ends', 'ended', 1, True), ('CPU s', 'cpu_s', 0, False))
+    return fig, judged(rows, names, columns)
+
+
+def draw_f(rows):
+    fig, axes = figure(2, height=3.9, width=5.0)
+    lines = []
+    for (label, name), colour in zip(X.LOSSES.items(), COLOURS):
+        steps, fell = rows.logs(name, 'chosen_logp_change')
+        band(axes[0], steps, fell, colour, label)
+        known = (rows.span(name, 'kl'), rows.span(name, 'gold'))
+        point(axes[1], *known, colour, None)
+        last = lambda key: tuple(np.quantile(rows.logs(name, key)[1][:, -1], (0, 0.5, 1)))
+        lines.append([label, text(known[1]), text(known[0], 1), text(rows.span(name, 'proxy')), text(last('accuracy'), 1, True), text(tuple(np.quantile(fell[:, -1], (0, 0.5, 1))), 1),
+                      text(rows.span(name, 'ended'), 0, True), text(rows.span(name, 'len'), 0)])
+    axes[0].axhline(0, color='black', lw=0.6)
+    axes[0].set_title('log-prob of the chosen answer, change in nats', fontsize=10)
+    axes[0].set_xlabel('DPO step')
+    axes[0].legend(frameon=False, fontsize=7)
+    axes[1].plot(0, rows.span('sft', 'gold')[1], 'ks', ms=5)
+    axes[1].set_xlabel('KL to the SFT model, nats a sequence')
+    axes[1].set_title('gold mark', fontsize=10)
+    return fig, table(['loss', 'gold', 'KL, nats', 'proxy', 'held-out accuracy', 'chosen log-prob, change', 'ends', 'tokens'], lines)
+
+
+def draw_g(rows):
+    fig, axes = figure(2)
+    lines, order = [], [r for r in X.RANKS if r] + [0]
+    for axis, key, title in zip(axes, ('gold', 'kl'), ('gold mark', 'KL, nats a sequence')):
+        ranges(axis, [rows.span(X.RANKS[r], key) for r in order], [f'rank {r}' if r else 'full' for r in order], [GREEN] * (len(order) - 1) + [BLUE], title)
+    for r in order:
+        name = X.RANKS[r]
+        said = open(os.path.join(X.folder(name, rows.seeds[0], rows.out), 'stdout.txt')).read()
+        last = lambda key: tuple(np.quantile(rows.logs(name, key)[1][:, -1], (0, 0.5, 1)))
+        lines.append([f'rank {r}' if r else 'full', re.search(r'\(([\d,]+) trained\)', said)[1], text(rows.span(name, 'gold')), text(rows.span(name, 'kl'), 1), text(last('accuracy'), 1, True),
+                      text(last('loss'), 3), text(rows.span(name, 'cpu_s'), 0), text(rows.span(name, 'rss_mb'), 0)])
+    return fig, table(['DPO', 'trained weights', 'gold', 'KL, nats', 'held-out accuracy', 'held-out loss', 'CPU s', 'memory, MB'], lines)
+
+
+def draw_h(rows):
+    fig, axes = figure(3, width=3.9)
+    names = X.RM_DATA
+    for axis, key, title in zip(axes, ('agreement', 'length_correlation', 'extra_courtesy'), ('orders fresh answers as gold does', 'correlation of reward and length', 'reward for four courtesies too many')):
+        ranges(axis, [rows.span(n, key) for n in names.values()], names if axis is axes[0] else [''] * len(names), COLOURS, title)
+    axes[1].axvline(0, color='black', lw=0.6), axes[2].axvline(0, color='black', lw=0.6)
+    columns = (('orders as gold does', 'agreement', 1, True), ('held-out accuracy', 'accuracy', 1, True), ('length correlation', 'length_correlation', 2, False),
+               ('ece', 'ece', 3, False), ('four courtesies too many', 'extra_courtesy', 2, False))
+    return fig, judged(rows, names, columns).replace('| model |', '| reward model |', 1)
+
+
+DRAW = {q: globals()[f'draw_{q}'] for q in 'abcdefgh'}
+
+
+def insert(path, key, block):
+    """The part of a Markdown file between <!-- key --> and <!-- /key --> becomes the block; a file or a mark that is not there is left alone."""
+    if os.path.exists(path):
+        old = open(path).read()
+        new = re.sub(rf'(<!-- {key} -->\n).*?(<!-- /{key} -->)', lambda m: m[1] + block + '\n' + m[2], old, flags=re.S)
+        if new != old:
+            with open(path + '.tmp', 'w') as f:
+                f.write(new)
+            os.replace(path + '.tmp', path)
+
+
+def write(question, out, assets, seeds):
+    """assets/exp_Q.png and exp_Q.md, and the block of EXPERIMENTS.md beside the assets."""
+    fig, block = DRAW[question](Rows(out, seeds))
+    os.makedirs(assets, exist_ok=True)
+    fig.tight_layout()
+    fig.savefig(os.path.join(assets, f'exp_{question}.png'))
+    made = f'`bash experiments.sh {question}`: median (smallest to largest) of {len(seeds)} seeds\n\n{block}'
+    with open(os.path.join(assets, f'exp_{question}.md'), 'w') as f:
+        f.write(made + '\n')
+    insert(os.path.join(os.path.dirname(os.path.abspath(assets)), 'EXPERIMENTS.md'), question, made)
+    print(f'{assets}/exp_{question}.png, {assets}/exp_{question}.md')
+
+
+if __name__ == '__main__':
+    questions, given = X.arguments(sys.argv[1:], {'seeds': ','.join(map(str, X.SEEDS)), 'out': 'out-exp', 'assets': 'assets'})
+    try:
+        for q in questions:
+            write(q, given['out'], given['assets'], tuple(map(int, given['seeds'].split(','))))
+    except (ValueError, OSError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        raise SystemExit(2)
