@@ -1,19 +1,19 @@
 # PPO of the ablations (data/toy/experiments.py varies one key at a time): ppo_toy with one pass over each batch at a higher rate.
 #     python ppo.py config/ablate_ppo.py --beta=0.0
-# 24 iterations x 64 = 1,536 completions, 2 optimizer steps each; 100 held-out answers kept at every 3rd iteration, marked by data/toy/gold.py afterwards.
+# 12 iterations x 64 = 768 completions, 8 optimizer steps each; 48 held-out answers kept at every 2nd iteration, marked by data/toy/gold.py afterwards.
 init_from = 'out-sft'
 reward = 'out-reward'
 out_dir = 'out-exp/ppo'
 dataset = 'data/toy/prompts_train.jsonl'
 val_dataset = 'data/toy/prompts_val.jsonl'
-max_iters = 24
+max_iters = 12
 batch_size = 64
-minibatch_size = 32
+minibatch_size = 8
 ppo_epochs = 1
 max_new_tokens = 96
 temperature = 1.0
 beta = 0.2
 learning_rate = 5e-4
-eval_interval = 3
-eval_iters = 100
+eval_interval = 2
+eval_iters = 48
 missing_eos_value = -2.0

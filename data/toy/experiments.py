@@ -14,6 +14,7 @@ no setting has seen them) at temperature 1 with fixed seeds; the answers lie in 
     cpu_s, rss_mb     CPU seconds (user + system) and largest resident memory of the training command, by the kernel's account
 --minutes=N ends after the run that crosses N minutes, exit code 75; the same command goes on. --quick=True: two iterations each, to see it work.
 """
+import fcntl
 import json
 import math
 import os
@@ -27,15 +28,15 @@ _root = os.path.dirname(os.path.dirname(_here))
 sys.path[:0] = [_root, _here]
 
 SEEDS = (1337, 2, 3)
-# name: (script, config, {key: value}, runs that must be there before). {o} is the folder of all runs, {s} the seed. One base model serves all seeds:
-# they differ in SFT, reward model and all that follows.
+# name: (script, config, {key: value}, runs that must be there before). {o} is the folder of all runs, {s} the seed.
+# everything, the base model too, is trained anew for each seed, by quickstart's commands
 SFT, RM = {'init_from': '{o}/sft-s{s}'}, {'reward': '{o}/rm-s{s}'}
 RUNS = {
     'base': ('sft.py', 'pretrain_toy', {}, ()),
-    'sft': ('sft.py', 'sft_toy', {'init_from': f'{{o}}/base-s{SEEDS[0]}'}, ()),
+    'sft': ('sft.py', 'sft_toy', {'init_from': '{o}/base-s{s}'}, ('base',)),
     'rm': ('reward.py', 'ablate_reward', SFT, ('sft',)),
-    'rm10': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 600, 'epochs': 5.0}, ('sft',)),
-    'rm30': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 1800, 'epochs': 2.0}, ('sft',)),
+    'rm10': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 600, 'epochs': 3.0}, ('sft',)),
+    'rm30': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 1800, 'epochs': 1.5}, ('sft',)),
 }
 
 
@@ -56,7 +57,7 @@ DETAILS = {  # what each detail of PPO buys: one key away from config/ablate_ppo
     'no value clip': _add('ppo', 'ppo-novclip', vf_clip=0.0),
     'lambda 1 (no GAE)': _add('ppo', 'ppo-lam1', lam=1.0),
     'lambda 0 (one step)': _add('ppo', 'ppo-lam0', lam=0.0),
-    '4 passes, a third of the data': _add('ppo', 'ppo-epochs4', max_iters=8, eval_interval=4, ppo_epochs=4),
+    '4 passes over a quarter of the data': _add('ppo', 'ppo-epochs4', max_iters=3, eval_interval=3, ppo_epochs=4),
     'adaptive beta, 3 nats': _add('ppo', 'ppo-adaptive', target_kl=3.0, kl_horizon=500),
     'value net from the policy': _add('ppo', 'ppo-vpolicy', value='policy'),
 }
@@ -72,15 +73,37 @@ RM_DATA = {
 }
 for _n in ('margin', 'fair', 'long'):
     RUNS[f'rm-{_n}'] = ('reward.py', 'ablate_reward', {**SFT, 'dataset': f'{{o}}/pref_{_n}.jsonl'}, ('sft',))
+# one line wrong each, beside its right twin: {label: (wrong run, right run, the number that tells, 'eval', 'train' or 'judged')}
+_SHORT = dict(max_iters=6, eval_interval=6)
+_RIGHT = {'ppo': _add('ppo', 'ppo-short', **_SHORT), 'grpo': _add('grpo', 'grpo-short', **_SHORT, max_new_tokens=64)}
+
+
+def _wrong(stage, name, **keys):
+    script, config, own, needs = RUNS[_RIGHT[stage]]
+    RUNS[name.replace('_', '-')] = (f'failures/{name}.py', config, {**own, **keys}, needs)
+    return name.replace('_', '-')
+
+
+RUNS['sft-short'] = ('sft.py', 'sft_toy', {**RUNS['sft'][2], 'max_iters': 120}, ('base',))
+RUNS['pad-is-eos'] = ('failures/pad_is_eos.py', *RUNS['sft-short'][1:])
+FAILURES = {
+    'pad = EOS': ('pad-is-eos', 'sft-short', 'ended', 'judged'),
+    'KL with the wrong sign': (_wrong('ppo', 'wrong_kl_sign'), _RIGHT['ppo'], 'kl', 'train'),
+    'sampled at T = 0.5, scored at 1': (_wrong('ppo', 'temperature_mismatch'), _RIGHT['ppo'], 'mismatch', 'train'),
+    'sampled with top-p 0.7, scored without': (_wrong('ppo', 'top_p_mismatch'), _RIGHT['ppo'], 'mismatch', 'train'),
+    'padded on the wrong side': (_wrong('ppo', 'wrong_padding_side'), _RIGHT['ppo'], 'mismatch', 'train'),
+    'a group of one': (_wrong('grpo', 'group_of_one', group_size=1), _RIGHT['grpo'], 'dead', 'train'),
+}
 QUESTIONS = {
     'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *BETAS.values()], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
     'd': ['sft', TUNED, DPO, GRPO], 'e': list(DETAILS.values()), 'f': list(LOSSES.values()), 'g': list(RANKS.values()), 'h': list(RM_DATA.values()),
+    'i': list(dict.fromkeys(n for wrong, right, _, _ in FAILURES.values() for n in (right, wrong))),
 }
-QUICK = {'sft.py': ['--max_iters=2', '--eval_interval=2', '--eval_iters=1'], 'reward.py': ['--max_iters=2', '--normalize_n=8'],
-         'ppo.py': ['--max_iters=2', '--eval_interval=1', '--eval_iters=4', '--batch_size=8', '--minibatch_size=8', '--max_new_tokens=16'],
-         'grpo.py': ['--max_iters=2', '--eval_interval=1', '--eval_iters=4', '--batch_size=16', '--minibatch_size=16', '--max_new_tokens=16'],
-         'dpo.py': ['--max_iters=2', '--batch_size=8', '--eval_samples=4', '--eval_iters=1', '--max_new_tokens=16']}
-BON, BON_PROMPTS = 64, 64  # answers of the SFT model to each of the first so many test prompts, for best-of-n
+QUICK = {'sft': ['--max_iters=2', '--eval_interval=2', '--eval_iters=1'], 'reward': ['--max_iters=2', '--normalize_n=8'],
+         'ppo': ['--max_iters=2', '--eval_interval=1', '--eval_iters=4', '--batch_size=8', '--minibatch_size=8', '--max_new_tokens=16'],
+         'grpo': ['--max_iters=2', '--eval_interval=1', '--eval_iters=4', '--batch_size=16', '--minibatch_size=16', '--max_new_tokens=16'],
+         'dpo': ['--max_iters=2', '--batch_size=8', '--eval_samples=4', '--eval_iters=1', '--max_new_tokens=16']}
+BON, BON_PROMPTS = 64, 40  # answers of the SFT model to each of the first so many test prompts, for best-of-n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,11 +114,16 @@ def folder(name, seed, out):
     return os.path.join(out, f'{name}-s{seed}')
 
 
+def stage_of(name):
+    config = RUNS[name][1]
+    return {'pretrain_toy': 'sft', 'sft_toy': 'sft'}.get(config, config.removeprefix('ablate_'))
+
+
 def command(name, seed, out, quick):
     """The command line of a run, as a user would type it."""
     script, config, keys, _ = RUNS[name]
     args = [f'--{k}={str(v).format(o=out, s=seed)}' for k, v in keys.items()]
-    return ['python', script, f'config/{config}.py', *args, *(QUICK[script] if quick else ()), f'--seed={seed}', f"--out_dir={folder(name, seed, out)}"]
+    return ['python', script, f'config/{config}.py', *args, *(QUICK[stage_of(name)] if quick else ()), f'--seed={seed}', f"--out_dir={folder(name, seed, out)}"]
 
 
 def preferences(out):
@@ -122,16 +150,22 @@ def preferences(out):
 
 def train(name, seed, out, quick):
     """Trains a run and what it needs, once; True if anything was trained. The kernel's account of the command goes to cost.json."""
-    worked = any([train(need, seed, out, quick) for need in RUNS[name][3]] + ([train('base', SEEDS[0], out, quick)] if name == 'sft' else []))
+    worked = any([train(need, seed, out, quick) for need in RUNS[name][3]])
     here = folder(name, seed, out)
+    os.makedirs(here, exist_ok=True)
+    with open(os.path.join(here, 'lock'), 'w') as lock:  # several of these commands may share a folder of runs: each run is trained by one of them
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return train_alone(name, seed, out, quick, here) or worked
+
+
+def train_alone(name, seed, out, quick, here):
     if os.path.exists(os.path.join(here, 'finished')):
-        return worked
+        return False
     argv = command(name, seed, out, quick)
     if os.path.exists(os.path.join(here, 'ckpt.pt')):
         argv = [*argv, '--init_from=resume']
     print('$ ' + ' '.join(argv), flush=True)
     before = json.load(open(os.path.join(here, 'cost.json'))) if os.path.exists(os.path.join(here, 'cost.json')) else {'cpu_s': 0.0, 'rss_mb': 0.0}
-    os.makedirs(here, exist_ok=True)
     with open(os.path.join(here, 'stdout.txt'), 'a') as log:
         child = subprocess.Popen([sys.executable, *argv[1:]], cwd=_root, stdout=log, stderr=log)
         _, status, used = os.wait4(child.pid, 0)

@@ -282,7 +282,37 @@ def draw_h(rows):
     return fig, judged(rows, names, columns).replace('| model |', '| reward model |', 1)
 
 
-DRAW = {q: globals()[f'draw_{q}'] for q in 'abcdefgh'}
+def draw_i(rows):
+    fig, axes = figure(len(X.FAILURES), height=3.0, width=3.0)
+    lines = []
+    for axis, (label, (wrong, right, key, where)) in zip(axes, X.FAILURES.items()):
+        told = []
+        for name, colour, word in ((right, BLUE, 'right'), (wrong, RED, 'wrong')):
+            if where == 'judged':
+                told.append(rows.span(name, key))
+                point(axis, (0, 0, 0) if name == right else (1, 1, 1), told[-1], colour, word)
+            else:
+                steps, y = rows.logs(name, key, where)
+                band(axis, steps, y, colour, word)
+                told.append((y[:, -1].min(), float(np.median(y[:, -1])), y[:, -1].max()))
+        if where == 'judged':
+            axis.set_xticks([0, 1], ['right', 'wrong'])
+            axis.set_xlim(-0.6, 1.6)
+            axis.set_ylim(-0.05, 1.05)
+        else:
+            axis.set_xlabel('iteration', fontsize=8)
+        if key == 'mismatch':
+            axis.set_yscale('log')
+        axis.set_title(label, fontsize=9)
+        axis.set_ylabel({'kl': 'KL, nats', 'mismatch': 'mismatch, nats a token', 'dead': 'share of dead groups', 'ended': 'share of answers that end'}[key], fontsize=8)
+        digits = lambda v: f'{v:.1e}' if key == 'mismatch' else f'{v:.2f}'
+        say = lambda v: f'{digits(v[1])} ({digits(v[0])} to {digits(v[2])})'
+        lines.append([f'`{X.RUNS[wrong][0]}`', key, say(told[0]), say(told[1]), text(rows.span(right, 'gold')), text(rows.span(wrong, 'gold')), text(rows.span(right, 'proxy')), text(rows.span(wrong, 'proxy'))])
+    axes[1].legend(frameon=False, fontsize=8)
+    return fig, table(['failure', 'what tells', 'right', 'wrong', 'gold, right', 'gold, wrong', 'proxy, right', 'proxy, wrong'], lines)
+
+
+DRAW = {q: globals()[f'draw_{q}'] for q in 'abcdefghi'}
 
 
 def insert(path, key, block):
