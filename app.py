@@ -11,7 +11,7 @@ Nothing outside --folder is read or written by request of a browser, except mode
 """
 import ast
 import difflib
-import fcntl
+import functools
 import glob
 import html
 import io
@@ -29,6 +29,11 @@ import threading
 import time
 from collections import OrderedDict
 from types import SimpleNamespace
+
+try:
+    import fcntl
+except ImportError:  # Windows: launch() refuses there, the rest works
+    fcntl = None
 
 import requests
 import torch
@@ -71,22 +76,36 @@ def inside(root, path):
     return full
 
 
-def read_rows(path):
-    """(rows, broken): the JSON objects of a .jsonl that another process may be writing right now; lines that are none are counted."""
+def kept(root, *parts):
+    """Path of a file of the folder, '' (which opens as no file at all) where a link leads out of it."""
+    try:
+        return inside(root, os.path.join(*parts))
+    except ValueError:
+        return ''
+
+
+def parse_rows(lines):
+    """(rows, broken): the JSON objects among the lines; what is none is counted."""
     rows, broken = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken += bool(line.strip())
+    return rows, broken
+
+
+def read_rows(path):
+    """parse_rows of a .jsonl that another process may be writing right now; none where there is no file."""
     try:
         with open(path, encoding='utf-8', errors='replace') as f:
-            for line in f:
-                try:
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError
-                    rows.append(row)
-                except ValueError:
-                    broken += bool(line.strip())
+            return parse_rows(f)
     except OSError:
         return [], 0
-    return rows, broken
 
 
 def read_json(path):
@@ -135,26 +154,37 @@ def birth(pid):
         return ''
 
 
-_parsed, _children = {}, []  # log files as last read; processes of ours, polled so that none stays a zombie
+_logs, _children = {}, []  # log files as far as they were read; processes of ours, polled so that none stays a zombie
+
+
+def log_rows(path):
+    """read_rows of a log that grows: only what is new since the last call is parsed (a run of days has 100 MB). A log begun anew is another file."""
+    try:
+        with open(path, 'rb') as f:
+            stat = os.fstat(f.fileno())
+            file, at, rows, broken = _logs.get(path, (0, 0, [], 0))
+            if file != stat.st_ino or stat.st_size < at:
+                at, rows, broken = 0, [], 0
+            f.seek(at)
+            whole, newline, half = f.read().rpartition(b'\n')
+    except OSError:
+        return [], 0
+    new, bad = parse_rows(whole.decode('utf-8', 'replace').split('\n'))
+    _logs[path] = stat.st_ino, at + len(whole + newline), rows + new, broken + bad
+    return rows + new, broken + bad + bool(half.strip())
 
 
 def run_of(root, name):
     """What is known of a run's folder: stage, config, rows (train and eval), broken lines, state, a word on it. Never raises on bad files."""
-    path = os.path.join(root, name)
-    log, info = os.path.join(path, 'log.jsonl'), read_json(os.path.join(path, 'run.json'))
-    try:
-        stat = os.stat(log)
-        key = (stat.st_mtime_ns, stat.st_size)
-    except OSError:
-        key = None
-    if _parsed.get(log, (0,))[0] != key:
-        _parsed[log] = key, read_rows(log)
-    rows, broken = _parsed[log][1]
+    path = inside(root, name)
+    log, info = kept(root, name, 'log.jsonl'), read_json(kept(root, name, 'run.json'))
+    mtime = os.stat(log).st_mtime if os.path.exists(log) else 0
+    rows, broken = log_rows(log)
     cfg = next((r for r in rows if r.get('split') == 'config'), {})
     rows = [r for r in rows if r.get('split') in ('train', 'eval') and isinstance(r.get('step'), int) and isinstance(r.get('time'), (int, float))]
-    run = SimpleNamespace(name=name, path=path, stage=cfg.get('stage', info.get('stage', '?')), config=cfg, rows=rows, broken=broken, info=info,
-                          last=rows[-1]['step'] if rows else 0, total=cfg.get('max_iters') or 0, mtime=key[0] / 1e9 if key else 0)
-    run.total = run.total or max([run.last, *(int(n) for n in re.findall(r'(?:iter \d+/|; )(\d+)(?: iterations)?', tail(os.path.join(path, 'console.txt'))))])
+    run = SimpleNamespace(root=root, name=name, path=path, stage=cfg.get('stage', info.get('stage', '?')), config=cfg, rows=rows, broken=broken, info=info,
+                          last=rows[-1]['step'] if rows else 0, total=cfg.get('max_iters') or 0, mtime=mtime, console=tail(kept(root, name, 'console.txt')).strip(), file=lambda file: kept(root, name, file))
+    run.total = run.total or max([run.last, *(int(n) for n in re.findall(r'(?:iter \d+/|; )(\d+)(?: iterations)?', run.console))])
     run.state, run.note = _state(run)
     return run
 
@@ -163,17 +193,17 @@ def _state(run):
     for child in list(_children):
         if child.poll() is not None:
             _children.remove(child)
-    console = tail(os.path.join(run.path, 'console.txt')).strip()
     if run.info.get('birth') and birth(run.info.get('pid')) == run.info['birth']:
         return 'running', ''
-    words = console.split('\n')[-1][:400]
+    words = run.console.split('\n')[-1][:400]
     if run.info.get('stopped') and run.info['stopped'] >= run.mtime - 1:
         return 'stopped', f'stopped at iteration {run.last}'
-    if re.search(r'^error: |^Traceback |Error: ', console[-2000:], re.M) and not words.startswith('done:'):
+    if re.search(r'^error: |^Traceback |Error: ', run.console[-2000:], re.M) and not words.startswith('done:'):
         return 'crashed', words
     if run.rows and run.total and run.last >= run.total and run.rows[-1]['split'] == 'eval' or words.startswith('done:'):
         return 'finished', ''
-    if run.mtime > time.time() - 30:
+    pace = [b['time'] - a['time'] for a, b in zip(run.rows[-4:], run.rows[-3:])]
+    if run.mtime > time.time() - max([30, *(3 * p for p in pace)]):  # silent for no longer than its iterations take
         return 'running', 'started elsewhere'
     if not run.rows:
         return 'empty', 'no log yet' if not run.mtime else 'its log holds no row that can be read'
@@ -202,9 +232,8 @@ def find_models(root):
     """{name: kind}, kind 'lm' | 'reward' | 'adapter' | 'broken': out_dirs with a checkpoint, Hugging Face and PEFT folders."""
     found = {}
     for name, files in folders(root):
-        path = os.path.join(root, name)
-        if 'ckpt.pt' in files:
-            file = os.path.join(path, 'ckpt.pt')
+        file = kept(root, name, 'ckpt.pt')
+        if os.path.exists(file):
             key = (file, os.stat(file).st_mtime_ns)
             if key not in _infos:
                 try:
@@ -215,7 +244,7 @@ def find_models(root):
         elif 'adapter_config.json' in files:
             found[name] = 'adapter'
         elif 'config.json' in files and any(f.endswith('.safetensors') for f in files):
-            kinds = read_json(os.path.join(path, 'config.json')).get('architectures') or ['']
+            kinds = read_json(kept(root, name, 'config.json')).get('architectures') or ['']
             found[name] = 'reward' if 'SequenceClassification' in str(kinds[0]) else 'lm'
     return found
 
@@ -233,6 +262,8 @@ class Models:
         if not name or not (local or re.fullmatch(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?', name)) or '..' in name:
             raise ValueError(f'{name!r}: no model of this folder, and not a name of the hub')
         path = inside(self.root, name) if local else name
+        for f in os.listdir(path) if os.path.isdir(path) and local else ():
+            inside(self.root, os.path.join(path, f))  # a link to weights elsewhere is refused as the file itself would be
         file = next((f for f in (os.path.join(path, n) for n in ('ckpt.pt', 'adapter_model.safetensors', 'model.safetensors')) if os.path.exists(f)), path)
         stamp = os.stat(file).st_mtime_ns if os.path.exists(file) else 0
         with self.lock:
@@ -377,10 +408,12 @@ def launch(root, stage, out_dir, commands):
     reaches all of them. What they print goes to console.txt."""
     path = inside(root, out_dir)
     os.makedirs(path, exist_ok=True)
+    if os.name == 'nt':
+        raise ValueError('runs are started and stopped as POSIX process groups: on Windows start the app inside WSL')
     if run_of(root, out_dir).state == 'running':
         raise ValueError(f'{out_dir} is being written by a run right now: stop it, or give another out_dir')
     argv = commands[0] if len(commands) == 1 else ['sh', '-c', ' && '.join(shlex.join(c) for c in commands)]
-    with open(os.path.join(path, 'console.txt'), 'ab') as console:
+    with open(inside(root, os.path.join(path, 'console.txt')), 'ab') as console:
         console.write(''.join(f'$ {shown(c)}\n' for c in commands).encode())
         console.flush()
         child = subprocess.Popen(argv, cwd=root, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, process_group=0,
@@ -437,6 +470,12 @@ def resume_command(root, name, max_iters=None):
 # 3. labels: an append-only journal
 
 
+def lock(f):
+    """Holds an open file against other processes that ask for it too, until it is closed. Where there is no flock (Windows) one app writes alone."""
+    if fcntl:
+        fcntl.flock(f, fcntl.LOCK_EX)
+
+
 class Journal:
     """annotations/NAME.jsonl. Rows: {"kind": "pair", "id", "prompt", "a", "b", "model_a", "model_b"}, {"kind": "label", "id", "pair", "label":
     "a" | "b" | "tie" | "skip" | "edit", "by", "time"} and {"kind": "undo", "label": id}. Nothing is ever changed or removed. Every row is on
@@ -453,7 +492,7 @@ class Journal:
         """Rows get an id and the time; returned with them."""
         rows = [dict(dict(id=os.urandom(6).hex(), time=round(time.time(), 3)), **r) for r in rows]
         with open(self.path, 'a+b') as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+            lock(f)
             if f.seek(0, 2):
                 f.seek(-1, 2)
                 if f.read(1) != b'\n':
@@ -738,11 +777,10 @@ def picture(draw, xlabel='', ylabel='', title=''):
 
 def curves(runs, metric, x='step', smoothing=0.0):
     """One metric of all runs, overlaid: train as a line, eval as dots. '' when no run has it."""
-    runs = [r for r in runs if series(r, metric, x)[0] or series(r, metric, x, 'eval')[0]]
+    runs = [(COLOURS[i % len(COLOURS)], r) for i, r in enumerate(runs) if series(r, metric, x)[0] or series(r, metric, x, 'eval')[0]]
 
     def draw(ax):
-        for i, run in enumerate(runs):
-            colour = COLOURS[i % len(COLOURS)]
+        for colour, run in runs:  # a run has one colour in all pictures of a page
             xs, ys = series(run, metric, x)
             ax.plot(xs, smooth(ys, smoothing), color=colour, lw=1.3, label=run.name)
             if smoothing:
@@ -759,7 +797,7 @@ def table_html(head, rows, caption=''):
 
 def report_card(root, run):
     """Accuracy, ECE, length correlation of a reward model, its histograms and reliability diagram, from its report.json. '' without one."""
-    r = read_json(os.path.join(run.path, 'report.json'))
+    r = read_json(run.file('report.json'))
     try:
         lo, hi = r['accuracy_95']
         head = table_html(('reward model', 'accuracy', '95 %', 'pairs', 'ECE', 'length correlation', 'longer is chosen'),
@@ -777,18 +815,19 @@ def report_card(root, run):
         return ''
 
 
-def gold_of():
-    """(score(completion, row), {prompt: row}) of the toy world, or (None, {}): its gold scorer has seen no training."""
+@functools.lru_cache(maxsize=4)
+def gold_of(root):
+    """(score(completion, row), {prompt: row}) of the toy world whose prompts lie in the folder, or (None, {}): its gold scorer has seen no training."""
     try:
-        rows = [r for f in ('prompts_val', 'prompts_train') for r in read_rows(os.path.join(HERE, 'data', 'toy', f'{f}.jsonl'))[0]]
-        return runpy.run_path(os.path.join(HERE, 'data', 'toy', 'gold.py'))['score'], {r['prompt']: r for r in rows}
+        rows = [r for f in ('prompts_val', 'prompts_train') for r in read_rows(kept(root, 'data', 'toy', f'{f}.jsonl'))[0]]
+        return runpy.run_path(os.path.join(HERE, 'data', 'toy', 'gold.py'))['score'] if rows else None, {r['prompt']: r for r in rows}
     except (OSError, KeyError, SyntaxError):
         return None, {}
 
 
 def win_rates(root, path, against='sft'):
     """{model: (share, low, high)}: how often its answer to a prompt gets a better gold mark than `against`'s; an equal mark is half a win."""
-    samples, (gold, rows) = read_rows(path)[0], gold_of()
+    samples, (gold, rows) = read_rows(path)[0], gold_of(root)
     samples = [(s, rows[s['prompt']]) for s in samples if gold and s.get('prompt') in rows and isinstance(s.get(against), str)]
     out = {}
     for name in [k for k in (samples[0][0] if samples else {}) if k not in ('prompt', against)]:
@@ -800,7 +839,7 @@ def win_rates(root, path, against='sft'):
 
 
 def memory_of(root, name):
-    found = re.findall(r'peak memory ([\d.]+ GB)', tail(os.path.join(root, name, 'console.txt')))
+    found = re.findall(r'peak memory ([\d.]+ GB)', tail(kept(root, name, 'console.txt')))
     return found[-1] if found else '–'
 
 
@@ -808,19 +847,18 @@ def comparison(root):
     """The table of data/toy/report.py (report.json, samples.jsonl) with win rate, tokens trained on and memory. '' without one."""
     out = ''
     for name, files in folders(root):
-        path = os.path.join(root, name)
-        rep = read_json(os.path.join(path, 'report.json')) if 'report.json' in files else {}
+        rep = read_json(kept(root, name, 'report.json')) if 'report.json' in files else {}
         rep = {k: v for k, v in rep.items() if isinstance(v, dict) and 'gold' in v}
         if not rep:
             continue
-        wins, rows = win_rates(root, os.path.join(path, 'samples.jsonl')), []
+        wins, rows = win_rates(root, kept(root, name, 'samples.jsonl')), []
         tag = name[3:] if name.startswith('out') else ''
         num = lambda v, form: format(v, form) if isinstance(v, (int, float)) and math.isfinite(v) else '–'
         for model, r in rep.items():
             run = run_of(root, f"out-{model.replace('dpo_lora', 'lora')}{tag}")
             w = wins.get(model)
             rows.append((model, num(r.get('gold'), '.2f'), num(r.get('reward'), '.2f'), num(r.get('kl'), '.1f'), f'{w[0]:.0%} ({w[1]:.0%} to {w[2]:.0%})' if w else '–',
-                         num(r.get('length'), '.0f'), num(r.get('valid'), '.0%'), num(r.get('seconds'), '.0f'), f"{sum(t.get('tokens', 0) for t in run.rows):,}", memory_of(root, run.name)))
+                         num(r.get('length'), '.0f'), num(r.get('valid'), '.0%'), num(r.get('seconds'), '.0f'), f"{sum(t.get('tokens', 0) for t in run.rows):,}" if run.rows else '–', memory_of(root, run.name)))
         out += table_html(('model', 'gold, 0 to 10', 'reward model', 'KL, nats', 'wins against SFT (95 %)', 'tokens', 'ends well', 'seconds', 'tokens trained', 'peak memory'), rows,
                           f'The models of {name} on held-out prompts. Win: a better gold mark than the SFT model on the same prompt, equal marks half')
 
@@ -837,9 +875,9 @@ def comparison(root):
 
 def over_optimisation(run):
     """[(step, sqrt KL, proxy, gold)] at each evaluation: proxy and KL from the log, gold from the samples that the run kept (toy prompts only)."""
-    gold, rows = gold_of()
+    gold, rows = gold_of(run.root)
     by_step = {}
-    for s in read_rows(os.path.join(run.path, 'samples.jsonl'))[0]:
+    for s in read_rows(run.file('samples.jsonl'))[0]:
         if gold and s.get('prompt') in rows and isinstance(s.get('completion'), str):
             by_step.setdefault(s.get('step'), []).append(gold(s['completion'].replace('<|endoftext|>', ''), rows[s['prompt']]))
     return [(r['step'], math.sqrt(max(r['kl'], 0.0)), r['score'], sum(by_step[r['step']]) / len(by_step[r['step']]))
@@ -898,7 +936,7 @@ GALLERY = (
 
 def worst_sample(run, no_end=False):
     """The last sample that a run kept, its prompt before it; for answers without end one that has none."""
-    rows = [s for s in read_rows(os.path.join(run.path, 'samples.jsonl'))[0] if isinstance(s.get('completion'), str)]
+    rows = [s for s in read_rows(run.file('samples.jsonl'))[0] if isinstance(s.get('completion'), str)]
     rows = [s for s in rows if '<|endoftext|>' not in s['completion']] or rows if no_end else rows
     return f"iteration {rows[-1].get('step')}: {rows[-1].get('prompt')}{rows[-1]['completion']}" if rows else 'this stage keeps no samples'
 
@@ -925,6 +963,7 @@ def runs_html(runs):
 def dashboard(root, runs=None, metrics=('score', 'kl', 'loss', 'accuracy', 'len', 'clip_frac', 'entropy', 'ended', 'tok_per_s'), x='step', smoothing=0.6):
     """The whole page as HTML: table, over-optimisation, curves, report cards, failures."""
     runs = find_runs(root) if runs is None else runs
+    gold_of.cache_clear()
     drawn = [c for c in (curves(runs, m, x, smoothing) for m in metrics) if c]
     cards = ''.join(report_card(root, r) for r in runs if r.stage == 'reward')
     none = '<p class=note>Nothing to draw: no run has logged any of these.</p>'
@@ -937,7 +976,7 @@ CSS = '''
 :root{--block-info-text-color:#52525b}.dark{--block-info-text-color:#a1a1aa}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
 .plot{width:100%;max-width:560px;height:auto;color:inherit}.scroll{overflow-x:auto;margin:8px 0}
-.scroll table{border-collapse:collapse;font-size:14px;width:auto;color:inherit}.scroll td,.scroll th{padding:4px 10px;border-bottom:1px solid #8886;text-align:left;white-space:nowrap}
+.scroll table{border-collapse:collapse;border:0!important;font-size:14px;width:auto;color:inherit}.scroll td,.scroll th{padding:4px 10px;border:0!important;border-bottom:1px solid #8886!important;text-align:left;white-space:nowrap}
 .scroll td:last-child{white-space:normal;min-width:90px}.scroll caption{text-align:left;font-size:13px;opacity:.8;padding:2px}
 .note{font-size:13px;opacity:.8}.answer,.bubble{white-space:pre-wrap;overflow-wrap:anywhere}.tok{border-radius:2px}
 .side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));gap:10px}.side>div{border:1px solid #8886;border-radius:8px;padding:8px 10px;min-width:0}
@@ -1085,14 +1124,14 @@ def colour(models, names, history, reference, judge, value, key):
     return f'<div class=side>{out}</div>'
 
 
-def chat_tab(gr, models, listed):
-    lms, rewards = listed
+def chat_tab(gr, models, lms, rewards, values, lists):
     start_ = [n for n in ('out-sft', 'out-ppo') if n in lms] or lms[:1]
-    with gr.Row():
-        names = gr.Dropdown(lms, value=start_, multiselect=True, max_choices=4, allow_custom_value=True, label='Models', info='up to four answer side by side; a hub name works too', scale=3)
-        again = gr.Button('Look for models', scale=1)
+    names = gr.Dropdown(lms, value=start_, multiselect=True, max_choices=4, allow_custom_value=True, label='Models', info='up to four answer side by side; a hub name works too')
     page, history = gr.HTML(chat_html([], start_), elem_classes='page', elem_id='chat'), gr.State([])
     prompt = gr.Textbox(label='Message', lines=1, max_lines=8, elem_id='message', submit_btn=True, stop_btn=True)
+    known = [r['prompt'] for r in read_rows(kept(models.root, 'data', 'toy', 'prompts_val.jsonl'))[0] if isinstance(r.get('prompt'), str)]
+    if known:
+        gr.Examples(random.Random(0).sample(known, min(5, len(known))), prompt, label='questions of the toy world')
     with gr.Accordion('Sampling', open=False):
         system = gr.Textbox(label='System prompt')
         plain = gr.Checkbox(label='plain text: no chat template (for base models; only the last message is seen)')
@@ -1105,10 +1144,10 @@ def chat_tab(gr, models, listed):
     with gr.Row():
         reference = gr.Dropdown(lms, value='out-sft' if 'out-sft' in lms else None, allow_custom_value=True, label='reference (for kl)')
         judge = gr.Dropdown(rewards, value=rewards[0] if rewards else None, label='reward model')
-        value = gr.Dropdown([n for n in lms if 'ppo' in n], value=next((n for n in lms if 'ppo' in n), None), label='value network of', allow_custom_value=True)
+        value = gr.Dropdown(values, value=values[0] if values else None, label='value network of', allow_custom_value=True)
         key = gr.Radio(['logp', 'kl', 'reward', 'value', 'advantage'], value='logp', label='colour by')
     tint, view = gr.Button('Colour the last answers'), gr.HTML(elem_classes='page', elem_id='tokens')
-    going = prompt.submit(polite(lambda *a: (yield from chat(models, *a))), [names, prompt, history, system, plain, *sampling], [page, history])
+    going = prompt.submit(polite(lambda *a: (yield from chat(models, *a))), [names, prompt, history, system, plain, *sampling], [page, history], concurrency_id='engine')
     prompt.submit(lambda: '', None, prompt, show_progress='hidden')
     prompt.stop(None, cancels=[going])
     clear.click(lambda n: ([], chat_html([], n)), names, [history, page])
@@ -1116,7 +1155,10 @@ def chat_tab(gr, models, listed):
     shade = polite(lambda *a: colour(models, *a))
     tint.click(shade, [names, history, reference, judge, value, key], view)
     key.input(shade, [names, history, reference, judge, value, key], view)
-    return names, again, (reference, judge, value)
+    lists['lm'] += [names, reference]
+    lists['reward'] += [judge]
+    lists['value'] += [value]
+    return names
 
 
 def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf', 'clip_frac', 'len', 'tok_per_s')):
@@ -1130,17 +1172,13 @@ def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf'
     bad = 'bad' if run.state == 'crashed' else 'note'
     head = f'<p><b data-state={esc(run.state)}>{esc(name)}: {esc(run.state)}</b>, iteration <span id=at>{run.last}</span>{f" of {run.total}" if run.total else ""}{left}</p><p class={bad}>{esc(run.note)}</p><p class=note>{esc(now)}</p>'
     drawn = ''.join(curves([run], m, 'step', 0.3) for m in metrics)
-    return f'{head}<div class=plots>{drawn}</div><pre>{esc(tail(os.path.join(run.path, "console.txt"))) or "no console: this run was started elsewhere"}</pre>'
+    return f'{head}<div class=plots>{drawn}</div><pre>{esc(run.console) or "no console: this run was started elsewhere"}</pre>'
 
 
-def signature(root, name):
-    """Changes when a run's files or state do: pictures are drawn anew only then."""
-    run = run_of(root, name)
-    try:
-        size = os.path.getsize(os.path.join(run.path, 'console.txt'))
-    except OSError:
-        size = 0
-    return f'{run.name} {run.state} {run.last} {run.mtime} {size}'
+def signature(root, *names):
+    """Changes when a run starts, ends or logs, or when a named one prints: pictures are drawn anew only then."""
+    runs = find_runs(root)
+    return str([(r.name, r.state, r.last, len(r.rows)) for r in runs] + [(n, run_of(root, n).console[-200:]) for n in names])
 
 
 def form(gr, root, stage, config_file, started):
@@ -1150,11 +1188,13 @@ def form(gr, root, stage, config_file, started):
     fields, group, box = {}, None, None
     for section, key, default, note in script_form(stage):
         if section != group:
-            group, box = section, gr.Accordion(section or 'keys', open=section == 'I/O')
+            group = section
+            with gr.Accordion(section or 'keys', open=section == 'I/O'):
+                box = gr.Row()
         with box:
             shown_ = now.get(key, default)
-            fields[key] = (gr.Checkbox(bool(shown_), label=key, info=note, interactive=True, elem_id=f'form-{key}') if isinstance(default, bool)
-                           else gr.Textbox(str(shown_), label=key, info=note, interactive=True, elem_id=f'form-{key}'))
+            fields[key] = (gr.Checkbox(bool(shown_), label=key, info=note, interactive=True, elem_id=f'form-{key}', min_width=220) if isinstance(default, bool)
+                           else gr.Textbox(str(shown_), label=key, info=note, interactive=True, elem_id=f'form-{key}', min_width=220))
     line = gr.Textbox(label='the command', interactive=False, elem_id='command', lines=2, value=shown(command(root, stage, config_file)))
     go = gr.Button('Start', variant='primary', elem_id='start')
 
@@ -1176,7 +1216,7 @@ def form(gr, root, stage, config_file, started):
     go.click(polite(begin), list(fields.values()), started)
 
 
-def train_tab(gr, root):
+def train_tab(gr, root, lists):
     with gr.Row():
         stage = gr.Dropdown(list(STAGES), value='sft', label='stage')
         conf = gr.Dropdown(['', *configs_for(root, 'sft')], value='config/sft_toy.py', label='config', info="'' = the script's own defaults")
@@ -1215,14 +1255,14 @@ def train_tab(gr, root):
     gr.Timer(1.5).tick(polite(tick), [which, seen], [table, view, seen], show_progress='hidden')
     halt.click(polite(halt_), which, seen)
     go_on.click(polite(resume_), [which, iters], seen)
-    return which
+    lists['run'] += [which]
 
 
 def check_upload(root, path, base):
     """Copies an uploaded file into uploads/ and looks it over -> (its path in the folder, page with the linter's words and five rows, trained tokens marked)."""
     if not path:
         raise ValueError('choose a file first')
-    name = re.sub(r'[^\w.-]', '_', os.path.basename(path))[-80:].lstrip('.')
+    name = re.sub(r'[^\w.-]', '_', os.path.basename(inside(root, path)))[-80:].lstrip('.')
     if not re.search(r'\.(jsonl|json|csv)$', name):
         raise ValueError(f'{name}: .jsonl, .json or .csv is wanted')
     if os.path.getsize(path) > UPLOAD_MB << 20:
@@ -1277,7 +1317,7 @@ def export_model(root, name):
     return f'<p>written: {esc(", ".join([name + "-export (Hugging Face)", *said]))}</p>'
 
 
-def finetune_tab(gr, root, lms, chat_names):
+def finetune_tab(gr, root, lms, chat_names, lists):
     with gr.Row():
         file = gr.File(label=f'rows: .jsonl, .json or .csv, up to {UPLOAD_MB} MB', file_types=['.jsonl', '.json', '.csv'], type='filepath', elem_id='upload', height=140)
         base = gr.Dropdown(lms, value='out-sft' if 'out-sft' in lms else (lms or [None])[0], label='model to finetune')
@@ -1293,6 +1333,8 @@ def finetune_tab(gr, root, lms, chat_names):
     def begin(data, base, how, rank, iters, rate, out):
         if not data:
             raise ValueError('check a file first')
+        if os.path.exists(inside(root, os.path.join(out, 'ckpt.pt'))) and (out == base or not run_of(root, out).info):
+            raise ValueError(f'{out} holds a run that was not started here: give another out_dir, this one would be written over')
         keys = dict(dataset=data, init_from=base, out_dir=out, max_iters=int(iters), learning_rate=float(rate), min_lr=float(rate) / 10, lora_r=int(rank) if how == 'LoRA' else 0,
                     batch_size=8, warmup_iters=2, eval_interval=max(1, int(iters) // 2), eval_iters=2, overwrite=True)
         launch(root, 'sft', out, [command(root, 'sft', '', keys)])
@@ -1312,6 +1354,7 @@ def finetune_tab(gr, root, lms, chat_names):
     go.click(polite(begin), [kept, base, how, rank, iters, rate, out], seen)
     talk.click(polite(to_chat), [out, base], chat_names)
     export.click(polite(lambda o: export_model(root, o)), out, done)
+    lists['lm'] += [base]
     gr.Timer(2).tick(polite(tick), [out, seen], [view, seen], show_progress='hidden')
 
 
@@ -1327,7 +1370,7 @@ def pair_html(journal, pair):
     return f'{head}<div data-pair={esc(pair["id"])}><div class="bubble user">{esc(pair["prompt"])}</div><div class=side>{sides}</div></div>'
 
 
-def annotate_tab(gr, root, models, lms, rewards, chat_names):
+def annotate_tab(gr, root, models, lms, rewards, chat_names, lists):
     journals, session, current = {}, gr.State(lambda: os.urandom(4).hex()), gr.State(None)
 
     def of(name):
@@ -1375,7 +1418,7 @@ def annotate_tab(gr, root, models, lms, rewards, chat_names):
         with gr.Row():
             many, heat = gr.Number(20, label='pairs', precision=0), gr.Slider(0.1, 2, 1.0, label='temperature')
             make = gr.Button('Make pairs', elem_id='make')
-        given, load = gr.File(label='preference rows, or prompt/a/b rows', file_types=['.jsonl', '.json', '.csv'], type='filepath', height=120), gr.Button('Import')
+        given, load = gr.File(label='preference rows, or prompt/a/b rows', file_types=['.jsonl', '.json', '.csv'], type='filepath', elem_id='given', height=120), gr.Button('Import')
 
     def made(name, who, writers, source, many, heat):
         if not writers:
@@ -1389,18 +1432,18 @@ def annotate_tab(gr, root, models, lms, rewards, chat_names):
         return show(name, who)
 
     def imported(name, who, path):
-        check = path or ''
-        if not check:
+        if not path:
             raise ValueError('choose a file first')
-        of(name).load(check)
+        of(name).load(inside(root, path))
         return show(name, who)
-    make.click(polite(made), [name, session, writers, source, many, heat], [page, current])
+    make.click(polite(made), [name, session, writers, source, many, heat], [page, current], concurrency_id='engine')
     load.click(polite(imported), [name, session, given], [page, current])
-    after_labels(gr, root, models, of, name, session, page, current, lms, rewards, chat_names, show)
+    lists['lm'] += [writers]
+    after_labels(gr, root, models, of, name, session, page, current, lms, rewards, chat_names, show, lists)
     return show, [name, session], [page, current]
 
 
-def after_labels(gr, root, models, of, name, session, page, current, lms, rewards, chat_names, show):
+def after_labels(gr, root, models, of, name, session, page, current, lms, rewards, chat_names, show, lists):
     """What labels are for: agreement with a reward model, a judge for the rest, export, and the one button that trains on them."""
     out = gr.HTML(elem_classes='page', elem_id='after')
     with gr.Row():
@@ -1435,12 +1478,14 @@ def after_labels(gr, root, models, of, name, session, page, current, lms, reward
     def tick(outs, base, before):
         if not outs:
             return gr.skip(), gr.skip(), gr.skip()
-        now = signature(root, outs[0]) + signature(root, outs[1])
+        now = signature(root, *outs)
         if now == before:
             return gr.skip(), gr.skip(), gr.skip()
         first, ready = run_of(root, outs[0]), outs[1] in find_models(root) and run_of(root, outs[1]).state == 'finished'
         page = f'<p data-refit={"done" if ready else first.state}>{esc(outs[1])}: {"trained: chat with it in the first tab" if ready else esc(first.state)}</p>{live_html(root, outs[1] if run_of(root, outs[1]).rows else outs[0])}'
         return page, now, gr.Dropdown([n for n, k in find_models(root).items() if k != 'reward'], value=[base, outs[1]]) if ready else gr.skip()
+    lists['lm'] += [base]
+    lists['reward'] += [judge]
     agree.click(polite(agreed), [name, judge], out)
     ask.click(polite(asked), [name, session, judge, url, key], [out, page, current])
     export.click(polite(exported), name, out)
@@ -1448,7 +1493,7 @@ def after_labels(gr, root, models, of, name, session, page, current, lms, reward
     gr.Timer(2).tick(polite(tick), [outs, base, seen], [view, seen, chat_names], show_progress='hidden')
 
 
-def dashboard_tab(gr, root):
+def dashboard_tab(gr, root, lists):
     with gr.Row():
         which = gr.Dropdown([r.name for r in find_runs(root)], value=[], multiselect=True, label='runs', info='none = all', scale=2)
         x = gr.Radio(['step', 'time', 'kl'], value='step', label='over')
@@ -1459,43 +1504,62 @@ def dashboard_tab(gr, root):
     said, page = gr.HTML(elem_classes='page'), gr.HTML(elem_classes='page', elem_id='dashboard')
 
     def drawn(which, x, soft):
-        return gr.Dropdown([r.name for r in find_runs(root)]), dashboard(root, [r for r in find_runs(root) if not which or r.name in which], x=x, smoothing=soft)
+        return dashboard(root, [r for r in find_runs(root) if not which or r.name in which], x=x, smoothing=soft)
     act = polite(drawn)
-    draw.click(act, [which, x, soft], [which, page])
-    x.input(act, [which, x, soft], [which, page])
+    draw.click(act, [which, x, soft], page)
+    x.input(act, [which, x, soft], page)
+    lists['run'] += [which]
     keep.click(polite(lambda p: f'<p>written: {esc(os.path.relpath(write_report(root, p), root))}</p>'), path, said)
-    return act, [which, x, soft], [which, page]
+    return act, [which, x, soft], page
 
 
 def build(gr, root):
-    """The page: five tabs over one folder."""
-    models = Models(root)
+    """The page: five tabs over one folder. What can be chosen is looked up anew at each load and each change of the tab."""
+    models, lists = Models(root), dict(lm=[], reward=[], value=[], run=[])
 
     def listed():
         kinds = find_models(root)
-        return [n for n, k in kinds.items() if k in ('lm', 'adapter')], [n for n, k in kinds.items() if k == 'reward']
-    lms, rewards = listed()
-    with gr.Blocks(title='plainRLHF', fill_width=True) as page:
-        empty = '' if lms or rewards or find_runs(root) else '<p class=note>This folder holds no model and no run yet: start one in Train, or run bash quickstart.sh first.</p>'
-        gr.HTML(f'<h1>plainRLHF</h1>{empty}', elem_classes='page')
-        with gr.Tab('Chat'):
-            names, again, others = chat_tab(gr, models, (lms, rewards))
-        with gr.Tab('Train'):
-            train_tab(gr, root)
-        with gr.Tab('Finetune'):
-            finetune_tab(gr, root, lms, names)
-        with gr.Tab('Annotate') as labelling:
-            show, ins, outs = annotate_tab(gr, root, models, lms, rewards, names)
-        with gr.Tab('Dashboard') as looking:
-            act, dash_in, dash_out = dashboard_tab(gr, root)
+        lms = [n for n, k in kinds.items() if k in ('lm', 'adapter')]
+        return dict(lm=lms, reward=[n for n, k in kinds.items() if k == 'reward'], value=[n for n in lms if 'ppo' in n or run_of(root, n).stage == 'ppo'], run=[r.name for r in find_runs(root)])
 
-        def refresh():
-            lms, rewards = listed()
-            return gr.Dropdown(lms), gr.Dropdown(lms), gr.Dropdown(rewards), gr.Dropdown([n for n in lms if 'ppo' in n])
-        again.click(polite(refresh), None, [names, *others])
+    def refresh():
+        now = listed()
+        return [gr.Dropdown(now[kind]) for kind, boxes in lists.items() for _ in boxes]
+    now = listed()
+    lms, rewards = now['lm'], now['reward']
+    with gr.Blocks(title='plainRLHF', fill_width=True) as page:
+        empty = '' if lms or rewards or now['run'] else '<p class=note>This folder holds no model and no run yet: start one in Train, or run bash quickstart.sh first.</p>'
+        gr.HTML(f'<h1>plainRLHF</h1>{empty}', elem_classes='page')
+        with gr.Tab('Chat') as talking:
+            names = chat_tab(gr, models, lms, rewards, now['value'], lists)
+        with gr.Tab('Train') as training:
+            train_tab(gr, root, lists)
+        with gr.Tab('Finetune') as tuning:
+            finetune_tab(gr, root, lms, names, lists)
+        with gr.Tab('Annotate') as labelling:
+            show, ins, outs = annotate_tab(gr, root, models, lms, rewards, names, lists)
+        with gr.Tab('Dashboard') as looking:
+            act, dash_in, dash_out = dashboard_tab(gr, root, lists)
+        for event in (page.load, *(t.select for t in (talking, training, tuning, labelling, looking))):
+            event(polite(refresh), None, [box for boxes in lists.values() for box in boxes], show_progress='hidden')
         labelling.select(polite(show), ins, outs, show_progress='hidden')
         looking.select(act, dash_in, dash_out)
     return page
+
+
+class SameOrigin:
+    """ASGI: what a page of another site asks for is refused; it would start runs in the name of whoever reads that page."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        given = {k: v.decode('latin-1') for k, v in scope.get('headers', ())}
+        if b'origin' in given and given[b'origin'].split('://')[-1] not in (given.get(b'host'), given.get(b'x-forwarded-host')):
+            await send({'type': 'http.response.start', 'status': 403, 'headers': [(b'content-type', b'text/plain')]})
+            await send({'type': 'http.response.body', 'body': b'this page is used from its own address only'})
+        else:
+            await self.app(scope, receive, send)
 
 
 def serve(root, login):
@@ -1505,10 +1569,10 @@ def serve(root, login):
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
-    local = [] if login else [Middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1', 'localhost', '[::1]'])]
+    doors = [Middleware(SameOrigin)] + [Middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1', 'localhost', '[::1]'])] * (not login)
     build(gr, root).queue(default_concurrency_limit=1).launch(
         server_name=host, server_port=port, share=share, auth=login, css=CSS, head=KEYS, theme=gr.themes.Default(**fonts), show_error=False, ssr_mode=False,
-        max_file_size=f'{UPLOAD_MB}mb', footer_links=[], app_kwargs=dict(middleware=local))
+        max_file_size=f'{UPLOAD_MB}mb', footer_links=[], app_kwargs=dict(middleware=doors))
 
 
 def main():
