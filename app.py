@@ -1407,6 +1407,8 @@ def annotate_tab(gr, root, models, lms, rewards, chat_names, lists):
     side.input(lambda p, s: p[s].strip() if p else '', [current, side], text)
 
     def keep(name, who, pair, side, text):
+        if pair and text.strip() == pair[side].strip():
+            raise ValueError('the answer is as it was: change it, or use a, b or tie')
         if pair and text.strip():
             of(name).label(pair['id'], 'edit', 'human', session=who, of=side, text=text)
         return *show(name, who), gr.Group(visible=False)
