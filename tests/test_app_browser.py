@@ -102,7 +102,8 @@ def served(tmp_path_factory):
                                          ppo=dict(gold=6.5, reward=1.2, kl=2.9, length=39.0, valid=1.0, seconds=100.0)))
     write(at('out', 'samples.jsonl'), *[dict(prompt=q['prompt'], base=EVIL, sft=f"It is {q['want']}.", ppo=f"Sure! It is {q['want']}.") for q in questions])
     write(at('pairs.jsonl'), *[dict(prompt=f'Q: {i} {EVIL}?\nA: ', a=f'first {i} {EVIL}', b=f'second {i}') for i in range(24)])
-    write(at('tune.jsonl'), *[dict(messages=[dict(role='user', content=f'say {i}'), dict(role='assistant', content=f'{i}. {EVIL}')]) for i in range(30)], dict(prompt='no completion'))
+    write(at('tune.jsonl'), *[dict(messages=[dict(role='user', content=f'say {i}'), dict(role='assistant', content=f'{i}. {EVIL}')]) for i in range(30)])
+    write(at('spoiled.jsonl'), dict(prompt='a', completion='b'), dict(prompt='no completion <img src=x onerror=window.hacked=1>'))
     write(at('tune.csv'), 'prompt,completion', *[f'"Q: {i}?\nA: ","it is {i}, <b>yes</b>"' for i in range(30)])
     server = Served(str(root))
     yield server
@@ -434,26 +435,41 @@ def test_finetune_refuses_the_wrong_type_and_a_gigabyte(page, served):
     assert 'bad.jsonl' in refused(page, 'cannot be read')
 
 
+def checked(page, served, file):
+    """Uploads a file of the folder and has it looked over; what the page says of it."""
+    upload(page, os.path.join(served.root, file))
+    page.locator('#upload').get_by_text(file.split('.')[0]).first.wait_for()
+    page.get_by_role('button', name='Check the file').click()
+    page.locator('#looked h3', has_text=file).wait_for()
+    assert page.locator('#looked img').count() == page.locator('#looked b').count() == 0
+    return page.locator('#looked').inner_text()
+
+
+def start_finetuning(page, how, out):
+    page.get_by_label(how, exact=True).check()
+    page.get_by_label('iterations', exact=True).fill('4')
+    page.get_by_label('out_dir', exact=True).locator('visible=true').fill(out)
+    page.get_by_role('button', name='Start finetuning').click()
+
+
+def test_finetune_says_what_is_wrong_with_a_file_and_shows_a_crash(page, served):
+    tab(page, 'Finetune')
+    assert 'unreadable: 1 rows' in checked(page, served, 'spoiled.jsonl')
+    start_finetuning(page, 'LoRA', 'out-sft')
+    refused(page, 'out-sft holds a run')
+    start_finetuning(page, 'LoRA', 'out-spoiled')
+    page.locator('#tuned [data-state=crashed]', has_text='out-spoiled').wait_for()
+    assert "row with the keys ['prompt']" in page.locator('#tuned .bad').inner_text()
+
+
 def test_finetune_lora_from_jsonl_and_all_weights_from_csv_then_export(page, served):
     tab(page, 'Finetune')
     for file, how, out in (('tune.jsonl', 'LoRA', 'out-tuned'), ('tune.csv', 'all weights', 'out-full')):
-        upload(page, os.path.join(served.root, file))
-        page.locator('#upload').get_by_text(file.split('.')[0]).first.wait_for()
-        page.get_by_role('button', name='Check the file').click()
-        page.locator('#looked h3', has_text=file).wait_for()
+        assert '30 rows' in checked(page, served, file)
         page.locator('#looked .on').first.wait_for()
-        seen = page.locator('#looked').inner_text()
-        assert page.locator('#looked img').count() == page.locator('#looked b').count() == 0
-        assert '31 rows' in seen and 'unreadable: 1 rows' in seen if file == 'tune.jsonl' else '30 rows' in seen
         trained = ''.join(page.locator('#looked pre').first.locator('.on').all_inner_texts())
         assert trained.startswith('0. <img' if file == 'tune.jsonl' else 'it is 0, <b>yes') and 'say' not in trained and 'Q:' not in trained
-        page.get_by_label(how, exact=True).check()
-        page.get_by_label('iterations', exact=True).fill('4')
-        page.get_by_label('out_dir', exact=True).locator('visible=true').fill('out-sft')
-        page.get_by_role('button', name='Start finetuning').click()
-        refused(page, 'out-sft holds a run')
-        page.get_by_label('out_dir', exact=True).locator('visible=true').fill(out)
-        page.get_by_role('button', name='Start finetuning').click()
+        start_finetuning(page, how, out)
         page.locator('#tuned [data-state=finished]', has_text=out).wait_for()
         page.get_by_role('button', name='Merge and export').click()
         page.locator('#exported').get_by_text(f'{out}-export').wait_for()
