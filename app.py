@@ -202,7 +202,8 @@ def _state(run):
         return 'crashed', words
     if run.rows and run.total and run.last >= run.total and run.rows[-1]['split'] == 'eval' or words.startswith('done:'):
         return 'finished', ''
-    pace = [b['time'] - a['time'] for a, b in zip(run.rows[-4:], run.rows[-3:])]
+    last = run.rows[-4:]
+    pace = [b['time'] - a['time'] for a, b in zip(last, last[1:])]
     if run.mtime > time.time() - max([30, *(3 * p for p in pace)]):  # silent for no longer than its iterations take
         return 'running', 'started elsewhere'
     if not run.rows:

@@ -67,6 +67,58 @@ def test_logs_half_written_missing_and_strange(tmp_path):
     assert {r.name for r in app.find_runs(tmp_path)} == {'out-x', 'out-y'}
 
 
+def test_a_link_out_of_the_folder_is_neither_read_nor_written_through(tmp_path):
+    root, out = tmp_path / 'root', tmp_path / 'elsewhere'
+    row = dict(step=1, time=1.0, split='train', loss=1.0)
+    write(out / 'secret.txt', 'done: secret')
+    write(out / 'log.jsonl', row)
+    tiny(out / 'model')
+    for name, target in (('console.txt', 'secret.txt'), ('log.jsonl', 'log.jsonl'), ('report.json', 'secret.txt'), ('ckpt.pt', 'model/ckpt.pt')):
+        os.makedirs(root / 'out-a', exist_ok=True)
+        os.symlink(out / target, root / 'out-a' / name)
+    run = app.run_of(root, 'out-a')
+    assert (run.console, run.rows, run.state) == ('', [], 'empty') and app.find_models(root) == {} and 'secret' not in app.live_html(root, 'out-a')
+    for act in (lambda: app.Models(root).get('out-a'), lambda: app.launch(root, 'sft', 'out-a', [['true']]), lambda: app.run_of(root, '../elsewhere')):
+        with pytest.raises(ValueError, match='outside the folder'):
+            act()
+    assert (out / 'secret.txt').read_text() == 'done: secret\n'
+    os.symlink(out / 'secret.txt', root / 'rows.jsonl')
+    os.makedirs(root / 'annotations')
+    os.symlink(out / 'secret.txt', root / 'annotations' / 'mine.jsonl')
+    for act in (lambda: app.check_upload(root, str(root / 'rows.jsonl'), 'out-a'), lambda: app.Journal(root, 'mine'), lambda: app.check_upload(root, str(out / 'log.jsonl'), 'out-a')):
+        with pytest.raises(ValueError, match='outside the folder'):
+            act()
+    write(root / 'out-b' / 'log.jsonl', row)
+    os.symlink(root / 'out-b' / 'log.jsonl', root / 'rows.txt')
+    assert app.kept(root, 'rows.txt') == str(root / 'out-b' / 'log.jsonl')  # a link that stays inside is as good as the file
+
+
+def test_a_growing_log_is_read_from_where_it_ended(tmp_path):
+    path = str(tmp_path / 'log.jsonl')
+    row = lambda i: json.dumps(dict(step=i)) + '\n'
+    add = lambda text: open(path, 'a').write(text)
+    assert app.log_rows(path) == ([], 0)
+    add(row(0) + row(1)[:5])
+    assert app.log_rows(path) == ([dict(step=0)], 1)  # half a line: not read yet
+    add(row(1)[5:] + 'rubbish\n')
+    assert app.log_rows(path) == ([dict(step=0), dict(step=1)], 1) == app.log_rows(path)
+    add(row(2))
+    assert [r['step'] for r in app.log_rows(path)[0]] == [0, 1, 2]
+    open(path + '.tmp', 'w').write(row(0) + row(7) * 30)
+    os.replace(path + '.tmp', path)  # as a resumed run does
+    assert app.log_rows(path) == app.read_rows(path) and app.log_rows(path)[0][1] == dict(step=7)
+    open(path, 'w').write(row(9))
+    assert app.log_rows(path) == ([dict(step=9)], 0)
+
+
+def test_a_slow_run_of_elsewhere_is_not_taken_for_dead(tmp_path):
+    rows = [dict(step=0, time=0.0, split='config', stage='sft', max_iters=9), *[dict(step=i, time=100.0 * i, split='train', loss=1.0) for i in range(3)]]
+    write(tmp_path / 'slow' / 'log.jsonl', *rows)
+    for ago, state in ((200, 'running'), (400, 'incomplete')):
+        os.utime(tmp_path / 'slow' / 'log.jsonl', (time.time() - ago,) * 2)
+        assert app.run_of(tmp_path, 'slow').state == state
+
+
 def test_run_states(tmp_path):
     rows = [dict(step=0, time=0.0, split='config', stage='sft', max_iters=2), dict(step=0, time=1.0, split='train', loss=1.0), dict(step=2, time=2.0, split='eval', loss=1.0)]
     write(tmp_path / 'done' / 'log.jsonl', *rows)
