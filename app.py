@@ -753,13 +753,13 @@ def picture(draw, xlabel='', ylabel='', title=''):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError('the pictures need matplotlib: pip install -r requirements-app.txt') from None
-    matplotlib.rcParams.update({'svg.fonttype': 'none', 'text.parse_math': False, 'font.size': 9, 'font.family': 'sans-serif'})
+    matplotlib.rcParams.update({'svg.fonttype': 'none', 'text.parse_math': False, 'font.size': 10, 'font.family': 'sans-serif'})
     fig = Figure(figsize=(4.7, 3.1))
     ax = fig.add_subplot()
     draw(ax)
     ax.set_xlabel(xlabel, color=INK)
     ax.set_ylabel(ylabel, color=INK)
-    ax.set_title(title, color=INK, fontsize=10, loc='left')
+    ax.set_title(title, color=INK, fontsize=11, loc='left')
     ax.spines[['top', 'right']].set_visible(False)
     for s in ax.spines.values():
         s.set_color(INK)
@@ -767,7 +767,7 @@ def picture(draw, xlabel='', ylabel='', title=''):
     ax.grid(alpha=0.2)
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
-        fig.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False, labelcolor=INK, fontsize=8)
+        fig.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False, labelcolor=INK, fontsize=9)
     fig.set_layout_engine('constrained')
     out = io.StringIO()
     fig.savefig(out, format='svg', transparent=True)
@@ -793,7 +793,7 @@ def curves(runs, metric, x='step', smoothing=0.0):
 def table_html(head, rows, caption=''):
     """A table that scrolls sideways on a narrow screen; cells are text, never markup."""
     cells = ''.join('<tr>' + ''.join(f'<td>{esc(c)}</td>' for c in row) + '</tr>' for row in rows)
-    return f'<div class=scroll><table>{f"<caption>{esc(caption)}</caption>" if caption else ""}<tr>{"".join(f"<th>{esc(h)}</th>" for h in head)}</tr>{cells}</table></div>'
+    return f'<p class=note>{esc(caption)}</p><div class=scroll><table><tr>{"".join(f"<th>{esc(h)}</th>" for h in head)}</tr>{cells}</table></div>'
 
 
 def report_card(root, run):
@@ -977,8 +977,8 @@ CSS = '''
 :root{--block-info-text-color:#52525b}.dark{--block-info-text-color:#a1a1aa}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
 .plot{width:100%;max-width:560px;height:auto;color:inherit}.scroll{overflow-x:auto;margin:8px 0}
-.scroll table{border-collapse:collapse;border:0!important;font-size:14px;width:auto;color:inherit}.scroll td,.scroll th{padding:4px 10px;border:0!important;border-bottom:1px solid #8886!important;text-align:left;white-space:nowrap}
-.scroll td:last-child{white-space:normal;min-width:90px}.scroll caption{text-align:left;font-size:13px;opacity:.8;padding:2px}
+.scroll table{border-collapse:collapse;font-size:14px;width:auto;color:inherit}.scroll td,.scroll th{padding:4px 10px;border:0!important;border-bottom:1px solid #8886!important;text-align:left;white-space:nowrap}
+.scroll table,.scroll tr,.scroll tbody{border:0!important}.scroll td:first-child,.scroll td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:90px}
 .note{font-size:13px;opacity:.8}.answer,.bubble{white-space:pre-wrap;overflow-wrap:anywhere}.tok{border-radius:2px}
 .side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));gap:10px}.side>div{border:1px solid #8886;border-radius:8px;padding:8px 10px;min-width:0}
 .side h4{margin:0 0 6px}.bubble{border-radius:8px;padding:6px 9px;margin:4px 0;background:#8882}.bubble.user{background:#2563eb33}
@@ -1219,15 +1219,15 @@ def form(gr, root, stage, config_file, started):
 
 def train_tab(gr, root, lists):
     with gr.Row():
-        stage = gr.Dropdown(list(STAGES), value='sft', label='stage')
-        conf = gr.Dropdown(['', *configs_for(root, 'sft')], value='config/sft_toy.py', label='config', info="'' = the script's own defaults")
+        stage = gr.Dropdown(list(STAGES), value='sft', label='stage', min_width=240)
+        conf = gr.Dropdown(['', *configs_for(root, 'sft')], value='config/sft_toy.py', label='config', info="'' = the script's own defaults", min_width=240)
     stage.change(lambda s: gr.Dropdown(['', *(c := list(configs_for(root, s)))], value=next((x for x in c if x.endswith(f'{s}_toy.py')), '')), stage, conf)
     names = [r.name for r in find_runs(root)]
     box = gr.Group()
     gr.HTML('<h3>Runs</h3>', elem_classes='page')
     table = gr.HTML(runs_html(find_runs(root)), elem_classes='page', elem_id='runs')
     with gr.Row():
-        which = gr.Dropdown(names, value=names[0] if names else None, label='watch', elem_id='watch')
+        which = gr.Dropdown(names, value=names[0] if names else None, label='watch', elem_id='watch', min_width=240)
         iters = gr.Number(0, label='iterations when resumed', info='0 = as before', precision=0)
         halt, go_on = gr.Button('Stop', elem_id='stop'), gr.Button('Resume', elem_id='resume')
     view, seen = gr.HTML(elem_classes='page', elem_id='live'), gr.State('')

@@ -21,7 +21,8 @@ run() {
     if [ -f "$out/finished" ]; then echo "$out is finished already"; return; fi
     if [ -f "$out/ckpt.pt" ]; then set -- "$@" --init_from=resume; fi
     say "$@"
-    "$@"
+    mkdir -p "$out"
+    PYTHONUNBUFFERED=1 "$@" 2>&1 | tee -ai "$out/console.txt"  # app.py shows it, and takes the peak memory of its table from it
     touch "$out/finished"
 }
 
