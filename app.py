@@ -820,7 +820,7 @@ def report_card(root, run):
 def gold_of(root):
     """(score(completion, row), {prompt: row}) of the toy world whose prompts lie in the folder, or (None, {}): its gold scorer has seen no training."""
     try:
-        rows = [r for f in ('prompts_val', 'prompts_train') for r in read_rows(kept(root, 'data', 'toy', f'{f}.jsonl'))[0]]
+        rows = [r for f in ('prompts_test', 'prompts_val', 'prompts_train') for r in read_rows(kept(root, 'data', 'toy', f'{f}.jsonl'))[0]]
         return runpy.run_path(os.path.join(HERE, 'data', 'toy', 'gold.py'))['score'] if rows else None, {r['prompt']: r for r in rows}
     except (OSError, KeyError, SyntaxError):
         return None, {}

@@ -454,7 +454,7 @@ def start_finetuning(page, how, out):
 
 def test_finetune_says_what_is_wrong_with_a_file_and_shows_a_crash(page, served):
     tab(page, 'Finetune')
-    assert 'unreadable: 1 rows' in checked(page, served, 'spoiled.jsonl')
+    assert 'unreadable: 1 row' in checked(page, served, 'spoiled.jsonl')
     start_finetuning(page, 'LoRA', 'out-sft')
     refused(page, 'out-sft holds a run')
     start_finetuning(page, 'LoRA', 'out-spoiled')
