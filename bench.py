@@ -1,7 +1,7 @@
 """Every speed figure that the README states, each by one command; every figure is a ratio to a named peer in the same run.
 
     python bench.py kernels | data | infer | actors | async | staleness | parallel | train      # one section
-    python bench.py all                         # one after the other; but for async and staleness, which start from quickstart.sh's out-sft
+    python bench.py all                         # one after the other; but for async, which starts from quickstart.sh's out-sft, and staleness
 
 A peer that is not installed is named and skipped. Machines are noisy: sides alternate, the median of the rounds counts.
 """
@@ -241,95 +241,110 @@ def bench_actors(args):
         print(f'{case:44}' + ''.join(f'{seen[name]:12.3f}' for name in sides) + (f'{seen["ray"] / seen["actors"]:11.1f}x' if ray else ''))
 
 
-def _async_run(out, name, args, init_from, seed):
-    """One GRPO run on the toy sums, in a process of its own, one thread; a finished one is kept, a broken one begins anew -> its log rows."""
+def _async_run(folder, script, args):
+    """One run of a stage in a process of its own, one thread; a finished one is kept, a broken one begins anew -> its log rows."""
     import json
-    here, folder = os.path.dirname(os.path.abspath(__file__)), os.path.join(out, name)
-    log = os.path.join(folder, 'log.jsonl')
+    here, log = os.path.dirname(os.path.abspath(__file__)), os.path.join(folder, 'log.jsonl')
     read = lambda: [json.loads(line) for line in open(log)] if os.path.exists(log) else []
     rows = read()
     if not rows or rows[-1]['split'] != 'eval' or rows[-1]['step'] != rows[0]['max_iters']:
-        data = os.path.join(here, 'data', 'toy')
-        fixed = [f'--dataset={data}/arith_train.jsonl', f'--val_dataset={data}/arith_val.jsonl', f'--reward={data}/reward.py', '--device=cpu', '--threads=1', '--overwrite']
-        done = subprocess.run([sys.executable, os.path.join(here, 'grpo.py'), 'config/grpo_toy.py', *fixed, *args, f'--init_from={init_from}', f'--seed={seed}', f'--out_dir={folder}'],
+        done = subprocess.run([sys.executable, os.path.join(here, script), *args, f'--out_dir={folder}', '--device=cpu', '--threads=1', '--overwrite'],
                               capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         if done.returncode:
-            sys.exit(f'error: {name}: {done.stderr.strip().splitlines()[-1]}')
+            sys.exit(f'error: {folder}: {(done.stderr.strip() or "no message").splitlines()[-1]}')
         rows = read()
     return rows
 
 
 def _async_args(args, **known):
-    """key=value words over defaults; whoever has no toy world yet is told how to make it."""
+    """key=value words over the defaults, in order."""
     for word in args:
         key, _, value = word.partition('=')
         if key not in known:
-            sys.exit(f'error: {word!r}: expected one of {", ".join(f"{k}={v}" for k, v in known.items())}')
+            sys.exit(f'error: {word!r}: expected one of {" ".join(f"{k}={v}" for k, v in known.items())}')
         known[key] = type(known[key])(value)
-    if not os.path.exists(os.path.join(known['init_from'], 'ckpt.pt')):
-        sys.exit(f"error: {known['init_from']}: no checkpoint; bash quickstart.sh makes out-sft (python data/toy/prepare.py, sft.py config/pretrain_toy.py, sft.py config/sft_toy.py)")
     return known.values()
 
 
-def _range(values, form):
+def _async_range(values, form):
     values = sorted(values)
     return ' / '.join(format(v, form) for v in (values[0], values[len(values) // 2], values[-1]))
 
 
+def _staleness_world(out):
+    """Words of four letters, to be copied; the demonstrations copy a letter right in 3 of 10 cases and else write the next one of the alphabet.
+    The reward is the share of right letters. SFT of a model of 0.1 M parameters on that; RL then has a habit to unlearn: 30 % -> 100 %."""
+    import json
+    import random
+    r, letters = random.Random(0), 'abcdefgh'
+    words = [''.join(r.choices(letters, k=4)) for _ in range(4200)]
+    slip = lambda w: ''.join(c if r.random() < 0.3 else letters[(letters.index(c) + 1) % 8] for c in w)
+    os.makedirs(out, exist_ok=True)
+    for name, rows in (('sft', [dict(prompt=w + '=', completion=slip(w)) for w in words[:4000]]), ('train', [dict(prompt=w + '=', word=w) for w in words[:2000]]),
+                       ('val', [dict(prompt=w + '=', word=w) for w in words[4000:]])):
+        with open(os.path.join(out, f'{name}.jsonl'), 'w') as f:
+            f.writelines(json.dumps(row) + '\n' for row in rows)
+    with open(os.path.join(out, 'reward.py'), 'w') as f:
+        f.write('def reward(prompt, completion, row):\n    return sum(a == b for a, b in zip(completion, row["word"])) / 4 if len(completion) == 4 else 0.0\n')
+    _async_run(os.path.join(out, 'sft'), 'sft.py', [f'--dataset={out}/sft.jsonl', '--n_layer=2', '--n_head=4', '--n_embd=64', '--block_size=32', '--batch_size=64',
+                                                    '--max_iters=300', '--eval_interval=300', '--learning_rate=3e-3'])
+
+
 def bench_staleness(args):
     """GRPO on samples that are 0, 1, 4, 8 updates old (--simulate_staleness), naive and decoupled objective, 3 seeds -> table and assets/staleness.png."""
-    out, init_from, iters, lr, seeds = _async_args(args, out='out-staleness', init_from='out-sft', iters=40, learning_rate=4e-4, seeds=3)
+    out, iters, lr, seeds = _async_args(args, out='out-staleness', iters=40, learning_rate=3e-4, seeds='1337,2,3')
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    ages, runs = (0, 1, 4, 8), {}
-    common = [f'--max_iters={iters}', f'--eval_interval={iters}', f'--learning_rate={lr}', '--batch_size=128', '--minibatch_size=64']
-    for seed in (1337, 2, 3, 4, 5)[:seeds]:
+    _staleness_world(out)
+    ages, runs, seeds = (0, 1, 4, 8), {}, seeds.split(',')
+    common = [f'--init_from={out}/sft', f'--dataset={out}/train.jsonl', f'--val_dataset={out}/val.jsonl', f'--reward={out}/reward.py', '--batch_size=128', '--minibatch_size=64',
+              f'--max_iters={iters}', '--eval_interval=10', '--eval_iters=200', '--max_new_tokens=5', f'--learning_rate={lr}', '--warmup_iters=3', '--max_num_seqs=128', '--track_kl=False']
+    for seed in seeds:
         for age in ages:
             for kind in ('naive', 'decoupled'):
                 mode = ['--mode=async', f'--simulate_staleness={age}'] if age else []
-                rows = _async_run(out, f'{kind}-{age}-{seed}', [*common, *mode, f'--decoupled={kind == "decoupled"}'], init_from, seed)
-                runs.setdefault((kind, age), []).append(rows)
-                print(f"seed {seed}, staleness {age}, {kind}: {rows[-1]['pass@1']:.1%} of held-out sums", flush=True)
-    start = runs['naive', 0][0][1]['pass@1']
-    print(f'\nheld-out sums right after {iters} updates (from {start:.1%}), min / median / max of {seeds} seeds, learning rate {lr:g}\n')
-    print('| samples are old by | ' + ' | '.join(f'{a} updates' for a in ages) + ' |\n|' + ' --- |' * (len(ages) + 1))
+                rows = _async_run(os.path.join(out, f'{kind}-{age}-{seed}'), 'grpo.py', [*common, *mode, f'--decoupled={kind == "decoupled"}', f'--seed={seed}'])
+                runs.setdefault((kind, age), []).append([r for r in rows if r['split'] == 'eval'])
+                print(f"seed {seed}, staleness {age}, {kind}: {rows[-1]['score']:.1%} of held-out letters right", flush=True)
+    print(f"\nheld-out letters right after {iters} updates (from {runs['naive', 0][0][0]['score']:.1%}), min / median / max of {len(seeds)} seeds, learning rate {lr:g}\n")
+    print('| samples are old by | ' + ' | '.join(f'{a} update{"s" * (a != 1)}' for a in ages) + ' |\n|' + ' --- |' * (len(ages) + 1))
     for kind in ('naive', 'decoupled'):
-        print(f'| {kind} | ' + ' | '.join(_range([r[-1]['pass@1'] for r in runs[kind, a]], '.1%') for a in ages) + ' |')
+        print(f'| {kind} | ' + ' | '.join(_async_range([r[-1]['score'] for r in runs[kind, a]], '.1%') for a in ages) + ' |')
     fig, axes = plt.subplots(1, 2, figsize=(10.4, 3.6), dpi=120, sharey=True)
     for axis, kind in zip(axes, ('naive', 'decoupled')):
         for color, age in zip(('#08519c', '#41ab5d', '#fd8d3c', '#cb181d'), ages):
             for i, rows in enumerate(runs[kind, age]):
-                train = [r['score'] for r in rows if r['split'] == 'train']
-                smooth = [sum(train[max(0, t - 4):t + 1]) / len(train[max(0, t - 4):t + 1]) for t in range(len(train))]
-                axis.plot(smooth, color=color, lw=1.0, alpha=0.75, label=f'{age} updates old' if i == 0 else None)
-                axis.plot([iters], [rows[-1]['pass@1']], 'o', color=color, ms=4)
+                axis.plot([r['step'] for r in rows], [r['score'] for r in rows], 'o-', ms=3, color=color, lw=1.1, alpha=0.8, label=f'{age} update{"s" * (age != 1)} old' if i == 0 else None)
         axis.set_title('naive: the ratio to the sampler' if kind == 'naive' else 'decoupled: the ratio to the policy before the update', fontsize=10)
         axis.set_xlabel('GRPO update')
         axis.spines[['top', 'right']].set_visible(False)
         axis.set_ylim(0, 1)
-    axes[0].set_ylabel('share of right sums (dots: held out)')
-    axes[0].legend(loc='upper left', frameon=False, fontsize=8)
+    axes[0].set_ylabel('held-out letters right')
+    axes[0].legend(loc='lower right', frameon=False, fontsize=8, title='samples')
     fig.tight_layout()
     fig.savefig(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'staleness.png'))
 
 
 def bench_async(args):
-    """GRPO with its rollouts in the same process (sync) and in a worker ahead of it (async), in turn, 3 seeds: accuracy, samples/s, the trainer's idle share."""
-    out, init_from, iters, staleness, workers, seeds = _async_args(args, out='out-async', init_from='out-sft', iters=40, max_staleness=1, rollout_workers=1, seeds=3)
-    runs = {'sync': [], 'async': []}
-    common = [f'--max_iters={iters}', f'--eval_interval={iters}', '--batch_size=128', '--minibatch_size=64']
-    for seed in (1337, 2, 3, 4, 5)[:seeds]:
+    """GRPO on the toy sums with its rollouts in the same process (sync) and in a worker ahead of it (async), in turn: accuracy, samples/s, the trainer's idle share."""
+    out, init_from, iters, staleness, workers, seeds = _async_args(args, out='out-async', init_from='out-sft', iters=40, max_staleness=1, rollout_workers=1, seeds='1337,2,3')
+    data, runs = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'toy'), {'sync': [], 'async': []}
+    if not os.path.exists(os.path.join(init_from, 'ckpt.pt')):
+        sys.exit(f'error: {init_from}: no checkpoint; bash quickstart.sh makes one (or python data/toy/prepare.py, sft.py config/pretrain_toy.py, sft.py config/sft_toy.py)')
+    common = ['config/grpo_toy.py', f'--dataset={data}/arith_train.jsonl', f'--val_dataset={data}/arith_val.jsonl', f'--reward={data}/reward.py', f'--init_from={init_from}',
+              f'--max_iters={iters}', f'--eval_interval={iters}', '--batch_size=128', '--minibatch_size=64']
+    for seed in seeds.split(','):
         for mode in runs:
             extra = ['--mode=async', f'--max_staleness={staleness}', f'--rollout_workers={workers}'] if mode == 'async' else []
-            runs[mode].append(_async_run(out, f'{mode}-{seed}', [*common, *extra], init_from, seed))
-    print(f'{iters} updates of 128 completions, {seeds} seeds, min / median / max; rates from the second update on (the first waits for the workers to start)\n')
-    print('| rollouts | held-out sums right | completions/s | trainer idle | staleness |\n| --- | --- | --- | --- | --- |')
+            runs[mode].append(_async_run(os.path.join(out, f'{mode}-{seed}'), 'grpo.py', [*common, *extra, f'--seed={seed}']))
+    print(f'{iters} updates of 128 completions, seeds {seeds}, min / median / max; rates from the third update on (the first ones wait for the workers to start)\n')
+    print('| rollouts | held-out sums right | completions/s | trainer idle | staleness, updates |\n| --- | --- | --- | --- | --- |')
     for mode, logs in runs.items():
-        trains = [[r for r in rows if r['split'] == 'train'][1:] for rows in logs]
+        trains = [[r for r in rows if r['split'] == 'train'][2:] for rows in logs]
         seconds = lambda rows: sum(r['tokens'] / r['tok_per_s'] for r in rows)
-        print(f"| {mode} | {_range([rows[-1]['pass@1'] for rows in logs], '.1%')} | {_range([128 * len(t) / seconds(t) for t in trains], '.0f')} | "
-              f"{_range([sum(r['gen_s'] for r in t) / seconds(t) for t in trains], '.0%')} | {_range([sum(r.get('staleness', 0) for r in t) / len(t) for t in trains], '.2f')} |")
+        print(f"| {mode} | {_async_range([rows[-1]['pass@1'] for rows in logs], '.1%')} | {_async_range([128 * len(t) / seconds(t) for t in trains], '.0f')} | "
+              f"{_async_range([sum(r['gen_s'] for r in t) / seconds(t) for t in trains], '.0%')} | {_async_range([sum(r.get('staleness', 0) for r in t) / len(t) for t in trains], '.2f')} |")
 
 
 def _parallel_spawn(world, fn, *args):

@@ -1571,7 +1571,7 @@ class Rollouts:
                             self.cv.wait(0.5)
                     continue
                 wait = min(hand.deadline for hand in calls.values()) - time.monotonic()
-                ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=min(0.5, max(0.0, wait)))
+                ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=min(0.1, max(0.0, wait)))
                 for ref in ready:
                     self._collect(calls[ref])
                 for hand in self.hands:
