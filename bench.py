@@ -241,19 +241,32 @@ def bench_actors(args):
         print(f'{case:44}' + ''.join(f'{seen[name]:12.3f}' for name in sides) + (f'{seen["ray"] / seen["actors"]:11.1f}x' if ray else ''))
 
 
-def _async_run(folder, script, args):
-    """One run of a stage in a process of its own, one thread; a finished one is kept, a broken one begins anew -> its log rows."""
+def _async_run(folder, script, args, apart=True):
+    """One run of a stage on one thread -> its log rows; a finished one is kept, a broken one begins anew. apart: in a process of its own, which is
+    fair to a clock; else in this one, since importing torch takes longer than a small run."""
+    import contextlib
+    import io
     import json
+    import runpy
     here, log = os.path.dirname(os.path.abspath(__file__)), os.path.join(folder, 'log.jsonl')
     read = lambda: [json.loads(line) for line in open(log)] if os.path.exists(log) else []
-    rows = read()
-    if not rows or rows[-1]['split'] != 'eval' or rows[-1]['step'] != rows[0]['max_iters']:
-        done = subprocess.run([sys.executable, os.path.join(here, script), *args, f'--out_dir={folder}', '--device=cpu', '--threads=1', '--overwrite'],
-                              capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    rows, argv = read(), [os.path.join(here, script), *args, f'--out_dir={folder}', '--device=cpu', '--threads=1', '--overwrite']
+    if rows and rows[-1]['split'] == 'eval' and rows[-1]['step'] == rows[0]['max_iters']:
+        return rows
+    if apart:
+        done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         if done.returncode:
             sys.exit(f'error: {folder}: {(done.stderr.strip() or "no message").splitlines()[-1]}')
-        rows = read()
-    return rows
+        return read()
+    before = sys.argv, sys.excepthook
+    sys.path[:0], sys.argv = [here], argv
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(argv[0], run_name='__main__')
+    finally:
+        sys.argv, sys.excepthook = before
+        del sys.path[0]
+    return read()
 
 
 def _async_args(args, **known):
@@ -287,7 +300,7 @@ def _staleness_world(out):
     with open(os.path.join(out, 'reward.py'), 'w') as f:
         f.write('def reward(prompt, completion, row):\n    return sum(a == b for a, b in zip(completion, row["word"])) / 4 if len(completion) == 4 else 0.0\n')
     _async_run(os.path.join(out, 'sft'), 'sft.py', [f'--dataset={out}/sft.jsonl', '--n_layer=2', '--n_head=4', '--n_embd=64', '--block_size=32', '--batch_size=64',
-                                                    '--max_iters=300', '--eval_interval=300', '--learning_rate=3e-3'])
+                                                    '--max_iters=300', '--eval_interval=300', '--learning_rate=3e-3'], apart=False)
 
 
 def bench_staleness(args):
@@ -299,12 +312,12 @@ def bench_staleness(args):
     _staleness_world(out)
     ages, runs, seeds = (0, 1, 4, 8), {}, seeds.split(',')
     common = [f'--init_from={out}/sft', f'--dataset={out}/train.jsonl', f'--val_dataset={out}/val.jsonl', f'--reward={out}/reward.py', '--batch_size=128', '--minibatch_size=64',
-              f'--max_iters={iters}', '--eval_interval=10', '--eval_iters=200', '--max_new_tokens=5', f'--learning_rate={lr}', '--warmup_iters=3', '--max_num_seqs=128', '--track_kl=False']
+              f'--max_iters={iters}', '--eval_interval=10', '--eval_iters=200', '--eval_k=1', '--max_new_tokens=5', f'--learning_rate={lr}', '--warmup_iters=3', '--max_num_seqs=128', '--track_kl=False']
     for seed in seeds:
         for age in ages:
             for kind in ('naive', 'decoupled'):
                 mode = ['--mode=async', f'--simulate_staleness={age}'] if age else []
-                rows = _async_run(os.path.join(out, f'{kind}-{age}-{seed}'), 'grpo.py', [*common, *mode, f'--decoupled={kind == "decoupled"}', f'--seed={seed}'])
+                rows = _async_run(os.path.join(out, f'{kind}-{age}-{seed}'), 'grpo.py', [*common, *mode, f'--decoupled={kind == "decoupled"}', f'--seed={seed}'], apart=False)
                 runs.setdefault((kind, age), []).append([r for r in rows if r['split'] == 'eval'])
                 print(f"seed {seed}, staleness {age}, {kind}: {rows[-1]['score']:.1%} of held-out letters right", flush=True)
     print(f"\nheld-out letters right after {iters} updates (from {runs['naive', 0][0][0]['score']:.1%}), min / median / max of {len(seeds)} seeds, learning rate {lr:g}\n")

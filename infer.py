@@ -1482,6 +1482,8 @@ class Rollouts:
         self.tries, self.in_a_row = {}, 0
         self.version = self.weights = self.error = None
         self.cv, self.closed, self.own = threading.Condition(), False, not actors.is_initialized()
+        if not torch.cuda.is_available() and 'infer' not in actors.PRELOAD:  # imported once for all workers; with a GPU it would start CUDA before the fork
+            actors.PRELOAD.append('infer')
         gpus = self._init(runtime, workers + (reward_workers if rewards else 0), device)
         first, options = actors.put(model), dict(eot=eot, device='cuda' if gpus else str(device), **engine)
         worker = actors.remote(RolloutWorker).options(num_cpus=1, **(dict(num_gpus=min(1, gpus / workers)) if gpus else {}))
