@@ -783,10 +783,13 @@ for line in sys.stdin:
 
 
 class _infer_Peer:
-    """vLLM in its own interpreter: one line in, one round's seconds out."""
+    """vLLM in its own interpreter: one line in, one round's seconds out. cores: those that compute, '0-1', or 'auto' (all but one). Intel's OpenMP
+    is loaded where the package is there, as vLLM's guide says."""
 
-    def __init__(self, python, folder, dtype):
-        env = {**os.environ, 'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_LOGGING_LEVEL': 'ERROR', 'HF_HUB_OFFLINE': '1'}
+    def __init__(self, python, folder, dtype, cores):
+        env = {**os.environ, 'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_LOGGING_LEVEL': 'ERROR', 'HF_HUB_OFFLINE': '1', 'VLLM_CPU_OMP_THREADS_BIND': cores}
+        omp = os.path.join(os.path.dirname(python), '..', 'lib', 'libiomp5.so')
+        env |= {'LD_PRELOAD': omp} if os.path.exists(omp) else {}
         self.p = subprocess.Popen([python, '-c', _INFER_VLLM, folder, dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.wait('ready')
 
@@ -839,8 +842,28 @@ def _infer_transformers(folder, prompts, lens):
     return {'transformers generate': batch, 'transformers continuous': stream}
 
 
+def _infer_best_threads(run, large):
+    """`run` under the thread count, 1 or all, that is faster for it; a large model's is all. Returns (run, that count)."""
+    import torch
+    counts, took = sorted({1, os.cpu_count()})[-1 if large else 0:], []
+
+    def under(n):
+        before = torch.get_num_threads()
+        torch.set_num_threads(n)
+        try:
+            run()
+        finally:
+            torch.set_num_threads(before)
+    for n in counts if len(counts) > 1 else ():
+        t = time.perf_counter()
+        under(n)
+        took.append(time.perf_counter() - t)
+    n = counts[took.index(min(took)) if took else 0]
+    return (lambda: under(n)), n
+
+
 def bench_infer(args):
-    """infer.py against transformers and vLLM: python bench.py infer [tiny qwen3 gpt2] [rounds=3] [requests=64] [threads=0] [vllm=/its/python] [dtype=float32].
+    """infer.py against transformers and vLLM: python bench.py infer [tiny qwen3 gpt2] [rounds=3] [requests=64] [threads=0] [vllm=/its/python] [cores=auto] [dtype=float32].
     Mixed prompts of 16-128 and outputs of 16-128 tokens, greedy, EOS ignored; tokens that were asked for, per second of wall time.
     With CUDA: nano-vllm's bench on the Qwen3-0.6B shape instead."""
     import json
@@ -849,7 +872,7 @@ def bench_infer(args):
     import torch
     from infer import Engine, SamplingParams
     from model import ARCHS, GPT, GPTConfig
-    opts = dict(rounds='3', requests='64', threads='0', vllm='', peers='1', dtype='float32', **{}) | dict(a.split('=', 1) for a in args if '=' in a)
+    opts = dict(rounds='3', requests='64', threads='0', vllm='', peers='1', dtype='float32', cores='auto') | dict(a.split('=', 1) for a in args if '=' in a)
     if torch.cuda.is_available():
         return _infer_cuda()
     if int(opts['threads']):
@@ -870,8 +893,12 @@ def bench_infer(args):
             model.float().save_pretrained(folder)
             with open(os.path.join(folder, 'work.json'), 'w') as f:
                 json.dump(dict(prompts=prompts, lens=lens), f)
-            sides = {'infer.py': ours, **(_infer_transformers(folder, prompts, lens) if opts['peers'] == '1' else {})}
-            peer = _infer_Peer(opts['vllm'], folder, opts['dtype']) if opts['vllm'] else None
+            ours()
+            sides = {'infer.py': ours}
+            for side, run in (_infer_transformers(folder, prompts, lens) if opts['peers'] == '1' else {}).items():
+                run, n = _infer_best_threads(run, name == 'gpt2')
+                sides[f'{side}, {n} thread' + 's' * (n > 1)] = run
+            peer = _infer_Peer(opts['vllm'], folder, opts['dtype'], opts['cores']) if opts['vllm'] else None
 
             def rate(run):
                 def round():
@@ -881,14 +908,13 @@ def bench_infer(args):
                 return round
             timed = {k: rate(run) for k, run in sides.items()}
             if peer:
-                timed['vllm'] = lambda: sum(lens) / peer.seconds()
-            ours()
+                timed[f'vllm, cores {opts["cores"]}'] = lambda: sum(lens) / peer.seconds()
             seen = alternate(timed, int(opts['rounds']))
             if peer:
                 peer.close()
         print(f'{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(lens)} requests, {sum(lens)} output tokens; {engine!r}')
         for side, r in seen.items():
-            print(f'    {side:26s} {r:8.0f} tok/s' + ('' if side == 'infer.py' else f'   infer.py is {seen["infer.py"] / r:.2f} x'), flush=True)
+            print(f'    {side:36s} {r:8.0f} tok/s' + ('' if side == 'infer.py' else f'   infer.py is {seen["infer.py"] / r:.2f} x'), flush=True)
 
 
 def _infer_cuda():

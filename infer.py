@@ -268,16 +268,20 @@ def _rectangles(lens, starts):
 
 
 class Arena:
-    """Rows of one capacity. Row i is keys and values of rows[i], in every layer; rows are kept dense, growth doubles."""
+    """Rows of one capacity. Row i is keys and values of rows[i], in every layer; rows are kept dense, growth doubles. new: torch.zeros where
+    attention reads beyond a row's end, 0 * nan is nan; or torch.empty, whose pages the system provides only when they are written."""
 
-    def __init__(self, cap, shapes, dtype):
-        self.cap, self.shapes, self.dtype, self.rows = cap, shapes, dtype, []
-        self.kv = [torch.zeros(2, layers, 0, nkv, cap, hs, dtype=dtype) for layers, nkv, hs in shapes]
+    def __init__(self, cap, shapes, dtype, new):
+        self.cap, self.shapes, self.dtype, self.new, self.rows = cap, shapes, dtype, new, []
+        self.shrink()
+
+    def shrink(self):
+        self.kv = [self.new(2, layers, 0, nkv, self.cap, hs, dtype=self.dtype) for layers, nkv, hs in self.shapes]
 
     def add(self, r):
         if len(self.rows) == self.kv[0].size(2):
-            for i, (layers, nkv, hs) in enumerate(self.shapes):  # zeros: what no token wrote must not be nan, 0 * nan is nan
-                bigger = torch.zeros(2, layers, max(8, 2 * len(self.rows)), nkv, self.cap, hs, dtype=self.dtype)
+            for i, (layers, nkv, hs) in enumerate(self.shapes):
+                bigger = self.new(2, layers, max(8, 2 * len(self.rows)), nkv, self.cap, hs, dtype=self.dtype)
                 bigger[:, :, :len(self.rows)] = self.kv[i]
                 self.kv[i] = bigger
         r.arena, r.row = self, len(self.rows)
@@ -304,10 +308,10 @@ class RowCache:
         caps = [max(64, min(256, (1 << 19) // row_bytes // 16 * 16))]  # small models: fewer, wider arenas, each costs a call or ten
         while caps[-1] < max_len:
             caps.append(2 * caps[-1])
-        self.arenas = [Arena(cap, shapes, dtype) for cap in caps]
+        self.native = [K.row_attention(nkv, group, hs) if dtype == torch.float32 else None for (_, nkv, hs), group in zip(shapes, groups)]
+        self.arenas = [Arena(cap, shapes, dtype, torch.empty if all(self.native) else torch.zeros) for cap in caps]
         self.caps = caps
         self.store = [torch.empty(2, layers, num_blocks, nkv, block_size, hs, dtype=dtype) for layers, nkv, hs in shapes] if prefix else None
-        self.native = [K.row_attention(nkv, group, hs) if dtype == torch.float32 else None for (_, nkv, hs), group in zip(shapes, groups)]
 
     def reserve(self, r, n):
         """Room for n tokens of r, whose n so far stay."""
@@ -327,6 +331,10 @@ class RowCache:
     def release(self, r):
         if r.arena is not None:
             r.arena.remove(r)
+        if not any(a.rows for a in self.arenas):  # idle: what many requests at once have needed goes back to the system
+            for arena in self.arenas:
+                if max(kv.nbytes for kv in arena.kv) > 1 << 27:
+                    arena.shrink()
 
     def fork(self, r, s):
         """s begins with what r has computed."""
@@ -441,9 +449,9 @@ class RowCache:
         rows = [x.ctypes.data for x in (*table, pos)]
         grids = _rectangles([n for *_, n in fresh], [a for _, a, _, _ in fresh])
 
-        def attend(layer, q, k, v, alive=(table, pos)):  # C knows only their addresses
+        def attend(layer, q, k, v, alive=table):  # C knows only its address. q may have more rows than pos: dummies, of which nothing is asked
             out = q.new_empty(len(q), q.size(1) * q.size(2))
-            fn(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), *rows, len(q), who.ctypes.data, len(who), layer, width, scale)
+            fn(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), *rows, len(pos), who.ctypes.data, len(who), layer, width, scale)
             return self._attend_prompts(out, net, layer, q, k, v, grids, later)
         return attend
 
@@ -960,13 +968,14 @@ class Engine:
                     self._publish(r)
             if not rows:
                 return []
-            return self._accept(rows, extra, self.net.logits(x if at is None else x[at]))
+            logits = self.net.logits(x if at is None else x[at + [0] * self._extra(len(at))])[:len(rows)]
+            return self._accept(rows, extra, logits)
         except FloatingPointError:
             self._reset()
             raise
 
     def _forward(self, net, decode, chunks):
-        """The last token of each of decode, then those of the chunks [(request, start, n)], through net `net` -> (N, C)."""
+        """The last token of each of decode, then those of the chunks [(request, start, n)], through net `net` -> (N or more, C)."""
         ids = [r.draft[-1] if r.draft else r.tokens[-1] for r in decode]
         pos = np.fromiter((len(r.tokens) + len(r.draft) - 1 for r in decode), np.int64, len(decode))
         if chunks:
@@ -975,8 +984,13 @@ class Engine:
             pos = np.concatenate([pos, *(np.arange(start, start + n) for _, start, n in chunks)])
         elif self.graphs is not None and net == 0:
             return self._replay(ids, pos, decode)
-        ids, at = torch.tensor(ids, device=self.device), torch.from_numpy(pos).to(self.device)
+        extra = self._extra(len(ids))
+        ids, at = torch.tensor(ids + [0] * extra, device=self.device), torch.from_numpy(np.pad(pos, (0, extra)) if extra else pos).to(self.device)
         return self.nets[net].hidden(ids, at, self.cache.plan(decode, chunks, pos, net))
+
+    def _extra(self, n):
+        """Dummy rows that make n a multiple of 8, beyond 256 of 64: oneDNN compiles a product for every shape that it meets and keeps few."""
+        return -n % (8 if n <= 256 else 64) if self.native else 0
 
     def _replay(self, ids, pos, decode):
         """Decode on CUDA: one captured graph for each power of two of rows; padding rows (slot -1, length 0) do nothing. A decode step
@@ -1019,7 +1033,7 @@ class Engine:
             nonlocal budget
             n = len(r.tokens) + len(r.draft) - r.n
             if n > budget:
-                r.draft = []
+                r.draft, r.draft_n = [], min(r.draft_n, len(r.tokens) - 1)  # the draft model forgets them too
                 n = min(len(r.tokens) - r.n, budget)
             if n and self._grow(r, r.n + n):
                 budget -= n

@@ -216,7 +216,7 @@ def test_row_attention_in_c_against_plain_softmax(compiler, nkv, group, hs):
     fn(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), *(c.ctypes.data for c in columns), len(tokens), who.ctypes.data, len(who),
        layer, max(caps), hs ** -0.5)
     for i in range(len(tokens)):
-        assert torch.allclose(out[i].double(), want[i].reshape(-1) if i in want else torch.full((), 7.0).double(), atol=2e-6), (SEED, tokens[i])
+        assert torch.allclose(out[i].double(), want[i].reshape(-1) if i in want else torch.full((), 7.0).double(), rtol=1e-5, atol=2e-5), (SEED, tokens[i])  # scores and values reach 12: float32 has 1e-6 of them
     for x, y in zip(kv, done):
         assert torch.equal(x.nan_to_num(9.0), y.float().nan_to_num(9.0))  # new keys and values are where they belong, and nothing else has changed
 
@@ -224,9 +224,11 @@ def test_row_attention_in_c_against_plain_softmax(compiler, nkv, group, hs):
 @pytest.mark.parametrize('arch', ARCHS)
 def test_c_path_in_any_schedule(compiler, arch):
     """float32, heads of 16: whatever the schedule, each token's log-prob is the dense forward's, and with the twin in its place the tokens are the same."""
-    model, rng, seen = tiny(arch, torch.float32, vocab=211, n_embd=64, head_size=16), random.Random(SEED), dict(preemptions=0, cached_tokens=0, accepted=0)
+    model, small = (tiny(arch, torch.float32, vocab=211, n_embd=n, head_size=16, n_head=n // 16, n_kv_head=n // 16 if arch == 'gpt2' else n // 32) for n in (64, 32))
+    rng, seen = random.Random(SEED), dict(preemptions=0, cached_tokens=0, accepted=0)
     for i in range(6):
-        kw = dict(max_num_batched_tokens=rng.choice([3, 17, 500]), max_num_seqs=rng.choice([2, 5, 16]), block_size=rng.choice([2, 4]), ngram=i % 2, num_blocks=40 if i % 3 else 200)
+        kw = dict(max_num_batched_tokens=rng.choice([3, 17, 500]), max_num_seqs=rng.choice([2, 5, 16]), block_size=4, ngram=i % 2, num_blocks=200)
+        kw |= dict(max_num_seqs=16, max_num_batched_tokens=500, num_blocks=17) if i % 3 == 0 else dict(draft=small) if i == 4 else {}
         trunk = [rng.randrange(4) for _ in range(30)]
         prompts = [trunk[:rng.randint(1, 30)] + [rng.randrange(4) for _ in range(rng.randint(0, 9))] for _ in range(12)]
         params = [SamplingParams(max_tokens=rng.randint(1, 22), temperature=0.7, seed=j, top_k=5, logit_bias={t: 5 for t in range(4)}) for j in range(12)]
