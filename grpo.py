@@ -15,6 +15,7 @@ Variants are one key each: --advantage=dr_grpo, rloo or reinforce++; --loss_type
 Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable rewards need no leash, and no second model).
 
     python grpo.py config/grpo_toy.py                            # CPU: pass@1 30 -> 95 % and more in 120 iterations
+    torchrun --nproc_per_node=8 grpo.py config/grpo_qwen3_gsm8k.py --zero=2   # eight GPUs
     python grpo.py config/grpo_qwen3_gsm8k.py                    # one GPU
     python grpo.py --init_from=Qwen/Qwen3-0.6B --reward=right.py,short.py --reward_weights=1,0.1 --dataset=my_prompts.jsonl
 """
@@ -30,9 +31,10 @@ import torch
 import infer
 import kernels as K
 import lora
+import parallel
 from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
 from model import (Layout, RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run, pick_device,
-                   pick_threads, rng_state, save_checkpoint, set_rng_state, training_bytes)
+                   pick_threads, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -101,6 +103,13 @@ dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weight
 compile = False # torch.compile of the update's forward pass
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+# several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
+tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # context parallel: not here, where the answers to a prompt share its tokens
+zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -324,7 +333,10 @@ if __name__ == '__main__':
     device, amp_dtype = pick_device(device, dtype)
     amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
     K.use(kernels)
-    torch.manual_seed(seed)
+    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
+    device = mesh.device
+    if compile and mesh.world > 1:
+        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('overlong', overlong, ('none', 'mask', 'shape')),
                               ('advantage', advantage, ADVANTAGES), ('loss_type', loss_type, LOSSES), ('mode', mode, ('sync', 'async'))):
         if given not in known:
@@ -350,7 +362,9 @@ if __name__ == '__main__':
         raise ValueError(f'reward_weights {reward_weights!r}: numbers, separated by commas') from None
     if len(reward_w) != len(names):
         raise ValueError(f'{len(names)} rewards ({reward}) but {len(reward_w)} reward_weights ({reward_weights}): one weight each')
-    ckpt = open_run(out_dir, init_from, overwrite, 'grpo')
+    if cp > 1:
+        raise ValueError(f'cp {cp} is not supported by grpo.py, where the answers to a prompt share its tokens: the nearest that works is --cp=1 with --tp={cp}, or a smaller micro_tokens')
+    ckpt = open_run(out_dir, init_from, overwrite, 'grpo', mesh)
     if init_from == 'scratch':
         raise ValueError('GRPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
@@ -363,7 +377,7 @@ if __name__ == '__main__':
     policy.config.dropout = 0.0  # dropout off everywhere: the ratio must be 1 before the first step
     policy = policy.to(device)
     use_adapter = bool(lora.adapted(policy))
-    reference = load_model(config['init_from'], device)[0].requires_grad_(False).eval() if (beta or track_kl) and not use_adapter else None
+    reference = parallel.shard(load_model(config['init_from'], device)[0].requires_grad_(False).eval(), mesh) if (beta or track_kl) and not use_adapter else None
     sources = []  # (name, weight, function or None, model, its tokenizer or None where the ids are the same)
     for name, w in zip(names, reward_w):
         if name.endswith('.py'):
@@ -398,17 +412,19 @@ if __name__ == '__main__':
                 k += 1
 
     # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
-    params = [p for _, p in lora.trainable(policy)]
-    optimizer = policy.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), adam_eps)
+    pw, pg, pm = training_bytes(policy, mesh)
+    frozen = sum(p.nbytes for m in (reference, *(s[3] for s in sources)) if m is not None for p in m.parameters())
+    base_memory, n_params, trains = memory_now(device) - training_bytes(policy)[0] - frozen, policy.num_params(), sum(p.numel() for _, p in lora.trainable(policy))
+    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype)  # shared with the engine where it can be
+    policy = parallel.shard(policy, mesh)
+    optimizer = parallel.Optimizer(policy, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
     start, best = 0, -float('inf')
     if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
-        set_rng_state(ckpt['rng'], device)
+        mesh.set_rng_state(ckpt['rng'])
         cursor.load_state_dict(ckpt['data'])
         start, best = ckpt['iter'], ckpt['best']
-    log = RunLog(out_dir, config, ckpt)
-    own = amp_dtype == torch.float32 and not simulate_staleness  # else (half precision, old weights) the engine gets its own copy
-    sampler = policy if own else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)
+    log = RunLog(out_dir, config, ckpt, mesh.master)
     longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
     engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
     pool, past = None, ckpt.get('past', []) if ckpt else []
@@ -419,24 +435,19 @@ if __name__ == '__main__':
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
-    pw, pg, pm = training_bytes(policy)
-    frozen = sum(p.nbytes for m in (reference, *(s[3] for s in sources)) if m is not None for p in m.parameters())
-    planned = memory_plan(dict(policy=pw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
+    planned = memory_plan(dict(policy=pw, sampler=0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters()), past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
                                kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
-                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
-    base_memory = memory_now(device) - pw - frozen
-    print(f'policy {policy.num_params() / 1e6:.2f} M parameters ({sum(p.numel() for p in params):,} trained), reward {reward}, reference: '
-          f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
+                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest) // tp, longest)))
+    print(f'policy {n_params / 1e6:.2f} M parameters ({trains:,} trained), reward {reward}, reference: '
+          f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
     # ---- the phases of an iteration ------------------------------------------------------------------------------
-    def refresh():
-        """The sampler takes over the policy's weights: in place where it is the policy itself (an adapter is merged by the engine), else by a copy."""
-        engine.weights_changed() if sampler is policy else engine.load_weights(policy.state_dict())
-
     def rollout(prompts, n, seeds):
-        """n completions a prompt, prompt-major -> (responses [[int]], ended [bool], log-probs that the engine sampled with)."""
-        done = engine.generate(prompts, [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, n=n, seed=int(s)) for s in seeds])
-        return [c.token_ids for c in done], torch.tensor([c.finish_reason == 'stop' for c in done]), [c.logprobs for c in done]
+        """n completions a prompt, prompt-major -> (responses [[int]], ended [bool], log-probs that the engine sampled with). Each rank answers its share."""
+        mine = mesh.mine(len(prompts))
+        done = engine.generate(prompts[mine], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, n=n, seed=int(s)) for s in seeds[mine]])
+        ids, ended, logps = zip(*mesh.collect([(c.token_ids, c.finish_reason == 'stop', c.logprobs) for c in done], everyone=True))
+        return list(ids), torch.tensor(ended), list(logps)
 
     def publish(it):
         """The weights before update `it` go to whoever samples for the loop; simulate_staleness: those of that many updates ago do."""
@@ -447,7 +458,7 @@ if __name__ == '__main__':
             del past[:-simulate_staleness - 1]
             engine.load_weights(past[0])
         else:
-            refresh()
+            parallel.refresh(engine, policy)
 
     def next_batch(it, rounds):
         """(row numbers, responses, ended, log-probs sampled with, {reward file: (B,)} where already scored, age of each token in updates)."""
@@ -461,29 +472,32 @@ if __name__ == '__main__':
         return [g.index for g in groups], list(ids), torch.tensor(ended), list(logps), scored, [it - v for vs in versions for v in vs]
 
     def score(rows, prompts, responses, ended, scored={}):
-        """(total reward (B,) float32, {name: (B,)}): the weighted sum of all sources, and the length penalty if overlong = 'shape'."""
-        asked, plain = [tok.decode(p) for p in prompts], [tok.decode([t for t in r if t != tok.eot]) for r in responses]
+        """(total reward (B,) float32, {name: (B,)}): the weighted sum of all sources, and the length penalty if overlong = 'shape'. Each rank scores its share."""
+        mine = mesh.mine(len(prompts))
+        asked, plain = [tok.decode(p) for p in prompts[mine]], [tok.decode([t for t in r if t != tok.eot]) for r in responses[mine]]
         each = dict(scored)
         for name, _, fn, model, other_tok in sources:
             if name in each:
                 continue
             if fn is not None:
-                each[name] = score_with_files(fn, name, rows, asked, plain)
+                each[name] = score_with_files(fn, name, rows[mine], asked, plain)
                 continue
-            seqs = [p + r for p, r in zip(prompts, responses)]
+            seqs = [p + r for p, r in zip(prompts[mine], responses[mine])]
             if other_tok is not None:  # another tokenizer: the text is read anew, ended answers get its end token
-                seqs = [other_tok.encode(p + t) + [other_tok.eot] * e for p, t, e in zip(asked, plain, ended.int().tolist())]
+                seqs = [other_tok.encode(p + t) + [other_tok.eot] * e for p, t, e in zip(asked, plain, ended[mine].int().tolist())]
             with amp():
                 each[name] = score_with_model(model, seqs, device, micro_tokens)
             if not each[name].isfinite().all():
                 raise ValueError(f'reward model {name} returned {each[name][~each[name].isfinite()][0].item()}: its weights are broken; train it again')
+        each = {name: torch.tensor(mesh.collect(s.tolist(), everyone=True), dtype=torch.float32) for name, s in each.items()}
         total = sum(w * each[name] for name, w, *_ in sources)
         if overlong == 'shape':
             total = total + overlong_penalty(torch.tensor([len(r) for r in responses]) + (~ended).long(), max_new_tokens + 1, overlong_cache)
         return total, each
 
     def micro_batches(picked, asked, responses):
-        """Completions `picked` in groups of at most micro_tokens tokens -> [([completion], [(prompt, [answers])])]; neighbours share their prompt."""
+        """Completions `picked` in groups of at most micro_tokens tokens -> [([completion], [(prompt, [answers])])]; neighbours share their
+        prompt. Of several replicas each gets its share. Also: how many replicas do the same ones (see mesh.copies)."""
         units = []  # [tokens, prompt, completions]
         for i in picked:
             if units and units[-1][1] is asked[i] and units[-1][0] + len(responses[i]) <= micro_tokens:
@@ -492,16 +506,17 @@ if __name__ == '__main__':
             else:
                 units.append([len(asked[i]) + len(responses[i]), asked[i], [i]])
         sizes = [u[0] for u in units]
-        return [([i for u in bin for i in units[u][2]], [(units[u][1], [responses[i] for i in units[u][2]]) for u in bin])
-                for bin in (pack(sizes, max([micro_tokens, *sizes])) if units else [])]
+        bins = mesh.deal(pack(sizes, max([micro_tokens, *sizes])), sizes) if units else []
+        return [([i for u in bin for i in units[u][2]], [(units[u][1], [responses[i] for i in units[u][2]]) for u in bin]) for bin in bins], mesh.copies(len(units))
 
     def logps_of(model, picked, asked, responses):
         """Token log-probs (B, R) of the picked completions of a batch, without gradient; 0 elsewhere."""
         out = torch.zeros(len(responses), max(map(len, responses)), device=device)
-        for m, groups in micro_batches(picked, asked, responses):
-            with torch.no_grad(), amp():
-                logp = answer_logps(model, groups, device, temperature)[0]
-            out[m, :logp.shape[1]] = logp.float()
+        micros, _ = micro_batches(picked, asked, responses)
+        with amp():
+            found = parallel.evaluate(model, micros, lambda model, micro: answer_logps(model, micro[1], device, temperature)[0].float())
+        for m, logp in mesh.collect([(m, logp) for (m, _), logp in zip(micros, found)]):
+            out[m, :logp.shape[1]] = logp.to(device)
         return out
 
     def reference_logp(picked, asked, responses):
@@ -513,7 +528,7 @@ if __name__ == '__main__':
     def evaluate(it):
         """Validation prompts answered eval_k times each, with fixed seeds: pass@1, pass@k, score, KL to the reference; samples are written."""
         n = min(eval_iters, len(val_prompts))
-        refresh()
+        parallel.refresh(engine, policy)
         responses, ended, _ = rollout(val_prompts[:n], eval_k, range(n))
         mine, asked = [r for r in val_rows[:n] for _ in range(eval_k)], [p for p in val_prompts[:n] for _ in range(eval_k)]
         total, each = score(mine, asked, responses, ended)
@@ -524,7 +539,7 @@ if __name__ == '__main__':
         if reference is not None or use_adapter:
             picked = list(range(0, len(asked), eval_k))  # one answer a prompt is enough for the KL
             out['kl'] = k3(logps_of(policy, picked, asked, responses), reference_logp(picked, asked, responses)).sum().item() / n
-        with open(os.path.join(out_dir, 'samples.jsonl'), 'a') as f:
+        with open(os.path.join(out_dir, 'samples.jsonl') if mesh.master else os.devnull, 'a') as f:
             for i in range(n * eval_k):
                 f.write(json.dumps(dict(step=it, prompt=tok.decode(asked[i]), completion=tok.decode(responses[i]), score=total[i].item())) + '\n')
         return out, tok.decode(asked[0] + responses[0])
@@ -540,15 +555,12 @@ if __name__ == '__main__':
             if eval_only:
                 break
             better, best = seen['score'] > best, max(best, seen['score'])
-            saved = dict(**lora.checkpoint_parts(policy), optimizer=optimizer.state_dict(), config=config, tokenizer=tokenizer, iter=it, best=best,
-                         rng=rng_state(device), data=cursor.state_dict(), time=log.elapsed())
+            data = cursor.state_dict()
             if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
-                saved['data'] |= dict(batch=-(-pool.position // need), position=pool.position)
-            if simulate_staleness:
-                saved['past'] = past
-            save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
-            if better:
-                save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
+                data |= dict(batch=-(-pool.position // need), position=pool.position)
+            parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
+                                     sharded=sharded_ckpt, **lora.checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best, data=data,
+                                     time=log.elapsed(), **(dict(past=past) if simulate_staleness else {}))
         if it == max_iters:
             break
 
@@ -582,8 +594,7 @@ if __name__ == '__main__':
         ref_logp = reference_logp(picked, asked, responses) if beta else None
 
         # ---- update ----------------------------------------------------------------------------------------------
-        for group in optimizer.param_groups:
-            group['lr'] = linear_lr(it, learning_rate, warmup_iters, max_iters)
+        lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
         stats, steps = {}, 0
         for epoch in range(grpo_epochs):
             order = (torch.arange(need) if epoch == 0 else torch.randperm(need)).mul(group_size)[:, None].add(torch.arange(group_size)).flatten().tolist()
@@ -591,9 +602,13 @@ if __name__ == '__main__':
                 live = [i for i in mb if counts[i]]
                 if not live:
                     continue
-                step_stats, tokens = {}, mask[live].sum().item()
-                denom = mask[mb].sum() if loss_type in ('dapo', 'cispo') else len(mb)
-                for m, groups in micro_batches(live, asked, responses):
+                micros, copies = micro_batches(live, asked, responses)
+                tokens = mask[live].sum().item() * copies
+                denom = (mask[mb].sum() if loss_type in ('dapo', 'cispo') else len(mb)) * copies
+
+                def loss_of(policy, micro):
+                    """The share of some completions in the minibatch's loss and statistics."""
+                    m, groups = micro
                     with amp():
                         logp, entropy, _ = answer_logps(policy, groups, device, temperature)
                     own, R = mask[m][:, :logp.shape[1]], logp.shape[1]
@@ -601,21 +616,18 @@ if __name__ == '__main__':
                     weights, ts = tis_weights(old, behaviour, own, tis_cap or float('inf'))
                     loss, ps = grpo_loss(logp, old if decoupled else behaviour, advantages[m], own, None if ref_logp is None else ref_logp[m][:, :R], beta, clip_low, clip_high,
                                          loss_type, max_new_tokens, weights if tis_cap and decoupled else None, denom)
-                    loss.backward()
                     share = own.sum().item() / tokens
-                    for k, x in dict(**ps, **ts, entropy=masked_mean(entropy, own)).items():
-                        step_stats[k] = max(step_stats.get(k, 0.0), x.item()) if k.endswith('_max') else step_stats.get(k, 0.0) + x.item() * share
-                    step_stats['pg'] = step_stats.get('pg', 0.0) + loss.item()
-                norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or float('inf')).item()
-                check_finite(it, out_dir, grad_norm=norm, pg=step_stats['pg'])
+                    return loss, {k: x.item() if k.endswith('_max') else x.item() * share for k, x in dict(**ps, **ts, entropy=masked_mean(entropy, own)).items()}
+                step_stats = parallel.accumulate(policy, optimizer, micros, loss_of, summed=True)
+                step_stats['pg'] = step_stats.pop('loss')
+                check_finite(it, out_dir, pg=step_stats['pg'])
+                norm = optimizer.step(lr, grad_clip)
                 if not checked:
                     checked = True
                     print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, loss {step_stats['pg']:.1e}, gradient norm {norm:.2f}"
                           + (' (a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)' if abs(step_stats['pg']) < 1e-3 else ''))
                     if step_stats['ratio_max'] > 1e-3 and decoupled:
                         raise ValueError(f"first update: |ratio - 1| is {step_stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
                 steps += 1
                 for k, x in {**step_stats, 'grad_norm': norm}.items():
                     stats[k] = max(stats.get(k, 0.0), x) if k.endswith('_max') else stats.get(k, 0.0) + x
@@ -624,7 +636,7 @@ if __name__ == '__main__':
         # ---- log -------------------------------------------------------------------------------------------------
         dt, n, every = time.time() - t0, int(resp.sum()), torch.cat(all_scores)
         row = dict(score=every.mean(), score_std=every.std(), dead=len(dead) / (len(alive) + len(dead)), rounds=rounds, len=n / batch_size, ended=ended.float().mean(),
-                   gen_s=t_gen, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, completions_per_s=batch_size / dt, lr=optimizer.param_groups[0]['lr'], steps=steps,
+                   gen_s=t_gen, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, completions_per_s=batch_size / dt, lr=lr, steps=steps,
                    **{dict(mismatch_mean='mismatch', kl='k3').get(k, k): v for k, v in stats.items()})
         if beta:
             row['kl'] = torch.where(resp, k3(sampled, ref_logp), 0.0).sum(1).mean()
@@ -645,3 +657,4 @@ if __name__ == '__main__':
         pool.close()
     peak = memory_now(device, peak=True) - max(0, base_memory)
     print(f'done: best val score {best:.3f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, samples in {out_dir}/samples.jsonl')
+    mesh.close()

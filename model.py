@@ -925,9 +925,8 @@ class RunLog:
     def row(self, step, split, **metrics):
         """Writes one row; a metric that is not finite ends the run with its name (JSON knows no NaN, nor should a reader)."""
         metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
-        if self.file is None:
-            return
-        self.file.write(json.dumps(dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)) + '\n')
+        if self.file is not None:
+            self.file.write(json.dumps(dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)) + '\n')
         trim_heap()
 
 

@@ -222,6 +222,11 @@ class Group:
         return box[0]
 
 
+def _move(o, device):
+    """Tensors in (lists and tuples of) lists and tuples to a device."""
+    return type(o)(_move(x, device) for x in o) if type(o) in (list, tuple) else o.to(device) if isinstance(o, torch.Tensor) else o
+
+
 class Mesh:
     """Who this process is in the grid (dp, pp, cp, tp), and its groups. Made by `init`."""
     AXES = ('dp', 'pp', 'cp', 'tp')
@@ -292,10 +297,10 @@ class Mesh:
 
     def collect(self, mine, everyone=False):
         """The replicas' lists (everyone: those of all ranks) one behind the other, on every rank. For small things: they travel pickled,
-        tensors on the CPU. Of the ranks of a replica the last pipeline stage speaks: it has the outputs. [1] and [2, 3] -> [1, 2, 3]."""
+        tensors by way of the CPU. Of the ranks of a replica the last pipeline stage speaks: it has the outputs. [1] and [2, 3] -> [1, 2, 3]."""
         if self.world == 1:
             return mine
-        lists = [None] * self.world
+        lists, mine = [None] * self.world, _move(mine, 'cpu')
         self.everyone.run('exchange of results', lambda: dist.all_gather_object(lists, mine))
         return [x for r in (self.grid.view(-1) if everyone else self.grid[:, -1, 0, 0]).tolist() for x in lists[r]]
 
@@ -803,6 +808,7 @@ class Sharded(nn.Module):
         self.units = [(m, list(m.parameters())) for m in (model.wte, model.wpe, *model.h, model.ln_f) if m is not None]
         if self.last:
             self.units.append((self.out, [model.lm_head.weight if model.head == 'lm' else model.score.weight]))
+        self.train(model.training)
 
     def _cut(self, tp):
         """Slices every parameter that has ranges, then puts the communication around it."""
@@ -1425,9 +1431,7 @@ def evaluate(model, micros, fn):
                 sending.append((mesh.pp, mesh.pp.send(h.x, mesh.pp.rank + 1, 'activations')))
     while sending:
         _sent(sending)
-    move = lambda o, device: tuple(move(t, device) for t in o) if isinstance(o, tuple) else o.to(device)
-    shared = mesh.pp.share_object([move(o, 'cpu') for o in outputs], mesh.pp.size - 1, 'outputs')
-    return [move(o, mesh.device) for o in shared]
+    return _move(mesh.pp.share_object(_move(outputs, 'cpu'), mesh.pp.size - 1, 'outputs'), mesh.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ the policy's trunk (1909.08593); padding is removed before every matrix product.
 
     python ppo.py config/ppo_toy.py                              # CPU
     python ppo.py config/ppo_gpt2.py                             # one GPU
+    torchrun --nproc_per_node=8 ppo.py config/ppo_gpt2.py --zero=1   # eight
     python ppo.py --init_from=out-sft --reward=my_reward.py --dataset=my_prompts.jsonl
 """
 import os
@@ -23,6 +24,7 @@ import math
 import time
 import json
 import copy
+import contextlib
 
 import numpy as np
 import torch
@@ -31,9 +33,10 @@ import torch.nn as nn
 import infer
 import kernels as K
 import lora
+import parallel
 from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
 from model import (RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run,
-                   pick_device, pick_threads, rng_state, save_checkpoint, set_rng_state, training_bytes)
+                   pick_device, pick_threads, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -106,6 +109,13 @@ dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weight
 compile = False # torch.compile of the update's forward pass
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+# several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
+tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # context parallel: the tokens of a micro-batch shared out, for long ones
+zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -297,11 +307,16 @@ if __name__ == '__main__':
     device, amp_dtype = pick_device(device, dtype)
     amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
     K.use(kernels)
-    torch.manual_seed(seed)
+    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
+    device = mesh.device
+    if compile and mesh.world > 1:
+        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('missing_eos', missing_eos, ('score', 'penalty', 'none')),
                               ('value', value, ('auto', 'reward', 'policy', 'trunk')), ('kl_kind', kl_kind, ('k1', 'k2', 'k3')), ('mode', mode, ('sync', 'async'))):
         if given not in known:
             raise ValueError(f'{key} {given!r}: expected one of {", ".join(known)}')
+    if value == 'trunk' and mesh.world > 1:
+        raise ValueError(f'value trunk with {mesh.world} processes is not supported: the nearest that works is --value=policy')
     if batch_size % minibatch_size:
         fits = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
         raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: set --minibatch_size to one of {fits}')
@@ -313,7 +328,7 @@ if __name__ == '__main__':
         raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
-    ckpt = open_run(out_dir, init_from, overwrite, 'ppo')
+    ckpt = open_run(out_dir, init_from, overwrite, 'ppo', mesh)
     if init_from == 'scratch':
         raise ValueError('PPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
@@ -326,7 +341,7 @@ if __name__ == '__main__':
     policy.config.dropout = 0.0  # dropout off everywhere: the ratio must be 1 before the first step
     policy = policy.to(device)
     use_adapter = bool(lora.adapted(policy))
-    reference = None if use_adapter else load_model(config['init_from'], device)[0].requires_grad_(False).eval()  # eval: no dropout
+    reference = None if use_adapter else parallel.shard(load_model(config['init_from'], device)[0].requires_grad_(False).eval(), mesh)  # eval: no dropout
     if reward.endswith('.py'):
         reward_fn, reward_model, reward_tok = infer.load_reward(reward), None, None
     else:
@@ -374,20 +389,24 @@ if __name__ == '__main__':
                 k += 1
 
     # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
-    policy_params, value_params = [p for _, p in lora.trainable(policy)], list(value_net.parameters())
-    optimizer = torch.optim.AdamW([dict(params=policy_params, peak=learning_rate), dict(params=value_params, peak=value_lr or learning_rate)],
-                                  lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay, fused=True)
-    start, best = 0, -float('inf')
     if ckpt:
         value_net.load_state_dict(ckpt['value'])
+    (pw, pg, pm), (vw, vg, vm) = (training_bytes(net, mesh if start_value != 'trunk' else None) for net in (policy, value_net))
+    rw, n_params = sum(p.nbytes for m in (reference, reward_model) if m is not None for p in m.parameters()), policy.num_params()
+    base_memory = memory_now(device) - training_bytes(policy)[0] - training_bytes(value_net)[0] - rw
+    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype)  # shared with the engine where it can be
+    policy, value_net = parallel.shard(policy, mesh), parallel.shard(value_net, mesh)
+    optimizer = parallel.Optimizer(policy, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
+    value_optimizer = parallel.Optimizer(value_net, mesh, value_lr or learning_rate, (beta1, beta2), adam_eps, weight_decay)
+    start, best = 0, -float('inf')
+    if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
-        set_rng_state(ckpt['rng'], device)
+        value_optimizer.load_state_dict(ckpt['value_optimizer'])
+        mesh.set_rng_state(ckpt['rng'])
         cursor.load_state_dict(ckpt['data'])
         start, best, beta = ckpt['iter'], ckpt['best'], ckpt['beta']
-    log = RunLog(out_dir, config, ckpt)
+    log = RunLog(out_dir, config, ckpt, mesh.master)
     longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
-    own = amp_dtype == torch.float32 and not simulate_staleness  # else (half precision, old weights) the engine gets its own copy
-    sampler = policy if own else copy.deepcopy(policy).to(amp_dtype).requires_grad_(False)
     engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
     pool, past = None, ckpt.get('past', []) if ckpt else []
     if mode == 'async' and not simulate_staleness and not eval_only:
@@ -397,23 +416,18 @@ if __name__ == '__main__':
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
-    (pw, pg, pm), (vw, vg, vm) = training_bytes(policy), training_bytes(value_net)
-    rw = sum(p.nbytes for m in (reference, reward_model) if m is not None for p in m.parameters())
-    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=pw * amp_dtype.itemsize // 4 if sampler is not policy else 0, past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
-                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest), longest)))
-    base_memory = memory_now(device) - pw - vw - rw
-    print(f'policy {policy.num_params() / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
-          f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
+    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters()), past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
+                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest) // (tp * cp), longest)))
+    print(f'policy {n_params / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
+          f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
     # ---- the phases of an iteration ------------------------------------------------------------------------------
-    def refresh():
-        """The sampler takes over the policy's weights: in place where it is the policy itself (an adapter is merged by the engine), else by a copy."""
-        engine.weights_changed() if sampler is policy else engine.load_weights(policy.state_dict())
-
     def rollout(prompts, seeds):
-        """One completion a prompt -> (responses [[int]], ended [bool], log-probs that the engine sampled with)."""
-        done = engine.generate(prompts, [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s)) for s in seeds])
-        return [c.token_ids for c in done], torch.tensor([c.finish_reason == 'stop' for c in done]), [c.logprobs for c in done]
+        """One completion a prompt -> (responses [[int]], ended [bool], log-probs that the engine sampled with). Each rank answers its share."""
+        mine = mesh.mine(len(prompts))
+        done = engine.generate(prompts[mine], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s)) for s in seeds[mine]])
+        ids, ended, logps = zip(*mesh.collect([(c.token_ids, c.finish_reason == 'stop', c.logprobs) for c in done], everyone=True))
+        return list(ids), torch.tensor(ended), list(logps)
 
     def publish(it):
         """The weights before update `it` go to whoever samples for the loop; simulate_staleness: those of that many updates ago do."""
@@ -424,7 +438,7 @@ if __name__ == '__main__':
             del past[:-simulate_staleness - 1]
             engine.load_weights(past[0])
         else:
-            refresh()
+            parallel.refresh(engine, policy)
 
     def next_batch(it):
         """(row numbers, responses, ended, log-probs sampled with, (B,) scores of a reward file if already there, age of each token in updates)."""
@@ -438,7 +452,9 @@ if __name__ == '__main__':
         return [g.index for g in groups], list(ids), torch.tensor(ended), list(logps), scored, [it - v for vs in versions for v in vs]
 
     def score(rows, prompts, responses, ended, scored=None):
-        """Reward of each completion, the end-token rule applied -> (B,) float32 on the device."""
+        """Reward of each completion, the end-token rule applied -> (B,) float32 on the device. Each rank scores its share."""
+        mine = mesh.mine(len(prompts))
+        rows, prompts, responses, ended = rows[mine], prompts[mine], responses[mine], ended[mine]
         plain = [tok.decode([t for t in r if t != tok.eot]) for r in responses]
         if scored is not None:
             s = scored
@@ -454,9 +470,9 @@ if __name__ == '__main__':
                 raise ValueError(f'reward model {reward} returned {s[~s.isfinite()][0].item()}: its weights are broken; train it again')
         if missing_eos != 'none':
             s = torch.where(ended, s, missing_eos_value if missing_eos == 'score' else s + missing_eos_value)
-        return s.to(device)
+        return torch.tensor(mesh.collect(s.tolist(), everyone=True), dtype=torch.float32, device=device)
 
-    def policy_forward(rows, batch):
+    def policy_forward(policy, rows, batch):
         """(log-probs, entropies (b, R), values or None) of some rows, at the sampling temperature; values only of a shared trunk."""
         idx, mask, at, resp = (x[rows].to(device) for x in batch)
         x, layout = policy.encode(idx, mask)
@@ -464,49 +480,54 @@ if __name__ == '__main__':
         v = layout.put(value_net(x)[:, 0].float()).gather(1, at) if start_value == 'trunk' else None
         return logp.gather(1, at), entropy.gather(1, at), v
 
-    def value_forward(rows, batch):
+    def value_forward(value_net, rows, batch):
         """Values (b, R) by the network of their own."""
         idx, mask, at, _ = (x[rows].to(device) for x in batch)
         return value_net(idx, mask=mask)[0].gather(1, at)
 
-    def old_quantities(rows, batch):
-        """(log-probs, values, reference log-probs), what an update compares with."""
-        logp, _, v = policy_forward(rows, batch)
-        return logp, value_forward(rows, batch) if v is None else v, *reference_logp(rows, batch)
-
     def micro_batches(rows, lengths):
-        """Rows of a minibatch in groups of at most micro_tokens tokens, always cut the same way."""
+        """Rows of a minibatch in groups of at most micro_tokens tokens, always cut the same way; of several replicas each gets its share."""
         own = [lengths[i] for i in rows]
-        return [[rows[i] for i in bin] for bin in pack(own, max([micro_tokens, *own]))]
+        return [[rows[i] for i in bin] for bin in mesh.deal(pack(own, max([micro_tokens, *own])), own)]
 
-    def in_micro_batches(fn, rows, lengths):
-        """fn(micro rows) -> tuple of (b, R); the whole put together in the order of rows."""
-        parts = [(m, fn(m)) for m in micro_batches(rows, lengths)]
+    def in_micro_batches(model, fn, rows, lengths):
+        """fn(model, micro rows) -> tuple of (b, R); the whole put together in the order of rows, on every rank."""
+        micros = micro_batches(rows, lengths)
+        parts = mesh.collect(list(zip(micros, parallel.evaluate(model, micros, fn))))
+        parts = parts[:len(parts) // mesh.copies(len(rows))]
         order = torch.tensor([i for m, _ in parts for i in m]).argsort()
-        return [torch.cat(p)[order.to(device)] for p in zip(*(out for _, out in parts))]
+        return [torch.cat(p).to(device)[order.to(device)] for p in zip(*(out for _, out in parts))]
 
-    def reference_logp(rows, batch):
-        idx, mask, at, resp = (x[rows].to(device) for x in batch)
-        where = response_positions(mask, at, resp)
-        if reference is not None:
-            return (reference.logprobs(idx, temperature, mask, where=where).gather(1, at),)
-        with lora.lora_disabled(policy):
-            return (policy.logprobs(idx, temperature, mask, where=where).gather(1, at),)
+    def old_quantities(rows, batch, lengths):
+        """[log-probs, values, reference log-probs], what an update compares with."""
+        if start_value == 'trunk':
+            logp, values = in_micro_batches(policy, lambda net, m: policy_forward(net, m, batch)[::2], rows, lengths)
+        else:
+            logp, = in_micro_batches(policy, lambda net, m: policy_forward(net, m, batch)[:1], rows, lengths)
+            values, = in_micro_batches(value_net, lambda net, m: (value_forward(net, m, batch),), rows, lengths)
+        return logp, values, reference_logp(rows, batch, lengths)
+
+    def reference_logp(rows, batch, lengths):
+        def one(model, m):
+            idx, mask, at, resp = (x[m].to(device) for x in batch)
+            return (model.logprobs(idx, temperature, mask, where=response_positions(mask, at, resp)).gather(1, at),)
+        with lora.lora_disabled(policy) if use_adapter else contextlib.nullcontext():
+            return in_micro_batches(policy if use_adapter else reference, one, rows, lengths)[0]
 
     def evaluate(it):
         """Validation prompts answered with fixed seeds: score, KL to the reference, length; the samples are written."""
         n = min(eval_iters, len(val_prompts))
-        refresh()
+        parallel.refresh(engine, policy)
         responses, ended, _ = rollout(val_prompts[:n], range(n))
         scores = score(val_rows[:n], val_prompts[:n], responses, ended)
         batch = collate(val_prompts[:n], responses)
         lengths = [len(p) + len(r) for p, r in zip(val_prompts, responses)]
         with torch.no_grad(), amp():
-            logp = in_micro_batches(lambda m: policy_forward(m, batch)[:1], list(range(n)), lengths)[0]
-            ref = in_micro_batches(lambda m: reference_logp(m, batch), list(range(n)), lengths)[0]
+            logp = in_micro_batches(policy, lambda net, m: policy_forward(net, m, batch)[:1], list(range(n)), lengths)[0]
+            ref = reference_logp(list(range(n)), batch, lengths)
         resp = batch[3].to(device)
         kl = torch.where(resp, logp - ref, 0.0).sum(1).mean().item()
-        with open(os.path.join(out_dir, 'samples.jsonl'), 'a') as f:
+        with open(os.path.join(out_dir, 'samples.jsonl') if mesh.master else os.devnull, 'a') as f:
             for p, r, s in zip(val_prompts, responses, scores.tolist()):
                 f.write(json.dumps(dict(step=it, prompt=tok.decode(p), completion=tok.decode(r), score=s)) + '\n')
         return dict(score=scores.mean().item(), score_std=scores.std().item() if n > 1 else 0.0, kl=kl, len=resp.sum(1).float().mean().item(), ended=ended.float().mean().item()), tok.decode(val_prompts[0] + responses[0])
@@ -522,15 +543,13 @@ if __name__ == '__main__':
                 break
             objective = seen['score'] - beta * seen['kl']
             better, best = objective > best, max(best, objective)
-            saved = dict(**lora.checkpoint_parts(policy), value=value_net.state_dict(), value_kind=start_value, optimizer=optimizer.state_dict(), config=config,
-                         tokenizer=tokenizer, iter=it, best=best, beta=beta, rng=rng_state(device), data=cursor.state_dict(), time=log.elapsed())
+            data = cursor.state_dict()
             if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
-                saved['data'] |= dict(batch=-(-pool.position // batch_size), position=pool.position)
-            if simulate_staleness:
-                saved['past'] = past
-            save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), saved)
-            if better:
-                save_checkpoint(os.path.join(out_dir, 'ckpt_best.pt'), {**saved, 'optimizer': None})
+                data |= dict(batch=-(-pool.position // batch_size), position=pool.position)
+            parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, value_net, value_optimizer,
+                                     also=os.path.join(out_dir, 'ckpt_best.pt') if better else None, sharded=sharded_ckpt, **lora.checkpoint_keys(policy),
+                                     value_kind=start_value, config=config, tokenizer=tokenizer, iter=it, best=best, beta=beta, data=data,
+                                     time=log.elapsed(), **(dict(past=past) if simulate_staleness else {}))
         if it == max_iters:
             break
 
@@ -547,7 +566,7 @@ if __name__ == '__main__':
         resp, lengths = batch[3].to(device), [len(p) + len(r) for p, r in zip(mine, responses)]
         minibatches = [list(range(i, i + minibatch_size)) for i in range(0, batch_size, minibatch_size)]
         with torch.no_grad(), amp():  # minibatch by minibatch as the first epoch will cut them: its ratios are 1 to the bit
-            parts = [in_micro_batches(lambda m: old_quantities(m, batch), mb, lengths) for mb in minibatches]
+            parts = [old_quantities(mb, batch, lengths) for mb in minibatches]
             old_logp, old_values, ref_logp = (torch.cat(p) for p in zip(*parts))
             rewards = token_rewards(scores, old_logp, ref_logp, resp, beta, kl_kind)
             if whiten_rewards:
@@ -563,38 +582,39 @@ if __name__ == '__main__':
 
         # ---- update ----------------------------------------------------------------------------------------------
         t1 = time.time()
-        for group in optimizer.param_groups:
-            group['lr'] = linear_lr(it, group['peak'], 0, max_iters)
+        lr, v_lr = (linear_lr(it, peak, 0, max_iters) for peak in (learning_rate, value_lr or learning_rate))
+
+        def value_loss_of(net, m, v=None):
+            if v is None:
+                with amp():
+                    v = value_forward(net, m, batch)
+            vf_loss, vs = value_loss(v, old_values[m], returns[m], resp[m], vf_clip)
+            return vf_coef * vf_loss, dict(**vs, vf=vf_loss)
+
+        def policy_loss_of(net, m):
+            with amp():
+                logp, entropy, v = policy_forward(net, m, batch)
+            pg_loss, ps = policy_loss(logp, proximal[m], advantages[m], resp[m], clip, None if weights is None else weights[m])
+            ent = masked_mean(entropy, resp[m])
+            vf_loss, vs = (0.0, {}) if v is None else value_loss_of(None, m, v)  # a head on the trunk: one backward for both
+            return pg_loss - entropy_coef * ent + vf_loss, dict(**ps, **vs, pg=pg_loss, entropy=ent)
         stats, stop, steps = {}, False, 0
         for epoch in range(ppo_epochs):
             order = list(range(batch_size)) if epoch == 0 else torch.randperm(batch_size).tolist()
             for mb in (order[i:i + minibatch_size] for i in range(0, batch_size, minibatch_size)):
-                tokens, step_stats = resp[mb].sum().item(), {}
-                for m in micro_batches(mb, lengths):
-                    share = resp[m].sum().item() / tokens
-                    with amp():
-                        logp, entropy, v = policy_forward(m, batch)
-                    pg_loss, ps = policy_loss(logp, proximal[m], advantages[m], resp[m], clip, None if weights is None else weights[m])
-                    ent = masked_mean(entropy, resp[m])
-                    loss = (pg_loss - entropy_coef * ent) * share
-                    if v is None:  # two networks: one's activations are gone before the other's come
-                        loss.backward()
-                        loss = 0.0
-                        with amp():
-                            v = value_forward(m, batch)
-                    vf_loss, vs = value_loss(v, old_values[m], returns[m], resp[m], vf_clip)
-                    (loss + vf_coef * vf_loss * share).backward()
-                    for k, x in dict(**ps, **vs, pg=pg_loss, vf=vf_loss, entropy=ent).items():
-                        step_stats[k] = max(step_stats.get(k, 0.0), x.item()) if k == 'ratio_max' else step_stats.get(k, 0.0) + x.item() * share
+                micros = micro_batches(mb, lengths)
+                tokens = [resp[m].sum().item() for m in micros]
+                step_stats = parallel.accumulate(policy, optimizer, micros, policy_loss_of, tokens)
+                if start_value != 'trunk':  # two networks: one's activations are gone before the other's come
+                    step_stats |= parallel.accumulate(value_net, value_optimizer, micros, value_loss_of, tokens)
+                step_stats.pop('loss')
+                check_finite(it, out_dir, pg=step_stats['pg'], vf=step_stats['vf'])
                 if not checked:  # the invariant of every correct PPO: before the first step nothing has moved
                     checked = True
                     print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, approx KL = {step_stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
                     if step_stats['ratio_max'] > 1e-3 and decoupled:
                         raise ValueError(f"first update: |ratio - 1| is {step_stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
-                norm = torch.nn.utils.clip_grad_norm_(policy_params + value_params, grad_clip or float('inf')).item()
-                check_finite(it, out_dir, grad_norm=norm, pg=step_stats['pg'], vf=step_stats['vf'])
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                norm = parallel.step([optimizer, value_optimizer], [lr, v_lr], grad_clip)  # clipped by the norm over both
                 steps += 1
                 for k, x in {**step_stats, 'grad_norm': norm}.items():
                     stats[k] = stats.get(k, 0.0) + x
@@ -610,7 +630,7 @@ if __name__ == '__main__':
         # ---- log -------------------------------------------------------------------------------------------------
         dt, n = time.time() - t0, int(resp.sum())
         row = dict(score=scores.mean(), score_std=scores.std(), kl=kl, beta=beta, len=n / batch_size, ended=ended.float().mean(), mismatch=mismatch.sum().item() / n,
-                   mismatch_max=mismatch.max(), value_mean=masked_mean(old_values, resp), gen_s=t_gen, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, lr=optimizer.param_groups[0]['lr'], steps=steps, **stats)
+                   mismatch_max=mismatch.max(), value_mean=masked_mean(old_values, resp), gen_s=t_gen, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, lr=lr, steps=steps, **stats)
         if mode == 'async':
             row |= dict(staleness=sum(ages) / len(ages), staleness_max=max(ages), prompts=picked)
         if pool is not None:  # idle: the share of the time that the trainer waited for samples
@@ -625,3 +645,4 @@ if __name__ == '__main__':
         pool.close()
     peak = memory_now(device, peak=True) - max(0, base_memory)
     print(f'done: best score - beta kl {best:.3f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, samples in {out_dir}/samples.jsonl')
+    mesh.close()
