@@ -333,10 +333,6 @@ if __name__ == '__main__':
     device, amp_dtype = pick_device(device, dtype)
     amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
     K.use(kernels)
-    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
-    device = mesh.device
-    if compile and mesh.world > 1:
-        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('overlong', overlong, ('none', 'mask', 'shape')),
                               ('advantage', advantage, ADVANTAGES), ('loss_type', loss_type, LOSSES), ('mode', mode, ('sync', 'async'))):
         if given not in known:
@@ -353,6 +349,10 @@ if __name__ == '__main__':
         raise ValueError(f"mode 'async' with {os.environ['WORLD_SIZE']} ranks: it trains in one process; give the other GPUs to --rollout_workers, or --mode=sync")
     if temperature <= 0:
         raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
+    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
+    device = mesh.device
+    if compile and mesh.world > 1:
+        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
     names = [r.strip() for r in reward.split(',')]

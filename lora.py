@@ -367,9 +367,3 @@ def checkpoint_keys(model):
     if info is None:
         return dict(model_args=dataclasses.asdict(model.config), lora=None)
     return dict(model_args=dataclasses.asdict(model.config), lora={**info, 'reward_bias': model.config.reward_bias}, keep=is_adapter)
-
-
-def checkpoint_parts(model):
-    """The keys model, model_args, lora of a checkpoint: the whole state dict, or (LoRA) the adapter and where its base lies."""
-    info = describe(model, model.lora_info['base']) if adapted(model) else None
-    return dict(model=lora_state(model) if info else model.state_dict(), model_args=dataclasses.asdict(model.config), lora=info)

@@ -855,16 +855,6 @@ def save_checkpoint(path, ckpt):
     os.replace(path + '.tmp', path)
 
 
-def rng_state(device):
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == 'cuda' else None)
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state['cpu'])
-    if device.type == 'cuda' and state['cuda'] is not None:
-        torch.cuda.set_rng_state(state['cuda'], device)
-
-
 def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
     """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never overwritten
     unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells what to do."""
@@ -873,7 +863,9 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
         init_from = 'resume'
     if init_from == 'resume':
         if not os.path.exists(file):
-            raise ValueError(f'{file}: nothing to resume from; start without --init_from=resume')
+            pieces = os.path.exists(os.path.join(out_dir, 'ckpt.shards.json'))
+            raise ValueError(f'{file}: ' + (f'only per-rank files are there; join them: python parallel.py merge {out_dir}' if pieces else
+                                            'nothing to resume from; start without --init_from=resume'))
         try:
             ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=mesh.world > 1)  # the ranks of a node share its pages
             theirs = ckpt['config']['stage']

@@ -307,16 +307,10 @@ if __name__ == '__main__':
     device, amp_dtype = pick_device(device, dtype)
     amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
     K.use(kernels)
-    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
-    device = mesh.device
-    if compile and mesh.world > 1:
-        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('missing_eos', missing_eos, ('score', 'penalty', 'none')),
                               ('value', value, ('auto', 'reward', 'policy', 'trunk')), ('kl_kind', kl_kind, ('k1', 'k2', 'k3')), ('mode', mode, ('sync', 'async'))):
         if given not in known:
             raise ValueError(f'{key} {given!r}: expected one of {", ".join(known)}')
-    if value == 'trunk' and mesh.world > 1:
-        raise ValueError(f'value trunk with {mesh.world} processes is not supported: the nearest that works is --value=policy')
     if batch_size % minibatch_size:
         fits = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
         raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: set --minibatch_size to one of {fits}')
@@ -326,6 +320,12 @@ if __name__ == '__main__':
         raise ValueError(f"mode 'async' with {os.environ['WORLD_SIZE']} ranks: it trains in one process; give the other GPUs to --rollout_workers, or --mode=sync")
     if temperature <= 0:
         raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
+    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
+    device = mesh.device
+    if compile and mesh.world > 1:
+        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
+    if value == 'trunk' and mesh.world > 1:
+        raise ValueError(f'value trunk with {mesh.world} processes is not supported: the nearest that works is --value=policy')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
     ckpt = open_run(out_dir, init_from, overwrite, 'ppo', mesh)

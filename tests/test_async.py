@@ -17,7 +17,7 @@ from conftest import ROOT
 import actors
 import grpo
 import infer
-import model as M
+import parallel
 import ppo
 from dataset import Sampler
 from oracle import World, central_difference, gradient
@@ -346,18 +346,17 @@ def test_the_loop_is_the_same_when_nothing_is_stale(world):
 def test_simulated_staleness_repeats_resumes_and_is_what_it_says(world, monkeypatch):
     """Bit for bit the same twice and when cut in between; the samples of update v come from the weights that update v - 2 started from."""
     args, loaded, saved = [*GRPO, '--mode=async', '--simulate_staleness=2', '--eval_interval=1', '--minibatch_size=8', '--max_iters=6'], [], []
-    load, save = infer.Engine.load_weights, M.save_checkpoint
+    load, save = infer.Engine.load_weights, parallel.save_checkpoint
 
     def spy_load(self, state, *a, **k):
         loaded.append(state['wte.weight'].double().sum().item())
         return load(self, state, *a, **k)
 
-    def spy_save(path, ckpt):
-        save(path, ckpt)
-        if path.endswith('ckpt.pt'):
-            saved.append(ckpt['model']['wte.weight'].double().sum().item())
+    def spy_save(path, mesh, model, *args, **rest):
+        save(path, mesh, model, *args, **rest)
+        saved.append(model.wte.weight.double().sum().item())
     monkeypatch.setattr(infer.Engine, 'load_weights', spy_load)
-    monkeypatch.setattr(M, 'save_checkpoint', spy_save)
+    monkeypatch.setattr(parallel, 'save_checkpoint', spy_save)
     stage('grpo.py', *args, '--out_dir=out-sim', cwd=world)
     assert len(set(saved)) == 7 and loaded[0::2] == saved  # the evaluation reads the weights of its own iteration ...
     assert loaded[1::2] == [saved[max(0, v - 2)] for v in range(6)]  # ... the rollout those of two before
