@@ -829,8 +829,10 @@ def _infer_transformers(folder, prompts, lens):
     continuous = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation='sdpa')
     config = transformers.GenerationConfig(do_sample=False, max_new_tokens=max(lens), eos_token_id=-1, pad_token_id=0)
 
+    room = transformers.ContinuousBatchingConfig(num_blocks=256, block_size=256, max_batch_tokens=2048)  # it takes most of the memory of the machine otherwise
+
     def stream():
-        with continuous.continuous_batching_context_manager(generation_config=config, warmup=False) as manager:
+        with continuous.continuous_batching_context_manager(generation_config=config, continuous_batching_config=room, warmup=False) as manager:
             for p, n in zip(prompts, lens):
                 manager.add_request(p, max_new_tokens=n, eos_token_id=-1)
             got = 0
@@ -863,7 +865,8 @@ def _infer_best_threads(run, large):
 
 
 def bench_infer(args):
-    """infer.py against transformers and vLLM: python bench.py infer [tiny qwen3 gpt2] [rounds=3] [requests=64] [threads=0] [vllm=/its/python] [cores=auto] [dtype=float32].
+    """infer.py against transformers and vLLM: python bench.py infer [tiny qwen3 gpt2] [rounds=3] [requests=64] [threads=0] [peers=generate,continuous] [vllm=/its/python]
+    [cores=auto] [dtype=float32].
     Mixed prompts of 16-128 and outputs of 16-128 tokens, greedy, EOS ignored; tokens that were asked for, per second of wall time.
     With CUDA: nano-vllm's bench on the Qwen3-0.6B shape instead."""
     import json
@@ -872,7 +875,7 @@ def bench_infer(args):
     import torch
     from infer import Engine, SamplingParams
     from model import ARCHS, GPT, GPTConfig
-    opts = dict(rounds='3', requests='64', threads='0', vllm='', peers='1', dtype='float32', cores='auto') | dict(a.split('=', 1) for a in args if '=' in a)
+    opts = dict(rounds='3', requests='64', threads='0', vllm='', peers='generate,continuous', dtype='float32', cores='auto') | dict(a.split('=', 1) for a in args if '=' in a)
     if torch.cuda.is_available():
         return _infer_cuda()
     if int(opts['threads']):
@@ -895,7 +898,9 @@ def bench_infer(args):
                 json.dump(dict(prompts=prompts, lens=lens), f)
             ours()
             sides = {'infer.py': ours}
-            for side, run in (_infer_transformers(folder, prompts, lens) if opts['peers'] == '1' else {}).items():
+            for side, run in (_infer_transformers(folder, prompts, lens) if opts['peers'] else {}).items():
+                if side.split()[-1] not in opts['peers']:
+                    continue
                 run, n = _infer_best_threads(run, name == 'gpt2')
                 sides[f'{side}, {n} thread' + 's' * (n > 1)] = run
             peer = _infer_Peer(opts['vllm'], folder, opts['dtype'], opts['cores']) if opts['vllm'] else None

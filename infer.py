@@ -561,11 +561,14 @@ class Net:
     the AMD machine that this was measured on (230 against 106 GFLOP/s) and fuses activation, product and residual sum into the
     product; it gets a copy of each matrix in its own order, another 10 to 30 % (20 to 64 rows). `refresh` reads the model again: after an optimizer step, or under LoRA, whose merged weight is what runs."""
 
-    def __init__(self, model):
+    def __init__(self, model, compile=False):
         c, w = model.config, model.wte.weight
         self.model, self.c, self.dtype, self.device = model, c, w.dtype, w.device
-        self.onednn = w.device.type == 'cpu' and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-        self.complex = c.pos == 'rope' and w.device.type == 'cpu' and w.dtype in (torch.float32, torch.float64)
+        cpu = w.device.type == 'cpu' and not compile  # what is compiled are plain operations; packed matrices and complex numbers are closed to it
+        self.onednn = cpu and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        self.complex = cpu and c.pos == 'rope' and w.dtype in (torch.float32, torch.float64)
+        if compile:  # one graph each for all layers: weights are arguments
+            self.before, self.behind = (torch.compile(f, dynamic=True) for f in (self.before, self.behind))
         self.shape = (c.n_layer, c.n_kv_head, c.head_size)
         self.heads, self.joined, self.addresses = c.n_head + 2 * c.n_kv_head, {}, None
         if c.pos == 'rope':
@@ -642,29 +645,38 @@ class Net:
 
     def hidden(self, ids, pos, attend):
         """ids, pos (N,) int64 -> (N, C), before the last norm."""
-        c, n = self.c, len(ids)
         x, rope = F.embedding(ids, self.wte), None
-        if c.pos == 'learned':
+        if self.c.pos == 'learned':
             x = x + F.embedding(pos, self.wpe)
         elif self.complex:
             rope = self.rope[pos][:, None]
         else:
             rope = [t[pos] for t in self.rope]
-        for layer, (ln_1, qkv, norm, out, ln_2, up, down) in enumerate(self.layers):
-            heads = self.lin(self.norm(x, ln_1), qkv).view(n, self.heads, c.head_size)
-            qk, v = heads[:, :c.n_head + c.n_kv_head], heads[:, c.n_head + c.n_kv_head:]
-            if norm is not None:
-                qk = F.rms_norm(qk, (c.head_size,), None, c.norm_eps) * norm
-            q, k = qk[:, :c.n_head], qk[:, c.n_head:]
-            if self.complex:
-                torch.view_as_complex(qk.unflatten(2, (-1, 2))).mul_(rope)
-            elif rope is not None:
-                q, k = (t[0].to(v.dtype) for t in K.rope(q[None], k[None], *rope))
-            x = self.lin(attend(layer, q, k, v), out, add=x)
-            y = self.norm(x, ln_2)
-            y = self.lin(y, up[1], mul=self.lin(y, up[0], 'silu')) if c.gated else self.lin(y, up[0], c.act)
-            x = self.lin(y, down, add=x)
+        for layer, (ln_1, qkv, norm, *rest) in enumerate(self.layers):
+            q, k, v = self.before(x, rope, ln_1, qkv, norm)
+            x = self.behind(x, attend(layer, q, k, v), *rest)
         return x
+
+    def before(self, x, rope, ln_1, qkv, norm):
+        """x (N, C) -> what attention takes: q (N, nh, hs), k and v (N, nkv, hs)"""
+        c, n_qk = self.c, self.c.n_head + self.c.n_kv_head
+        heads = self.lin(self.norm(x, ln_1), qkv).view(len(x), self.heads, c.head_size)
+        qk, v = heads[:, :n_qk], heads[:, n_qk:]
+        if norm is not None:
+            qk = F.rms_norm(qk, (c.head_size,), None, c.norm_eps) * norm
+        if self.complex:
+            torch.view_as_complex(qk.unflatten(2, (-1, 2))).mul_(rope)
+        q, k = qk[:, :c.n_head], qk[:, c.n_head:]
+        if rope is not None and not self.complex:
+            q, k = (t[0].to(v.dtype) for t in K.rope(q[None], k[None], *rope))
+        return q, k, v
+
+    def behind(self, x, y, out, ln_2, up, down):
+        """x (N, C) and what attention gave (N, nh * hs) -> x of the next layer"""
+        x = self.lin(y, out, add=x)
+        y = self.norm(x, ln_2)
+        y = self.lin(y, up[1], mul=self.lin(y, up[0], 'silu')) if self.c.gated else self.lin(y, up[0], self.c.act)
+        return self.lin(y, down, add=x)
 
     def logits(self, x):
         """(n, C) -> (n, V), float32 or float64"""
@@ -814,7 +826,7 @@ class Engine:
                 raise ValueError(f'{name} must be at least 1, got {value}')
         self.model, self.tokenizer, self.eot = model, tokenizer, getattr(tokenizer, 'eot', None)
         self.max_num_seqs, self.budget, self.block_size, self.prefix_caching = max_num_seqs, max_num_batched_tokens, block_size, prefix_caching
-        self.nets = [Net(model)] + ([Net(draft)] if draft is not None else [])
+        self.nets = [Net(m, compile) for m in (model, draft) if m is not None]
         self.net, c = self.nets[0], model.config
         if draft is not None and draft.config.vocab_size != c.vocab_size:
             raise ValueError(f'the draft model has a vocabulary of {draft.config.vocab_size}, the model {c.vocab_size}: they must share a tokenizer')
@@ -836,9 +848,6 @@ class Engine:
         self.go.set()
         self.graphs = {} if self.device.type == 'cuda' and kind is PagedCache else None
         self.counts = dict(steps=0, output_tokens=0, prompt_tokens=0, cached_tokens=0, preemptions=0, drafted=0, accepted=0)
-        if compile:
-            for net in self.nets:
-                net.hidden = torch.compile(net.hidden, dynamic=True)
 
     def _memory(self):
         """Bytes for the cache where num_blocks does not say: half of what is free."""

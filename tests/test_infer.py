@@ -70,7 +70,7 @@ def distribution(logits, tokens, P, p):
 
 def dense(model, prompt, p, index=0, eot=None):
     """One request by dense forwards over the whole sequence: tokens, processed and raw log-probs."""
-    tokens, lps, raws, key = list(prompt), [], [], infer._mix(p.seed, index)
+    tokens, lps, raws, key = list(prompt), [], [], infer._mix(p.seed or 0, index)
     while len(tokens) - len(prompt) < p.max_tokens and len(tokens) < model.config.block_size:
         with torch.no_grad():
             logits = model(torch.tensor([tokens]))[0][0, -1]
@@ -246,6 +246,18 @@ def test_c_path_in_any_schedule(compiler, arch):
         same = [a.token_ids == b.token_ids for a, b in zip(out, twin.generate(prompts, params))]
         assert sum(same) >= 11, (SEED, kw, same)  # a draw within a rounding of its border may fall on either side
     assert all(seen.values()), (SEED, seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+def test_compiled(compiler, arch):
+    """--compile: prompts, chunks and decoding in batches of changing size run one compiled graph; the weights are its arguments, so new ones need no new graph."""
+    model = tiny(arch, torch.float32, vocab=211, n_embd=64, head_size=16)
+    engine = Engine(model, None, compile=True, max_num_batched_tokens=20, max_num_seqs=5)
+    prompts, p = [[7 * i % 211 for i in range(n)] for n in (1, 2, 17, 40, 5, 33)], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    assert [c.token_ids for c in engine.generate(prompts, p)] == [dense(model, x, p)[0] for x in prompts]
+    engine.load_weights(tiny(arch, torch.float32, vocab=211, n_embd=64, head_size=16, seed=5).state_dict())
+    assert [c.token_ids for c in engine.generate(prompts, p)] == [dense(model, x, p)[0] for x in prompts] and idle(engine)
 
 
 def test_grouped_heads_untied_long_and_bfloat16():
