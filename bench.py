@@ -1,7 +1,7 @@
 """Every speed figure that the README states, each by one command; every figure is a ratio to a named peer in the same run.
 
     python bench.py kernels | data | infer | actors | async | staleness | parallel | train      # one section
-    python bench.py all                         # one after the other; but for async, which starts from quickstart.sh's out-sft, and staleness
+    python bench.py all                         # one after the other; but for staleness, which draws a picture
 
 A peer that is not installed is named and skipped. Machines are noisy: sides alternate, the median of the rounds counts.
 """
@@ -305,14 +305,14 @@ def _staleness_world(out):
 
 def bench_staleness(args):
     """GRPO on samples that are 0, 1, 4, 8 updates old (--simulate_staleness), naive and decoupled objective, 3 seeds -> table and assets/staleness.png."""
-    out, iters, lr, seeds = _async_args(args, out='out-staleness', iters=40, learning_rate=3e-4, seeds='1337,2,3')
+    out, iters, lr, seeds = _async_args(args, out='out-staleness', iters=20, learning_rate=3e-4, seeds='1337,2,3')
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     _staleness_world(out)
     ages, runs, seeds = (0, 1, 4, 8), {}, seeds.split(',')
     common = [f'--init_from={out}/sft', f'--dataset={out}/train.jsonl', f'--val_dataset={out}/val.jsonl', f'--reward={out}/reward.py', '--batch_size=128', '--minibatch_size=64',
-              f'--max_iters={iters}', '--eval_interval=10', '--eval_iters=200', '--eval_k=1', '--max_new_tokens=5', f'--learning_rate={lr}', '--warmup_iters=3', '--max_num_seqs=128', '--track_kl=False']
+              f'--max_iters={iters}', '--eval_interval=5', '--eval_iters=200', '--eval_k=1', '--max_new_tokens=5', f'--learning_rate={lr}', '--warmup_iters=3', '--max_num_seqs=128', '--track_kl=False']
     for seed in seeds:
         for age in ages:
             for kind in ('naive', 'decoupled'):
@@ -340,23 +340,34 @@ def bench_staleness(args):
 
 
 def bench_async(args):
-    """GRPO on the toy sums with its rollouts in the same process (sync) and in a worker ahead of it (async), in turn: accuracy, samples/s, the trainer's idle share."""
-    out, init_from, iters, staleness, workers, seeds = _async_args(args, out='out-async', init_from='out-sft', iters=40, max_staleness=1, rollout_workers=1, seeds='1337,2,3')
-    data, runs = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'toy'), {'sync': [], 'async': []}
-    if not os.path.exists(os.path.join(init_from, 'ckpt.pt')):
-        sys.exit(f'error: {init_from}: no checkpoint; bash quickstart.sh makes one (or python data/toy/prepare.py, sft.py config/pretrain_toy.py, sft.py config/sft_toy.py)')
-    common = ['config/grpo_toy.py', f'--dataset={data}/arith_train.jsonl', f'--val_dataset={data}/arith_val.jsonl', f'--reward={data}/reward.py', f'--init_from={init_from}',
-              f'--max_iters={iters}', f'--eval_interval={iters}', '--batch_size=128', '--minibatch_size=64']
+    """GRPO with its rollouts in the same process (sync) and in workers ahead of it (async), in turn: accuracy, samples/s, the trainer's idle share. On copying
+    words with a reward that takes reward_ms an answer (a judge elsewhere); init_from=out-sft: on the toy sums, whose reward costs nothing."""
+    out, init_from, iters, staleness, workers, judges, ms, seeds = _async_args(args, out='out-async', init_from='', iters=40, max_staleness=1, rollout_workers=1, reward_workers=4,
+                                                                               reward_ms=5.0, seeds='1337,2,3')
+    here, common = os.path.dirname(os.path.abspath(__file__)), [f'--max_iters={iters}', f'--eval_interval={iters}', '--batch_size=128', '--minibatch_size=64']
+    if not init_from:
+        _staleness_world(out)
+        with open(os.path.join(out, 'reward.py')) as f, open(os.path.join(out, 'judge.py'), 'w') as g:
+            g.write(f.read().replace('\n', f'\n    time.sleep({ms / 1000})\n', 1).replace('def', 'import time\ndef', 1))
+        common += [f'--init_from={out}/sft', f'--dataset={out}/train.jsonl', f'--val_dataset={out}/val.jsonl', f'--reward={out}/judge.py', '--eval_iters=200', '--eval_k=1',
+                   '--max_new_tokens=5', '--learning_rate=3e-4', '--warmup_iters=3', '--max_num_seqs=128', '--track_kl=False']
+    elif os.path.exists(os.path.join(init_from, 'ckpt.pt')):
+        data = os.path.join(here, 'data', 'toy')
+        common = ['config/grpo_toy.py', f'--dataset={data}/arith_train.jsonl', f'--val_dataset={data}/arith_val.jsonl', f'--reward={data}/reward.py', f'--init_from={init_from}', *common]
+    else:
+        sys.exit(f'error: {init_from}: no checkpoint; bash quickstart.sh makes out-sft (or python data/toy/prepare.py, sft.py config/pretrain_toy.py, sft.py config/sft_toy.py)')
+    runs = {'sync': [], 'async': []}
     for seed in seeds.split(','):
         for mode in runs:
-            extra = ['--mode=async', f'--max_staleness={staleness}', f'--rollout_workers={workers}'] if mode == 'async' else []
-            runs[mode].append(_async_run(os.path.join(out, f'{mode}-{seed}'), 'grpo.py', [*common, *extra, f'--seed={seed}']))
-    print(f'{iters} updates of 128 completions, seeds {seeds}, min / median / max; rates from the third update on (the first ones wait for the workers to start)\n')
-    print('| rollouts | held-out sums right | completions/s | trainer idle | staleness, updates |\n| --- | --- | --- | --- | --- |')
+            extra = ['--mode=async', f'--max_staleness={staleness}', f'--rollout_workers={workers}', f'--reward_workers={judges}'] if mode == 'async' else []
+            runs[mode].append(_async_run(os.path.join(out, f'{mode}-{seed}'), 'grpo.py', [*common, *extra, f'--seed={seed}'], apart=bool(init_from)))
+            print(f"seed {seed}, {mode}: score {runs[mode][-1][-1]['score']:.1%}", flush=True)
+    print(f'\n{iters} updates of 128 completions, seeds {seeds}, min / median / max; rates from the third update on (the first ones wait for the workers to start)\n')
+    print('| rollouts | held-out score | completions/s | trainer idle | staleness, updates |\n| --- | --- | --- | --- | --- |')
     for mode, logs in runs.items():
         trains = [[r for r in rows if r['split'] == 'train'][2:] for rows in logs]
         seconds = lambda rows: sum(r['tokens'] / r['tok_per_s'] for r in rows)
-        print(f"| {mode} | {_async_range([rows[-1]['pass@1'] for rows in logs], '.1%')} | {_async_range([128 * len(t) / seconds(t) for t in trains], '.0f')} | "
+        print(f"| {mode} | {_async_range([rows[-1]['score'] for rows in logs], '.1%')} | {_async_range([128 * len(t) / seconds(t) for t in trains], '.0f')} | "
               f"{_async_range([sum(r['gen_s'] for r in t) / seconds(t) for t in trains], '.0%')} | {_async_range([sum(r.get('staleness', 0) for r in t) / len(t) for t in trains], '.2f')} |")
 
 
@@ -1154,5 +1165,5 @@ if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in [*sections, 'all']:
         print(f'{__doc__}\nsections: {", ".join(sections)}', file=sys.stderr)
         sys.exit(2)
-    for _name in [s for s in sections if s not in ('trl_side', 'async', 'staleness')] if sys.argv[1] == 'all' else [sys.argv[1]]:
+    for _name in [s for s in sections if s not in ('trl_side', 'staleness')] if sys.argv[1] == 'all' else [sys.argv[1]]:
         sections[_name](sys.argv[2:])
