@@ -331,6 +331,7 @@ def bench_staleness(args):
                 axis.plot([r['step'] for r in rows], [r['score'] for r in rows], 'o-', ms=3, color=color, lw=1.1, alpha=0.8, label=f'{age} update{"s" * (age != 1)} old' if i == 0 else None)
         axis.set_title('naive: the ratio to the sampler' if kind == 'naive' else 'decoupled: the ratio to the policy before the update', fontsize=10)
         axis.set_xlabel('GRPO update')
+        axis.set_xticks(range(0, iters + 1, 5))
         axis.spines[['top', 'right']].set_visible(False)
         axis.set_ylim(0, 1)
     axes[0].set_ylabel('held-out letters right')
