@@ -6,6 +6,7 @@
 A peer that is not installed is named and skipped. Machines are noisy: sides alternate, the median of the rounds counts.
 """
 import os
+import signal
 import sys
 import time
 import subprocess
@@ -802,8 +803,10 @@ class _infer_Peer:
         env = {**os.environ, 'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_LOGGING_LEVEL': 'ERROR', 'HF_HUB_OFFLINE': '1', 'VLLM_CPU_OMP_THREADS_BIND': cores}
         omp = os.path.join(os.path.dirname(python), '..', 'lib', 'libiomp5.so')
         env |= {'LD_PRELOAD': omp} if os.path.exists(omp) else {}
-        self.p = subprocess.Popen([python, '-c', _INFER_VLLM, folder, dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.p = subprocess.Popen([python, '-c', _INFER_VLLM, folder, dtype], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+                                  start_new_session=True)
         self.wait('ready')
+        os.killpg(self.p.pid, signal.SIGSTOP)  # idle, its workers poll and take the cores from the others' rounds
 
     def wait(self, word):
         for line in self.p.stdout:
@@ -812,12 +815,16 @@ class _infer_Peer:
         raise RuntimeError('vllm ended; run its interpreter by hand to see why')
 
     def seconds(self):
+        os.killpg(self.p.pid, signal.SIGCONT)
         self.p.stdin.write('go\n')
         self.p.stdin.flush()
-        return float(self.wait('seconds'))
+        seconds = float(self.wait('seconds'))  # by its own clock
+        os.killpg(self.p.pid, signal.SIGSTOP)
+        return seconds
 
     def close(self):
         """The end of its input ends it, and it its workers; killed, it would leave them behind."""
+        os.killpg(self.p.pid, signal.SIGCONT)
         self.p.stdin.close()
         self.p.wait(60)
 
@@ -925,7 +932,7 @@ def bench_infer(args):
                 return round
             timed = {k: rate(run) for k, run in sides.items()}
             if peer:
-                timed[f'vllm, cores {opts["cores"]}'] = lambda: sum(lens) / peer.seconds()
+                timed[f'vllm, cores {opts["cores"]}'] = lambda peer=peer: sum(lens) / peer.seconds()
             seen = alternate(timed, int(opts['rounds']))
             if peer:
                 peer.close()
