@@ -183,7 +183,8 @@ def run_of(root, name):
     cfg = next((r for r in rows if r.get('split') == 'config'), {})
     rows = [r for r in rows if r.get('split') in ('train', 'eval') and isinstance(r.get('step'), int) and isinstance(r.get('time'), (int, float))]
     run = SimpleNamespace(root=root, name=name, path=path, stage=cfg.get('stage', info.get('stage', '?')), config=cfg, rows=rows, broken=broken, info=info,
-                          last=rows[-1]['step'] if rows else 0, total=cfg.get('max_iters') or 0, mtime=mtime, console=tail(kept(root, name, 'console.txt')).strip(), file=lambda file: kept(root, name, file))
+                          last=rows[-1]['step'] if rows else 0, total=cfg.get('max_iters') or 0, mtime=mtime,
+                          console=tail(kept(root, name, 'console.txt')).strip(), file=lambda file: kept(root, name, file))
     run.total = run.total or max([run.last, *(int(n) for n in re.findall(r'(?:iter \d+/|; )(\d+)(?: iterations)?', run.console))])
     run.state, run.note = _state(run)
     return run
@@ -715,7 +716,8 @@ def tokens_html(rows, key):
         text = esc(r['text']).replace('\n', '&#9166;\n') or '&#183;'
         out.append(f'<span class=tok title="{esc(title)}" style="background:{tint}">{text}</span>')
     total = sum(r[key] for r in rows)
-    last = {'logp': f'sum {total:.2f} nats', 'kl': f'sum {total:.2f} nats', 'reward': f'at the end {rows[-1][key]:+.3f}'}.get(key, f'from {min(r[key] for r in rows):+.2f} to {max(r[key] for r in rows):+.2f}')
+    last = {'logp': f'sum {total:.2f} nats', 'kl': f'sum {total:.2f} nats', 'reward': f'at the end {rows[-1][key]:+.3f}'}
+    last = last.get(key, f'from {min(r[key] for r in rows):+.2f} to {max(r[key] for r in rows):+.2f}')
     return f'<div class=answer>{"".join(out)}</div><div class=note>{esc(key)}: {last}; red is negative, blue positive; hover for the numbers</div>'
 
 
@@ -1089,7 +1091,8 @@ def chat(models, names, prompt, history, system, plain, *sampling):
         for n in names:
             m = models.get(n)
             ids, note = prompt_ids(m, history, n, system, plain, min(int(max_tokens), m.model.config.block_size // 2))
-            params = infer.SamplingParams(max_tokens=int(max_tokens), temperature=temperature, top_p=top_p, top_k=int(top_k), min_p=min_p, repetition_penalty=penalty, seed=int(seed))
+            params = infer.SamplingParams(max_tokens=int(max_tokens), temperature=temperature, top_p=top_p, top_k=int(top_k), min_p=min_p,
+                                          repetition_penalty=penalty, seed=int(seed))
             turn['answers'][n].update(prompt_ids=ids, note=note)
             live[n] = m.engine, m.engine.add_request(ids, params, f'chat-{os.urandom(6).hex()}')
         drawn = 0.0
@@ -1130,7 +1133,7 @@ def chat_tab(gr, models, lms, rewards, values, lists):
     names = gr.Dropdown(lms, value=start_, multiselect=True, max_choices=4, allow_custom_value=True, label='Models', info='up to four answer side by side; a hub name works too')
     page, history = gr.HTML(chat_html([], start_), elem_classes='page', elem_id='chat'), gr.State([])
     prompt = gr.Textbox(label='Message', lines=1, max_lines=8, elem_id='message', submit_btn=True, stop_btn=True)
-    known = [r['prompt'] for r in read_rows(kept(models.root, 'data', 'toy', 'prompts_val.jsonl'))[0] if isinstance(r.get('prompt'), str)]
+    known = [m[1] for r in read_rows(kept(models.root, 'data', 'toy', 'prompts_val.jsonl'))[0] if (m := re.fullmatch(r'Q: (.*)\nA: ', str(r.get('prompt'))))]  # the template adds Q and A
     if known:
         gr.Examples(random.Random(0).sample(known, min(5, len(known))), prompt, label='questions of the toy world')
     with gr.Accordion('Sampling', open=False):
@@ -1148,8 +1151,11 @@ def chat_tab(gr, models, lms, rewards, values, lists):
         value = gr.Dropdown(values, value=values[0] if values else None, label='value network of', allow_custom_value=True)
         key = gr.Radio(['logp', 'kl', 'reward', 'value', 'advantage'], value='logp', label='colour by')
     tint, view = gr.Button('Colour the last answers'), gr.HTML(elem_classes='page', elem_id='tokens')
-    going = prompt.submit(polite(lambda *a: (yield from chat(models, *a))), [names, prompt, history, system, plain, *sampling], [page, history], concurrency_id='engine')
-    prompt.submit(lambda: '', None, prompt, show_progress='hidden')
+
+    def talk(*given):  # the message leaves its box when the answer begins: one sent too early, or refused, is still there
+        for i, shown_ in enumerate(chat(models, *given)):
+            yield *shown_, gr.skip() if i else ''
+    going = prompt.submit(polite(talk), [names, prompt, history, system, plain, *sampling], [page, history, prompt], concurrency_id='engine')
     prompt.stop(None, cancels=[going])
     clear.click(lambda n: ([], chat_html([], n)), names, [history, page])
     names.change(lambda h, n: chat_html(h, n), [history, names], page)
@@ -1171,7 +1177,8 @@ def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf'
     left = f', about {(run.total - run.last) * pace:.0f} s left' if run.state == 'running' and pace and run.total else ''
     now = ' | '.join(f'{k} {v:.3g}' for k, v in (train[-1] if train else {}).items() if k in metrics and isinstance(v, (int, float)))
     bad = 'bad' if run.state == 'crashed' else 'note'
-    head = f'<p><b data-state={esc(run.state)}>{esc(name)}: {esc(run.state)}</b>, iteration <span id=at>{run.last}</span>{f" of {run.total}" if run.total else ""}{left}</p><p class={bad}>{esc(run.note)}</p><p class=note>{esc(now)}</p>'
+    head = f'<p><b data-state={esc(run.state)}>{esc(name)}: {esc(run.state)}</b>, iteration <span id=at>{run.last}</span>{f" of {run.total}" if run.total else ""}{left}</p>'
+    head += f'<p class={bad}>{esc(run.note)}</p><p class=note>{esc(now)}</p>'
     drawn = ''.join(curves([run], m, 'step', 0.3) for m in metrics)
     return f'{head}<div class=plots>{drawn}</div><pre>{esc(run.console) or "no console: this run was started elsewhere"}</pre>'
 
@@ -1415,13 +1422,22 @@ def annotate_tab(gr, root, models, lms, rewards, chat_names, lists):
         return *show(name, who), gr.Group(visible=False)
     save.click(polite(keep), [name, session, current, side, text], [page, current, editor], concurrency_id='journal')
     name.submit(polite(show), [name, session], [page, current])
+    desk = SimpleNamespace(of=of, name=name, session=session, page=page, current=current, show=show)
+    pair_sources(gr, root, models, desk, lms, lists)
+    after_labels(gr, root, models, desk, lms, rewards, chat_names, lists)
+    return show, [name, session], [page, current]
+
+
+def pair_sources(gr, root, models, desk, lms, lists):
+    """Pairs to label: answers of one or two models to prompts, or a file."""
     with gr.Accordion('Make or import pairs', open=False):
         writers = gr.Dropdown(lms, value=[n for n in ('out-sft', 'out-ppo') if n in lms], multiselect=True, max_choices=2, label='one model, or two')
         source = gr.Textbox('data/toy/prompts_val.jsonl', label='prompts: a file of rows with "prompt", or one prompt a line', lines=2)
         with gr.Row():
             many, heat = gr.Number(20, label='pairs', precision=0), gr.Slider(0.1, 2, 1.0, label='temperature')
             make = gr.Button('Make pairs', elem_id='make')
-        given, load = gr.File(label='preference rows, or prompt/a/b rows', file_types=['.jsonl', '.json', '.csv'], type='filepath', elem_id='given', height=120), gr.Button('Import')
+        given = gr.File(label='preference rows, or prompt/a/b rows', file_types=['.jsonl', '.json', '.csv'], type='filepath', elem_id='given', height=120)
+        load = gr.Button('Import')
 
     def made(name, who, writers, source, many, heat):
         if not writers:
@@ -1430,23 +1446,21 @@ def annotate_tab(gr, root, models, lms, rewards, chat_names, lists):
             rows = load_dataset(inside(root, source.strip()))
             prompts = [r['prompt'] for r in rows.shuffle(random.randrange(1 << 30)).select(range(min(int(many), len(rows)))) if isinstance(r.get('prompt'), str)]
         else:
-            prompts = [line for line in source.replace('\\n', '\n').split('\n') if line.strip()][:int(many)] if '\\n' not in source else [p.replace('\\n', '\n') for p in source.split('\n') if p.strip()]
-        make_pairs(models, of(name), prompts, writers, heat)
-        return show(name, who)
+            prompts = [p.replace('\\n', '\n') for p in source.split('\n') if p.strip()][:int(many)]  # \\n typed into a line is a line break of the prompt
+        make_pairs(models, desk.of(name), prompts, writers, heat)
+        return desk.show(name, who)
 
     def imported(name, who, path):
         if not path:
             raise ValueError('choose a file first')
-        of(name).load(inside(root, path))
-        return show(name, who)
-    make.click(polite(made), [name, session, writers, source, many, heat], [page, current], concurrency_id='engine')
-    load.click(polite(imported), [name, session, given], [page, current])
+        desk.of(name).load(inside(root, path))
+        return desk.show(name, who)
+    make.click(polite(made), [desk.name, desk.session, writers, source, many, heat], [desk.page, desk.current], concurrency_id='engine')
+    load.click(polite(imported), [desk.name, desk.session, given], [desk.page, desk.current])
     lists['lm'] += [writers]
-    after_labels(gr, root, models, of, name, session, page, current, lms, rewards, chat_names, show, lists)
-    return show, [name, session], [page, current]
 
 
-def after_labels(gr, root, models, of, name, session, page, current, lms, rewards, chat_names, show, lists):
+def after_labels(gr, root, models, desk, lms, rewards, chat_names, lists):
     """What labels are for: agreement with a reward model, a judge for the rest, export, and the one button that trains on them."""
     out = gr.HTML(elem_classes='page', elem_id='after')
     with gr.Row():
@@ -1461,20 +1475,20 @@ def after_labels(gr, root, models, of, name, session, page, current, lms, reward
     view, seen, outs = gr.HTML(elem_classes='page', elem_id='refitted'), gr.State(''), gr.State([])
 
     def agreed(name, judge):
-        right, n = agreement(models.get(judge, 'scalar'), of(name))
+        right, n = agreement(models.get(judge, 'scalar'), desk.of(name))
         lo, hi = rm.wilson(right, n) if n else (0, 0)
         return f'<p>{esc(judge)} agrees with {right} of {n} labels' + (f': {right / n:.0%} ({lo:.0%} to {hi:.0%})</p>' if n else '; label some pairs first</p>')
 
     def asked(name, who, judge, url, key):
-        n = judge_all(models, of(name), judge, url.strip(), key)
-        return f'<p>{esc(judge)} labelled {n} pairs</p>', *show(name, who)
+        n = judge_all(models, desk.of(name), judge, url.strip(), key)
+        return f'<p>{esc(judge)} labelled {n} pairs</p>', *desk.show(name, who)
 
     def exported(name):
-        path, n, ties = of(name).export()
+        path, n, ties = desk.of(name).export()
         return f'<p>{n} preferences in {esc(os.path.relpath(path, root))}, {ties} ties beside it</p>'
 
     def refitted(name, base, algorithm, steps):
-        commands, outs = refit_commands(root, of(name), base, algorithm, int(steps), name)
+        commands, outs = refit_commands(root, desk.of(name), base, algorithm, int(steps), name)
         launch(root, 'reward', outs[0], commands)
         return outs, '', f'<pre>{esc(chr(10).join(map(shown, commands)))}</pre>'
 
@@ -1489,10 +1503,10 @@ def after_labels(gr, root, models, of, name, session, page, current, lms, reward
         return page, now, gr.Dropdown([n for n, k in find_models(root).items() if k != 'reward'], value=[base, outs[1]]) if ready else gr.skip()
     lists['lm'] += [base]
     lists['reward'] += [judge]
-    agree.click(polite(agreed), [name, judge], out)
-    ask.click(polite(asked), [name, session, judge, url, key], [out, page, current])
-    export.click(polite(exported), name, out)
-    refit.click(polite(refitted), [name, base, algorithm, steps], [outs, seen, out])
+    agree.click(polite(agreed), [desk.name, judge], out)
+    ask.click(polite(asked), [desk.name, desk.session, judge, url, key], [out, desk.page, desk.current])
+    export.click(polite(exported), desk.name, out)
+    refit.click(polite(refitted), [desk.name, base, algorithm, steps], [outs, seen, out])
     gr.Timer(2).tick(polite(tick), [outs, base, seen], [view, seen, chat_names], show_progress='hidden')
 
 
@@ -1523,7 +1537,8 @@ def build(gr, root):
     def listed():
         kinds = find_models(root)
         lms = [n for n, k in kinds.items() if k in ('lm', 'adapter')]
-        return dict(lm=lms, reward=[n for n, k in kinds.items() if k == 'reward'], value=[n for n in lms if 'ppo' in n or run_of(root, n).stage == 'ppo'], run=[r.name for r in find_runs(root)])
+        return dict(lm=lms, reward=[n for n, k in kinds.items() if k == 'reward'],
+                    value=[n for n in lms if 'ppo' in n or run_of(root, n).stage == 'ppo'], run=[r.name for r in find_runs(root)])
 
     def refresh():
         now = listed()
