@@ -980,7 +980,7 @@ CSS = '''
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
 .plot{width:100%;max-width:560px;height:auto;color:inherit}.scroll{overflow-x:auto;margin:8px 0}
 .scroll table{border-collapse:collapse;font-size:14px;width:auto;color:inherit}.scroll td,.scroll th{padding:4px 10px;border:0!important;border-bottom:1px solid #8886!important;text-align:left;white-space:nowrap}
-.scroll table,.scroll tr,.scroll tbody{border:0!important}.scroll td:first-child,.scroll td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:90px}
+.scroll table,.scroll tr,.scroll tbody{border:0!important}.scroll td:first-child,.scroll td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:90px}.scroll td:nth-child(6):last-child{min-width:220px}
 .note{font-size:13px;opacity:.8}.answer,.bubble{white-space:pre-wrap;overflow-wrap:anywhere}.tok{border-radius:2px}
 .side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,280px),1fr));gap:10px}.side>div{border:1px solid #8886;border-radius:8px;padding:8px 10px;min-width:0}
 .side h4{margin:0 0 6px}.bubble{border-radius:8px;padding:6px 9px;margin:4px 0;background:#8882}.bubble.user{background:#2563eb33}
