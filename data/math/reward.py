@@ -86,7 +86,7 @@ def clean(text):
     s = re.sub(r'\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|textstyle|mathstrut|limits)(?![a-zA-Z])\.?', '', s)
     s = re.sub(r'\\[dtc]frac(?![a-zA-Z])', r'\\frac', s)
     s = re.sub(r'\\[()\[\]]', '', s.replace('\\%', '%').replace('\\$', '').replace('$', '').replace('**', ''))
-    s = re.sub(r'(?<=\d)(?:\{,\}|,\\[!,; ]|\\[!,; ]|,)\s?(?=\d{3}(?!\d))', '\ue000', s)  # a comma between digits, before three of them
+    s = re.sub(r'(?<=\d)(?:(?:\{,\}|,\\[!,; ]|\\[!,; ])\s?|,)(?=\d{3}(?!\d))', '\ue000', s)  # between digits, before three of them; '5, 100' is a list
     s = re.sub(r'\\[!,;:> ]|~|\\q?quad(?![a-zA-Z])|\\hspace\{[^{}]*\}', ' ', s)
     s = _thousands(s)
     s = re.sub(r'\\(?:text|mathrm|mbox|textbf|mathbf|textit|operatorname|rm|bf|textrm|hbox)(?![a-zA-Z])\s*\{([^{}]*)\}', r' \\text{\1} ', s)

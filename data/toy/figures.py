@@ -25,7 +25,8 @@ class Rows:
     """The rows of results.jsonl by name and key, for some seeds. A row that is missing is an error that says which command makes it."""
 
     def __init__(self, out, seeds):
-        self.out, self.seeds, self.rows = out, seeds, X.results(out)
+        self.out, self.seeds = out, seeds
+        self.rows = list({(r['name'], r['seed'], r.get('n')): r for r in X.results(out)}.values())  # two commands may have judged a run at once
 
     def values(self, name, key, **where):
         found = [r[key] for s in self.seeds for r in self.rows if r['name'] == name and r['seed'] == s and all(r[k] == v for k, v in where.items())]
