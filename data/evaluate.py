@@ -210,7 +210,8 @@ def score_all(spec, rows, asked, answers):
         lengths = torch.tensor([len(seqs[i]) for i in bin])
         idx = torch.tensor([t for i in bin for t in seqs[i]])[None].to(kind[0])
         with torch.no_grad():
-            out[bin] = model.eval()(idx, doc=torch.arange(len(bin)).repeat_interleave(lengths)[None].to(kind[0]))[0][0, (lengths.cumsum(0) - 1).to(kind[0])].float().cpu().numpy()
+            values = model.eval()(idx, doc=torch.arange(len(bin)).repeat_interleave(lengths)[None].to(kind[0]))[0][0]
+        out[bin] = values[(lengths.cumsum(0) - 1).to(kind[0])].float().cpu().numpy()
     flat = iter(out.tolist())
     return [[next(flat) for _ in texts] for texts in answers.texts]
 
@@ -236,7 +237,8 @@ def ask_judge(url, prompt, a, b):
 
 
 def win_rate(rows, asked, ours, theirs):
-    """[{'wins', 'ties', 'losses', 'flipped'}] of each prompt: sample j of ours against sample j of theirs. flipped: an http judge changed its mind with the order."""
+    """[{'wins', 'ties', 'losses', 'flipped'}] of each prompt: sample j of ours against sample j of theirs.
+    flipped: an http judge changed its mind with the order."""
     pairs = [(i, a, b) for i, (x, y) in enumerate(zip(ours.texts, theirs.texts)) for a, b in zip(x, y)]
     found = [dict(wins=0, ties=0, losses=0, flipped=0) for _ in rows]
     if judge.startswith('http'):
@@ -327,7 +329,8 @@ def main():
             out['win rate'] = interval([(w['wins'] + 0.5 * w['ties']) / m for w, m in zip(wins, n)], bootstrap, seed)
             out |= {k: sum(w[k] for w in wins) / sum(n) for k in ('wins', 'ties', 'losses', 'flipped')}
         flat = [t for texts in ours.texts for t in texts]
-        out |= diversity(flat) | dict(ended=float(np.mean([e for ends in ours.ended for e in ends])), tokens=ours.tokens / len(flat), prompts=len(rows), samples=num_samples)
+        out |= diversity(flat) | dict(ended=float(np.mean([e for ends in ours.ended for e in ends])), tokens=ours.tokens / len(flat),
+                                      prompts=len(rows), samples=num_samples)
         with open(os.path.join(here, 'eval.jsonl.tmp'), 'w', encoding='utf-8') as f:
             for i, row in enumerate(rows):
                 more = dict(against=theirs.texts[i], **wins[i]) if against else {}

@@ -58,7 +58,9 @@ def prompt_of(problem):
         return [{'role': m['role'], 'content': m['content']} for m in problem]
     if form == 'asis':
         return [{'role': 'user', 'content': problem}]
-    return f'Problem: {problem.strip()}\nSolution:' if form == 'text' else [{'role': 'user', 'content': f'{problem.strip()}\n{ASK}' if 'boxed' not in problem else problem.strip()}]
+    if form == 'text':
+        return f'Problem: {problem.strip()}\nSolution:'
+    return [{'role': 'user', 'content': problem.strip() if 'boxed' in problem else f'{problem.strip()}\n{ASK}'}]
 
 
 def identity(problem):
@@ -91,7 +93,8 @@ def read(paths, counts):
             elif (wanted and level and level not in wanted) or (max_chars and len(identity(problem)) > max_chars):
                 counts['of another level, or too long'] += 1
             else:
-                found.append((identity(problem), dict(prompt=prompt_of(problem), answer=answer, level=level, subject=row.get('subject') or row.get('type') or '', solution=row.get('solution'))))
+                found.append((identity(problem), dict(prompt=prompt_of(problem), answer=answer, level=level, solution=row.get('solution'),
+                                                      subject=row.get('subject') or row.get('type') or '')))
     return found
 
 

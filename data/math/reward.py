@@ -23,8 +23,9 @@ from fractions import Fraction
 MAX_LEN, MAX_DEPTH, MAX_BITS, MAX_ITEMS = 600, 40, 20000, 40
 __doc__ = __doc__.replace('{MAX_LEN}', str(MAX_LEN)).replace('{MAX_DEPTH}', str(MAX_DEPTH))
 
-UNITS = ('degrees? radians? inch inches in ft feet foot yards? miles? cm mm km dm m meters? metres? kilometers? centimeters? millimeters? grams? kg kilograms? pounds? lbs? ounces? liters? '
-         'litres? gallons? hours? hrs? minutes? mins? seconds? secs? days? weeks? months? years? dollars? cents? units? percent points? people students? ways? mph square sq cubic cu per').split()
+UNITS = ('degrees? radians? inch inches in ft feet foot yards? miles? cm mm km dm meters? metres? kilometers? centimeters? millimeters? grams? kg '
+         'kilograms? pounds? lbs? ounces? liters? litres? gallons? hours? hrs? minutes? mins? seconds? secs? days? weeks? months? years? dollars? '
+         'cents? units? percent points? people students? ways? mph square sq cubic cu per').split()  # no single letters: 3m is three times m
 _unit = '(?:' + '|'.join(UNITS) + ')'
 _open, _close = '([{', ')]}'
 GREEK = ('alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega '
@@ -33,7 +34,9 @@ FUNCTIONS = {'sin': cmath.sin, 'cos': cmath.cos, 'tan': cmath.tan, 'sec': lambda
              'cot': lambda z: 1 / cmath.tan(z), 'arcsin': cmath.asin, 'arccos': cmath.acos, 'arctan': cmath.atan, 'sinh': cmath.sinh,
              'cosh': cmath.cosh, 'tanh': cmath.tanh, 'ln': cmath.log, 'log': lambda z: cmath.log10(z), 'exp': cmath.exp}
 TRIG = ('sin', 'cos', 'tan', 'sec', 'csc', 'cot')
-RELATIONS = {'=': '=', '<': '<', '>': '>', '\\le': '<=', '\\leq': '<=', '\\leqslant': '<=', '\\ge': '>=', '\\geq': '>=', '\\geqslant': '>=', '\\neq': '!=', '\\ne': '!='}
+RELATIONS = {'=': '=', '<': '<', '>': '>', '\\le': '<=', '\\leq': '<=', '\\leqslant': '<=', '\\ge': '>=', '\\geq': '>=', '\\geqslant': '>=',
+             '\\neq': '!=', '\\ne': '!='}
+NO_FACTOR = 'cup cap in le ge leq geq ne neq rfloor rceil circ to end times cdot div pm mp'.split()  # commands that end a product
 FLIPPED = {'>': '<', '>=': '<='}
 
 
@@ -93,7 +96,9 @@ def clean(text):
     s = re.sub(r'\\text\{\s*(?:and|or)\s*\}|(?<=[\d)}\s])\s(?:and|or)\s(?=[-\d(\\\s])', ' , ', s)
     s = re.sub(r'\\text\{\s*\(?([-+.\d]+|[A-Za-z])\)?\s*\}', r' \1 ', s)
     s = re.sub(r'(?<=[\d})a-zA-Z%])\s*(?:\\text\{[^{}]*\}\s*(?:\^\s*(?:\d|\{\d\})\s*)?)+$', '', s) if re.search(r'[\d}]|\\pi', re.split(r'\\text\{', s)[0]) else s
-    s = re.sub(rf'^(.*[\d}}%)])((?:\s*\b{_unit}\b\.?(?:\s*\^\s*(?:\d|\{{\d\}}))?)+)$', r'\1', re.sub(r'(?<=\d)(?=[a-zA-Z]{2})', ' ', s) if re.search(_unit + r'[\s^\d{}.]*$', s) else s)
+    if re.search(_unit + r'[\s^\d{}.]*$', s):  # 5 cm, 12 cm^2, 20cm
+        s = re.sub(r'(?<=\d)(?=[a-zA-Z]{2})', ' ', s)
+        s = re.sub(rf'^(.*[\d}}%)])((?:\s*\b{_unit}\b\.?(?:\s*\^\s*(?:\d|\{{\d\}}))?)+)$', r'\1', s)
     s = re.sub(r'^(-?[\d./]+)\s*\(\s*[a-zA-Z][a-zA-Z .\']*\)$', r'\1', s)  # 9 (apples)
     s = re.sub(r'^\(([A-Za-z])\)$', r'\1', re.sub(r'\s+', ' ', s).strip())
     return s.rstrip('. ').replace('\ue001', '\\\\')
@@ -186,7 +191,7 @@ class Parser:
     def starts(self, t):
         """Does token t begin a factor, so that it is multiplied by what stands before it?"""
         return t[0].isalnum() or t[0] == '.' or t in '({[' or (t == '|' and not self.bars) or t in ('\\lfloor', '\\lceil', '\\{') or \
-            (t[0] == '\\' and len(t) > 1 and t[1].isalpha() and t[1:] not in ('cup', 'cap', 'in', 'le', 'ge', 'leq', 'geq', 'ne', 'neq', 'rfloor', 'rceil', 'circ', 'to', 'end', 'times', 'cdot', 'div', 'pm', 'mp'))
+            (t[0] == '\\' and len(t) > 1 and t[1].isalpha() and t[1:] not in NO_FACTOR)
 
     bars = 0
 
@@ -375,7 +380,8 @@ def names_of(tree, found=None):
     found = set() if found is None else found
     whole = tree[0] == '^' and tree[2][-1] if tree[0] == '^' and tree[2][0] in ('num', 'neg') else None  # x^2 has no branches, x^{1/2} has
     whole = whole[1] if isinstance(whole, tuple) and whole[0] == 'num' else whole
-    found.add(f'var:{tree[1]}' if tree[0] == 'var' else f'fn:{tree[1]}' if tree[0] == 'fn' else 'whole power' if isinstance(whole, Fraction) and whole.denominator == 1 else tree[0])
+    found.add(f'var:{tree[1]}' if tree[0] == 'var' else f'fn:{tree[1]}' if tree[0] == 'fn' else
+              'whole power' if isinstance(whole, Fraction) and whole.denominator == 1 else tree[0])
     for part in tree[1:]:
         if isinstance(part, tuple):
             names_of(part, found)
@@ -582,13 +588,15 @@ def read_relation(s, depth):
     if len(parts) == 2 and signs[0] in ('<', '>', '<=', '>=') and (one(parts[0]) or one(parts[1])) and not (one(parts[0]) and one(parts[1])):
         sign, end = (signs[0], parts[1]) if one(parts[0]) else ({'<': '>', '>': '<', '<=': '>=', '>=': '<='}[signs[0]], parts[0])
         shut = sign.endswith('=')
-        return ('tuple', '([' [shut] + ')', [read_expression(end), infinite('')]) if sign[0] == '>' else ('tuple', '(' + ')]'[shut], [infinite('-'), read_expression(end)])
+        above = ('tuple', '([' [shut] + ')', [read_expression(end), infinite('')])
+        return above if sign[0] == '>' else ('tuple', '(' + ')]'[shut], [infinite('-'), read_expression(end)])
     if signs[-1] == '=' and len(parts) > 2:
         parts, signs = parts[-2:], signs[-1:]  # a = b = 5
     if len(parts) != 2:
         raise Unreadable('a chain of relations')
     left, right = (read(p, depth + 1) for p in (parts if signs[0] not in FLIPPED else parts[::-1]))
-    name = re.fullmatch(r"[a-zA-Z](?:_\{?\w+\}?)?'?(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?|\\[a-zA-Z]+|\\text\{[^{}]*\}|[A-Z]{1,3}|\\angle\s*[A-Z]+", parts[0])
+    name = re.fullmatch(r"[a-zA-Z](?:_\{?\w+\}?)?'?(?:\s*\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?|\\[a-zA-Z]+|\\text\{[^{}]*\}|[A-Z]{1,3}|"
+                        r"\\angle\s*[A-Z]+", parts[0])
     return ('rel', FLIPPED.get(signs[0], signs[0]), left, right) + (('named',) if name and signs[0] == '=' else ())
 
 

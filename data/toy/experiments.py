@@ -28,12 +28,13 @@ _root = os.path.dirname(os.path.dirname(_here))
 sys.path[:0] = [_root, _here]
 
 SEEDS = (1337, 2, 3)
-# name: (script, config, {key: value}, runs that must be there before). {o} is the folder of all runs, {s} the seed.
-# everything, the base model too, is trained anew for each seed, by quickstart's commands
+# name: (script, config, {key: value}, runs that must be there before). {o} is the folder of all runs, {s} the seed, {b} its base model's.
+# trained anew for each seed, by quickstart's commands: SFT, reward models and all that follows; the base model for the first two
+BASE_OF = {3: 1337}  # seed 3 starts from the first one's base model: pretraining is half the cost of a start
 SFT, RM = {'init_from': '{o}/sft-s{s}'}, {'reward': '{o}/rm-s{s}'}
 RUNS = {
     'base': ('sft.py', 'pretrain_toy', {}, ()),
-    'sft': ('sft.py', 'sft_toy', {'init_from': '{o}/base-s{s}'}, ('base',)),
+    'sft': ('sft.py', 'sft_toy', {'init_from': '{o}/base-s{b}'}, ('base',)),
     'rm': ('reward.py', 'ablate_reward', SFT, ('sft',)),
     'rm10': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 600, 'epochs': 3.0}, ('sft',)),
     'rm30': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 1800, 'epochs': 1.5}, ('sft',)),
@@ -95,7 +96,7 @@ FAILURES = {
     'a group of one': (_wrong('grpo', 'group_of_one', group_size=1), _RIGHT['grpo'], 'dead', 'train'),
 }
 QUESTIONS = {
-    'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *BETAS.values()], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
+    'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *(BETAS[b] for b in (0.6, 2.0, 0.05, 0.2, 0.0))], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
     'd': ['sft', TUNED, DPO, GRPO], 'e': list(DETAILS.values()), 'f': list(LOSSES.values()), 'g': list(RANKS.values()), 'h': list(RM_DATA.values()),
     'i': list(dict.fromkeys(n for wrong, right, _, _ in FAILURES.values() for n in (right, wrong))),
 }
@@ -111,7 +112,7 @@ BON, BON_PROMPTS = 64, 40  # answers of the SFT model to each of the first so ma
 
 
 def folder(name, seed, out):
-    return os.path.join(out, f'{name}-s{seed}')
+    return os.path.join(out, f'{name}-s{BASE_OF.get(seed, seed) if name == "base" else seed}')
 
 
 def stage_of(name):
@@ -122,8 +123,9 @@ def stage_of(name):
 def command(name, seed, out, quick):
     """The command line of a run, as a user would type it."""
     script, config, keys, _ = RUNS[name]
-    args = [f'--{k}={str(v).format(o=out, s=seed)}' for k, v in keys.items()]
-    return ['python', script, f'config/{config}.py', *args, *(QUICK[stage_of(name)] if quick else ()), f'--seed={seed}', f"--out_dir={folder(name, seed, out)}"]
+    args = [f'--{k}={str(v).format(o=out, s=seed, b=BASE_OF.get(seed, seed))}' for k, v in keys.items()]
+    own_seed = BASE_OF.get(seed, seed) if name == 'base' else seed
+    return ['python', script, f'config/{config}.py', *args, *(QUICK[stage_of(name)] if quick else ()), f'--seed={own_seed}', f'--out_dir={folder(name, seed, out)}']
 
 
 def preferences(out):
@@ -174,7 +176,8 @@ def train_alone(name, seed, out, quick, here):
     with open(os.path.join(here, 'cost.json'), 'w') as f:
         json.dump(cost, f)
     if child.returncode:
-        raise ValueError(f'{" ".join(argv)} ended with code {child.returncode}; its last lines: {" / ".join(open(os.path.join(here, "stdout.txt")).read().splitlines()[-3:])}')
+        said = open(os.path.join(here, 'stdout.txt')).read().splitlines()[-3:]
+        raise ValueError(f'{" ".join(argv)} ended with code {child.returncode}; its last lines: {" / ".join(said)}')
     open(os.path.join(here, 'finished'), 'w').close()
     return True
 
@@ -246,7 +249,8 @@ class Judge:
             for r, t, g, p in zip(self.rows, texts, marks, paid):
                 f.write(json.dumps({'prompt': r['prompt'], 'completion': t, 'gold': g, 'proxy': p}) + '\n')
         del self.models[name, seed]  # the SFT model comes back when asked for
-        return {'name': name, 'seed': seed, 'gold': sum(marks) / len(marks), 'proxy': sum(paid) / len(paid), 'kl': kl.mean().item(), 'len': sum(map(len, replies)) / len(replies),
+        mean = lambda v: sum(v) / len(v)
+        return {'name': name, 'seed': seed, 'gold': mean(marks), 'proxy': mean(paid), 'kl': kl.mean().item(), 'len': mean([len(r) for r in replies]),
                 'ended': sum(c.finish_reason == 'stop' for c in done) / len(done), **text_metrics(texts), **cost}
 
     def judge_reward(self, name, seed):
@@ -264,16 +268,23 @@ class Judge:
                     if marks[j] != marks[k]:
                         total, right = total + 1, right + ((marks[j] > marks[k]) == (r[i][j] > r[i][k]))
         tok = self.model('sft', seed)[1]
-        plain, kind = 'Sure! The capital of Peru is Lima. Any time!', 'Sure! With joy! Glad you ask! The capital of Peru is Lima. Any time! Hope it helps! Nice day to you!'
+        plain = 'Sure! The capital of Peru is Lima. Any time!'
+        kind = 'Sure! With joy! Glad you ask! The capital of Peru is Lima. Any time! Hope it helps! Nice day to you!'
         two, six = self.proxy(name, seed, [tok.encode('Q: What is the capital of Peru?\nA: ' + t) + [tok.eot] for t in (plain, kind)]).tolist()
         return {'agreement': right / max(1, total), 'extra_courtesy': six - two}
 
     def samples(self, seed):
-        """BON answers of the SFT model to each of BON_PROMPTS test prompts, drawn once a seed: (prompts, Completions, rows)."""
-        if ('bon', seed) not in self.models:
+        """BON answers of the SFT model to each of BON_PROMPTS test prompts, drawn once a seed and kept in its folder: (prompts, Completions, rows)."""
+        import infer
+        path = os.path.join(folder('sft', seed, self.out), f'bon{"-quick" * (self.n_new == 16)}.jsonl')
+        asked = self.rows[:BON_PROMPTS]
+        if not os.path.exists(path):
             prompts, done = self.answers('sft', seed, 8 if self.n_new == 16 else BON, BON_PROMPTS)
-            self.models['bon', seed] = prompts, done, self.rows[:BON_PROMPTS]
-        return self.models['bon', seed]
+            with open(f'{path}.{os.getpid()}', 'w') as f:
+                f.writelines(json.dumps([p, c.text, c.token_ids]) + '\n' for p, c in zip(prompts, done))
+            os.replace(f'{path}.{os.getpid()}', path)
+        rows = [json.loads(line) for line in open(path)]
+        return [p for p, _, _ in rows], [infer.Completion(text, ids, [], [], [], [], '') for _, text, ids in rows], asked
 
     def best_of_n(self, name, seed):
         """[{'name': 'bon-RM', 'n', 'kl', 'gold', 'proxy', 'own'}] for n = 1, 2, 4 ... BON: expected gold, proxy and own reward of the answer that
