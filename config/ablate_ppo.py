@@ -1,19 +1,19 @@
-# PPO of the ablations (data/toy/experiments.py varies one key at a time): ppo_toy with one pass over each batch at a higher rate.
+# PPO of the ablations (data/toy/experiments.py varies one key at a time): ppo_toy, half as long.
 #     python ppo.py config/ablate_ppo.py --beta=0.0
-# 12 iterations x 64 = 768 completions, 8 optimizer steps each; 48 held-out answers kept at every 2nd iteration, marked by data/toy/gold.py afterwards.
+# 20 iterations x 64 = 1,280 completions, 4 optimizer steps each; 48 held-out answers kept at every 4th iteration, marked by data/toy/gold.py afterwards.
 init_from = 'out-sft'
 reward = 'out-reward'
 out_dir = 'out-exp/ppo'
 dataset = 'data/toy/prompts_train.jsonl'
 val_dataset = 'data/toy/prompts_val.jsonl'
-max_iters = 12
+max_iters = 20
 batch_size = 64
-minibatch_size = 8
-ppo_epochs = 1
+minibatch_size = 32
+ppo_epochs = 2
 max_new_tokens = 96
 temperature = 1.0
 beta = 0.2
-learning_rate = 5e-4
-eval_interval = 2
+learning_rate = 3e-4
+eval_interval = 4
 eval_iters = 48
 missing_eos_value = -2.0

@@ -28,13 +28,12 @@ _root = os.path.dirname(os.path.dirname(_here))
 sys.path[:0] = [_root, _here]
 
 SEEDS = (1337, 2, 3)
-# name: (script, config, {key: value}, runs that must be there before). {o} is the folder of all runs, {s} the seed, {b} its base model's.
-# trained anew for each seed, by quickstart's commands: SFT, reward models and all that follows; the base model for the first two
-BASE_OF = {3: 1337}  # seed 3 starts from the first one's base model: pretraining is half the cost of a start
+# name: (script, config, {key: value}, runs that must be there before). {o} is the folder of all runs, {s} the seed.
+# everything, the base model too, is trained anew for each seed, by quickstart's commands
 SFT, RM = {'init_from': '{o}/sft-s{s}'}, {'reward': '{o}/rm-s{s}'}
 RUNS = {
     'base': ('sft.py', 'pretrain_toy', {}, ()),
-    'sft': ('sft.py', 'sft_toy', {'init_from': '{o}/base-s{b}'}, ('base',)),
+    'sft': ('sft.py', 'sft_toy', {'init_from': '{o}/base-s{s}'}, ('base',)),
     'rm': ('reward.py', 'ablate_reward', SFT, ('sft',)),
     'rm10': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 600, 'epochs': 3.0}, ('sft',)),
     'rm30': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 1800, 'epochs': 1.5}, ('sft',)),
@@ -58,11 +57,14 @@ DETAILS = {  # what each detail of PPO buys: one key away from config/ablate_ppo
     'no value clip': _add('ppo', 'ppo-novclip', vf_clip=0.0),
     'lambda 1 (no GAE)': _add('ppo', 'ppo-lam1', lam=1.0),
     'lambda 0 (one step)': _add('ppo', 'ppo-lam0', lam=0.0),
-    '4 passes over a quarter of the data': _add('ppo', 'ppo-epochs4', max_iters=3, eval_interval=3, ppo_epochs=4),
+    '4 passes over half the data': _add('ppo', 'ppo-epochs4', max_iters=10, eval_interval=5, ppo_epochs=4),
     'adaptive beta, 3 nats': _add('ppo', 'ppo-adaptive', target_kl=3.0, kl_horizon=500),
     'value net from the policy': _add('ppo', 'ppo-vpolicy', value='policy'),
 }
 GRPO, DPO = _add('grpo', 'grpo'), _add('dpo', 'dpo', ('sft',))
+LONG = {'PPO, 40 iterations': 'ppo-long', 'DPO, one epoch': 'dpo-long'}  # as quickstart.sh trains them
+RUNS['ppo-long'] = ('ppo.py', 'ppo_toy', {**SFT, **RM}, ('sft', 'rm'))
+RUNS['dpo-long'] = ('dpo.py', 'dpo_toy', SFT, ('sft',))
 LOSSES = {'sigmoid, beta 0.1': DPO, **{
     f'{kind}, beta {b}': _add('dpo', f'dpo-{kind}{b}', ('sft',), loss_type=kind, beta=b)
     for kind, b in (('sigmoid', 0.02), ('sigmoid', 0.5), ('ipo', 0.1), ('hinge', 0.1), ('kto', 0.1), ('simpo', 2.0))},
@@ -75,7 +77,7 @@ RM_DATA = {
 for _n in ('margin', 'fair', 'long'):
     RUNS[f'rm-{_n}'] = ('reward.py', 'ablate_reward', {**SFT, 'dataset': f'{{o}}/pref_{_n}.jsonl'}, ('sft',))
 # one line wrong each, beside its right twin: {label: (wrong run, right run, the number that tells, 'eval', 'train' or 'judged')}
-_SHORT = dict(max_iters=6, eval_interval=6)
+_SHORT = dict(max_iters=8, eval_interval=8)
 _RIGHT = {'ppo': _add('ppo', 'ppo-short', **_SHORT), 'grpo': _add('grpo', 'grpo-short', **_SHORT, max_new_tokens=64)}
 
 
@@ -96,8 +98,8 @@ FAILURES = {
     'a group of one': (_wrong('grpo', 'group_of_one', group_size=1), _RIGHT['grpo'], 'dead', 'train'),
 }
 QUESTIONS = {
-    'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *(BETAS[b] for b in (0.6, 2.0, 0.05, 0.2, 0.0))], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
-    'd': ['sft', TUNED, DPO, GRPO], 'e': list(DETAILS.values()), 'f': list(LOSSES.values()), 'g': list(RANKS.values()), 'h': list(RM_DATA.values()),
+    'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *(BETAS[b] for b in (0.6, 0.05, 2.0, 0.2, 0.0))], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
+    'd': ['sft', *LONG.values(), TUNED, DPO, GRPO], 'e': list(DETAILS.values()), 'f': list(LOSSES.values()), 'g': list(RANKS.values()), 'h': list(RM_DATA.values()),
     'i': list(dict.fromkeys(n for wrong, right, _, _ in FAILURES.values() for n in (right, wrong))),
 }
 QUICK = {'sft': ['--max_iters=2', '--eval_interval=2', '--eval_iters=1'], 'reward': ['--max_iters=2', '--normalize_n=8'],
@@ -112,20 +114,19 @@ BON, BON_PROMPTS = 64, 40  # answers of the SFT model to each of the first so ma
 
 
 def folder(name, seed, out):
-    return os.path.join(out, f'{name}-s{BASE_OF.get(seed, seed) if name == "base" else seed}')
+    return os.path.join(out, f'{name}-s{seed}')
 
 
 def stage_of(name):
     config = RUNS[name][1]
-    return {'pretrain_toy': 'sft', 'sft_toy': 'sft'}.get(config, config.removeprefix('ablate_'))
+    return {'pretrain_toy': 'sft'}.get(config, config.removeprefix('ablate_').removesuffix('_toy'))
 
 
 def command(name, seed, out, quick):
     """The command line of a run, as a user would type it."""
     script, config, keys, _ = RUNS[name]
-    args = [f'--{k}={str(v).format(o=out, s=seed, b=BASE_OF.get(seed, seed))}' for k, v in keys.items()]
-    own_seed = BASE_OF.get(seed, seed) if name == 'base' else seed
-    return ['python', script, f'config/{config}.py', *args, *(QUICK[stage_of(name)] if quick else ()), f'--seed={own_seed}', f'--out_dir={folder(name, seed, out)}']
+    args = [f'--{k}={str(v).format(o=out, s=seed)}' for k, v in keys.items()]
+    return ['python', script, f'config/{config}.py', *args, *(QUICK[stage_of(name)] if quick else ()), f'--seed={seed}', f'--out_dir={folder(name, seed, out)}']
 
 
 def preferences(out):

@@ -197,30 +197,29 @@ def draw_c(rows):
 
 def draw_d(rows):
     fig, axes = figure(2, width=4.8)
-    names = {'PPO': X.TUNED, 'GRPO': X.GRPO, 'DPO': X.DPO}
-    rm_cost, lines = rows.span('rm', 'cpu_s'), [['SFT', text(rows.span('sft', 'gold')), '', text(rows.span('sft', 'proxy')), text((0, 0, 0), 1), '', '', '']]
-    bars = []
-    for (label, name), colour in zip(names.items(), COLOURS):
+    names = {'PPO': X.TUNED, 'GRPO': X.GRPO, 'DPO': X.DPO, **X.LONG}
+    rm_cost, sft = rows.span('rm', 'cpu_s'), rows.values('sft', 'gold')
+    lines, bars = [['SFT', text(rows.span('sft', 'gold')), '', text(rows.span('sft', 'proxy')), '0', '', '', '']], []
+    for (label, name), colour in zip(names.items(), (*COLOURS[:3], RED, GREEN)):
         gold, kl, cost = rows.span(name, 'gold'), rows.span(name, 'kl'), rows.span(name, 'cpu_s')
-        point(axes[0], kl, gold, colour, label)
-        needs = rm_cost if label != 'DPO' else (0, 0, 0)
-        gain = sorted(g - s for g, s in zip(rows.values(name, 'gold'), rows.values('sft', 'gold')))
-        lines.append([label, text(gold), f'{gain[0]:+.2f} to {gain[-1]:+.2f}', text(rows.span(name, 'proxy')), text(kl, 1), text(cost, 0), f'{needs[1]:.0f}', text(rows.span(name, 'rss_mb'), 0)])
-        bars.append((label, cost[1], needs[1], colour))
+        point(axes[0], kl, gold, colour, label, 'D' if name in X.LONG.values() else 'o')
+        needs = 0 if label.startswith('DPO') else rm_cost[1]
+        gain = sorted(g - s for g, s in zip(rows.values(name, 'gold'), sft))
+        lines.append([label, text(gold), f'{gain[0]:+.2f} to {gain[-1]:+.2f}', text(rows.span(name, 'proxy')), text(kl, 1), text(cost, 0), f'{needs:.0f}', text(rows.span(name, 'rss_mb'), 0)])
+        bars.append((label, cost[1], needs, colour))
     for n, marker in ((4, 'v'), (16, '^'), (64, 's')):
-        gold = rows.span('bon-rm', 'gold', n=n)
-        kl = rows.span('bon-rm', 'kl', n=n)
+        gold, kl = rows.span('bon-rm', 'gold', n=n), rows.span('bon-rm', 'kl', n=n)
         point(axes[0], kl, gold, GREY, f'best of {n}', marker)
         gain = sorted(g - s for g, s in zip(rows.values('bon-rm', 'gold', n=n), rows.values('bon-rm', 'gold', n=1)))
         lines.append([f'best of {n}', text(gold), f'{gain[0]:+.2f} to {gain[-1]:+.2f}', text(rows.span('bon-rm', 'proxy', n=n)), text(kl, 1), '0', f'{rm_cost[1]:.0f}', f'{n} answers for one'])
-    axes[0].plot(0, rows.span('sft', 'gold')[1], 'ks', ms=5, label='SFT')
+    axes[0].plot(0, np.median(sft), 'ks', ms=5, label='SFT')
     axes[0].set_xlabel('KL to the SFT model, nats a sequence')
     axes[0].set_ylabel('gold mark')
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=7)
     for i, (label, own, rm, colour) in enumerate([*bars, ('best of n', 0, rm_cost[1], GREY)]):
         axes[1].barh(i, own, color=colour)
         axes[1].barh(i, rm, left=own, color='#d9d9d9', label='its reward model' if i == 0 else None)
-    axes[1].set_yticks(range(4), [b[0] for b in bars] + ['best of n'])
+    axes[1].set_yticks(range(len(bars) + 1), [*(b[0] for b in bars), 'best of n'], fontsize=8)
     axes[1].invert_yaxis()
     axes[1].set_xlabel('CPU seconds of training')
     axes[1].legend(frameon=False, fontsize=8)
