@@ -16,7 +16,7 @@ Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable
 
     python grpo.py config/grpo_toy.py                            # CPU: pass@1 30 -> 95 % and more in 120 iterations
     torchrun --nproc_per_node=8 grpo.py config/grpo_qwen3_gsm8k.py --zero=2   # eight GPUs
-    python grpo.py config/grpo_toy.py --mode=async              # rollouts run ahead in a process of their own
+    python grpo.py config/grpo_toy.py --mode=async               # rollouts run ahead in a process of their own
     python grpo.py config/grpo_qwen3_gsm8k.py                    # one GPU
     python grpo.py --init_from=Qwen/Qwen3-0.6B --reward=right.py,short.py --reward_weights=1,0.1 --dataset=my_prompts.jsonl
 """

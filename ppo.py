@@ -15,7 +15,7 @@ Changed from the papers: the value network may be one of its own, started from t
 the policy's trunk (1909.08593); padding is removed before every matrix product.
 
     python ppo.py config/ppo_toy.py                              # CPU
-    python ppo.py config/ppo_toy.py --mode=async                # rollouts run ahead in a process of their own
+    python ppo.py config/ppo_toy.py --mode=async                 # rollouts run ahead in a process of their own
     python ppo.py config/ppo_gpt2.py                             # one GPU
     torchrun --nproc_per_node=8 ppo.py config/ppo_gpt2.py --zero=1   # eight
     python ppo.py --init_from=out-sft --reward=my_reward.py --dataset=my_prompts.jsonl
