@@ -162,7 +162,7 @@ def pool():
     for p in made:
         p.close()
     if made[0].own:
-        soon(lambda: not any(map(alive, descendants(os.getpid()))))
+        soon(lambda: not any(map(alive, descendants(os.getpid()))), 60)
         assert before or os.getpid() not in holders()
 
 
@@ -183,7 +183,7 @@ def test_capacity_and_staleness(pool):
     p, ages, ids = pool(max_staleness=2, workers=2), [], []
     for it in range(6):
         p.publish(tiny_model().state_dict(), it)
-        soon(lambda: len(p.done) == 12)  # (version + max_staleness + 1) * batch handed out in all, (version) * batch of them taken
+        soon(lambda: len(p.done) == 12, 120)  # (version + max_staleness + 1) * batch handed out in all, (version) * batch of them taken
         time.sleep(0.05)
         assert len(p.work) == 12 and p.next == (it + 3) * 4
         got = p.take(4)
@@ -262,7 +262,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(pool, monkeypatch, how):
     got += p.take(8)
     assert p.restarts == 1 and p.dropped == 0 and [g.id for g in got] == list(range(24))
     assert [a[0] for g in got for a in g.answers] == one_engine(tiny_model(), jobs_of(tokens=50), 0, 24)
-    soon(lambda: not alive(victim))
+    soon(lambda: not alive(victim), 60)
 
 
 @pytest.mark.slow
