@@ -436,7 +436,8 @@ if __name__ == '__main__':
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
-    planned = memory_plan(dict(policy=pw, sampler=0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters()), past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
+    alone = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
+    planned = memory_plan(dict(policy=pw, sampler=alone, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
                                kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest) // tp, longest)))
     print(f'policy {n_params / 1e6:.2f} M parameters ({trains:,} trained), reward {reward}, reference: '

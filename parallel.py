@@ -30,7 +30,8 @@ on N flat tokens, and so do we: context parallelism gives each cp rank N / cp of
 tensor parallelism gives each rank some heads and MLP columns, and keeps N / (cp tp) tokens in between (sequence parallel).
 Everything that a Parameter needs to know is in its `Part`: which piece of which full tensor, who sums its gradient.
 
-    refused: tp with lora or n_head % tp, pp with dropout or more stages than layers, ring attention with dropout (gather is used)
+    refused: tp with lora or n_head % tp, zero 3 with lora, pp with dropout or more stages than layers, ring attention with dropout (gather
+             is used); in the stages also cp in dpo and grpo (answers share their prompt), a value head on ppo's trunk, compile
     python parallel.py merge out-sft             # per-rank files of --sharded_ckpt -> ckpt.pt; needs no torchrun
 """
 import atexit, collections, contextlib, copy, dataclasses, json, math, os, select, signal, socket, sys, threading, time
@@ -1259,6 +1260,9 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, saved, where='checkpoint'):
         """Takes its pieces out of a layout-free state."""
+        if not isinstance(saved, dict) or not {'step', 'exp_avg', 'exp_avg_sq'} <= saved.keys():
+            raise ValueError(f'{where}: no optimizer state by name in it (ckpt_best.pt has none, older versions kept it by number): '
+                             f'start a new run from its weights with --init_from=FILE')
         for p in self.pieces:
             name = p.part.name
             if any(name not in saved[k] for k in ('exp_avg', 'exp_avg_sq')):

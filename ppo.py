@@ -417,7 +417,9 @@ if __name__ == '__main__':
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
-    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters()), past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm, kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
+    own = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
+    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=own, past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm,
+                               kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest) // (tp * cp), longest)))
     print(f'policy {n_params / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')

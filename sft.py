@@ -212,21 +212,23 @@ if __name__ == '__main__':
         return packed_batches(ids, trained, next(sampler), micro_tokens, mesh)
 
     def validation():
-        """The same micro-batches each time."""
+        """The same micro-batches each time, and how many replicas do each of them (see mesh.copies)."""
         for k in range(eval_iters if text else min(eval_iters, math.ceil(len(val_ids) / batch_size))):
-            yield from (crops(val_tokens, batch_size, T, generator.manual_seed(k), micro_tokens, mesh) if text else
-                        packed_batches(val_ids, val_trained, list(range(len(val_ids)))[k * batch_size:(k + 1) * batch_size], micro_tokens, mesh))
+            rows = list(range(len(val_ids)))[k * batch_size:(k + 1) * batch_size] if not text else range(batch_size)
+            for micro in (crops(val_tokens, batch_size, T, generator.manual_seed(k), micro_tokens, mesh) if text else
+                          packed_batches(val_ids, val_trained, rows, micro_tokens, mesh)):
+                yield *micro, mesh.copies(len(rows))
 
     def loss_of(model, micro):
         """(mean loss, {}) over the trained tokens of a micro-batch."""
-        x, y, d = micro
+        x, y, d = micro[:3]
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             return model(x.to(device), y.to(device), doc=None if d is None else d.to(device))[1], {}
 
     def evaluate():
         """Mean loss over trained tokens."""
         model.eval()
-        pairs = parallel.evaluate(model, validation(), lambda model, micro: (loss_of(model, micro)[0], (micro[1] >= 0).sum()))
+        pairs = parallel.evaluate(model, validation(), lambda model, micro: (loss_of(model, micro)[0], (micro[1] >= 0).sum() / micro[3]))
         total = count = 0
         for loss, n in mesh.collect([(loss.item(), n.item()) for loss, n in pairs]):
             total += loss * n

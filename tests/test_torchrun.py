@@ -21,7 +21,7 @@ NOT_THE_SAME = ('split', 'time', 'gen_s', 'upd_s', 'tok_per_s', 'pairs_per_s', '
 FEW = ['--batch_size=8', '--eval_interval=2', '--max_iters=4', '--learning_rate=1e-3', '--device=cpu']
 RL = [*FEW, '--dataset=prompts.jsonl', '--max_new_tokens=6', '--eval_iters=4', '--minibatch_size=4', '--micro_tokens=64']
 CASES = {
-    'sft': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--micro_tokens=96'],
+    'sft': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--val_dataset=sft_val.jsonl', '--micro_tokens=96'],
     'text': ['sft.py', *FEW, '--dataset=text', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--micro_tokens=64', '--eval_iters=2'],
     'adapter': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--micro_tokens=96', '--lora_r=4'],
     'reward': ['reward.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=192', '--normalize_n=16', '--max_new_tokens=6'],
@@ -41,6 +41,7 @@ def world(tmp_path_factory):
     good, bad = (lambda i: letters[i % 8] * (2 + i % 5)), (lambda i: 'no.' * (1 + i % 3))
     write = lambda name, f: (d / name).write_text(''.join(json.dumps(f(i)) + '\n' for i in range(60)))
     write('sft.jsonl', lambda i: dict(prompt=prompt(i), completion=good(i)))
+    (d / 'sft_val.jsonl').write_text(''.join(open(d / 'sft.jsonl').readlines()[:9]))  # 8 + 1: the last batch has fewer rows than replicas
     write('pref.jsonl', lambda i: dict(prompt=prompt(i), chosen=good(i), rejected=bad(i)))
     write('prompts.jsonl', lambda i: dict(prompt=prompt(i), letter=letters[i % 8]))
     (d / 'reward.py').write_text('def reward(prompt, completion, row):\n    return float(sum(c < "\\x40" for c in completion))\n')
