@@ -1446,7 +1446,8 @@ class Scorer:
     """Reward files in an actor: what they do there (hang, raise, kill the process) stays there."""
 
     def __init__(self, files, tokenizer):
-        self.fns, self.tok = {file: load_reward(file) for file in files}, get_tokenizer(tokenizer)
+        """files {name in the log: path}, a path that holds in any process of any node."""
+        self.fns, self.tok = {name: load_reward(path) for name, path in files.items()}, get_tokenizer(tokenizer)
 
     def ready(self):
         """Answers once the process is up: from then on reward_timeout counts."""
@@ -1512,7 +1513,9 @@ class Rollouts:
         worker = actors.remote(RolloutWorker).options(num_cpus=1, **(dict(num_gpus=min(1, gpus / workers)) if gpus else {}))
         scorer = actors.remote(Scorer).options(num_cpus=1)
         self.rollers = [_Hand(lambda: worker.remote(first, **options)) for _ in range(workers)]
-        self.scorers = [_Hand(lambda: scorer.remote(tuple(rewards), tokenizer)) for _ in range(reward_workers if rewards else 0)]
+        files = {f: os.path.abspath(f) for f in rewards}  # a node has a working directory of its own
+        tokenizer = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer
+        self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(reward_workers if rewards else 0)]
         self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
         self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
         self.thread.start()
