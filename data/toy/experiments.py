@@ -46,7 +46,7 @@ def _add(stage, name, needs=('sft', 'rm'), **keys):
     return name
 
 
-BETAS = {b: _add('ppo', f'ppo-beta{b}', beta=b) for b in (0.0, 0.05, 0.2, 0.6, 2.0)}
+BETAS = {b: _add('ppo', f'ppo-beta{b}', beta=b) for b in (0.0, 0.2, 0.6)}
 TUNED = BETAS[0.2]
 for _n in (10, 30):
     _add('ppo', f'ppo-rm{_n}', ('sft', f'rm{_n}'), beta=0.0, reward=f'{{o}}/rm{_n}-s{{s}}')
@@ -98,7 +98,7 @@ FAILURES = {
     'a group of one': (_wrong('grpo', 'group_of_one', group_size=1), _RIGHT['grpo'], 'dead', 'train'),
 }
 QUESTIONS = {
-    'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *(BETAS[b] for b in (0.6, 0.05, 2.0, 0.2, 0.0))], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
+    'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *BETAS.values()], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
     'd': ['sft', *LONG.values(), TUNED, DPO, GRPO], 'e': list(DETAILS.values()), 'f': list(LOSSES.values()), 'g': list(RANKS.values()), 'h': list(RM_DATA.values()),
     'i': list(dict.fromkeys(n for wrong, right, _, _ in FAILURES.values() for n in (right, wrong))),
 }

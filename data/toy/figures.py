@@ -35,7 +35,7 @@ class Rows:
         return found
 
     def span(self, name, key, **where):
-        v = sorted(self.values(name, key, **where))
+        v = sorted(x for x in self.values(name, key, **where) if x == x) or [math.nan]  # nan: not measured for that seed
         return v[0], float(np.median(v)), v[-1]
 
     def logs(self, name, key, split='eval'):
@@ -51,6 +51,8 @@ class Rows:
 def text(span, digits=2, percent=False, scale=1.0):
     """(0.1, 0.2, 0.3) -> '0.20 (0.10 to 0.30)'"""
     one = lambda v: f'{v * scale:.{digits}%}' if percent else f'{v * scale:,.{digits}f}'
+    if span[1] != span[1]:
+        return 'not measured'
     return f'{one(span[1])} ({one(span[0])} to {one(span[2])})'
 
 
@@ -120,12 +122,26 @@ def samples(rows, names, prompts=3):
 
 def draw_a(rows):
     names = {'SFT': 'sft', 'beta 0': X.BETAS[0.0], 'beta 0.2': X.TUNED}
-    fig, axes = figure(3)
-    for axis, key, title in zip(axes, ('proxy', 'gold', 'kl'), ('proxy: the reward it is paid by', 'gold: what people want (0 to 10)', 'KL to the SFT model, nats a sequence')):
+    fig, axes = figure(4, width=3.8)
+    titles = ('proxy: the reward it is paid by', 'gold: what people want (0 to 10)', 'KL to the SFT model, nats a sequence')
+    for axis, key, title in zip(axes, ('proxy', 'gold', 'kl'), titles):
         for label, colour in (('beta 0', RED), ('beta 0.2', BLUE)):
-            band(axis, *curves(rows, names[label], key), colour, label)
+            steps, y = curves(rows, names[label], key)
+            band(axis, steps, y, colour, label)
+        axis.set_xticks(steps)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel('PPO iteration')
+    d, gold = np.sqrt(np.maximum(curves(rows, names['beta 0'], 'kl')[1], 0)), curves(rows, names['beta 0'], 'gold')[1]
+    gain = gold - gold[:, :1]
+    alpha, beta, r2 = fit_gao(d.flatten(), gain.flatten(), 'rl')
+    for one, g in zip(d, gain):
+        axes[3].plot(one, g, 'o', color=RED, ms=4, alpha=0.7)
+    x = np.linspace(0.05, d.max(), 100)
+    axes[3].plot(x, x * (alpha - beta * np.log(x)), color='black', lw=1.2, label=f'd ({alpha:.2f} - {beta:.2f} log d), R2 {r2:.2f}')
+    axes[3].axhline(0, color='black', lw=0.5)
+    axes[3].set_title('beta 0: gold gained over d = sqrt KL', fontsize=10)
+    axes[3].set_xlabel('d')
+    axes[3].legend(frameon=False, fontsize=8)
     axes[0].legend(frameon=False, fontsize=9)
     return fig, judged(rows, names) + '\n\n' + samples(rows, {k: names[k] for k in names})
 
@@ -215,11 +231,13 @@ def draw_d(rows):
     axes[0].plot(0, np.median(sft), 'ks', ms=5, label='SFT')
     axes[0].set_xlabel('KL to the SFT model, nats a sequence')
     axes[0].set_ylabel('gold mark')
-    axes[0].legend(frameon=False, fontsize=7)
-    for i, (label, own, rm, colour) in enumerate([*bars, ('best of n', 0, rm_cost[1], GREY)]):
+    axes[0].legend(frameon=False, fontsize=7, ncol=2, loc='upper right')
+    axes[0].set_ylim(None, 8.0)
+    bars = [b for b in (*bars, ('best of n', 0, rm_cost[1], GREY)) if b[1] == b[1]]
+    for i, (label, own, rm, colour) in enumerate(bars):
         axes[1].barh(i, own, color=colour)
         axes[1].barh(i, rm, left=own, color='#d9d9d9', label='its reward model' if i == 0 else None)
-    axes[1].set_yticks(range(len(bars) + 1), [*(b[0] for b in bars), 'best of n'], fontsize=8)
+    axes[1].set_yticks(range(len(bars)), [b[0] for b in bars], fontsize=8)
     axes[1].invert_yaxis()
     axes[1].set_xlabel('CPU seconds of training')
     axes[1].legend(frameon=False, fontsize=8)
