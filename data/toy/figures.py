@@ -350,7 +350,8 @@ def write(question, out, assets, seeds):
     os.makedirs(assets, exist_ok=True)
     fig.tight_layout()
     fig.savefig(os.path.join(assets, f'exp_{question}.png'))
-    made = f'`bash experiments.sh {question}`: median (smallest to largest) of {len(seeds)} seeds\n\n{block}'
+    more = '' if seeds == X.SEEDS else ' --seeds=' + ','.join(map(str, seeds))
+    made = f'`bash experiments.sh {question}{more}`: median (smallest to largest) of {len(seeds)} seeds\n\n{block}'
     with open(os.path.join(assets, f'exp_{question}.md'), 'w') as f:
         f.write(made + '\n')
     insert(os.path.join(os.path.dirname(os.path.abspath(assets)), 'EXPERIMENTS.md'), question, made)
