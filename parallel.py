@@ -418,8 +418,10 @@ def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, qui
     if world > 1 and not dist.is_initialized():  # gloo beside nccl: metrics and small objects stay on the CPU
         store, rank, _ = next(dist.rendezvous('env://', timeout=timedelta(seconds=dist_timeout)))
         store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)  # or a restart finds the addresses of the dead
+        hook = sys.excepthook  # torch wraps it, and loses what a hook that ends the process has printed
         dist.init_process_group('cpu:gloo,cuda:nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank, world_size=world,
                                 timeout=timedelta(seconds=dist_timeout))
+        sys.excepthook = hook
     torch.manual_seed(seed)
     mesh = Mesh((world // (tp * pp * cp), pp, cp, tp), zero, torch.device(kind), dist_timeout)
     if quiet and not mesh.master:
