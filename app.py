@@ -339,11 +339,11 @@ def script_form(stage):
 
 
 def configs_for(root, stage):
-    """Config files, of the project and of the folder, that name this script in their comments."""
+    """Config files, of the project and of the folder, that say of themselves `SCRIPT.py config/THIS.py`."""
     found = {}
     for base in (HERE, root):
         for path in sorted(glob.glob(os.path.join(base, 'config', '*.py'))):
-            if f'{stage}.py config/' in open(path, encoding='utf-8', errors='replace').read():
+            if f'{stage}.py config/{os.path.basename(path)}' in open(path, encoding='utf-8', errors='replace').read():
                 found[os.path.join('config', os.path.basename(path))] = path
     return found
 
