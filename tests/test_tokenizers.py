@@ -522,7 +522,7 @@ def test_pairs(folders):
     p, c, r = encode_pair({'prompt': m, 'chosen': '<think>\nso\n</think>\n\nyes', 'rejected': 'no'}, thinks)
     assert [thinks.decode(x) for x in (p, c, r)] == ['<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n', '<think>\nso\n</think>\n\nyes<|im_end|>', '<think>\n\n</think>\n\nno<|im_end|>']
     for bad, words in (({'prompt': 'a', 'chosen': 'b'}, "without 'rejected'"), ({'prompt': 'a', 'chosen': 'b', 'rejected': 'b'}, 'equal'), ({'prompt': 'a', 'chosen': 'b', 'rejected': ' \n'}, 'empty completion'),
-                       ({'chosen': '\n\nHuman: a\n\nAssistant: b', 'rejected': '\n\nHuman: z\n\nAssistant: c'}, 'do not share'), ({'prompt': 'a', 'chosen': 'b', 'rejected': m}, 'two strings'),
+                       ({'chosen': '\n\nHuman: a\n\nAssistant: b', 'rejected': '\n\nHuman: z\n\nAssistant: c'}, 'share all'), ({'prompt': 'a', 'chosen': 'b', 'rejected': m}, 'two strings'),
                        ({'prompt': m, 'chosen': chat('a:x'), 'rejected': chat('a:')}, 'empty completion'), ({'prompt': 'a', 'chosen': None, 'rejected': 'b'}, "without 'chosen'")):
         with pytest.raises(ValueError, match=words):
             encode_pair(bad, tok)
