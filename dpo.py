@@ -298,10 +298,9 @@ if __name__ == '__main__':
     device, amp_dtype = pick_device(device, dtype)
     amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
     K.use(kernels)
+    parallel.accept('dpo', tp, pp, cp, compile)
     mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
     device = mesh.device
-    if compile and mesh.world > 1:
-        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     if loss_type not in LOSSES:
         raise ValueError(f'loss_type {loss_type!r} is unknown: one of {", ".join(LOSSES)}')
     unpaired, needs_ref, average = loss_type == 'kto', loss_type not in REFERENCE_FREE, length_norm or loss_type in REFERENCE_FREE
@@ -314,8 +313,6 @@ if __name__ == '__main__':
         raise ValueError(f'beta {beta}: wants to be above 0')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
-    if cp > 1:
-        raise ValueError(f'cp {cp} is not supported by dpo.py, where two answers share their prompt: the nearest that works is --cp=1 with --tp={cp}, or a smaller micro_tokens')
     ckpt = open_run(out_dir, init_from, overwrite, 'dpo', mesh)
     if init_from == 'scratch':
         raise ValueError('DPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')

@@ -108,6 +108,7 @@ threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's c
 tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
 pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
 cp = 1 # context parallel: not here, where the answers to a prompt share its tokens
+rollout_tp = False # with tp: False = each rank gathers the whole policy and answers its share of the prompts | True = each keeps its part, a tp group answers together
 zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
 dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
 sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
@@ -346,14 +347,11 @@ if __name__ == '__main__':
         raise ValueError(f"group_size 1 with advantage {advantage!r}: a group of one has no baseline, every advantage would be 0; --group_size=8, or --advantage=reinforce++")
     if mode == 'sync' and simulate_staleness or simulate_staleness < 0:
         raise ValueError(f'simulate_staleness {simulate_staleness} with mode {mode!r}: a number of updates, with --mode=async')
-    if mode == 'async' and int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise ValueError(f"mode 'async' with {os.environ['WORLD_SIZE']} ranks: it trains in one process; give the other GPUs to --rollout_workers, or --mode=sync")
     if temperature <= 0:
         raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
+    parallel.accept('grpo', tp, pp, cp, compile, mode, rollout_tp=rollout_tp)
     mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
     device = mesh.device
-    if compile and mesh.world > 1:
-        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
     names = [r.strip() for r in reward.split(',')]
@@ -363,8 +361,6 @@ if __name__ == '__main__':
         raise ValueError(f'reward_weights {reward_weights!r}: numbers, separated by commas') from None
     if len(reward_w) != len(names):
         raise ValueError(f'{len(names)} rewards ({reward}) but {len(reward_w)} reward_weights ({reward_weights}): one weight each')
-    if cp > 1:
-        raise ValueError(f'cp {cp} is not supported by grpo.py, where the answers to a prompt share its tokens: the nearest that works is --cp=1 with --tp={cp}, or a smaller micro_tokens')
     ckpt = open_run(out_dir, init_from, overwrite, 'grpo', mesh)
     if init_from == 'scratch':
         raise ValueError('GRPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
@@ -416,7 +412,7 @@ if __name__ == '__main__':
     pw, pg, pm = training_bytes(policy, mesh)
     frozen = sum(p.nbytes for m in (reference, *(s[3] for s in sources)) if m is not None for p in m.parameters())
     base_memory, n_params, trains = memory_now(device) - training_bytes(policy)[0] - frozen, policy.num_params(), sum(p.numel() for _, p in lora.trainable(policy))
-    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype)  # shared with the engine where it can be
+    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype, rollout_tp)  # shared with the engine where it can be
     policy = parallel.shard(policy, mesh)
     optimizer = parallel.Optimizer(policy, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
     start, best = 0, -float('inf')
@@ -428,7 +424,7 @@ if __name__ == '__main__':
     log = RunLog(out_dir, config, ckpt, mesh.master)
     longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
     engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
-    pool, past = None, ckpt.get('past', []) if ckpt else []
+    team, pool, past = tp if rollout_tp else 1, None, ckpt.get('past', []) if ckpt else []
     if mode == 'async' and not simulate_staleness and not eval_only:
         position = ckpt['data'].get('position', ckpt['data']['batch'] * need) if ckpt else 0
         pool = infer.Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, need, max_staleness, rollout_workers,
@@ -438,17 +434,17 @@ if __name__ == '__main__':
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     alone = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
     planned = memory_plan(dict(policy=pw, sampler=alone, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
-                               kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
+                               kv=kv_cache_bytes(engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest) // tp, longest)))
     print(f'policy {n_params / 1e6:.2f} M parameters ({trains:,} trained), reward {reward}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
     # ---- the phases of an iteration ------------------------------------------------------------------------------
     def rollout(prompts, n, seeds):
-        """n completions a prompt, prompt-major -> (responses [[int]], ended [bool], log-probs that the engine sampled with). Each rank answers its share."""
-        mine = mesh.mine(len(prompts))
+        """n completions a prompt, prompt-major -> (responses [[int]], ended [bool], log-probs that the engine sampled with). Each rank (rollout_tp: each tp group) answers its share."""
+        mine = mesh.mine(len(prompts), team)
         done = engine.generate(prompts[mine], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, n=n, seed=int(s)) for s in seeds[mine]])
-        ids, ended, logps = zip(*mesh.collect([(c.token_ids, c.finish_reason == 'stop', c.logprobs) for c in done], everyone=True))
+        ids, ended, logps = zip(*mesh.collect([(c.token_ids, c.finish_reason == 'stop', c.logprobs) for c in done], everyone=True, team=team))
         return list(ids), torch.tensor(ended), list(logps)
 
     def publish(it):

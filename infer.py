@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels as K
+import parallel
 from dataset import encode_prompt, get_tokenizer, load_dataset
 from model import kv_cache_bytes, load_model, rope_frequencies
 
@@ -562,7 +563,8 @@ class Net:
     product; it gets a copy of each matrix in its own order, another 10 to 30 % (20 to 64 rows). `refresh` reads the model again: after an optimizer step, or under LoRA, whose merged weight is what runs."""
 
     def __init__(self, model, compile=False):
-        c, w = model.config, model.wte.weight
+        a, w = model.h[0].attn, model.wte.weight
+        c = replace(model.config, n_head=a.n_head, n_kv_head=a.n_kv_head)  # of a tensor-parallel rank: its own
         self.model, self.c, self.dtype, self.device = model, c, w.dtype, w.device
         cpu = w.device.type == 'cpu' and not compile  # what is compiled are plain operations; packed matrices and complex numbers are closed to it
         self.onednn = cpu and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
@@ -643,9 +645,12 @@ class Net:
             return {'gelu_tanh': K.gelu, 'gelu': F.gelu, 'relu': F.relu, 'silu': F.silu}[act](y)
         return y + add if add is not None else y * mul if mul is not None else y
 
+    def embed(self, ids):
+        return F.embedding(ids, self.wte)
+
     def hidden(self, ids, pos, attend):
         """ids, pos (N,) int64 -> (N, C), before the last norm."""
-        x, rope = F.embedding(ids, self.wte), None
+        x, rope = self.embed(ids), None
         if self.c.pos == 'learned':
             x = x + F.embedding(pos, self.wpe)
         elif self.complex:
@@ -682,6 +687,36 @@ class Net:
         """(n, C) -> (n, V), float32 or float64"""
         y = self.lin(self.norm(x, self.ln_f), self.head)
         return y if y.dtype == torch.float64 else y.float()
+
+
+class ShardNet(Net):
+    """One rank's part of a model that parallel.cut has cut: its heads (and their keys and values), MLP columns and words. The ranks of the
+    group run the same rows in step: two sums a layer, and everybody's logits put together. Residual and bias enter the sums once."""
+
+    def __init__(self, model, compile=False):
+        if compile:
+            raise ValueError('compile of a tensor-parallel engine is not supported: leave out compile, or the plain model')
+        self.tp, self.lo = model.tp, model.wte.lo
+        super().__init__(model)
+
+    def refresh(self):
+        moved, once = super().refresh(), lambda w: w if self.tp.rank == 0 else (w[0], None, *w[2:])
+        self.layers = [(ln_1, qkv, norm, once(out), ln_2, up, once(down)) for ln_1, qkv, norm, out, ln_2, up, down in self.layers]
+        return moved
+
+    def embed(self, ids):
+        here = (ids >= self.lo) & (ids < self.lo + len(self.wte))
+        return self.tp.all_reduce(F.embedding(torch.where(here, ids - self.lo, 0), self.wte) * here[:, None], 'embeddings of the engine')
+
+    def behind(self, x, y, out, ln_2, up, down):
+        once = lambda x: x if self.tp.rank == 0 else None
+        x = self.tp.all_reduce(self.lin(y, out, add=once(x)), 'attention of the engine')
+        y = self.norm(x, ln_2)
+        y = self.lin(y, up[1], mul=self.lin(y, up[0], 'silu')) if self.c.gated else self.lin(y, up[0], self.c.act)
+        return self.tp.all_reduce(self.lin(y, down, add=once(x)), 'MLP of the engine')
+
+    def logits(self, x):
+        return parallel.gather_words(super().logits(x), self.c.vocab_size, self.tp)
 
 
 # -----------------------------------------------------------------------------
@@ -815,7 +850,7 @@ def sample(logits, s, rows, extra, outs):
 class Engine:
     """Many requests, one model. generate() for batches; add_request() and step() for streams; safe to call from several threads,
     one step at a time. `model` is read where it lies (see Net): after an optimizer step call weights_changed(), or load_weights(state)
-    to copy weights in. cache: 'rows' (CPU) | 'paged' (CUDA) | 'auto'. max_len: tokens of a sequence at most, 0 = the model's.
+    to copy weights in. A model cut by parallel.cut: every rank of its group makes the same calls in the same order (parallel.sampler_of). cache: 'rows' (CPU) | 'paged' (CUDA) | 'auto'. max_len: tokens of a sequence at most, 0 = the model's.
 
     engine = Engine(model, tok); [c.text for c in engine.generate(['Once', 'Two'], SamplingParams(max_tokens=8, temperature=0))]"""
 
@@ -826,8 +861,8 @@ class Engine:
                 raise ValueError(f'{name} must be at least 1, got {value}')
         self.model, self.tokenizer, self.eot = model, tokenizer, getattr(tokenizer, 'eot', None)
         self.max_num_seqs, self.budget, self.block_size, self.prefix_caching = max_num_seqs, max_num_batched_tokens, block_size, prefix_caching
-        self.nets = [Net(m, compile) for m in (model, draft) if m is not None]
-        self.net, c = self.nets[0], model.config
+        self.nets = [(ShardNet if hasattr(m, 'tp') else Net)(m, compile) for m in (model, draft) if m is not None]
+        self.net, c, self.tp = self.nets[0], model.config, getattr(model, 'tp', parallel.ALONE.tp)
         if draft is not None and draft.config.vocab_size != c.vocab_size:
             raise ValueError(f'the draft model has a vocabulary of {draft.config.vocab_size}, the model {c.vocab_size}: they must share a tokenizer')
         self.max_len = min([max_len or c.block_size] + [net.c.block_size for net in self.nets])
@@ -836,7 +871,7 @@ class Engine:
         params = sum(p.numel() for p in model.parameters()) if self.device.type == 'cpu' else 0
         self.threads = threads or (1 if 0 < params < 4e6 else 0)
         per_block = sum(kv_cache_bytes(net.c, block_size, self.dtype.itemsize) for net in self.nets)
-        self.num_blocks = num_blocks or max(1, min(max_num_seqs * -(-self.max_len // block_size), self._memory() // per_block))
+        self.num_blocks = num_blocks or max(1, min(max_num_seqs * -(-self.max_len // block_size), self.tp.least(self._memory() // per_block, self.device)))
         self.kv_bytes = self.num_blocks * per_block
         self.blocks = BlockManager(self.num_blocks, block_size)
         kind = dict(rows=RowCache, paged=PagedCache)[('rows' if self.device.type == 'cpu' else 'paged') if cache == 'auto' else cache]
@@ -846,7 +881,7 @@ class Engine:
         self.weight_version, self.counter, self.settings, self.settings_of = 0, itertools.count(), None, None
         self.lock, self.go, self.admitting = threading.RLock(), threading.Event(), True
         self.go.set()
-        self.graphs = {} if self.device.type == 'cuda' and kind is PagedCache else None
+        self.graphs = {} if self.device.type == 'cuda' and kind is PagedCache and self.tp.size == 1 else None
         self.counts = dict(steps=0, output_tokens=0, prompt_tokens=0, cached_tokens=0, preemptions=0, drafted=0, accepted=0)
 
     def _memory(self):
@@ -1159,6 +1194,9 @@ class Engine:
         if extra is not None:
             outs += np.fromiter(map(len, extra), np.int64, len(rows))
         tokens, lp, raw, top = sample(logits, self.settings, rows, extra or [()] * len(rows), outs)
+        if self.tp.size > 1:  # all hold the same logits; one draw counts, whatever the last bit of a GPU's sum says
+            tokens, lp, raw = self.tp.broadcast(torch.stack([t.double() for t in (tokens, lp, raw)]), 0, 'tokens')
+            tokens = tokens.long()
         return tokens.cpu().numpy(), lp.cpu().numpy(), raw.cpu().numpy(), top, self.settings, outs
 
     def _accept(self, rows, extra, logits):
@@ -1363,6 +1401,8 @@ class Engine:
     @torch.no_grad()
     def mismatch(self, completions, model=None):
         """Parity meter: |raw log-prob of the engine - model.logprobs| over the completions' tokens -> {'max', 'mean'} nats. In fp32 about 1e-6."""
+        if model is None and self.tp.size > 1:
+            raise ValueError('mismatch of a tensor-parallel engine: give the sharded model, mismatch(completions, model)')
         seqs = [c.prompt_token_ids + c.token_ids for c in completions]
         idx = torch.zeros(len(seqs), max(map(len, seqs)), dtype=torch.long)
         mask, ours = torch.zeros_like(idx, dtype=torch.bool), torch.zeros(idx.shape, dtype=torch.float64)

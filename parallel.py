@@ -4,7 +4,7 @@
 A stage has the same lines for one process and for many; with one, every operation is the identity:
 
     mesh = parallel.init(tp, pp, cp, zero)              # torchrun's processes, or this one alone
-    sampler = parallel.sampler_of(model, mesh)          # the plain GPT that a rollout engine reads; before shard cuts the model
+    sampler = parallel.sampler_of(model, mesh)          # what a rollout engine reads; before shard cuts the model
     model = parallel.shard(model.to(mesh.device), mesh) # this rank's part; called as before: model(idx, targets), model.logprobs(idx)
     optimizer = parallel.Optimizer(model, mesh, learning_rate, betas, eps, weight_decay)
     mesh.split_seeds(seed)                              # weights are made from one seed, dropout and sampling from one per rank
@@ -30,8 +30,7 @@ on N flat tokens, and so do we: context parallelism gives each cp rank N / cp of
 tensor parallelism gives each rank some heads and MLP columns, and keeps N / (cp tp) tokens in between (sequence parallel).
 Everything that a Parameter needs to know is in its `Part`: which piece of which full tensor, who sums its gradient.
 
-    refused: tp with lora or n_head % tp, zero 3 with lora, pp with dropout or more stages than layers, ring attention with dropout (gather
-             is used); in the stages also cp in dpo and grpo (answers share their prompt), a value head on ppo's trunk, compile
+What is accepted is what tests run: see `accept` (the stages) and `_check_fit` (the models); both refuse with the nearest that works.
     python parallel.py merge out-sft             # per-rank files of --sharded_ckpt -> ckpt.pt; needs no torchrun
 """
 import atexit, collections, contextlib, copy, dataclasses, json, math, os, select, signal, socket, sys, threading, time
@@ -214,6 +213,16 @@ class Group:
         ops = [dist.P2POp(dist.isend, x, nxt, self.pg), dist.P2POp(dist.irecv, out, prv, self.pg)]
         return out, self.run(what, lambda: dist.batch_isend_irecv(ops))
 
+    def broadcast(self, x, frm=0, what='broadcast'):
+        """In place: what the group's rank `frm` holds; returns x."""
+        if self.size > 1:
+            self.run(what, lambda: dist.broadcast(x, self.ranks[frm], self.pg))
+        return x
+
+    def least(self, n, device, what='least'):
+        """The smallest of the ranks' whole numbers."""
+        return int(self.all_reduce(torch.tensor([n], device=device), what, dist.ReduceOp.MIN)) if self.size > 1 else n
+
     def share_object(self, obj, frm, what):
         """A small Python object of the group's rank `frm`, on all of them."""
         if self.size == 1:
@@ -296,18 +305,21 @@ class Mesh:
         """How many replicas compute each of `rows` rows that were dealt out: 1, or all where there are fewer rows than replicas."""
         return self.dp if rows < self.dp else 1
 
-    def collect(self, mine, everyone=False):
-        """The replicas' lists (everyone: those of all ranks) one behind the other, on every rank. For small things: they travel pickled,
-        tensors by way of the CPU. Of the ranks of a replica the last pipeline stage speaks: it has the outputs. [1] and [2, 3] -> [1, 2, 3]."""
+    def collect(self, mine, everyone=False, team=1):
+        """The replicas' lists (everyone: those of all ranks, or of all teams) one behind the other, on every rank. For small things: they
+        travel pickled, tensors by way of the CPU. Of the ranks of a replica the last pipeline stage speaks: it has the outputs. [1] and
+        [2, 3] -> [1, 2, 3]."""
         if self.world == 1:
             return mine
         lists, mine = [None] * self.world, _move(mine, 'cpu')
         self.everyone.run('exchange of results', lambda: dist.all_gather_object(lists, mine))
-        return [x for r in (self.grid.view(-1) if everyone else self.grid[:, -1, 0, 0]).tolist() for x in lists[r]]
+        return [x for r in (self.grid.view(-1)[::team] if everyone else self.grid[:, -1, 0, 0]).tolist() for x in lists[r]]
 
-    def mine(self, n):
-        """The slice of n things (prompts to answer) that falls to this rank of all. n=5, world=2 -> slice(0, 2), slice(2, 5)."""
-        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+    def mine(self, n, team=1):
+        """The slice of n things (prompts to answer) that falls to this rank of all, or to its team: `team` neighbours that do the same
+        (tp, for a sharded engine). n=5, world=2 -> slice(0, 2), slice(2, 5); team=2 -> slice(0, 5) for both."""
+        teams, me = self.world // team, self.rank // team
+        return slice(n * me // teams, n * (me + 1) // teams)
 
     def split_seeds(self, seed):
         """From here on each rank of several draws its own numbers (dropout); seed + rank * 100003 as in lm-human-preferences."""
@@ -699,14 +711,35 @@ def _check_fit(c, mesh, model, layers):
     if c.n_inner % tp:
         raise ValueError(f'tp {tp} does not divide the MLP width {c.n_inner}: the nearest that works is --tp={math.gcd(tp, c.n_inner)}')
     if lora and tp > 1:
-        raise ValueError(f'lora with tp {tp} is not supported: adapters are small, use --tp=1 --zero=2 (or --pp)')
+        raise ValueError(f'lora with tp {tp} is not supported: the nearest that works is --tp=1 with --zero=2 or --pp={tp}')
     if lora and mesh.zero == 3:
-        raise ValueError('lora with zero 3 is not supported (it would keep the frozen weights whole anyway): use --zero=2')
+        raise ValueError('lora with zero 3 is not supported (the frozen weights would stay whole anyway): the nearest that works is --zero=2')
     if pp > 1 and c.dropout:
-        raise ValueError(f'pp {pp} with dropout {c.dropout} is not supported: set --dropout=0.0 (RL wants that anyway) or --pp=1')
+        raise ValueError(f'pp {pp} with dropout {c.dropout} is not supported: the nearest that works is --dropout=0.0 (RL wants that anyway) or --pp=1')
     if pp > c.n_layer or (layers and (len(layers) != pp or sum(layers) != c.n_layer or min(layers) < 1)):
         raise ValueError(f'pp {pp} stages for {c.n_layer} layers{f" as {list(layers)}" if layers else ""}: each stage needs at least one, '
                          f'and together they are {c.n_layer}; the nearest that works is --pp={min(pp, c.n_layer)}')
+
+
+STAGES = dict(sft='tp pp cp', reward='tp pp cp', dpo='tp pp', ppo='tp pp cp', grpo='tp pp')
+
+
+def accept(stage, tp=1, pp=1, cp=1, compile=False, mode='sync', value='', rollout_tp=False):
+    """ValueError, with the nearest that works, for what a stage cannot do on several processes, before anything is loaded.
+
+    Accepted, and run by tests/test_torchrun.py against one process: the axes of STAGES, each alone and in all mixtures, with zero 0 to 3,
+    and (but for tp and zero 3) with lora. tests/test_parallel.py runs each mixture with each zero for the model under them."""
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    for wrong, what, nearest in (
+            (cp > 1 and 'cp' not in STAGES[stage], f'cp {cp} is not supported by {stage}.py, where answers share the tokens of their prompt',
+             f'--cp=1 with --tp={cp}, or a smaller micro_tokens'),
+            (rollout_tp and tp == 1, 'rollout_tp without tensor parallelism: there is nothing to shard', '--rollout_tp=False, or --tp=2 and more'),
+            (compile and world > 1, f'compile with {world} processes is not supported', '--compile=False'),
+            (mode == 'async' and world > 1, f"mode 'async' with {world} ranks is not supported: it trains in one process",
+             '--mode=sync, or one process with the other GPUs given to --rollout_workers'),
+            (value == 'trunk' and world > 1, f'value trunk with {world} processes is not supported', '--value=policy')):
+        if wrong:
+            raise ValueError(f'{what}: the nearest that works is {nearest}')
 
 
 class _Handoff(Exception):
@@ -758,17 +791,44 @@ class Head(nn.Module):
             return body.score(x)[:, 0].to(_wide(x.dtype))
         if targets is None:
             z = F.linear(x, body.lm_head.weight)
-            if self.tp.size == 1:
-                return z
-            V, size = body.config.vocab_size, self.tp.size
-            counts = [V * (t + 1) // size - V * t // size for t in range(size)]
-            z = join_rows(F.pad(z.t(), (0, 0, 0, max(counts) - z.shape[1])), self.tp)
-            return torch.cat([p[:n] for p, n in zip(z.chunk(size), counts)]).t()
+            return z if self.tp.size == 1 else gather_words(z, body.config.vocab_size, self.tp)
         x, weight = body.head_weight(x)
         if self.tp.size == 1:
             return kernels.linear_cross_entropy(x, weight, targets) if reduce else kernels.linear_logprobs(x, weight, targets, temperature)
         logp, entropy = _VocabLogprobs.apply(x, weight, targets, self.lo, temperature, self.tp)
         return -logp.sum() / max(1, len(logp)) if reduce else (logp, entropy)
+
+
+def cut(body, tp):
+    """Tensor parallelism, in place: slices every parameter of a GPT that has ranges, then puts the communication around it."""
+    c, tied, body.tp = body.config, body.config.tie and body.head == 'lm', tp
+    for name, p in list(body.named_parameters(remove_duplicate=False)):
+        dim, ranges = _ranges(name, c, tp.size, tp.rank)
+        if ranges and not (name == 'lm_head.weight' and tied):
+            owner = body.get_submodule(name.rpartition('.')[0])
+            local = Part(name, p, tuple(p.shape), dim, ranges).take(p.detach()).clone()
+            setattr(owner, name.rpartition('.')[2], nn.Parameter(local, p.requires_grad))
+    gather = lambda module, args: (gather_rows(args[0], tp), *args[1:])
+    for block in body.h:
+        a, m = block.attn, block.mlp
+        a.n_head, a.n_kv_head = a.n_head // tp.size, max(1, a.n_kv_head // tp.size)
+        a.register_forward_pre_hook(gather)
+        m.register_forward_pre_hook(gather)
+        for module, name in ((a, 'c_proj'), (a, 'o_proj'), (m, 'c_proj'), (m, 'down_proj')):
+            if hasattr(module, name):
+                setattr(module, name, Row(getattr(module, name), tp))
+    body.wte = VocabEmbedding(body.wte.weight, _ranges('wte.weight', c, tp.size, tp.rank)[1][0][0], tp)
+    if tied:
+        body.lm_head.weight = body.wte.weight
+    if body.wpe is not None:
+        body.wpe = RowsEmbedding(body.wpe.weight, tp)
+
+
+def gather_words(z, V, tp):
+    """Logits of this rank's words (n, V / tp) -> (n, V), on every rank; with a gradient."""
+    counts = [V * (t + 1) // tp.size - V * t // tp.size for t in range(tp.size)]
+    z = join_rows(F.pad(z.t(), (0, 0, 0, max(counts) - z.shape[1])), tp)
+    return torch.cat([p[:n] for p, n in zip(z.chunk(tp.size), counts)]).t()
 
 
 def _check_replicas(model, mesh):
@@ -803,7 +863,7 @@ class Sharded(nn.Module):
         self.ends = mesh.ends() if pp.size > 1 else None
         kv = mesh.group('tp', split=tp.size // c.n_kv_head) if tp.size > c.n_kv_head else Group('kv')
         if tp.size > 1:
-            self._cut(tp)
+            cut(model, tp)
         if pp.size > 1:
             self._stage(lo, lo + layers[pp.rank])
         self.parts = [self._part(n, p, lo, kv) for n, p in model.named_parameters()]
@@ -812,30 +872,6 @@ class Sharded(nn.Module):
         if self.last:
             self.units.append((self.out, [model.lm_head.weight if model.head == 'lm' else model.score.weight]))
         self.train(model.training)
-
-    def _cut(self, tp):
-        """Slices every parameter that has ranges, then puts the communication around it."""
-        body, c = self.body, self.config
-        for name, p in list(body.named_parameters(remove_duplicate=False)):
-            dim, ranges = _ranges(name, c, tp.size, tp.rank)
-            if ranges and not (name == 'lm_head.weight' and self.tied):
-                owner = body.get_submodule(name.rpartition('.')[0])
-                local = Part(name, p, tuple(p.shape), dim, ranges).take(p.detach()).clone()
-                setattr(owner, name.rpartition('.')[2], nn.Parameter(local, p.requires_grad))
-        gather = lambda module, args: (gather_rows(args[0], tp), *args[1:])
-        for block in body.h:
-            a, m = block.attn, block.mlp
-            a.n_head, a.n_kv_head = a.n_head // tp.size, max(1, a.n_kv_head // tp.size)
-            a.register_forward_pre_hook(gather)
-            m.register_forward_pre_hook(gather)
-            for module, name in ((a, 'c_proj'), (a, 'o_proj'), (m, 'c_proj'), (m, 'down_proj')):
-                if hasattr(module, name):
-                    setattr(module, name, Row(getattr(module, name), tp))
-        body.wte = VocabEmbedding(body.wte.weight, _ranges('wte.weight', c, tp.size, tp.rank)[1][0][0], tp)
-        if self.tied:
-            body.lm_head.weight = body.wte.weight
-        if body.wpe is not None:
-            body.wpe = RowsEmbedding(body.wpe.weight, tp)
 
     def _stage(self, lo, hi):
         """Keeps layers lo .. hi. A tied head on the last stage is a copy of the embedding; their gradients are added."""
@@ -963,20 +999,34 @@ def shard(model, mesh, layers=None, attention='auto'):
     return Sharded(model, mesh, layers, attention)
 
 
-def sampler_of(model, mesh, dtype=torch.float32):
-    """The plain GPT that a rollout engine on this rank reads, to be asked for BEFORE `shard`: the model itself where its weights stay
-    whole and in dtype (one process; data and context parallel below ZeRO-3), else a copy that load_weights(full_state(model)) fills."""
-    if dtype == torch.float32 and mesh.tp.size == mesh.pp.size == 1 and (mesh.zero < 3 or mesh.data.size == 1):
+def sampler_of(model, mesh, dtype=torch.float32, shard=False):
+    """What a rollout engine on this rank reads, to be asked for BEFORE `shard`. shard=False: the plain GPT. shard=True: this rank's
+    tensor-parallel part of all layers; the ranks of a tp group then run one engine in step, each with its heads' keys and values (see
+    infer.ShardNet). In both cases the trained model itself where that holds it in this dtype (pp = 1, below ZeRO-3; the plain GPT
+    also wants tp = 1), so that no weight lies in memory twice; else a copy that `refresh` fills."""
+    _check_fit(model.config, mesh, model, None)
+    whole = mesh.pp.size == 1 and (mesh.zero < 3 or mesh.data.size == 1) and (shard or mesh.tp.size == 1)
+    if whole and dtype == torch.float32:
         return model
-    return copy.deepcopy(model).to(dtype).requires_grad_(False)
+    sampler = copy.deepcopy(model).to(dtype).requires_grad_(False)
+    if shard:
+        cut(sampler, mesh.tp)
+    return sampler
 
 
+@torch.no_grad()
 def refresh(engine, model):
     """A rollout engine takes over the model's weights: in place where what it reads is the model itself (see sampler_of), else by a copy."""
-    if engine.model is getattr(model, 'body', model):
+    body = engine.model
+    if body is getattr(model, 'body', model):
         engine.weights_changed()
-    else:
+    elif engine.tp.size == 1:
         engine.load_weights(full_state(model))
+    else:
+        own, c, tp = dict(body.named_parameters()), body.config, engine.tp
+        for name, full in _full_tensors(model):  # one full tensor at a time: no rank ever holds them all
+            own[name].copy_(Part(name, own[name], full.shape, *_ranges(name, c, tp.size, tp.rank)).take(full))
+        engine.weights_changed()
 
 
 def set_weight(model, name, value):

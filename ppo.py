@@ -114,6 +114,7 @@ threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's c
 tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
 pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
 cp = 1 # context parallel: the tokens of a micro-batch shared out, for long ones
+rollout_tp = False # with tp: False = each rank gathers the whole policy and answers its share of the prompts | True = each keeps its part, a tp group answers together
 zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
 dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
 sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
@@ -317,16 +318,11 @@ if __name__ == '__main__':
         raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: set --minibatch_size to one of {fits}')
     if mode == 'sync' and simulate_staleness or simulate_staleness < 0:
         raise ValueError(f'simulate_staleness {simulate_staleness} with mode {mode!r}: a number of updates, with --mode=async')
-    if mode == 'async' and int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise ValueError(f"mode 'async' with {os.environ['WORLD_SIZE']} ranks: it trains in one process; give the other GPUs to --rollout_workers, or --mode=sync")
     if temperature <= 0:
         raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
+    parallel.accept('ppo', tp, pp, cp, compile, mode, value, rollout_tp)
     mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
     device = mesh.device
-    if compile and mesh.world > 1:
-        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
-    if value == 'trunk' and mesh.world > 1:
-        raise ValueError(f'value trunk with {mesh.world} processes is not supported: the nearest that works is --value=policy')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
     ckpt = open_run(out_dir, init_from, overwrite, 'ppo', mesh)
@@ -395,7 +391,7 @@ if __name__ == '__main__':
     (pw, pg, pm), (vw, vg, vm) = (training_bytes(net, mesh if start_value != 'trunk' else None) for net in (policy, value_net))
     rw, n_params = sum(p.nbytes for m in (reference, reward_model) if m is not None for p in m.parameters()), policy.num_params()
     base_memory = memory_now(device) - training_bytes(policy)[0] - training_bytes(value_net)[0] - rw
-    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype)  # shared with the engine where it can be
+    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype, rollout_tp)  # shared with the engine where it can be
     policy, value_net = parallel.shard(policy, mesh), parallel.shard(value_net, mesh)
     optimizer = parallel.Optimizer(policy, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
     value_optimizer = parallel.Optimizer(value_net, mesh, value_lr or learning_rate, (beta1, beta2), adam_eps, weight_decay)
@@ -409,7 +405,7 @@ if __name__ == '__main__':
     log = RunLog(out_dir, config, ckpt, mesh.master)
     longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
     engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
-    pool, past = None, ckpt.get('past', []) if ckpt else []
+    team, pool, past = tp if rollout_tp else 1, None, ckpt.get('past', []) if ckpt else []
     if mode == 'async' and not simulate_staleness and not eval_only:
         position = ckpt['data'].get('position', ckpt['data']['batch'] * batch_size) if ckpt else 0
         pool = infer.Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, batch_size, max_staleness, rollout_workers,
@@ -419,17 +415,17 @@ if __name__ == '__main__':
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     own = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
     planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=own, past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm,
-                               kv=kv_cache_bytes(policy.config, max_num_seqs * longest, amp_dtype.itemsize),
+                               kv=kv_cache_bytes(engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest) // (tp * cp), longest)))
     print(f'policy {n_params / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
     # ---- the phases of an iteration ------------------------------------------------------------------------------
     def rollout(prompts, seeds):
-        """One completion a prompt -> (responses [[int]], ended [bool], log-probs that the engine sampled with). Each rank answers its share."""
-        mine = mesh.mine(len(prompts))
+        """One completion a prompt -> (responses [[int]], ended [bool], log-probs that the engine sampled with). Each rank (rollout_tp: each tp group) answers its share."""
+        mine = mesh.mine(len(prompts), team)
         done = engine.generate(prompts[mine], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s)) for s in seeds[mine]])
-        ids, ended, logps = zip(*mesh.collect([(c.token_ids, c.finish_reason == 'stop', c.logprobs) for c in done], everyone=True))
+        ids, ended, logps = zip(*mesh.collect([(c.token_ids, c.finish_reason == 'stop', c.logprobs) for c in done], everyone=True, team=team))
         return list(ids), torch.tensor(ended), list(logps)
 
     def publish(it):

@@ -194,10 +194,9 @@ if __name__ == '__main__':
     config['stage'] = 'reward'
     device, amp_dtype = pick_device(device, dtype)
     K.use(kernels)
+    parallel.accept('reward', tp, pp, cp, compile)
     mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
     device = mesh.device
-    if compile and mesh.world > 1:
-        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     for key, value, known in (('ties', ties, ('drop', 'half')), ('normalize', normalize, ('samples', 'responses', 'none'))):
         if value not in known:
             raise ValueError(f'{key} {value!r}: expected one of {", ".join(known)}')

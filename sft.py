@@ -157,10 +157,9 @@ if __name__ == '__main__':
     config['stage'] = 'sft'
     device, amp_dtype = pick_device(device, dtype)
     K.use(kernels)
+    parallel.accept('sft', tp, pp, cp, compile)
     mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
     device = mesh.device
-    if compile and mesh.world > 1:
-        raise ValueError(f'compile with {mesh.world} processes is not supported: leave out --compile')
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
     text = os.path.isdir(dataset) and os.path.exists(os.path.join(dataset, 'train.bin'))

@@ -2,6 +2,7 @@
 
 Each rank also runs the single process by itself, so that what is compared comes from GPT and torch's AdamW alone: the loss of
 every step, the full gradients and their norm after the first, the full weights after the third."""
+import copy
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import conftest
+import infer
 import lora
 import parallel
 from model import GPT, GPTConfig
@@ -235,7 +237,8 @@ def test_two_ranks(tmp_path):
     jobs += [('sparse', GPT2, f64, dict(cp=2, zero=3), {}), ('sparse', GPT2, f64, dict(tp=2), {})]
     jobs += [('lm', dict(GPT2, lora=2), f64, dict(zero=2), {}), ('rl', dict(GPT2, lora=2), f64, dict(pp=2), {})]
     jobs += [('lm', GPT2, f64, dict(zero=3), dict(checkpointing=True)), ('rl', QWEN3, f32, dict(zero=2), dict(overlap=False))]
-    check_ranks(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,), (reductions_are_few,), (dropout_differs,))
+    check_ranks(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,), (reductions_are_few,), (dropout_differs,),
+                (engines, [(GPT2, dict(tp=2), f32, True), (QWEN3, dict(tp=2), f32, True)]))
 
 
 # ---- the rest of the interface -------------------------------------------------------------------------------------------
@@ -330,6 +333,36 @@ def dropout_differs(rank):
     mesh.watch.stop()
 
 
+def engines(rank, cases):
+    """infer.Engine on tensor-parallel weights, the ranks of a group in step: tokens and log-probs of the plain engine, before and after an
+    update; greedy, filtered, penalised, several samples a prompt, memory so short that requests are thrown out and start over."""
+    prompts, P = [[3, 7, 7, 1, 9], [3, 7, 7, 1, 9, 4, 4, 20, 21, 3, 7, 7, 1, 9, 4, 4, 20, 22], [5], list(range(30))], infer.SamplingParams
+    params = [P(20, seed=1, logprobs=2), P(20, 0.7, top_k=9, top_p=0.9, seed=2, n=3), P(20, 0.0, repetition_penalty=1.3), P(20, 1.3, min_p=0.02, seed=3, n=2, logit_bias={4: 2.0})]
+    for shape, layout, dtype, in_place in cases:
+        mesh, full, options = parallel.init(device='cpu', **layout), make(shape, dtype=f32), dict(num_blocks=22, block_size=4, max_num_batched_tokens=24)
+        plain = infer.Engine(copy.deepcopy(full).to(dtype), **options)
+        sampler = parallel.sampler_of(full, mesh, dtype, shard=True)
+        model = parallel.shard(full, mesh)
+        opt, engine = parallel.Optimizer(model, mesh, 1e-2), infer.Engine(sampler, **options)
+        assert (sampler is model.body) == in_place and engine.kv_bytes * min(mesh.tp.size, full.config.n_kv_head) == plain.kv_bytes
+        for step in range(2):
+            parallel.refresh(engine, model)
+            plain.load_weights(parallel.full_state(model))
+            done, want = engine.generate(prompts, params), plain.generate(prompts, params)
+            if dtype != f32:  # sums in another order round otherwise: the log-probs are the trainer's to bfloat16's precision
+                assert engine.mismatch(done, model)['max'] < 0.05
+                continue
+            for a, b in zip(done, want, strict=True):
+                assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason, (shape['arch'], layout, step, a, b)
+                for x, y in ((a.logprobs, b.logprobs), (a.raw_logprobs, b.raw_logprobs)):
+                    assert (torch.tensor(x) - torch.tensor(y)).abs().max() < 1e-5
+            s = mesh.share(8)
+            parallel.accumulate(model, opt, micros_of('lm', step, s.start, s.stop), loss_lm)
+            opt.step(1e-2, 1.0)
+        assert engine.stats()['preemptions'] > 0 and (dtype != f32 or engine.stats() == plain.stats())
+        mesh.watch.stop()
+
+
 # ---- checkpoints: written on one layout, read on another ---------------------------------------------------------------
 
 
@@ -374,7 +407,9 @@ def test_four_ranks(tmp_path):
             ('lm', GPT2, f64, dict(pp=2, zero=2), {}), ('rl', GPT2, f64, dict(pp=4), {}), ('lm', QWEN2, f64, dict(tp=2, pp=2), {}),
             ('value', QWEN3, f64, dict(tp=2, cp=2), {}), ('long', GPT2, f64, dict(cp=4), {}), ('packed', GPT2, f64, dict(pp=2, cp=2), {}),
             ('rl', QWEN3, f32, dict(cp=2, zero=3), {}), ('lm', GPT2, f64, dict(pp=2, zero=3), {}), ('long', QWEN3, f64, dict(tp=2, cp=2), {})]
-    check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (interface, 4), (checkpoints, str(tmp_path)))
+    check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (interface, 4), (checkpoints, str(tmp_path)),
+                (engines, [(QWEN3, dict(tp=4), f32, True), (QWEN2, dict(tp=2, pp=2), f32, False), (GPT2, dict(tp=2, zero=3), f32, False),
+                           (QWEN3, dict(tp=2), torch.bfloat16, False)]))
     read = lambda name: torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)
     for name in ('float64', 'bfloat16'):
         a, b = read(f'{name}-a'), read(f'{name}-b')
