@@ -57,13 +57,16 @@ def _data_work(side, tmp, n):
         return {'load, 1 process': (n, floor), 'load, 2 processes': (n, floor)}
     if side == 'ours':
         import dataset
+        opened = dataset.load_dataset
         work = {f'load, {k} process{"es" * (k - 1)}': (n, lambda k=k: dataset.load_dataset(rows, num_proc=k)) for k in (1, 2)}
-        start, cached = lambda: dataset.load_dataset(folder), lambda: {'cache_dir': new('map')}
+        cached = lambda: {'cache_dir': new('map')}
     else:
         import datasets
         datasets.disable_progress_bars()
+        opened = datasets.load_from_disk
         work = {'load, 1 process': (n, lambda: datasets.load_dataset('json', data_files=rows, split='train', cache_dir=new('load')))}
-        start, cached = lambda: datasets.load_from_disk(folder), lambda: {'load_from_cache_file': False}
+        cached = lambda: {'load_from_cache_file': False}
+    start = lambda: opened(folder)
     table = functools.cache(start)
     mixed, part = functools.cache(lambda: table().shuffle(seed=1)), functools.cache(lambda: table().select(range(min(n, 40_000))))
     at, some = np.random.default_rng(0).integers(0, n, 10_000).tolist(), min(n, 100_000)
@@ -71,7 +74,8 @@ def _data_work(side, tmp, n):
     def each(items):
         for _ in items:
             pass
-    work |= {'open': (1, start), 'random rows': (len(at), lambda: each(table()[i] for i in at)), 'slices of 32': (some, lambda: each(table()[i:i + 32] for i in range(0, some, 32))),
+    work |= {'open': (1, start), **({'open, written by HF': (1, lambda: opened(os.path.join(tmp, 'HF')))} if os.path.isdir(os.path.join(tmp, 'HF')) else {})}
+    work |= {'random rows': (len(at), lambda: each(table()[i] for i in at)), 'slices of 32': (some, lambda: each(table()[i:i + 32] for i in range(0, some, 32))),
              'iterate rows': (some, lambda: each(table().select(range(some)))), 'iter(256)': (some, lambda: each(table().select(range(some)).iter(256))),
              'shuffle': (n, lambda: table().shuffle(seed=next(fresh))), 'shuffled slices of 32': (32_000, lambda: each(mixed()[i:i + 32] for i in range(0, min(n, 32_000), 32)))}
     for k in (1, 2):
@@ -100,6 +104,7 @@ def bench_data(args):
     begin, n, sides = time.perf_counter(), int(args[0]) if args else 500_000, ['ours', 'json.loads', 'HF']
     try:
         import datasets
+        datasets.disable_progress_bars()
     except ImportError:
         sides.remove('HF')
         print('datasets is not installed: its side is skipped (pip install -r requirements-test.txt)')

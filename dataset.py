@@ -1,5 +1,5 @@
 """Columns without copies: Arrow IPC over mmap, `load_dataset`, batching and packing; below them tokenizers and chat templates."""
-import bisect, builtins, collections, contextlib, csv, datetime, functools, gzip, hashlib, io, itertools, json, math, mmap, operator, os, pickle
+import bisect, builtins, collections, contextlib, csv, datetime, functools, gc, gzip, hashlib, io, itertools, json, math, mmap, operator, os, pickle
 import queue, re, shutil, struct, sys, sysconfig, tempfile, threading, time, types, warnings, weakref, zlib, zoneinfo
 import concurrent.futures
 import multiprocessing
@@ -46,10 +46,11 @@ _EPOCH, _DAY0 = datetime.datetime(1970, 1, 1), datetime.date(1970, 1, 1).toordin
 class Array:
     """n values of one type in Arrow's memory layout. valid: None (no nulls) or bits, LSB first; data: numbers (numpy), bits (bool), dictionary
     indices, or the bytes (memoryview) that offs cuts into strings; offs cuts kids[0] into lists; kids: children."""
-    __slots__ = ('type', 'n', 'valid', 'data', 'offs', 'kids', 'ok', 'memo')
+    __slots__ = ('type', 'n', 'valid', 'data', 'offs', 'kids', 'ok', 'memo', 'cuts')
 
     def __init__(self, type, n, valid=None, data=None, offs=None, kids=(), ok=True):
-        self.type, self.n, self.valid, self.data, self.offs, self.kids, self.ok, self.memo = type, n, valid, data, offs, kids, ok, None
+        self.type, self.n, self.valid, self.data, self.offs, self.kids, self.ok = type, n, valid, data, offs, kids, ok
+        self.memo = self.cuts = None
 
     def check(self, deep=False):
         """What costs a pass over the offsets: when a small file is opened (deep: the children too), else at first use."""
@@ -64,15 +65,15 @@ class Array:
                 if at.size and not 0 <= at.min() <= at.max() < max(self.kids[0].n, 1):  # under a null parent 0 may stand for no value at all
                     raise ArrowError('corrupt: a dictionary index points outside of its dictionary')
             self.ok = True
-        if self.type.kind in _TEXT and self.valid is None and self.memo is None:
-            self.memo = memoryview(self.offs)  # its items are Python's ints: get() is twice as fast
+        if self.cuts is None and self.valid is None and self.type.kind in _TEXT:  # the usual column
+            self.cuts = memoryview(self.offs), memoryview(np.diff(self.offs))  # their items are Python's ints: get() is twice as fast
         return self
 
     def get(self, i):
         """Value i as a Python object."""
-        o = self.memo
-        if o is None or self.type.kind not in _TEXT:
+        if self.cuts is None:
             return self.list(i, i + 1)[0]
+        o, _ = self.cuts
         try:
             return str(self.data[o[i]:o[i + 1]], 'utf-8')
         except UnicodeDecodeError as e:
@@ -80,11 +81,11 @@ class Array:
 
     def list(self, lo, hi):
         """Values lo..hi as Python objects, what pyarrow's to_pylist() gives; nanosecond times are np.datetime64 and np.timedelta64."""
-        k = self.type.kind
-        if k in _TEXT and self.memo is not None:  # the usual column
-            return _strings(self.data, self.memo[lo:hi + 1].tolist(), True, None)
+        if self.cuts is not None:
+            o, lengths = self.cuts
+            return _strings(self.data[o[lo]:o[hi]], lengths[lo:hi], True, None)
         self.check()
-        valid = None if self.valid is None else _bits(self.valid, lo, hi)
+        k, valid = self.type.kind, None if self.valid is None else _bits(self.valid, lo, hi)
         if valid is not None and valid.all():
             valid = None
         if k == 'null':
@@ -96,7 +97,8 @@ class Array:
                 self.memo = self.kids[0].list(0, self.kids[0].n) or [None]
             out = [self.memo[i] for i in out] if k == 'dictionary' else _times(out, self.type) if k[:4] in ('date', 'time', 'dura') else out
         elif self.offs is not None and not self.kids:
-            out = _strings(self.data, self.offs[lo:hi + 1].tolist(), k in _TEXT, valid)
+            o = self.offs[lo:hi + 1]
+            out = _strings(self.data[o[0]:o[-1]], np.diff(o).tolist(), k in _TEXT, valid)
         elif self.offs is not None:
             base = int(self.offs[lo])
             o = (self.offs[lo:hi + 1] - base).tolist()
@@ -116,9 +118,9 @@ class Array:
         return out if valid is None else [v if ok else None for v, ok in zip(out, valid.tolist())]
 
 
-def _strings(data, o, text, valid):
-    """What the offsets o cut out of data, as str or bytes. All of it in C: a file in memory is read piece by piece, which beats slicing."""
-    parts = map(io.BytesIO(data[o[0]:o[-1]]).read, map(operator.sub, o[1:], o))
+def _strings(data, lengths, text, valid):
+    """data cut into pieces of these lengths, as str or bytes. All of it in C: a file in memory is read piece by piece, which beats slicing."""
+    parts = map(io.BytesIO(data).read, lengths)
     if valid is not None:  # what stands in a null slot need not be text
         parts = [p if ok else b'' for p, ok in zip(parts, valid.tolist())]
     try:
@@ -178,6 +180,22 @@ class _Mixed(ValueError):
     def __init__(self, message, path=()):
         super().__init__(f"column {'.'.join(path)!r}: {message}" if path else message)
         self.message, self.path = message, path
+
+
+@contextlib.contextmanager
+def _within(name):
+    """Errors inside are of the column `name`."""
+    try:
+        yield
+    except _Mixed as e:
+        raise _Mixed(e.message, (name, *e.path)) from None
+
+
+def _table(kids):
+    """{name: Array}, all of one length -> one struct Array."""
+    if len({a.n for a in kids.values()}) > 1:
+        raise _Mixed(f"columns of different lengths: {', '.join(f'{k} {a.n}' for k, a in kids.items())} (in map: name the old ones in remove_columns)")
+    return Array(Type('struct', None, tuple(Field(k, a.type) for k, a in kids.items())), next((a.n for a in kids.values()), 0), kids=tuple(kids.values()))
 
 
 @functools.cache
@@ -286,15 +304,13 @@ def _structs(values, n, valid, none):
     kids = []
     for name in names:
         try:
-            try:
-                column = list(map(operator.itemgetter(name), rows))
-            except KeyError:
-                if not none and len(set(map(len, rows))) == 1:  # as many keys in each row, but not the same ones
-                    return _structs(values, n, valid, True)
-                column = [r.get(name) for r in rows]
+            column = list(map(operator.itemgetter(name), rows))
+        except KeyError:
+            if not none and len(set(map(len, rows))) == 1:  # as many keys in each row, but not the same ones
+                return _structs(values, n, valid, True)
+            column = [r.get(name) for r in rows]
+        with _within(name):
             kids.append(array(column))
-        except _Mixed as e:
-            raise _Mixed(e.message, (name, *e.path)) from None
     return Array(Type('struct', None, tuple(Field(k, kid.type) for k, kid in zip(names, kids))), n, valid, kids=tuple(kids))
 
 
@@ -420,10 +436,8 @@ def unify(a, b):
         out = []
         for name in {**mine, **other}:
             f, g = mine.get(name), other.get(name)
-            try:
+            with _within(name):
                 both = f and g and unify(f.type, g.type)
-            except _Mixed as e:
-                raise _Mixed(e.message, (name, *e.path)) from None
             out.append(Field(name, both, f.nullable or g.nullable, f.meta) if both else f or g)
         return Type('struct', None, tuple(out))
     lists = ('list', 'large_list', 'fixed_size_list')
@@ -795,16 +809,17 @@ def _message(source, pos):
     """The message at pos: (header type, header table, metadata version, start and length of the body), or None at the end."""
     if pos == source.size:
         return None
-    n, head = _I32(source.view(pos, pos + 4))[0], 4
+    head = source.view(pos, min(pos + 8, source.size))
+    n, body = _I32(head)[0], pos + 4
     if n == -1:  # the continuation word; files from before Arrow 0.15 lack it
-        n, head = _I32(source.view(pos + 4, pos + 8))[0], 8
+        n, body = _I32(head, 4)[0], pos + 8
     if n == 0:
         return None
-    m = _root(bytes(source.view(pos + head, pos + head + n)))
-    size, header = m.num(3, _I64), m.table(2)
-    if header is None or size < 0 or m.num(0, _I16) not in (3, 4) or pos + head + n + size > source.size:
-        raise ArrowError(f'corrupt or cut off: a message at byte {pos} with a body of {size} bytes, metadata version {m.num(0, _I16) + 1}')
-    return m.num(1, _U8), header, pos + head + n, size
+    m, body = _root(bytes(source.view(body, body + n))), body + n
+    size, header, version = m.num(3, _I64), m.table(2), m.num(0, _I16)
+    if header is None or size < 0 or version not in (3, 4) or body + size > source.size:
+        raise ArrowError(f'corrupt or cut off: a message at byte {pos} with a body of {size} bytes, metadata version {version + 1}')
+    return m.num(1, _U8), header, body, size
 
 
 def _read_ipc(source, many=False):
@@ -1060,15 +1075,10 @@ class Dataset:
         """{name: values}, all of one length; types {name: Type} for those that are not to be inferred."""
         kids = {}
         for k, v in columns.items():
-            try:
+            with _within(k):
                 kids[k] = array(v, (types or {}).get(k))
-            except _Mixed as e:
-                raise _Mixed(e.message, (k, *e.path)) from None
-        if len({a.n for a in kids.values()}) > 1:
-            raise ValueError(f"columns of different lengths: {', '.join(f'{k} {a.n}' for k, a in kids.items())}")
-        t = Type('struct', None, tuple(Field(k, a.type) for k, a in kids.items()))
-        table = Array(t, next((a.n for a in kids.values()), 0), kids=tuple(kids.values()))
-        return cls([_Chunk(table.n, lambda: table)], t)
+        table = _table(kids)
+        return cls([_Chunk(table.n, lambda: table)], table.type)
 
     @classmethod
     def from_list(cls, rows):
@@ -1411,6 +1421,7 @@ _JOB = None  # set in each worker before its first piece: a forked child inherit
 def _set_job(job):
     global _JOB
     _JOB = job
+    gc.freeze()  # else the first collection touches, and so copies, every page that parent and child share
     torch.set_num_threads(1)  # a forked child must not wait for its parent's OpenMP threads
 
 
@@ -1474,18 +1485,12 @@ def _merge(ds, rows, new, gone):
     stay = [k for k in ds.types if k not in gone and k not in new]
     kids = ds._gather(rows, stay) if stay else {}
     for k, values in new.items():
-        try:
-            if k in ds.types:
-                with contextlib.suppress(_Mixed):
-                    kids[k] = array(values, ds.types[k])
-            kids[k] = kids[k] if k in kids else array(values)
-        except _Mixed as e:
-            raise _Mixed(e.message, (k, *e.path)) from None
-    if len({a.n for a in kids.values()}) > 1:
-        raise _Mixed(f"columns of different lengths ({', '.join(f'{k} {a.n}' for k, a in kids.items())}): name the old ones in remove_columns")
-    kids = {k: kids[k] for k in [*(k for k in ds.types if k in kids), *(k for k in new if k not in ds.types)]}
-    t = Type('struct', None, tuple(Field(k, a.type) for k, a in kids.items()))
-    return Array(t, next((a.n for a in kids.values()), 0), kids=tuple(kids.values()))
+        with _within(k):
+            try:
+                kids[k] = array(values, ds.types.get(k))
+            except _Mixed:
+                kids[k] = array(values)  # a new type, then
+    return _table({k: kids[k] for k in [*(k for k in ds.types if k in kids), *(k for k in new if k not in ds.types)]})
 
 
 class _Hasher(pickle.Pickler):
@@ -1535,9 +1540,8 @@ def _fingerprint(obj):
 
 
 def _digest(arrays):
-    out = io.BytesIO()
-    w = _Writer(out, Type('struct', None, tuple(Field(k, a.type) for k, a in arrays.items())))
-    w.batch(list(arrays.values()), next((a.n for a in arrays.values()), 0))
+    out, table = io.BytesIO(), _table(arrays)
+    _Writer(out, table.type).batch(table.kids, table.n)
     return hashlib.sha256(out.getbuffer()).hexdigest()
 
 
@@ -1612,12 +1616,15 @@ def load_dataset(path, num_proc=1):
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
         raise ValueError('load_dataset: no files given')
-    out = []
-    for p in map(os.fspath, paths):
-        try:
+    out, collecting = [], gc.isenabled()
+    gc.disable()  # rows make no cycles, but so many of them would be looked for
+    try:
+        for p in map(os.fspath, paths):
             out += _load(p, num_proc)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise ValueError(f'{p}: corrupt gzip data ({e})') from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f'{p}: corrupt gzip data ({e})') from None
+    finally:
+        gc.enable() if collecting else None
     if len(out) == 1:
         return out[0]
     for i in range(1, len(out)):
@@ -1634,10 +1641,8 @@ def _load(path, num_proc):
         return _load_folder(path)
     if not os.path.isfile(path):
         raise ValueError(f'{path}: no such file')
-    stat = os.stat(path)
-    id = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
-    kind = os.path.splitext(path.removesuffix('.gz'))[1]
-    if stat.st_size == 0:
+    id, kind = _file_id(path), os.path.splitext(path.removesuffix('.gz'))[1]
+    if id[1] == 0:
         raise (ArrowError if kind == '.arrow' else ValueError)(f'{path}: the file is empty')
     with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
         head = f.read(256).removeprefix(b'\xef\xbb\xbf').lstrip()
@@ -1652,7 +1657,7 @@ def _load(path, num_proc):
         elif head[:1] == b'[':
             _read_list(f, path, sink)
         elif head[:1] == b'{' or kind in ('.jsonl', '.json', '.ndjson'):
-            if num_proc > 1 and stat.st_size > 16 * _BLOCK and not path.endswith('.gz') and (done := _parallel(path, stat.st_size, num_proc)):
+            if num_proc > 1 and id[1] > 16 * _BLOCK and not path.endswith('.gz') and (done := _parallel(path, id[1], num_proc)):
                 return [Dataset(done._chunks, done._type, id=id)]
             _read_lines(f, path, sink, None)
         else:
@@ -1661,6 +1666,11 @@ def _load(path, num_proc):
     if not len(ds):
         raise ValueError(f'{path}: no rows in it')
     return [ds]
+
+
+def _file_id(path):
+    stat = os.stat(path)
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -1675,8 +1685,7 @@ def _corrupt(path):
 def _open_arrow(path, many=False):
     with _corrupt(path), open(path, 'rb') as f:
         found = _read_ipc(_Source(f), many)
-    stat = os.stat(path)
-    return [Dataset(chunks, t, None, _special(meta, t), (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)) for t, meta, chunks in found]
+    return [Dataset(chunks, t, None, _special(meta, t), _file_id(path)) for t, meta, chunks in found]
 
 
 def _special(meta, t):
@@ -1725,126 +1734,123 @@ def _load_parquet(path):
     spill.flush()
     with _corrupt(path):
         (t, meta, chunks), = _read_ipc(_Source(spill))
-    stat = os.stat(path)
-    return Dataset(chunks, t, None, _special(meta, t), (os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+    return Dataset(chunks, t, None, _special(meta, t), _file_id(path))
 
 
 def _read_lines(f, path, sink, end):
     """JSON lines from f (to byte `end`) into the sink."""
-    line, rest, eof = 1, [], False
-    while not eof:
+    line, rest, block = 1, [], True
+    while block:
         block = f.read(_BLOCK if end is None else min(_BLOCK, end - f.tell()))
-        eof = not block
         cut = block.rfind(b'\n') + 1
-        if not cut and not eof:
+        if block and not cut:
             rest.append(block)  # a line longer than a block
             continue
         data, rest = b''.join([*rest, block[:cut]]), [block[cut:]]
-        data = data.removeprefix(b'\xef\xbb\xbf') if line == 1 else data
-        if not data:
-            continue
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as e:
-            before = data[:e.start]
-            raise ValueError(f"{path}:{line + before.count(10)}:{e.start - before.rfind(10)}: not UTF-8 ({e.reason})") from None
-        text = text.replace('\r\n', '\n') if '\r' in text else text
-        text += '' if text[-1] == '\n' else '\n'
-        rows, at, size = [], 0, len(text)
-        try:
-            while at < size:
-                row, at = _SCAN(text, at)
-                if text[at] != '\n':
-                    break
-                rows.append(row)
-                at += 1
-        except (StopIteration, ValueError, RecursionError):
-            at = -1
-        lines = range(line, line + len(rows))
-        count = data.count(b'\n') + (data[-1] != 10)  # of bytes: three times as fast as of text
-        if at != size or count != len(rows) or set(map(type, rows)) != {dict}:  # blank lines, spaces, an object over two lines, a fault: line by line
-            rows, lines = _slow_lines(text, path, line)
+        lines = (data.replace(b'\r\n', b'\n') if b'\r' in data else data).split(b'\n')
+        lines[0] = lines[0].removeprefix(b'\xef\xbb\xbf') if line == 1 else lines[0]
+        rows, at = _parse_lines(lines[:-1] if cut else lines, path, line)
         if rows:
-            sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
-        line += count
+            sink.add(rows, lambda k, e: f'{path}:{at[k]}: {e}')
+        line += len(lines) - 1
 
 
-def _slow_lines(text, path, first):
-    rows, lines = [], []
-    for i, line in enumerate(text.split('\n'), first):
-        if line and not line.isspace():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise ValueError(f'{path}:{i}:{e.colno}: {e.msg}; expected one JSON object a line, or one list of objects') from None
-            except (ValueError, RecursionError) as e:
-                raise ValueError(f'{path}:{i}: {e}') from None
-            if not isinstance(row, dict):
-                raise ValueError(f'{path}:{i}:1: expected an object {{...}}, got {line.strip()[:40]}')
+def _parse_lines(lines, path, first):
+    """-> rows, the number of each one's line. Each line is decoded by itself: in a block, one 漢 makes every character two bytes wide."""
+    rows, at = [], []
+    for i, line in enumerate(lines, first):
+        try:
+            text = line.decode()
+            row, end = _SCAN(text, 0)
+            row = row if end == len(text) and type(row) is dict else _odd_line(line, f'{path}:{i}')
+        except (StopIteration, ValueError, RecursionError):
+            row = _odd_line(line, f'{path}:{i}')
+        if row is not None:
             rows.append(row)
-            lines.append(i)
-    return rows, lines
+            at.append(i)
+    return rows, at
+
+
+def _odd_line(line, place):
+    """A line that is no bare object: None if it is blank, the object if spaces surround it, else what is wrong with it."""
+    try:
+        text = line.decode()
+        row = json.loads(text) if text and not text.isspace() else None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{place}:{e.start + 1}: not UTF-8 ({e.reason})') from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{place}:{e.colno}: {e.msg}; expected one JSON object a line, or one list of objects') from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{place}: {e}') from None
+    if not isinstance(row, dict) and text and not text.isspace():
+        raise ValueError(f'{place}:1: expected an object {{...}}, got {text.strip()[:40]}')
+    return row
 
 
 def _read_list(f, path, sink):
     """One JSON list of objects, parsed piece by piece: memory holds a block, not the file."""
-    text, buf, at, line, space = io.TextIOWrapper(f, 'utf-8-sig', newline=''), '', 0, 1, json.decoder.WHITESPACE.match
-    gone = 0  # characters of the current line that the buffer has dropped
+    text, buf, space = io.TextIOWrapper(f, 'utf-8-sig', newline=''), '', json.decoder.WHITESPACE.match
+    at, line, start = 0, 1, 0  # the place in buf, its line, where in buf that line starts (below 0: before it)
 
-    def fail(pos, message):
-        last = buf.rfind(chr(10), 0, pos)
-        raise ValueError(f'{path}:{line + buf.count(chr(10), at, pos)}:{pos - last + (gone if last < 0 else 0)}: {message}')
+    def go(to):
+        nonlocal at, line, start
+        if (n := buf.count('\n', at, to)):
+            line, start = line + n, buf.rfind('\n', at, to) + 1
+        at = to
+
+    def fail(message, to):
+        go(to)
+        raise ValueError(f'{path}:{line}:{at - start + 1}: {message}')
 
     def more():
-        nonlocal buf, at, gone
+        nonlocal buf, at, start
         try:
             new = text.read(_BLOCK)
         except UnicodeDecodeError as e:
             raise ValueError(f'{path}: behind line {line}: not UTF-8 ({e.reason})') from None
-        last = buf.rfind(chr(10), 0, at)
-        gone = gone + at if last < 0 else at - last - 1
-        buf, at = buf[at:] + new, 0
+        buf, at, start = buf[at:] + new, 0, start - at
         return bool(new)
 
     def peek():
         """The next character that is no space, '' at the end."""
-        nonlocal at, line
         while True:
-            end = space(buf, at).end()
-            line, at = line + buf.count('\n', at, end), end
+            go(space(buf, at).end())
             if at < len(buf) or not more():
                 return buf[at:at + 1]
 
-    rows, lines, size, first = [], [], 0, True
-    peek()
-    at += 1  # the '[', which the caller has seen
-    while (char := peek()) != ']':
-        if not first:
-            if char != ',':
-                fail(at, "expected ',' or ']'" if char else 'the list is cut off')
-            at += 1
-            char = peek()
-        if char != '{':
-            fail(at, f'expected an object {{...}}, got {buf[at:at + 40]!r}' if char else 'the list is cut off')
+    def value():
+        """The object at `at`, and its end."""
         while True:
             try:
-                row, end = _SCAN(buf, at)
-                break
+                return _SCAN(buf, at)
             except (StopIteration, ValueError, RecursionError) as e:  # a fault, or an object that the end of the buffer cuts
                 stop = isinstance(e, StopIteration)
                 ahead, why = (e.value if stop else getattr(e, 'pos', at)) - at, 'Expecting value' if stop else getattr(e, 'msg', str(e))
-                cut = at + ahead > len(buf) - 16 or why.startswith('Unterminated')
-                if not cut or not more():
-                    fail(at + ahead, why)
+            if not (at + ahead > len(buf) - 16 or why.startswith('Unterminated')) or not more():
+                fail(why, at + ahead)
+
+    rows, lines, size, follows = [], [], 0, False
+    peek()
+    go(at + 1)  # the '[', which the caller has seen
+    while (char := peek()) != ']':
+        if follows:
+            if char != ',':
+                fail("expected ',' or ']'" if char else 'the list is cut off', at)
+            go(at + 1)
+            char = peek()
+        if char != '{':
+            fail(f'expected an object {{...}}, got {buf[at:at + 40]!r}' if char else 'the list is cut off', at)
+        row, end = value()
         rows.append(row)
         lines.append(line)
-        line, at, size, first = line + buf.count('\n', at, end), end, size + end - at, False
+        size, follows = size + end - at, True
+        go(end)
         if size >= _BLOCK:
             sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
             rows, lines, size = [], [], 0
-    at += 1
+    go(at + 1)
     if peek():
-        fail(at, 'something stands behind the end of the list')
+        fail('something stands behind the end of the list', at)
     if rows:
         sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
 
