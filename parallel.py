@@ -1407,7 +1407,7 @@ def _over_replicas(mesh, results, scales):
 
 
 def _numbers(results):
-    return [{k: float(v) for k, v in r.items()} for r in results]  # only now: a float() waits for the GPU
+    return [{k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in r.items()} for r in results]  # only now: a float() waits for the GPU
 
 
 def _one_forward_one_backward(model, optimizer, micros, loss_of, scales):

@@ -1,10 +1,14 @@
 """The stages under torchrun: on 2, 4 and 8 ranks against one process (float32: every number of log.jsonl and every weight within 2e-5),
-a rank of the real command killed in the middle, what is refused. Starting costs more than training here, so one torchrun runs many layouts
-one after another, each by the script itself with its own argv (MANY)."""
+a rank of the real command killed in the middle, what is refused. Starting costs more than training here, so one start serves many layouts
+one after another, each by the script itself with its own argv (see many)."""
 import dataclasses
+import functools
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,19 +16,22 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import ROOT
 
+import infer  # noqa: F401 (for the server that the ranks are forked from)
 import model as M
 import parallel
 from model import GPT, GPTConfig
 
 TOL = 2e-5  # relative, and absolute: reductions in another order, through AdamW
 NOT_THE_SAME = ('split', 'time', 'gen_s', 'upd_s', 'tok_per_s', 'pairs_per_s', 'completions_per_s')
-FEW = ['--batch_size=8', '--eval_interval=3', '--max_iters=8', '--learning_rate=1e-3', '--device=cpu']
-RL = [*FEW, '--dataset=prompts.jsonl', '--max_new_tokens=6', '--eval_iters=4', '--minibatch_size=4', '--micro_tokens=64']
+FEW = ['--batch_size=8', '--eval_interval=2', '--max_iters=2', '--learning_rate=1e-3', '--device=cpu']
+RL = [*FEW, '--dataset=prompts.jsonl', '--max_new_tokens=6', '--eval_iters=3', '--minibatch_size=4', '--micro_tokens=64']
 CASES = {
     'sft': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--val_dataset=sft_val.jsonl', '--micro_tokens=96'],
-    'text': ['sft.py', *FEW, '--dataset=text', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--micro_tokens=64', '--eval_iters=2'],
+    'text': ['sft.py', *FEW, '--dataset=text', '--n_layer=2', '--n_head=4', '--n_embd=32', '--block_size=32', '--micro_tokens=64', '--eval_iters=2'],
     'adapter': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--micro_tokens=96', '--lora_r=4'],
     'bfloat16': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--micro_tokens=96', '--dtype=bfloat16'],
     'reward': ['reward.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=192', '--normalize_n=16', '--max_new_tokens=6'],
@@ -55,7 +62,7 @@ def world(tmp_path_factory):
     for split, n in (('train', 2000), ('val', 300)):
         (torch.arange(n) % 29).to(torch.uint16).numpy().tofile(d / 'text' / f'{split}.bin')
     (d / 'text' / 'meta.json').write_text(json.dumps(dict(vocab_size=29, chars=list('abcdefghijklmnopqrstuvwxyz .,'))))
-    c = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=96, vocab_size=257)
+    c = GPTConfig(n_layer=2, n_head=4, n_embd=32, block_size=96, vocab_size=257)
     for folder, head in (('out-base', 'lm'), ('out-rm', 'scalar')):
         torch.manual_seed(0)
         (d / folder).mkdir()
@@ -63,20 +70,20 @@ def world(tmp_path_factory):
     return d
 
 
-MANY = """
-import json, os, runpy, sys
-import torch.distributed as dist
-root, jobs, several, stdout = sys.argv[1], json.load(open(sys.argv[2])), 'WORLD_SIZE' in os.environ, sys.stdout
-sys.path.insert(0, root)
-if several:
-    store, rank, world = next(dist.rendezvous('env://'))
-for i, (script, *args) in enumerate(jobs):
-    if several:
-        dist.init_process_group('gloo', store=dist.PrefixStore(f'job {i}', store), rank=rank, world_size=world)
-    sys.argv = [script, *args]
-    runpy.run_path(os.path.join(root, script), run_name='__main__')
-    sys.stdout = stdout
-"""
+def many(rank, world, folder, jobs, file=None):
+    """In each of `world` processes: every job (script and argv) in a process group of its own; file: of a FileStore, else torchrun's store."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ['WORLD_SIZE'], stdout = str(world), sys.stdout
+    store = None if world == 1 else dist.FileStore(file, world) if file else next(dist.rendezvous('env://'))[0]
+    for i, (script, *args) in enumerate(jobs):
+        if store:
+            dist.init_process_group('gloo', store=dist.PrefixStore(f'job {i}', store), rank=rank, world_size=world)
+        sys.argv = [script, *args]
+        runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        sys.stdout = stdout
+
+
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
 
 
@@ -102,20 +109,26 @@ def run(world, case, n, out, *more, rc=0):
     return execute(world, command(case, n, out, *more), rc)
 
 
-def run_many(world, n, jobs):
-    """jobs: [(case, out_dir, *keys)], on n ranks of one torchrun, or one process after another's end."""
-    file, script = world / f'jobs{time.time()}.json', world / 'many.py'
-    file.write_text(json.dumps([[*CASES[case], f'--out_dir={out}', *keys] for case, out, *keys in jobs]))
-    script.write_text(MANY)
-    return execute(world, [*([*TORCHRUN, f'--nproc_per_node={n}'] if n > 1 else [sys.executable]), str(script), ROOT, str(file)])
+def run_many(world, n, jobs, torchrun=False):
+    """jobs: [(case, out_dir, *keys)], one after another in the same n processes: torchrun's, or forked from a server that has imported torch."""
+    jobs, stamp = [[*CASES[case], f'--out_dir={out}', *keys] for case, out, *keys in jobs], time.time()
+    if torchrun:
+        script = world / f'many{stamp}.py'
+        script.write_text(f'import os, sys\nsys.path[:0] = {[ROOT, os.path.dirname(__file__)]!r}\nfrom test_torchrun import many\n'
+                          f'many(int(os.environ["RANK"]), {n}, {str(world)!r}, {jobs!r})\n')
+        execute(world, [*TORCHRUN, f'--nproc_per_node={n}', str(script)])
+    else:
+        multiprocessing.set_forkserver_preload(['test_torchrun'])
+        mp.start_processes(many, (n, str(world), jobs, str(world / f'store{stamp}')), nprocs=n, start_method='forkserver')
 
 
-def alone(world, *cases):
+def alone(world, *cases, keys=()):
     """The folder of the one-process run of the last case; each is run once."""
-    new = [case for case in cases if not (world / f'one-{case}').exists()]
+    folder = lambda case: world / ' '.join(['one', case, *keys])
+    new = [case for case in cases if not folder(case).exists()]
     if new:
-        run_many(world, 1, [(case, world / f'one-{case}') for case in new])
-    return world / f'one-{cases[-1]}'
+        run_many(world, 1, [(case, folder(case), *keys) for case in new])
+    return folder(cases[-1])
 
 
 def rows(out):
@@ -141,7 +154,7 @@ def assert_same(a, b, tol=TOL):
 
 def test_sft_on_two_ranks_with_zero_3(world, tmp_path):
     stdout, _ = run(world, 'sft', 2, tmp_path / 'out', '--zero=3')
-    assert stdout.count('step 8: val loss') == 1 and 'x 2 (dp 2, zero 3)' in stdout  # rank 0 alone speaks
+    assert stdout.count('step 2: val loss') == 1 and 'x 2 (dp 2, zero 3)' in stdout  # rank 0 alone speaks
     assert_same(alone(world, 'sft'), tmp_path / 'out')
 
 
@@ -151,45 +164,45 @@ def test_grpo_on_two_ranks_tensor_parallel(world, tmp_path):
     assert_same(alone(world, 'grpo'), tmp_path / 'out')
 
 
-AXES = [[], ['--tp=2'], ['--pp=2'], ['--tp=2', '--pp=2'], ['--cp=2'], ['--tp=2', '--cp=2'], ['--pp=2', '--cp=2']]  # on 4 ranks: dp takes the rest
-GRID = [(stage, *axes, f'--zero={(i + j) % 4}', *(['--rollout_tp=True'] if stage in ('ppo', 'grpo') and '--tp=2' in axes and len(axes) % 2 == i % 2 else []))
-        for i, stage in enumerate(parallel.STAGES) for j, axes in enumerate(AXES) if 'cp' in parallel.STAGES[stage] or '--cp=2' not in axes]
-GRID += [('sft', '--cp=2', '--zero=2'), ('reward', '--tp=2', '--cp=2', '--zero=3'), ('ppo', '--pp=2', '--cp=2', '--zero=0'), ('grpo', '--tp=4'),
-         ('ppo', '--tp=2', '--cp=2', '--zero=1', '--rollout_tp=True'), ('grpo', '--tp=2', '--zero=3', '--rollout_tp=True'), ('text', '--tp=2', '--zero=1'), ('kto', '--zero=1'), ('kto', '--pp=2', '--zero=2'),
-         ('adapter', '--pp=2'), ('adapter', '--cp=2', '--zero=2'), ('reward_lora', '--pp=2', '--zero=1'), ('ppo_lora', '--cp=2', '--zero=1'),
-         ('ppo_lora', '--pp=2', '--zero=2'), ('grpo_lora', '--pp=2', '--zero=2'), ('bfloat16', '--tp=2', '--cp=2')]
-EIGHT = [(stage, '--tp=2', '--pp=2', '--cp=2', *keys) for stage, keys in (('sft', ['--zero=3']), ('reward', []), ('ppo', ['--zero=1', '--rollout_tp=True']))]
-name_of = lambda job: ' '.join(job).replace('--', '').replace('=', '')
+PAIRS = [['--tp=2'], ['--pp=2'], ['--tp=2', '--pp=2'], ['--tp=2', '--cp=2'], ['--pp=2', '--cp=2']]  # on 4 ranks: dp takes the rest
+AXES = [[], ['--tp=2'], ['--pp=2'], ['--cp=2']]  # on 2 ranks
+takes = lambda stage, keys: 'cp' in parallel.STAGES[stage] or '--cp=2' not in keys
+sharded = lambda stage, i, keys: ['--rollout_tp=True'] if stage in ('ppo', 'grpo') and '--tp=2' in keys and len(keys) % 2 == i % 2 else []
+GRID = {  # ranks: [(case, *keys)]
+    2: [(stage, *axes, f'--zero={(i + 3 * len(axes)) % 4}') for i, stage in enumerate(parallel.STAGES) for axes in AXES if takes(stage, axes)] +
+       [(stage, f'--zero={(i + 1) % 4}') for i, stage in enumerate(parallel.STAGES)] +
+       [('text', '--zero=3'), ('kto', '--zero=1'), ('adapter', '--pp=2'), ('adapter', '--cp=2', '--zero=2'), ('reward_lora', '--pp=2'), ('kto', '--pp=2'),
+        ('ppo_lora', '--cp=2', '--zero=1'), ('ppo_lora', '--pp=2'), ('grpo_lora', '--zero=2'), ('grpo_lora', '--pp=2'), ('bfloat16', '--tp=2'), ('bfloat16', '--cp=2')],
+    4: [(stage, *axes, f'--zero={(i + j + 2) % 4}', *sharded(stage, i, axes)) for i, stage in enumerate(parallel.STAGES) for j, axes in enumerate(PAIRS) if takes(stage, axes)] +
+       [('grpo', '--tp=2', '--zero=3', '--rollout_tp=True'), ('ppo', '--tp=2', '--cp=2', '--zero=1', '--rollout_tp=True')],
+    8: [(stage, '--tp=2', '--pp=2', '--cp=2', *keys) for stage, keys in (('sft', ['--zero=3']), ('reward', []), ('ppo', ['--zero=1', '--rollout_tp=True']))]}
+name_of = lambda job: ' '.join(map(str, job)).replace('--', '').replace('=', '')
+
+
+def test_every_class_that_is_accepted_is_in_the_grid():
+    """Of each stage every set of its axes, and every zero stage where there is something to share out."""
+    jobs = [(n, case, {k for k in keys if k[2:5] in ('tp=', 'pp=', 'cp=')}, [int(k[7:]) for k in keys if 'zero' in k]) for n in GRID for case, *keys in GRID[n]]
+    for stage, axes in parallel.STAGES.items():
+        sets = {frozenset(f'--{a}=2' for a in s) for k in range(4) for s in itertools.combinations(axes.split(), k)}
+        assert {frozenset(keys) for _, case, keys, _ in jobs if case == stage} == sets
+        assert {zero for n, case, keys, zeros in jobs for zero in zeros if case == stage and n > 2 ** len(keys - {'--cp=2'})} == {0, 1, 2, 3}, stage
 
 
 @pytest.fixture(scope='module')
 def grid(world):
-    """Every layout of GRID, by one torchrun."""
-    alone(world, *dict.fromkeys(case for case, *_ in GRID))
-    run_many(world, 4, [(job[0], world / name_of(job), *job[1:]) for job in GRID])
-
-
-def test_every_class_that_is_accepted_is_in_the_grid():
-    """Of each stage: every set of its axes that fits 4 ranks, with every zero stage somewhere; every set with every zero in some stage."""
-    seen = {(case, tuple(k for k in keys if 'p=' in k and 'rollout' not in k), k) for case, *keys in GRID for k in keys if 'zero' in k}
-    for stage, axes in parallel.STAGES.items():
-        assert {a for c, a, _ in seen if c == stage} == {tuple(a) for a in AXES if 'cp' in axes or '--cp=2' not in a}
-        assert {z for c, _, z in seen if c == stage} == {f'--zero={z}' for z in range(4)}
-        assert 'cp' not in axes or any(case == stage and '--cp=2' in keys and '--tp=2' in keys and '--pp=2' in keys for case, *keys in EIGHT)
-    assert {(a, z) for _, a, z in seen} == {(tuple(a), f'--zero={z}') for a in AXES for z in range(4)}
+    """Every layout of GRID for so many ranks, by one start (4: of torchrun)."""
+    @functools.cache
+    def start(n):
+        alone(world, *dict.fromkeys(case for case, *_ in GRID[n]))
+        run_many(world, n, [(job[0], world / name_of((n, *job)), *job[1:]) for job in GRID[n]], torchrun=n == 4)
+    return start
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('job', GRID, ids=name_of)
-def test_a_stage_on_four_ranks_is_the_stage_on_one(world, grid, job):
-    assert_same(alone(world, job[0]), world / name_of(job), 2e-2 if job[0] == 'bfloat16' else TOL)
-
-
-@pytest.mark.slow
-def test_eight_ranks(world):
-    run_many(world, 8, [(job[0], world / name_of(job), *job[1:]) for job in EIGHT])
-    for job in EIGHT:
-        assert_same(alone(world, job[0]), world / name_of(job))
+@pytest.mark.parametrize('n,job', [(n, job) for n in GRID for job in GRID[n]], ids=lambda x: str(x) if isinstance(x, int) else name_of(x))
+def test_a_stage_on_many_ranks_is_the_stage_on_one(world, grid, n, job):
+    grid(n)
+    assert_same(alone(world, job[0]), world / name_of((n, *job)), 2e-2 if job[0] == 'bfloat16' else TOL)
 
 
 def kill_rank(p, rank):
@@ -206,7 +219,8 @@ def kill_rank(p, rank):
 def test_a_killed_rank_is_named_and_the_restarted_run_arrives_where_the_other_does(world, tmp_path, case, keys):
     """The real command; kill -9 of rank 1 behind the checkpoint of iteration 3; torchrun starts both again, the stage goes on by itself. The losses and
     weights are those of the process that nobody disturbed; every step stands once in the log."""
-    argv = command(case, 2, tmp_path / 'out', '--max_restarts=1', *keys)
+    longer = ['--max_iters=8', '--eval_interval=3']
+    argv = command(case, 2, tmp_path / 'out', '--max_restarts=1', *longer, *keys)
     with subprocess.Popen(argv, cwd=world, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
         until = time.time() + 200
         while time.time() < until and p.poll() is None:
@@ -221,32 +235,27 @@ def test_a_killed_rank_is_named_and_the_restarted_run_arrives_where_the_other_do
     said = [line for line in stderr.split('\n') if 'parallel: rank 0 of 2' in line]
     assert said and 'Last good checkpoint' in said[0] and 'ckpt.pt (iter ' in said[0], stderr[-3000:]
     assert ('rank 1 (' in said[0] and ' is dead' in said[0]) or 'another rank failed' in said[0]
-    assert_same(alone(world, case), tmp_path / 'out')
+    assert_same(alone(world, case, keys=longer), tmp_path / 'out')
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_layout(world, tmp_path):
-    """Four iterations on two ranks with ZeRO-3, per-rank files merged by the command, four more on one process."""
-    out = tmp_path / 'out'
-    run(world, 'sft', 2, out, '--zero=3', '--sharded_ckpt=True', '--decay_lr=False', '--max_iters=4', '--eval_interval=4')
+    """One iteration on two ranks with ZeRO-3, per-rank files merged by the command, one more on one process."""
+    out, keys = tmp_path / 'out', ['--decay_lr=False', '--eval_interval=1']
+    run(world, 'sft', 2, out, '--zero=3', '--sharded_ckpt=True', *keys, '--max_iters=1')
     assert not (out / 'ckpt.pt').exists()
     _, stderr = run(world, 'sft', 1, out, '--init_from=resume', rc=2)
     assert 'python parallel.py merge' in stderr
     subprocess.run([sys.executable, os.path.join(ROOT, 'parallel.py'), 'merge', str(out)], check=True, capture_output=True)
-    run(world, 'sft', 1, out, '--init_from=resume', '--decay_lr=False', '--eval_interval=4')
-    run(world, 'sft', 1, tmp_path / 'one', '--decay_lr=False', '--eval_interval=4')
-    assert_same(tmp_path / 'one', out)
+    run_many(world, 1, [('sft', out, '--init_from=resume', *keys)])
+    assert_same(alone(world, 'sft', keys=keys), out)
 
 
 @pytest.mark.slow
 def test_what_is_not_supported_is_refused_by_name(world, tmp_path):
-    for case, keys, says in [('dpo', ['--cp=2'], 'cp 2 is not supported by dpo.py'),
-                             ('ppo', ['--value=trunk'], 'the nearest that works is --value=policy'),
-                             ('adapter', ['--tp=2'], 'lora with tp 2 is not supported')]:
-        _, stderr = run(world, case, 2, tmp_path / 'out', *keys, rc=2)
-        assert 'error: ' in stderr and says in stderr, stderr[-2000:]
-    assert not os.path.exists(tmp_path / 'out' / 'ckpt.pt')
-    for keys, says in [(dict(stage='grpo', cp=2), 'cp 2 is not supported by grpo.py'), (dict(stage='ppo', mode='async'), '--mode=sync'),
+    _, stderr = run(world, 'ppo', 2, tmp_path / 'out', '--value=trunk', rc=2)
+    assert 'error: value trunk with 2 processes is not supported: the nearest that works is --value=policy' in stderr and not os.path.exists(tmp_path / 'out'), stderr[-2000:]
+    for keys, says in [(dict(stage='grpo', cp=2), 'cp 2 is not supported by grpo.py'), (dict(stage='dpo', cp=2), 'cp 2 is not supported by dpo.py'), (dict(stage='ppo', mode='async'), '--mode=sync'),
                        (dict(stage='sft', compile=True), 'compile with 2 processes'), (dict(stage='grpo', rollout_tp=True), '--tp=2 and more')]:
         with pytest.raises(ValueError, match=says), pytest.MonkeyPatch.context() as patch:
             patch.setenv('WORLD_SIZE', '2')
