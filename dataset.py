@@ -527,7 +527,7 @@ def _renumber(a, s, t):
 # ARROW1, a stream, a footer that lists the batches. https://arrow.apache.org/docs/format/Columnar.html, Message.fbs, Schema.fbs, File.fbs
 
 _U8, _U16, _I16, _I32, _U32, _I64 = (struct.Struct('<' + c).unpack_from for c in 'BHhiIq')
-_MAX32, _SPILL, _DEEP = 2**31 - 1, 256 << 20, 32 << 20
+_MAX32, _SPILL, _DEEP = 2**31 - 1, 64 << 20, 32 << 20
 _REFUSED = {0: 'none', 7: 'decimal', 11: 'interval', 14: 'union', 22: 'run-end encoded', 23: 'binary_view', 24: 'string_view', 25: 'list_view', 26: 'large_list_view'}
 
 
@@ -693,15 +693,12 @@ def _plain_in(f, path, ids, depth):
 
 
 class _Source:
-    """The bytes of a file: one map of it all, or maps of parts (windows=True: the file still grows; or ulimit -v forbids the one map)."""
+    """The bytes of a file: one map of it all, or maps of parts where ulimit -v forbids the one."""
 
-    def __init__(self, file, windows=False):
+    def __init__(self, file):
         self.size, self.map, self.name = os.fstat(file.fileno()).st_size, None, file.name
-        try:
-            if not windows and self.size:
-                self.map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except OSError:
-            self.map = None  # parts, then
+        with contextlib.suppress(OSError):
+            self.map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) if self.size else memoryview(b'')
         self.file = os.fdopen(os.dup(file.fileno()), 'rb') if self.map is None else None  # ours, whatever becomes of the caller's
         self.batch = functools.lru_cache(4)(lambda read: read())  # with parts: the last few batches stay mapped
 
@@ -709,7 +706,7 @@ class _Source:
         if not 0 <= lo <= hi <= self.size:
             raise ArrowError(f'cut off, or no Arrow data: bytes {lo} to {hi} are wanted, the file has {self.size}')
         if self.map is not None or lo == hi:
-            return self.map[lo:hi] if lo < hi else memoryview(b'')
+            return (self.map or memoryview(b''))[lo:hi]
         page = lo - lo % mmap.ALLOCATIONGRANULARITY
         return memoryview(mmap.mmap(self.file.fileno(), hi - page, offset=page, access=mmap.ACCESS_READ))[lo - page:]
 
@@ -1267,9 +1264,10 @@ class Dataset:
         gone = self._known([remove_columns] if isinstance(remove_columns, str) else list(remove_columns))
         job = (self, function, batched, batch_size, gone, with_indices)
         key = _fingerprint((self._identity(), function, batched, batch_size, gone, with_indices)) if cache else None
-        folder = os.path.join(cache_dir or _cache_dir(), f'map-{key}') if key else tempfile.mkdtemp(prefix='plainrlhf-map-')
+        home = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'plainrlhf')
+        folder = os.path.join(cache_dir or home, f'map-{key}') if key else tempfile.mkdtemp(prefix='plainrlhf-map-')
         if not (key and os.path.isdir(folder)):
-            step = batch_size * max(1, -(-len(self) // (batch_size * max(num_proc * 4, 1))))
+            step = batch_size * max(1, len(self) // (batch_size * 16 * max(num_proc, 1)))
             spans = [(lo, min(lo + step, len(self))) for lo in range(0, len(self), step)]
             work = folder if not key else f'{folder}.{os.getpid()}.tmp'
             os.makedirs(work, exist_ok=True)
@@ -1388,10 +1386,6 @@ def _feature(t):
     return None if t.kind in ('map', 'dictionary', 'fixed_size_binary') else {'dtype': type_name(t), '_type': 'Value'}
 
 
-def _cache_dir():
-    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'plainrlhf')
-
-
 @contextlib.contextmanager
 def _atomic(path):
     """A file that is there whole or not at all: temporary name, fsync, rename."""
@@ -1425,16 +1419,21 @@ def _set_job(job):
     torch.set_num_threads(1)  # a forked child must not wait for its parent's OpenMP threads
 
 
-def _pool(work, pieces, num_proc, job, progress=lambda n: None):
-    """[work(job, *piece)] in order, in num_proc processes."""
+def _pool(work, pieces, num_proc, job, progress=lambda piece: None):
+    """Runs work(job, *piece) for all pieces in num_proc processes; progress(piece) behind each."""
     if num_proc <= 1 or len(pieces) <= 1:
-        return [progress(p) or work(job, *p) for p in pieces]
+        for p in pieces:
+            work(job, *p)
+            progress(p)
+        return
     if 'fork' not in multiprocessing.get_all_start_methods():
         raise ValueError(f'num_proc {num_proc}: this system cannot fork a process: set num_proc=1')
     with concurrent.futures.ProcessPoolExecutor(min(num_proc, len(pieces)), multiprocessing.get_context('fork'), _set_job, (job,)) as pool:
         futures = [pool.submit(_work, work, p) for p in pieces]
         try:
-            return [progress(p) or f.result() for f, p in zip(futures, pieces)]
+            for f, p in zip(futures, pieces):
+                f.result()
+                progress(p)
         except concurrent.futures.process.BrokenProcessPool:
             raise ValueError('a worker process died (killed, or out of memory): try a smaller batch_size or num_proc') from None
         finally:
@@ -1451,7 +1450,7 @@ def _progress(desc, total):
 
     def show(piece):
         if sys.stderr.isatty():
-            print(f'\r{desc} {piece[0]:,}/{total:,} rows, {piece[0] / max(time.time() - start, 1e-9):,.0f} rows/s', end='' if piece[1] < total else '\n', file=sys.stderr, flush=True)
+            print(f'\r{desc} {piece[1]:,}/{total:,} rows, {piece[1] / max(time.time() - start, 1e-9):,.0f} rows/s', end='' if piece[1] < total else '\n', file=sys.stderr, flush=True)
     return show
 
 
@@ -1553,7 +1552,7 @@ _FORMS = '.jsonl, .json, .csv, .tsv (each also .gz), .arrow, .parquet, a folder 
 
 
 class _Sink:
-    """Takes record batches whose types may differ, keeps their common type. In memory up to 256 MB, then in an unnamed temporary file; or
+    """Takes record batches whose types may differ, keeps their common type. In memory up to 64 MB, then in an unnamed temporary file; or
     all of them in `file`. Memory is bounded by one batch whatever the input."""
 
     def __init__(self, file=None, t=Type('struct')):
@@ -1599,7 +1598,7 @@ class _Sink:
         self.flush()
         if self.spill is not None:
             self.spill.flush()
-            self.chunks += [(c, t) for t, _, chunks in _read_ipc(_Source(self.spill, windows=True), many=True) for c in chunks]
+            self.chunks += [(c, t) for t, _, chunks in _read_ipc(_Source(self.spill), many=True) for c in chunks]
         return Dataset([c if t == self.type else c.view(self.type) for c, t in self.chunks], self.type, id=id)
 
 
@@ -2118,30 +2117,25 @@ def lint(ds, tok=None, max_len=None, test=None):
     bias, overlap with `test`; with one also: rows that cannot be read, no token to train on, no EOS at the end, answers cut at max_len."""
     said, pairs = [], {'chosen', 'rejected'} <= set(ds.types)
     lead = [k for k in ('prompt', 'messages', 'question', 'instruction', 'text', 'chosen') if k in ds.types][:1] or ds.column_names
-    keys = [json.dumps(row, default=str, sort_keys=True, ensure_ascii=False) for row in ds]
-    prompts = [json.dumps([*block], default=str, ensure_ascii=False) for b in ds.select_columns(lead).iter(1000) for block in zip(*b.values())]
-    nulls_ = {k: sum(v is None for v in ds[k]) for k in ds.types}
-    said += [(False, f'{k}: {n} of {len(ds)} rows are null') for k, n in nulls_.items() if n]
 
-    def where(rows):
-        return f"{len(rows):,} row{'s' * (len(rows) != 1)} ({', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''})"
-    seen, twice = {}, []
-    for i, k in enumerate(keys):
-        if seen.setdefault(k, i) != i:
-            twice.append(i)
-    if twice:
-        said.append((False, f'duplicates: {where(twice)} repeat an earlier row'))
+    def texts(d, names):
+        return [json.dumps(row, default=str, ensure_ascii=False) for b in d.select_columns(names).iter(1000) for row in zip(*b.values())]
+
+    def say(grave, what, rows, why):
+        if rows:
+            said.append((grave, f"{what}: {len(rows):,} row{'s' * (len(rows) != 1)} ({', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''}){why}"))
+    said += [(False, f'{k}: {n} of {len(ds)} rows are null') for k in ds.types if (n := sum(v is None for v in ds[k]))]
+    seen = {}
+    say(False, 'duplicates', [i for i, k in enumerate(texts(ds, ds.column_names)) if seen.setdefault(k, i) != i], ' repeat an earlier row')
     if test is not None:
-        held = {json.dumps([*block], default=str, ensure_ascii=False) for b in test.select_columns(lead).iter(1000) for block in zip(*b.values())}
-        both = [i for i, p in enumerate(prompts) if p in held]
-        if both:
-            said.append((True, f"train/test overlap: {where(both)} have a {' + '.join(lead)} of the test set"))
+        if set(lead) - set(test.types):
+            raise ValueError(f"the test set has no column {' or '.join(lead)} to look for: it has {', '.join(test.types)}")
+        held = set(texts(test, lead))
+        say(True, 'train/test overlap', [i for i, p in enumerate(texts(ds, lead)) if p in held], f" have a {' + '.join(lead)} of the test set")
     if pairs:
-        a, b = list(ds['chosen']), list(ds['rejected'])
-        equal = [i for i, (x, y) in enumerate(zip(a, b)) if x == y]
-        if equal:
-            said.append((True, f'chosen == rejected: {where(equal)}'))
-        sizes = np.array([[len(str(x)), len(str(y))] for x, y in zip(a, b)], float).reshape(-1, 2)
+        both = list(zip(ds['chosen'], ds['rejected']))
+        say(True, 'chosen == rejected', [i for i, (x, y) in enumerate(both) if x == y], '')
+        sizes = np.array([[len(str(x)), len(str(y))] for x, y in both], float).reshape(-1, 2)
         longer = float((sizes[:, 0] > sizes[:, 1]).mean()) if len(sizes) else 0.5
         if abs(longer - 0.5) > 0.1:
             said.append((False, f'length bias: chosen is the longer one in {longer:.0%} of the pairs (mean {sizes[:, 0].mean():.0f} against {sizes[:, 1].mean():.0f} '
@@ -2163,10 +2157,11 @@ def lint(ds, tok=None, max_len=None, test=None):
             empty += [i] if any(not any(on) for _, on in rows) else []
             open_ += [i] if not asked and any(not (any(on) and tok.eot in [t for t, m in zip(ids[-4:], on[-4:]) if m]) for ids, on in rows) else []
             cut += [i] if max_len and any(any(on[max_len:]) for _, on in rows) else []
-        said += [(True, f'unreadable: {where(rows)}: {why}') for why, rows in bad.values()]
-        said += [(True, f'nothing to train on: {where(empty)} have an empty mask')] if empty else []
-        said += [(True, f'no EOS: {where(open_)} do not end in a trained end token: the model will not learn to stop')] if open_ else []
-        said += [(True, f'{"long prompts" if asked else "cut answers"}: {where(cut)} have {"" if asked else "trained "}tokens beyond max_len {max_len}')] if cut else []
+        for why, rows in bad.values():
+            say(True, 'unreadable', rows, f': {why}')
+        say(True, 'nothing to train on', empty, ' have an empty mask')
+        say(True, 'no EOS', open_, ' do not end in a trained end token: the model will not learn to stop')
+        say(True, 'long prompts' if asked else 'cut answers', cut, f' have {"" if asked else "trained "}tokens beyond max_len {max_len}')
         if lengths:
             said.append((False, f'tokens a {"prompt" if asked else "pair member" if pairs else "row"}: median {int(np.median(lengths)):,}, 95 % {int(np.quantile(lengths, 0.95)):,}, longest {max(lengths):,}'))
     return said

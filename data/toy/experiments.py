@@ -133,8 +133,9 @@ def preferences(out):
     """The pairs of question h with other labels, from the same rows: margin = |gold gap| / 4 (and gold's own side); fair = gold's side, 5 % flipped;
     long = 30 % labelled by length alone, the rest as fair. Ties left out."""
     import gold
+    from dataset import load_dataset
     rng, made = random.Random(0), {'margin': [], 'fair': [], 'long': []}
-    for row in map(json.loads, open(os.path.join(_here, 'pref_train.jsonl'))):
+    for row in load_dataset(os.path.join(_here, 'pref_train.jsonl')):
         a, b = sorted((row['chosen'], row['rejected']))
         gap = gold.score(a, row) - gold.score(b, row)
         if row['tie'] or gap == 0:
@@ -316,7 +317,8 @@ def best_weights(total, n):
 def trajectory(name, seed, out):
     """[{'step', 'kl', 'proxy', 'gold', 'distinct2', ...}] of a PPO or GRPO run: its own evaluations on validation prompts, marked by gold now."""
     import gold
-    rows = {r['prompt']: r for r in map(json.loads, open(os.path.join(_here, 'prompts_val.jsonl')))}
+    from dataset import load_dataset
+    rows = {r['prompt']: r for r in load_dataset(os.path.join(_here, 'prompts_val.jsonl'))}
     at = {}
     for s in map(json.loads, open(os.path.join(folder(name, seed, out), 'samples.jsonl'))):
         at.setdefault(s['step'], []).append(s)
