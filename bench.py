@@ -182,6 +182,11 @@ rt.get([h.pid.remote() for h in handles])
 print(first, (time.perf_counter() - t) / 4)
 import bench
 print(bench._actors_pss(bench._actors_descendants(os.getpid())))
+import numpy as np
+blob = np.ones(100 << 20, np.uint8)
+t = time.perf_counter()
+kept = [rt.put(blob) for _ in range(6)]
+print(6 * blob.nbytes / 1e9 / (time.perf_counter() - t))
 """
 
 
@@ -242,9 +247,10 @@ def bench_actors(args):
             code = _ACTORS_START.format(root=os.path.dirname(os.path.abspath(__file__)), name=name, options=''.join(f', {k}={v!r}' for k, v in options.items()))
             out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
             starts.setdefault(name, []).append([float(x) for x in out])
-    for i, case in enumerate(('start to first result (s)', 'start of an actor, 4 at once (s each)', 'memory of workers and daemons, 4 actors (MB)')):
+    for i, case in enumerate(('start to first result (s)', 'start of an actor, 4 at once (s each)', 'memory of workers and daemons, 4 actors (MB)', 'put 100 MB into fresh memory, all kept (GB/s)')):
         seen = {name: sorted(row[i] for row in rows)[1] for name, rows in starts.items()}
-        print(f'{case:44}' + ''.join(f'{seen[name]:12.3f}' for name in sides) + (f'{seen["ray"] / seen["actors"]:11.1f}x' if ray else ''))
+        times = lambda: seen['actors'] / seen['ray'] if 'GB/s' in case else seen['ray'] / seen['actors']
+        print(f'{case:44}' + ''.join(f'{seen[name]:12.3f}' for name in sides) + (f'{times():11.1f}x' if ray else ''))
 
 
 def _async_run(folder, script, args, apart=True):
@@ -602,41 +608,54 @@ def _kernels_memory():
 
 
 def _kernels_cpu():
-    """The twins against eager and F.linear_cross_entropy; forward + backward, float32, one thread."""
+    """The CPU paths against eager, torch.compile and F.linear_cross_entropy; forward + backward, float32, one thread. GFLOP/s of the products that
+    the task needs (2 of 6 N C V forward, recomputation not counted) and their share of the best product of matrices measured here."""
     import torch
     import torch.nn.functional as F
     import kernels as K
     torch.set_num_threads(1)
     chunked = dict(options=torch.nn.LinearCrossEntropyOptions()) if hasattr(torch.nn, 'LinearCrossEntropyOptions') else {}
 
-    def rate(fn, inputs, seconds):
+    def rate(fn, inputs, seconds=0.3):
         def go():
             n, t = 0, time.perf_counter()
             while n == 0 or time.perf_counter() - t < seconds:
                 for i in inputs:
                     i.grad = None
-                fn().backward()
+                out = fn()
+                if inputs:
+                    out.backward()
                 n += 1
             return n / (time.perf_counter() - t)
         return go
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    ceiling = 2 * 1024 ** 3 * max(alternate({'torch': rate(lambda: a @ b, ()), 'oneDNN': rate(lambda: K.linear(a, b), ())}, 5).values())
 
-    def table(title, sides, inputs, seconds=0.3):
-        rates = alternate({k: rate(f, inputs, seconds) for k, f in sides.items()}, rounds=5)
+    def table(title, flop, sides, inputs):
+        for f in sides.values():
+            rate(f, inputs, 0)()  # compilation, first touch
+        rates = alternate({k: rate(f, inputs) for k, f in sides.items()}, rounds=5)
         first = next(iter(rates.values()))
-        print(f'  {title:34s}' + '   '.join(f'{k} {1e3 / r:.1f} ms ({r / first:.2f}x)' for k, r in rates.items()), flush=True)
-    print('CPU, forward + backward, (speed against the first)')
+        print(f'  {title}')
+        for k, r in rates.items():
+            print(f'    {k:24s}{1e3 / r:8.1f} ms   {flop * r / 1e9:6.1f} GFLOP/s, {100 * flop * r / ceiling:3.0f} % of the ceiling   {r / first:.2f}x of eager', flush=True)
+    print(f'CPU, one thread, forward + backward; ceiling: {ceiling / 1e9:.0f} GFLOP/s (a 1024 x 1024 product of matrices)')
     for N, C, V in ((4096, 128, 257), (4096, 192, 512), (512, 768, 50257)):
         x, w, y = torch.randn(N, C).requires_grad_(), (torch.randn(V, C) * C ** -0.5).requires_grad_(), torch.randint(0, V, (N,))
 
         def eager_stats():
             logp = F.log_softmax(x @ w.t(), -1)
             return (logp.gather(1, y[:, None])[:, 0] - (logp.exp() * logp).sum(-1)).sum()
-        table(f'loss, N={N} C={C} V={V}', {'eager': lambda: F.cross_entropy(x @ w.t(), y), 'F.linear_cross_entropy': lambda: F.linear_cross_entropy(x, w, y, **chunked),
-                                           'linear_cross_entropy': lambda: K.linear_cross_entropy(x, w, y)}, (x, w))
-        table('  log-prob', {'eager': lambda: F.log_softmax(x @ w.t(), -1).gather(1, y[:, None]).sum(), 'linear_logprobs': lambda: K.linear_logprobs(x, w, y)[0].sum()}, (x, w))
-        table('  log-prob + entropy', {'eager': eager_stats, 'linear_logprobs': lambda: sum(o.sum() for o in K.linear_logprobs(x, w, y))}, (x, w))
+        loss, logp = lambda: F.cross_entropy(x @ w.t(), y), lambda: F.log_softmax(x @ w.t(), -1).gather(1, y[:, None]).sum()
+        flop = 6 * N * C * V
+        table(f'loss, N={N} C={C} V={V}', flop, {'eager': loss, 'torch.compile': torch.compile(loss), 'F.linear_cross_entropy': lambda: F.linear_cross_entropy(x, w, y, **chunked),
+                                                 'linear_cross_entropy': lambda: K.linear_cross_entropy(x, w, y)}, (x, w))
+        table('log-prob', flop, {'eager': logp, 'torch.compile': torch.compile(logp), 'linear_logprobs': lambda: K.linear_logprobs(x, w, y)[0].sum()}, (x, w))
+        table('log-prob + entropy', flop, {'eager': eager_stats, 'torch.compile': torch.compile(eager_stats),
+                                           'linear_logprobs': lambda: sum(o.sum() for o in K.linear_logprobs(x, w, y))}, (x, w))
     x, w, b = torch.randn(3373, 128).requires_grad_(), torch.randn(512, 128).requires_grad_(), torch.randn(512).requires_grad_()
-    table('linear (3373, 128) x (128, 512)', {'F.linear': lambda: F.linear(x, w, b).sum(), 'kernels.linear': lambda: K.linear(x, w, b).sum()}, (x, w, b))
+    linear = lambda: F.linear(x, w, b).sum()
+    table('linear (3373, 128) x (128, 512)', 6 * 3373 * 128 * 512, {'eager': linear, 'torch.compile': torch.compile(linear), 'kernels.linear': lambda: K.linear(x, w, b).sum()}, (x, w, b))
 
 
 def _kernels_cuda():
@@ -1159,7 +1178,7 @@ def bench_train(args):
     except ImportError:
         known = []
         print('trl is not installed: pip install -r requirements-test.txt; ours alone')
-    for stage in given.get('stages', 'sft,reward,dpo,grpo,ppo').split(','):
+    for stage in filter(None, given.get('stages', 'sft,reward,dpo,grpo,ppo').split(',')):
         seen = {'ours': [], 'trl': []}
         for _ in range(rounds):
             seen['ours'].append(_train_ours(stage, folder, B, steps))

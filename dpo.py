@@ -88,7 +88,7 @@ device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
 tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
 pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
@@ -260,13 +260,7 @@ def answer_logps(model, groups, device, temperature=1.0):
     tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
     answers = [a for _, answers in groups for a in answers]
     at = Layout((1, m), torch.device(device), doc=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(device))
-    if at.buckets is not None:  # CPU: its rectangles are gathered straight from the flat tokens
-        at.buckets, at.slot = [(gather[g], rows, width) for g, rows, width in at.buckets], at.slot[slot]
-        attend = at.attend()
-    else:
-        packed = at.attend()
-        attend = lambda layer, q, k, v: packed(layer, q[gather], k[gather], v[gather])[slot]
-    x = model.hidden(tokens, pos, attend)
+    x = model.hidden(tokens, pos, at.through(gather, slot).attend())
     targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(device)
     found = model.token_logprobs(x[predict], targets, temperature)
     sizes = torch.tensor([len(a) for a in answers], device=device)

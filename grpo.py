@@ -103,7 +103,7 @@ device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the update's forward pass
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
 tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
 pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
@@ -312,13 +312,7 @@ def answer_logps(model, groups, device, temperature=1.0):
     tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
     answers = [a for _, answers in groups for a in answers]
     at = Layout((1, m), torch.device(device), doc=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(device))
-    if at.buckets is not None:  # CPU: its rectangles are gathered straight from the flat tokens
-        at.buckets, at.slot = [(gather[g], rows, width) for g, rows, width in at.buckets], at.slot[slot]
-        attend = at.attend()
-    else:
-        packed = at.attend()
-        attend = lambda layer, q, k, v: packed(layer, q[gather], k[gather], v[gather])[slot]
-    x = model.hidden(tokens, pos, attend)
+    x = model.hidden(tokens, pos, at.through(gather, slot).attend())
     targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(device)
     found = model.token_logprobs(x[predict], targets, temperature)
     sizes = torch.tensor([len(a) for a in answers], device=device)
@@ -432,8 +426,8 @@ if __name__ == '__main__':
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
-    alone = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
-    planned = memory_plan(dict(policy=pw, sampler=alone, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
+    sampler_bytes = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
+    planned = memory_plan(dict(policy=pw, sampler=sampler_bytes, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
                                kv=kv_cache_bytes(engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest) // tp, longest)))
     print(f'policy {n_params / 1e6:.2f} M parameters ({trains:,} trained), reward {reward}, reference: '

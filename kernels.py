@@ -55,16 +55,13 @@ def which():
     return 'triton (interpreted on CPU)' if INTERPRET else 'triton (CUDA)'
 
 
-def _triton(x):
-    """Does the Triton kernel take this tensor? float64 and empty tensors are the twin's."""
+def takes(x):
+    """Does a Triton kernel take this tensor? float64 and empty tensors are the PyTorch twin's. (A stage asks too: its own lines are a twin.)"""
     if _mode == 'torch' or triton is None or not (x.is_cuda or INTERPRET) or x.numel() == 0 or x.dtype == torch.float64:
         return False
     if INTERPRET and x.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or unset TRITON_INTERPRET")
     return True
-
-
-takes = _triton  # for a stage whose own lines are the twin
 
 
 def _launch(kernel, grid, *args, **meta):
@@ -204,7 +201,7 @@ class _Norm(torch.autograd.Function):
 def rms_norm(x, weight, eps, residual=None):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (1910.07467). x (..., C), weight (C,). With `residual` (like x),
     h = x + residual is normed: -> (y, h). Any float dtype, float32 inside. x=[3,4], weight 1, eps 0 -> [3,4] / 3.536 = [.849, 1.131]."""
-    if _triton(x):
+    if takes(x):
         return _Norm.apply(x, weight, None, eps, residual, False)
     h = x if residual is None else x + residual
     y = F.rms_norm(h, (h.size(-1),), weight.to(h.dtype), eps)
@@ -213,7 +210,7 @@ def rms_norm(x, weight, eps, residual=None):
 def layer_norm(x, weight, bias, eps, residual=None):
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis (1607.06450), biased variance; bias may be None. With
     `residual`, h = x + residual is normed: -> (y, h). x=[1,3], weight 1, bias 0, eps 0 -> [-1, 1]."""
-    if _triton(x):
+    if takes(x):
         return _Norm.apply(x, weight, bias, eps, residual, True)
     h = x if residual is None else x + residual
     y = F.layer_norm(h, (h.size(-1),), weight.to(h.dtype), None if bias is None else bias.to(h.dtype), eps)
@@ -297,7 +294,7 @@ def rope(q, k, cos, sin, interleaved=False, inplace=False):
     like the inputs. inplace overwrites q and k (inference: no second copy). hs=2, angle 90 degrees: [1, 0] -> [0, 1]."""
     if q.dim() != 4 or k.dim() != 4 or q.size(-1) != 2 * cos.size(-1):
         raise ValueError(f'rope: got q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}; expected (B, T, heads, hs), cos (T, hs/2)')
-    if _triton(q):
+    if takes(q):
         return _Rope.apply(q, k, cos.contiguous(), sin.contiguous(), interleaved, inplace)
     yq, yk = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
     return (q.copy_(yq), k.copy_(yk)) if inplace else (yq, yk)
@@ -366,11 +363,11 @@ def _run_act(gate, up, dy):
 
 def swiglu(gate, up):
     """silu(gate) * up (2002.05202), any shape, both alike. gate=1, up=2 -> 2 * 0.7311 = 1.4621."""
-    return _Act.apply(gate, up) if _triton(gate) else F.silu(gate) * up
+    return _Act.apply(gate, up) if takes(gate) else F.silu(gate) * up
 
 def gelu(x):
     """GPT-2's GELU, tanh form (1606.08415). 1 -> 0.8412."""
-    return _Act.apply(x, None) if _triton(x) else F.gelu(x, approximate='tanh')
+    return _Act.apply(x, None) if takes(x) else F.gelu(x, approximate='tanh')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,7 +467,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, ignore_index):
         ctx.set_materialize_grads(False)
-        valid, ctx.triton = targets != ignore_index, _triton(logits)
+        valid, ctx.triton = targets != ignore_index, takes(logits)
         safe = torch.where(valid, targets, 0)
         if ctx.triton:
             logits = _flat(logits)
@@ -628,7 +625,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, grad):
         ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.triton, held = temperature, _triton(x), None
+        ctx.temperature, ctx.triton, held = temperature, takes(x), None
         if ctx.triton:
             logp, entropy, stats = _run_linear_stats(x, weight, targets, temperature)
         else:
@@ -673,7 +670,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Mean loss. A scalar's gradient is known but for one factor, so it is computed with the loss: 3 matmuls, as without blocks."""
     @staticmethod
     def forward(ctx, x, weight, targets, grad):
-        wide, kernel = _wide(x.dtype), _triton(x)
+        wide, kernel = _wide(x.dtype), takes(x)
         loss = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if grad and ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight, dtype=wide) if grad and ctx.needs_input_grad[1] else None
@@ -982,15 +979,234 @@ def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None)
         raise ValueError(f'flash_attention: got q {tuple(q.shape)}, k {tuple(k.shape)}; expected (B, T, heads, hs), or (N, heads, hs) with cu_seqlens, '
                          'query heads a multiple of key heads')
     scale = q.size(-1) ** -0.5 if scale is None else float(scale)
-    if _triton(q) and k.numel() and (cu_seqlens is not None or window or _mode == 'triton' or INTERPRET):  # dense on CUDA: torch's is faster
+    if takes(q) and k.numel() and (cu_seqlens is not None or window or _mode == 'triton' or INTERPRET):  # dense on CUDA: torch's is faster
         return _flash_triton(q, k, v, cu_seqlens, causal, window, scale)
     if cu_seqlens is None:
         return _attend(q, k, v, causal, window, scale)
+    if causal and not window and docs_in_c(q):
+        cu = cu_seqlens.long()
+        n = len(cu) - 1
+        return doc_attention(q, k, v, torch.arange(int(cu[-1])), cu, torch.zeros(n, dtype=torch.long), torch.arange(n + 1), int(cu.diff().max()) if n else 0, scale)
     cu = cu_seqlens.tolist()
     parts = [_attend(q[None, a:b], k[None, a:b], v[None, a:b], causal, window, scale)[0] for a, b in zip(cu, cu[1:]) if b > a]
     if cu[-1] < len(q):
         parts.append(torch.zeros_like(q[cu[-1]:]))
     return torch.cat(parts) if parts else torch.zeros_like(q)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same on CPU in C, for training: float32, packed documents, causal. torch's fused attention wants rectangles of one length, computes what
+# lies above the diagonal too, and needs copies to make the rectangles: 5 to 6 times slower on documents of 16 to 256 tokens.
+#
+#    a task: one document, one head of keys (or one prompt and all its answers: they share gradients, so one thread adds them up)
+#
+#                 t ->   K turned round: (hs, T), so that 32 keys lie side by side
+#      8 queries       | #################.   for d in 0 .. hs: 8 x 2 registers of 16 sums += q[r][d] * K'[d][t .. t + 32]; nothing is
+#      at a time       | ##################   written before all of d is in, nothing is computed above the diagonal but in the last 32
+#
+#    forward   p = exp(q K' - max), out = p V / sum, lse = max + log sum
+#    backward  p = exp(q K' - lse), ds = p * (dout V' - out . dout); dq = ds K, dk += ds' q, dv += p' dout
+# A document's numbers do not depend on what is beside it, nor on the number of threads.
+
+_DOCS_C = r"""
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <math.h>
+static inline float exp_(float x) {  // 2^n e^f, |f| <= ln 2 / 2, e^f as in Cephes: 1e-7 relative, and compilers make vectors of it
+    x = x < -87.f ? -87.f : x;
+    float n = __builtin_rintf(x * 1.44269504f), f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f;
+    union { int32_t i; float f; } two = { ((int32_t)n + 127) << 23 };
+    return (p * f * f + f + 1.f) * two.f;
+}
+typedef const int64_t *ints;
+typedef float vec __attribute__((vector_size(64)));
+enum { R = 8, C = HS / 16, W = C % 2 ? 1 : 2 };  // R queries at a time; W vectors of a head at a time
+static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
+static inline void store(float *x, vec v) { memcpy(x, &v, sizeof v); }
+
+static void fetch(const float *x, int64_t stride, ints rows, int64_t T, float *to) {  // rows of x side by side: (T, HS)
+    for (int64_t t = 0; t < T; t++) memcpy(to + t * HS, x + rows[t] * stride, sizeof(float) * HS);
+}
+static void turn(const float *x, int64_t T, int64_t width, float *to) {  // (T, HS) -> (HS, width), zeros behind T
+    for (int d = 0; d < HS; d++)
+        for (int64_t t = 0; t < width; t++) to[d * width + t] = t < T ? x[t * HS + d] : 0.f;
+}
+static void dots(const float *const *a, const float *xt, int64_t width, int64_t n, float *s) {  // s (R, width) = a (R, HS) times xt (HS, width), its first n columns
+    for (int64_t j = 0; j < n; j += 32) {
+        vec sum[R][2] = {0};
+        for (int d = 0; d < HS; d++) {
+            vec x0 = load(xt + d * width + j), x1 = load(xt + d * width + j + 16);
+            for (int r = 0; r < R; r++) sum[r][0] += a[r][d] * x0, sum[r][1] += a[r][d] * x1;
+        }
+        for (int r = 0; r < R; r++) store(s + r * width + j, sum[r][0]), store(s + r * width + j + 16, sum[r][1]);
+    }
+}
+static void mix(const float *p, int64_t width, int64_t n, const float *x, const float *by, float *const *out) {  // out (R, HS) = by * p (R, n) x (n, HS)
+    for (int c = 0; c < C; c += W) {
+        vec sum[R][W] = {0};
+        for (int64_t j = 0; j < n; j++)
+            for (int w = 0; w < W; w++) {
+                vec xv = load(x + j * HS + 16 * (c + w));
+                for (int r = 0; r < R; r++) sum[r][w] += p[r * width + j] * xv;
+            }
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W && out[r]; w++) store(out[r] + 16 * (c + w), sum[r][w] * by[r]);
+    }
+}
+static void spread(const float *p, int64_t width, int64_t n, const float *const *a, float by, float *x) {  // x (n, HS) += by * p' (n, R) a (R, HS)
+    for (int c = 0; c < C; c += W) {
+        vec av[R][W];
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W; w++) av[r][w] = load(a[r] + 16 * (c + w)) * by;
+        for (int64_t j = 0; j < n; j++)
+            for (int w = 0; w < W; w++) {
+                vec sum = load(x + j * HS + 16 * (c + w));
+                for (int r = 0; r < R; r++) sum += p[r * width + j] * av[r][w];
+                store(x + j * HS + 16 * (c + w), sum);
+            }
+    }
+}
+#define DOCS(...) /* each document s of a task: its rows, T of them; queries are those from `first` on (before: a prompt that another document asks for) */ \
+    for (int64_t s = tasks[task / nkv]; s < tasks[task / nkv + 1]; s++) { \
+        ints at = rows + cu[s]; \
+        int64_t T = cu[s + 1] - cu[s], width = (T + 31) / 32 * 32; \
+        fetch(k + g * HS, sk, at, T, kd), turn(kd, T, width, kt), fetch(v + g * HS, sv, at, T, vd); \
+        __VA_ARGS__ }
+
+void forward(const float *q, int64_t sq, const float *k, int64_t sk, const float *v, int64_t sv, ints rows, ints cu, ints first, ints tasks, int64_t n_tasks,
+             int64_t longest, int64_t nkv, int64_t group, float scale, float *out, float *lse) {
+    int64_t nh = nkv * group, most = (longest + 31) / 32 * 32;
+    #pragma omp parallel
+    {
+        float *kt = aligned_alloc(64, sizeof(float) * most * (3 * HS + R)), *kd = kt + most * HS, *vd = kd + most * HS, *p = vd + most * HS;
+        #pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < n_tasks * nkv; task++) {
+            int64_t g = task % nkv;
+            DOCS(for (int64_t h = g * group; h < (g + 1) * group; h++)
+                for (int64_t i = first[s]; i < T; i += R) {
+                    int64_t n = i + R < T ? i + R : T;
+                    const float *a[R]; float *o[R], by[R];
+                    for (int r = 0; r < R; r++) {  // behind the last query its work is done again, and not kept
+                        int64_t t = at[i + r < T ? i + r : T - 1];
+                        a[r] = q + t * sq + h * HS, o[r] = i + r < T ? out + (t * nh + h) * HS : 0;
+                    }
+                    dots(a, kt, width, n, p);
+                    for (int r = 0; r < R; r++) {
+                        float m = -3e38f, l = 0, *z = p + r * width;
+                        int64_t sees = i + r < T ? i + r + 1 : T;
+                        _Pragma("omp simd reduction(max:m)")
+                        for (int64_t j = 0; j < sees; j++) m = z[j] > m ? z[j] : m;
+                        _Pragma("omp simd reduction(+:l)")
+                        for (int64_t j = 0; j < sees; j++) l += z[j] = exp_((z[j] - m) * scale);
+                        for (int64_t j = sees; j < n; j++) z[j] = 0;
+                        by[r] = 1 / l;
+                        if (o[r]) lse[at[i + r] * nh + h] = m * scale + logf(l);
+                    }
+                    mix(p, width, n, vd, by, o);
+                })
+        }
+        free(kt);
+    }
+}
+
+void backward(const float *q, int64_t sq, const float *k, int64_t sk, const float *v, int64_t sv, ints rows, ints cu, ints first, ints tasks, int64_t n_tasks,
+              int64_t longest, int64_t nkv, int64_t group, float scale, const float *out, const float *lse, const float *dout, float *dq, float *dk, float *dv) {
+    int64_t nh = nkv * group, most = (longest + 31) / 32 * 32;
+    #pragma omp parallel
+    {
+        float *kt = aligned_alloc(64, sizeof(float) * most * (6 * HS + 2 * R)), *kd = kt + most * HS, *vt = kd + most * HS, *vd = vt + most * HS, *dkd = vd + most * HS,
+              *dvd = dkd + most * HS, *p = dvd + most * HS, *ds = p + most * R;
+        #pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < n_tasks * nkv; task++) {
+            int64_t g = task % nkv;
+            DOCS(turn(vd, T, width, vt);
+                memset(dkd, 0, sizeof(float) * most * HS * 2);
+                for (int64_t h = g * group; h < (g + 1) * group; h++)
+                    for (int64_t i = first[s]; i < T; i += R) {
+                        int64_t n = i + R < T ? i + R : T;
+                        const float *a[R], *b[R]; float *o[R], by[R];
+                        for (int r = 0; r < R; r++) {
+                            int64_t t = at[i + r < T ? i + r : T - 1];
+                            a[r] = q + t * sq + h * HS, b[r] = dout + (t * nh + h) * HS, o[r] = i + r < T ? dq + (t * nh + h) * HS : 0, by[r] = scale;
+                        }
+                        dots(a, kt, width, n, p), dots(b, vt, width, n, ds);
+                        for (int r = 0; r < R; r++) {
+                            int64_t t = at[i + r < T ? i + r : T - 1], sees = i + r < T ? i + r + 1 : 0;
+                            float delta = 0, l = lse[t * nh + h], *z = p + r * width, *dz = ds + r * width;
+                            for (int d = 0; d < HS; d++) delta += b[r][d] * out[(t * nh + h) * HS + d];
+                            _Pragma("omp simd")
+                            for (int64_t j = 0; j < sees; j++) z[j] = exp_(z[j] * scale - l), dz[j] = z[j] * (dz[j] - delta);
+                            for (int64_t j = sees; j < n; j++) z[j] = dz[j] = 0;
+                        }
+                        mix(ds, width, n, kd, by, o), spread(ds, width, n, a, scale, dkd), spread(p, width, n, b, 1, dvd);
+                    }
+                for (int64_t t = 0; t < T; t++)
+                    for (int d = 0; d < HS; d++)
+                        dk[(at[t] * nkv + g) * HS + d] += dkd[t * HS + d], dv[(at[t] * nkv + g) * HS + d] += dvd[t * HS + d];)
+        }
+        free(kt);
+    }
+}
+"""
+
+
+@functools.lru_cache(None)
+def _compile_docs(hs):
+    with tempfile.TemporaryDirectory() as folder:
+        source, lib = (os.path.join(folder, f) for f in ('docs.c', 'docs.so'))
+        with open(source, 'w') as f:
+            f.write(_DOCS_C)
+        flags = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC'.split()
+        try:
+            subprocess.run(['cc', *flags, f'-DHS={hs}', source, '-o', lib, '-lm'], check=True, capture_output=True, timeout=60)
+            C = ctypes.CDLL(lib)
+        except (OSError, subprocess.SubprocessError):
+            return None
+    P, I = ctypes.c_void_p, ctypes.c_int64
+    C.forward.argtypes, C.forward.restype = [P, I, P, I, P, I, P, P, P, P, I, I, I, I, ctypes.c_float, P, P], None
+    C.backward.argtypes, C.backward.restype = [*C.forward.argtypes, P, P, P, P], None
+    return C
+
+
+def docs_in_c(x):
+    """Does the C attention take x (..., hs)? float32 on the CPU, hs % 16 = 0, a C compiler, not under --kernels=torch."""
+    return (x.device.type == 'cpu' and x.dtype == torch.float32 and x.shape[-1] % 16 == 0 and _mode != 'torch' and not INTERPRET and not torch.is_autocast_enabled('cpu')
+            and not torch.compiler.is_compiling() and _compile_docs(x.shape[-1]) is not None)
+
+
+class _Docs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, rows, cu, first, tasks, longest):
+        q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k, v))
+        out, lse = torch.zeros(q.shape), torch.empty(q.shape[:2])
+        ctx.sizes = len(tasks) - 1, longest, k.shape[1], q.shape[1] // k.shape[1], scale
+        ctx.save_for_backward(q, k, v, rows, cu, first, tasks, out, lse)
+        _compile_docs(q.shape[-1]).forward(*_Docs.places(q, k, v), *(t.data_ptr() for t in (rows, cu, first, tasks)), *ctx.sizes, out.data_ptr(), lse.data_ptr())
+        return out
+
+    @staticmethod
+    def places(*tensors):
+        return [x for t in tensors for x in (t.data_ptr(), t.stride(0))]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        q, k, v, rows, cu, first, tasks, out, lse = ctx.saved_tensors
+        grads = [torch.zeros(x.shape) for x in (q, k, v)]
+        _compile_docs(q.shape[-1]).backward(*_Docs.places(q, k, v), *(t.data_ptr() for t in (rows, cu, first, tasks)), *ctx.sizes,
+                                            *(t.data_ptr() for t in (out, lse, g.contiguous(), *grads)))
+        return *grads, None, None, None, None, None, None
+
+
+def doc_attention(q, k, v, rows, cu, first, tasks, longest, scale=None):
+    """Causal attention of documents that are paths through flat rows, in C (`docs_in_c`). q (N, nh, hs), k and v (N, nkv, hs); int64: rows (M,), the
+    flat row of each position of each document; cu (docs + 1,) their borders; first (docs,): positions before it are keys only, since another
+    document has them as queries; tasks (n + 1,): borders of the runs of documents that share rows; longest: the most positions of one.
+    -> (N, nh, hs), 0 in rows that nobody asks for. Rows [0, 1, 0, 2], cu [0, 2, 4], first [0, 1], tasks [0, 2]: a prompt with two answers."""
+    return _Docs.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale), rows, cu, first, tasks, longest)
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1088,7 +1304,7 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None):
     block_table (B, max_blocks) int, context_lens (B,) int: the keys of row b are the first context_lens[b] slots of its blocks, its
     own among them. -> (B, nh, hs), 0 where the length is 0. What unused slots hold does not matter. One key: the output is v."""
     scale = q.size(-1) ** -0.5 if scale is None else float(scale)
-    if _triton(q):
+    if takes(q):
         return _paged_triton(q, k_cache, v_cache, block_table, context_lens, scale)
     size, longest = k_cache.size(1), int(context_lens.max()) if len(q) else 0
     if longest == 0:
@@ -1104,7 +1320,7 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None):
 def kv_write(k, v, k_cache, v_cache, slots):
     """Writes k, v (N, nkv, hs) into the caches (blocks, block_size, nkv, hs), in place: token i goes to slot slots[i] = block *
     block_size + offset; a negative slot is padding and is skipped. Two tokens must not share a slot."""
-    if _triton(k):
+    if takes(k):
         k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
         _launch(_kv_write, (len(k),), k, v, k_cache, v_cache, slots, *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
                 k_cache.size(1), k.size(1), HS=k.size(2), BH=_pow2(k.size(1)), BD=_pow2(k.size(2)), num_warps=4)
@@ -1168,7 +1384,7 @@ def token_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
     """Masked mean of max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r = exp(logp - old_logp). All (B, R), mask bool. -> (loss,
     clip_frac, approx_kl), 0-d float; the gradient goes to logp only; what masked positions hold does not matter; an empty
     mask gives 0. r = 1, A = [1, 3] -> -2."""
-    if _triton(logp):
+    if takes(logp):
         return _TokenLoss.apply(logp, old_logp, advantages, mask, float(clip_low), float(clip_high))
     d = torch.where(mask, logp - old_logp.detach(), 0)
     adv, ratio, n = torch.where(mask, advantages.detach(), 0), d.exp(), mask.sum().clamp_min(1)

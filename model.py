@@ -15,6 +15,7 @@ Qwen3 (2505.09388); structure and initialisation as in nanoGPT.
 """
 import ctypes
 import hashlib
+import functools
 import json
 import math
 import mmap
@@ -99,9 +100,9 @@ class Layout:
     """
 
     def __init__(self, shape, device, mask=None, doc=None):
-        self.B, self.T = shape
-        self.keep = self.cu_seqlens = self.buckets = None
-        self.extra = 0  # dummy rows that round N up, see _make_buckets
+        (self.B, self.T), self.device = shape, device
+        self.keep = self.cu_seqlens = self.rows = self.slot = None
+        self.extra = 0  # dummy rows that round N up: oneDNN compiles a matrix product anew for every shape that it meets
         if mask is None and doc is None:
             self.pos = torch.arange(self.T, device=device).repeat(self.B)
             return
@@ -118,15 +119,31 @@ class Layout:
         n = len(row)
         self.pos = torch.arange(n, device=device) - starts[new.long().cumsum(0) - 1]
         self.cu_seqlens = torch.cat([starts, starts.new_tensor([n])]).int()
-        if device.type == 'cpu':
-            self._make_buckets(starts, n)
+        self.extra = kernels.extra_rows(n) if device.type == 'cpu' else 0
 
-    def _make_buckets(self, starts, n):
-        """CPU attention runs on right-padded rectangles, where causality alone hides the padding. Segments of like
-        length share a rectangle (between half and the whole of its width), so little is wasted. N is rounded up with
-        dummy rows: oneDNN compiles a matrix product anew for every shape that it meets."""
-        lens = torch.diff(self.cu_seqlens).long()
-        slot, self.buckets, base = torch.empty(n, dtype=torch.long), [], 0
+    def through(self, rows, slot):
+        """The segments become paths through a flat array in which they share rows, such as a prompt with several answers: position i of all
+        segments is flat row rows[i] (n,); flat row j is computed at position slot[j], the same in all segments that go through it."""
+        self.rows, self.slot = rows, slot
+        return self
+
+    @functools.cached_property
+    def paths(self):
+        """(rows, cu, first, tasks, longest) of kernels.doc_attention."""
+        cu = self.cu_seqlens.long() if self.cu_seqlens is not None else torch.arange(self.B + 1) * self.T
+        rows = torch.arange(int(cu[-1])) if self.rows is None else self.rows
+        asked = torch.ones_like(rows, dtype=torch.bool) if self.slot is None else self.slot[rows] == torch.arange(len(rows))
+        asked_before = F.pad(asked.long().cumsum(0), (1, 0))
+        first = cu.diff() - asked_before[cu].diff()  # the shared part is in front
+        return rows, cu, first, F.pad((first == 0).nonzero()[:, 0], (0, 1), value=len(cu) - 1), int(cu.diff().max()) if len(cu) > 1 else 0
+
+    @functools.cached_property
+    def buckets(self):
+        """([(flat rows, segments, width)], slot): right-padded rectangles, where causality alone hides the padding, for torch's own attention on
+        CPU. Segments of like length share a rectangle (between half and the whole of its width), so little is wasted; row j's result stands at slot[j]."""
+        cu = self.cu_seqlens.long()
+        lens, starts, n, buckets, base = cu.diff(), cu[:-1], int(cu[-1]), [], 0
+        slot = torch.empty(n, dtype=torch.long)
         width = int(lens.max()) if n else 0
         while width:
             mine = ((lens <= width) & (lens > width // 2)).nonzero()[:, 0]
@@ -135,11 +152,11 @@ class Layout:
                 grid = starts[mine, None] + torch.arange(w)
                 real = torch.arange(w) < lens[mine, None]
                 slot[grid[real]] = base + real.reshape(-1).nonzero()[:, 0]
-                self.buckets.append((grid.clamp_(max=n - 1).reshape(-1), len(mine), w))
-                base += grid.numel()
+                grid = grid.clamp_(max=n - 1).reshape(-1)
+                buckets.append((grid if self.rows is None else self.rows[grid], len(mine), w))
+                base += real.numel()
             width //= 2
-        self.extra = kernels.extra_rows(n)
-        self.slot = F.pad(slot, (0, self.extra))  # a dummy row reads some real row; nobody reads the dummy
+        return buckets, F.pad(slot, (0, self.extra)) if self.slot is None else slot[self.slot]  # a dummy row reads some real row; nobody reads the dummy
 
     def pick(self, x):
         """(B, T, ...) -> (N, ...)"""
@@ -160,15 +177,23 @@ class Layout:
             return y.transpose(1, 2).reshape(B * T, *y.shape[1:2], y.shape[-1])
 
         def bucketed(layer, q, k, v):
-            out = [dense(layer, q.index_select(0, g), k.index_select(0, g), v.index_select(0, g), s, w) for g, s, w in self.buckets]
-            return (out[0] if len(out) == 1 else torch.cat(out)).index_select(0, self.slot)
+            rectangles, slot = self.buckets
+            out = [dense(layer, q.index_select(0, g), k.index_select(0, g), v.index_select(0, g), s, w) for g, s, w in rectangles]
+            return (out[0] if len(out) == 1 else torch.cat(out)).index_select(0, slot)
 
         def packed(layer, q, k, v):
-            return kernels.flash_attention(q, k, v, cu_seqlens=self.cu_seqlens)
+            if self.rows is None:
+                return kernels.flash_attention(q, k, v, cu_seqlens=self.cu_seqlens)
+            return kernels.flash_attention(q[self.rows], k[self.rows], v[self.rows], cu_seqlens=self.cu_seqlens)[self.slot]
 
-        if self.cu_seqlens is None:
-            return dense
-        return packed if self.buckets is None else bucketed
+        def on_cpu(layer, q, k, v):
+            if not dropout and kernels.docs_in_c(q):
+                return kernels.doc_attention(q, k, v, *self.paths)
+            return (dense if self.cu_seqlens is None else bucketed)(layer, q, k, v)
+
+        if self.device.type == 'cpu':
+            return on_cpu
+        return dense if self.cu_seqlens is None else packed
 
 
 class KVCache:
@@ -839,20 +864,11 @@ def pick_device(device, dtype):
 
 
 def pick_threads(threads, n_params, device):
-    """threads=0: one for models under 5 M parameters, whose products are too small to split (threads then spin on each
+    """threads=0: at most two for models under 5 M parameters, whose products are too small for more (threads then spin on each
     other), else torch's choice. Sets it and returns it."""
     if device.type == 'cpu' and (threads or n_params < 5e6):
-        torch.set_num_threads(threads or 1)
+        torch.set_num_threads(threads or min(2, torch.get_num_threads()))
     return torch.get_num_threads()
-
-
-def save_checkpoint(path, ckpt):
-    """Atomic: a kill at any moment leaves the old file or the new one, never half of one."""
-    with open(path + '.tmp', 'wb') as f:
-        torch.save(ckpt, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
 
 
 def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):

@@ -109,7 +109,7 @@ device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the update's forward pass
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
 tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
 pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
@@ -413,8 +413,8 @@ if __name__ == '__main__':
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
-    own = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
-    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=own, past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm,
+    sampler_bytes = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
+    planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=sampler_bytes, past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm,
                                kv=kv_cache_bytes(engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, min(max(micro_tokens, longest), minibatch_size * longest) // (tp * cp), longest)))
     print(f'policy {n_params / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '

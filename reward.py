@@ -77,7 +77,7 @@ device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
 tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
 pp = 1 # pipeline stages of layers; wants several micro-batches an iteration

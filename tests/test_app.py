@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import app
-from model import GPT, GPTConfig, RunLog, save_checkpoint
+from model import GPT, GPTConfig, RunLog
 from dataclasses import asdict
 
 
@@ -26,8 +26,8 @@ def tiny(path, head='lm', stage='sft', seed=0, block=96, **more):
     torch.manual_seed(seed)
     c = GPTConfig.of('gpt2', n_layer=1, n_head=2, n_embd=32, vocab_size=257, block_size=block)
     os.makedirs(path, exist_ok=True)
-    save_checkpoint(os.path.join(path, 'ckpt.pt'), dict(model=GPT(c, head).state_dict(), model_args=asdict(c), lora=None, tokenizer='byte', iter=1,
-                                                        config=dict(stage=stage, gamma=1.0, lam=0.95, kl_kind='k1', temperature=1.0), **more))
+    torch.save(dict(model=GPT(c, head).state_dict(), model_args=asdict(c), lora=None, tokenizer='byte', iter=1,
+                    config=dict(stage=stage, gamma=1.0, lam=0.95, kl_kind='k1', temperature=1.0), **more), os.path.join(path, 'ckpt.pt'))
 
 
 def wait_for(test, seconds=90):

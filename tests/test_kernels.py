@@ -8,6 +8,7 @@ with nan throughout, so an element that nobody wrote shows. Inputs are drawn ane
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -579,7 +580,7 @@ seen = {}
 def launch(kernel, grid, *args, **meta):
     shared = kernel.run(*args, grid=grid, warmup=True, **meta).metadata.shared
     seen[kernel.fn.__name__] = max(shared, seen.get(kernel.fn.__name__, 0))
-K._launch, K._mode, K._triton = launch, 'triton', lambda x: True
+K._launch, K._mode, K.takes = launch, 'triton', lambda x: True
 def d(*s): return torch.zeros(*s, dtype=torch.bfloat16).requires_grad_()
 def back(*outs): torch.autograd.backward([o.sum() for o in outs])
 for C in (64, 768, 8192):
@@ -638,3 +639,51 @@ def test_triton_source_in_the_interpreter():
 def test_triton_sweep_in_the_interpreter():
     pytest.importorskip('triton')
     assert child_pytest('-m', 'slow') >= 6
+
+
+@pytest.mark.parametrize('nkv, group, hs', [(4, 1, 32), (2, 2, 16), (1, 3, 64), (2, 1, 128)])
+def test_attention_of_documents_in_c(nkv, group, hs):
+    """Documents of 1 to 70 tokens, three of them with a prompt in common: values, gradients and whose bits do not move, against float64."""
+    if K.INTERPRET or not shutil.which('cc'):
+        pytest.skip('no C compiler here, or the interpreter wants the Triton source')
+    assert K.docs_in_c(torch.empty(1, hs)), 'the C source does not compile'
+    torch.manual_seed(hs)
+    paths = [range(0, 1), range(1, 8), range(8, 78), range(78, 111), [*range(78, 100), *range(111, 119)], [*range(78, 100), 119], range(120, 152)]
+    rows, cu = torch.tensor([i for p in paths for i in p]), F.pad(torch.tensor([len(p) for p in paths]).cumsum(0), (1, 0))
+    args = rows, cu, torch.tensor([0, 0, 0, 0, 22, 22, 0]), torch.tensor([0, 1, 2, 3, 6, 7]), 70
+    N, nh = 154, nkv * group  # the last two rows are in no document
+    x = torch.randn(N, nh + 2 * nkv, hs)
+    q, k, v = (t.requires_grad_() for t in x.split([nh, nkv, nkv], 1))  # not contiguous, as they come from one matrix product
+    g = torch.randn(N, nh, hs)
+
+    def reference(q, k, v):
+        out = torch.zeros(N, nh, hs, dtype=q.dtype)
+        for p, first in zip(paths, args[2].tolist()):
+            at = torch.tensor([*p])
+            y = F.scaled_dot_product_attention(*(t[at].transpose(0, 1)[None] for t in (q, k, v)), is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+            out = out.index_copy(0, at[first:], y[first:])
+        return out
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    plain = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    sides = [(f(*t), t) for f, t in ((lambda *t: K.doc_attention(*t, *args), (q, k, v)), (reference, plain), (reference, wide))]
+    ours, torchs, exact = ([out, *torch.autograd.grad(out, t, g.to(out.dtype))] for out, t in sides)
+    for a, b, c in zip(ours, torchs, exact):
+        assert (a - c).abs().max() <= 3 * (b - c).abs().max() + 1e-6
+    assert not ours[0][152:].any() and all(not t[152:].any() for t in ours[1:])
+    alone = K.doc_attention(*(t.detach()[8:78] for t in (q, k, v)), torch.arange(70), torch.tensor([0, 70]), torch.tensor([0]), torch.tensor([0, 1]), 70)
+    assert torch.equal(alone, ours[0][8:78])
+
+
+def test_packed_documents_run_in_c_where_they_can(monkeypatch):
+    """flash_attention and Layout take the C path in float32, and agree with the other one."""
+    from model import Layout
+    doc = torch.tensor([0] * 5 + [1] * 40 + [2] * 9)
+    at = Layout((1, 54), torch.device('cpu'), doc=doc[None])
+    q, k, v = (torch.randn(54 + at.extra, n, 32) for n in (4, 2, 2))
+    calls = []
+    monkeypatch.setattr(K, 'doc_attention', lambda *a, f=K.doc_attention: calls.append(1) or f(*a))
+    ours = at.attend()(0, q, k, v), K.flash_attention(q, k, v, at.cu_seqlens)
+    assert len(calls) == (2 if K.docs_in_c(q) else 0)
+    monkeypatch.setattr(K, 'docs_in_c', lambda x: False)
+    for a, b in zip(ours, (at.attend()(0, q, k, v), K.flash_attention(q, k, v, at.cu_seqlens))):
+        assert torch.allclose(a[:54], b[:54], atol=1e-6) and a[:54].any()

@@ -4,6 +4,7 @@
 """
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -54,6 +55,21 @@ def test_named_files_exist():
     names = set(re.findall(r'`([\w./-]+\.(?:py|sh|md|png|txt))`', text)) | set(re.findall(r'(?:python|bash) ([\w./-]+\.(?:py|sh))', text)) | set(re.findall(r'\b(config/\w+\.py)', text))
     own = {'my_reward.py'}
     assert len(names) > 20 and not [n for n in names - own if not n.startswith('out') and not os.path.exists(os.path.join(ROOT, n))]
+
+
+def test_copied_files_need_no_more_than_the_table_says(tmp_path):
+    """Each row of "Copy one file": the file and what is named before the semicolon, alone in a folder, import."""
+    rows = re.findall(r'^\| (\w+\.py) \| ([^|;]*)', open(README, encoding='utf-8').read().split('## Copy one file')[1], re.M)
+    assert {f for f, _ in rows} == {'kernels.py', 'actors.py', 'dataset.py', 'parallel.py', 'model.py', 'lora.py', 'infer.py'}
+    for file, needs in rows:
+        (tmp_path / file[:-3]).mkdir()
+        for name in [file, *re.findall(r'\w+\.py', needs)]:
+            shutil.copy(os.path.join(ROOT, name), tmp_path / file[:-3])
+    code = ('import sys, os, importlib\nours = {f[:-3] for f in os.listdir(sys.argv[1]) if f.endswith(".py")}\nfor name in sys.argv[3:]:\n'
+            '    sys.path.insert(0, os.path.join(sys.argv[2], name))\n    importlib.import_module(name)\n    del sys.path[0]\n'
+            '    for m in ours & set(sys.modules):\n        assert os.path.dirname(sys.modules[m].__file__) == os.path.join(sys.argv[2], name)\n        del sys.modules[m]\n')
+    r = subprocess.run([sys.executable, '-I', '-c', code, ROOT, str(tmp_path), *(f[:-3] for f, _ in rows)], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-500:]
 
 
 def test_commands_that_run_offline(tmp_path):

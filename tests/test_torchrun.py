@@ -21,7 +21,6 @@ import torch.multiprocessing as mp
 from conftest import ROOT
 
 import infer  # noqa: F401 (for the server that the ranks are forked from)
-import model as M
 import parallel
 from model import GPT, GPTConfig
 
@@ -66,7 +65,7 @@ def world(tmp_path_factory):
     for folder, head in (('out-base', 'lm'), ('out-rm', 'scalar')):
         torch.manual_seed(0)
         (d / folder).mkdir()
-        M.save_checkpoint(str(d / folder / 'ckpt.pt'), dict(model=GPT(c, head).state_dict(), model_args=dataclasses.asdict(c), lora=None, tokenizer='byte', config={}, iter=0))
+        torch.save(dict(model=GPT(c, head).state_dict(), model_args=dataclasses.asdict(c), lora=None, tokenizer='byte', config={}, iter=0), d / folder / 'ckpt.pt')
     return d
 
 

@@ -46,30 +46,27 @@ def _add(stage, name, needs=('sft', 'rm'), **keys):
     return name
 
 
-BETAS = {b: _add('ppo', f'ppo-beta{b}', beta=b) for b in (0.0, 0.2, 0.6)}
+BETAS = {b: _add('ppo', f'ppo-beta{b}', beta=b) for b in (0.0, 0.05, 0.2, 0.8)}
 TUNED = BETAS[0.2]
+HALF = dict(max_iters=16, eval_interval=16, eval_iters=48)  # half as long, for about the compute of a GRPO or DPO run below
 for _n in (10, 30):
     _add('ppo', f'ppo-rm{_n}', ('sft', f'rm{_n}'), beta=0.0, reward=f'{{o}}/rm{_n}-s{{s}}')
-DETAILS = {  # what each detail of PPO buys: one key away from config/ablate_ppo.py
-    'as tuned': TUNED,
-    'no advantage whitening': _add('ppo', 'ppo-nowhiten', whiten_advantages=False),
-    'no end-token rule': _add('ppo', 'ppo-noeos', missing_eos='none'),
-    'no value clip': _add('ppo', 'ppo-novclip', vf_clip=0.0),
-    'lambda 1 (no GAE)': _add('ppo', 'ppo-lam1', lam=1.0),
-    'lambda 0 (one step)': _add('ppo', 'ppo-lam0', lam=0.0),
-    '4 passes over half the data': _add('ppo', 'ppo-epochs4', max_iters=10, eval_interval=5, ppo_epochs=4),
-    'adaptive beta, 3 nats': _add('ppo', 'ppo-adaptive', target_kl=3.0, kl_horizon=500),
-    'value net from the policy': _add('ppo', 'ppo-vpolicy', value='policy'),
+DETAILS = {  # what each detail of PPO buys: one key away from the first
+    'as tuned': _add('ppo', 'ppo-half', **HALF),
+    'no advantage whitening': _add('ppo', 'ppo-nowhiten', **HALF, whiten_advantages=False),
+    'no end-token rule': _add('ppo', 'ppo-noeos', **HALF, missing_eos='none'),
+    'no value clip': _add('ppo', 'ppo-novclip', **HALF, vf_clip=0.0),
+    'lambda 1 (no GAE)': _add('ppo', 'ppo-lam1', **HALF, lam=1.0),
+    '4 passes over half the data': _add('ppo', 'ppo-epochs4', **{**HALF, 'max_iters': 8, 'eval_interval': 8}, ppo_epochs=4),
+    'adaptive beta, 3 nats': _add('ppo', 'ppo-adaptive', **HALF, target_kl=3.0, kl_horizon=500),
 }
-GRPO, DPO = _add('grpo', 'grpo'), _add('dpo', 'dpo', ('sft',))
-LONG = {'PPO, 40 iterations': 'ppo-long', 'DPO, one epoch': 'dpo-long'}  # as quickstart.sh trains them
-RUNS['ppo-long'] = ('ppo.py', 'ppo_toy', {**SFT, **RM}, ('sft', 'rm'))
+DPO, METHODS = _add('dpo', 'dpo', ('sft',)), {'PPO': 'ppo-half', **{f'GRPO, beta {b}': _add('grpo', f'grpo-beta{b}', beta=b) for b in (0.1, 0.4)}, 'DPO': 'dpo'}
+LONG = {'PPO, twice as long': TUNED, 'DPO, one epoch': 'dpo-long'}
 RUNS['dpo-long'] = ('dpo.py', 'dpo_toy', SFT, ('sft',))
 LOSSES = {'sigmoid, beta 0.1': DPO, **{
     f'{kind}, beta {b}': _add('dpo', f'dpo-{kind}{b}', ('sft',), loss_type=kind, beta=b)
-    for kind, b in (('sigmoid', 0.02), ('sigmoid', 0.5), ('ipo', 0.1), ('hinge', 0.1), ('kto', 0.1), ('simpo', 2.0))},
-    'sigmoid + 0.2 SFT': _add('dpo', 'dpo-sft', ('sft',), sft_coef=0.2)}
-RANKS = {0: DPO, **{r: _add('dpo', f'dpo-r{r}', ('sft',), lora_r=r, learning_rate=1e-3) for r in (1, 4, 16, 64)}}
+    for kind, b in (('sigmoid', 0.02), ('sigmoid', 0.5), ('ipo', 0.1), ('kto', 0.1), ('simpo', 2.0))}}
+RANKS = {0: DPO, **{r: _add('dpo', f'dpo-r{r}', ('sft',), lora_r=r, learning_rate=1e-3) for r in (1, 8, 64)}}
 RM_DATA = {
     '10 % of the pairs': 'rm10', '30 %': 'rm30', '100 %': 'rm',
     'margin = gold gap': 'rm-margin', 'no length bias': 'rm-fair', '30 % of labels by length': 'rm-long',
@@ -77,7 +74,7 @@ RM_DATA = {
 for _n in ('margin', 'fair', 'long'):
     RUNS[f'rm-{_n}'] = ('reward.py', 'ablate_reward', {**SFT, 'dataset': f'{{o}}/pref_{_n}.jsonl'}, ('sft',))
 # one line wrong each, beside its right twin: {label: (wrong run, right run, the number that tells, 'eval', 'train' or 'judged')}
-_SHORT = dict(max_iters=8, eval_interval=8)
+_SHORT = dict(max_iters=8, eval_interval=8, eval_iters=48)
 _RIGHT = {'ppo': _add('ppo', 'ppo-short', **_SHORT), 'grpo': _add('grpo', 'grpo-short', **_SHORT, max_new_tokens=64)}
 
 
@@ -99,7 +96,7 @@ FAILURES = {
 }
 QUESTIONS = {
     'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *BETAS.values()], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
-    'd': ['sft', *LONG.values(), TUNED, DPO, GRPO], 'e': list(DETAILS.values()), 'f': list(LOSSES.values()), 'g': list(RANKS.values()), 'h': list(RM_DATA.values()),
+    'd': ['sft', *METHODS.values(), *LONG.values()], 'e': list(DETAILS.values()), 'f': list(LOSSES.values()), 'g': list(RANKS.values()), 'h': list(RM_DATA.values()),
     'i': list(dict.fromkeys(n for wrong, right, _, _ in FAILURES.values() for n in (right, wrong))),
 }
 QUICK = {'sft': ['--max_iters=2', '--eval_interval=2', '--eval_iters=1'], 'reward': ['--max_iters=2', '--normalize_n=8'],

@@ -213,10 +213,10 @@ def draw_c(rows):
 
 def draw_d(rows):
     fig, axes = figure(2, width=4.8)
-    names = {'PPO': X.TUNED, 'GRPO': X.GRPO, 'DPO': X.DPO, **X.LONG}
+    names = {**X.METHODS, **X.LONG}
     rm_cost, sft = rows.span('rm', 'cpu_s'), rows.values('sft', 'gold')
     lines, bars = [['SFT', text(rows.span('sft', 'gold')), '', text(rows.span('sft', 'proxy')), '0', '', '', '']], []
-    for (label, name), colour in zip(names.items(), (*COLOURS[:3], RED, GREEN)):
+    for (label, name), colour in zip(names.items(), (RED, BLUE, PURPLE, GREEN, RED, GREEN)):
         gold, kl, cost = rows.span(name, 'gold'), rows.span(name, 'kl'), rows.span(name, 'cpu_s')
         point(axes[0], kl, gold, colour, label, 'D' if name in X.LONG.values() else 'o')
         needs = 0 if label.startswith('DPO') else rm_cost[1]
@@ -249,7 +249,7 @@ def draw_e(rows):
     names = X.DETAILS
     for axis, key, title in zip(axes, ('gold', 'kl', 'ended'), ('gold mark', 'KL, nats a sequence', 'share of answers that end')):
         ranges(axis, [rows.span(n, key) for n in names.values()], names if axis is axes[0] else [''] * len(names), [BLUE] + [GREY] * (len(names) - 1), title)
-        axis.axvline(rows.span(X.TUNED, key)[1], color=BLUE, lw=0.8, ls=':')
+        axis.axvline(rows.span(names['as tuned'], key)[1], color=BLUE, lw=0.8, ls=':')
     columns = (*JUDGED[:4], ('ends', 'ended', 1, True), ('CPU s', 'cpu_s', 0, False))
     return fig, judged(rows, names, columns)
 
