@@ -1297,12 +1297,13 @@ class Dataset:
 
     # files
 
-    def _blocks(self, rows=None):
+    def _blocks(self):
         """The dataset as struct arrays to be written: chunk by chunk where the rows stand in order, else gathered 10,000 at a time."""
         t, names = self._type, list(self.types)
-        plain = isinstance(self._idx, range) and self._idx.step == 1
-        spans = [(lo, hi) for lo, hi in zip(self._starts, self._starts[1:])] if plain else []
-        todo = [range(max(lo, self._idx.start), min(hi, self._idx.stop)) for lo, hi in spans] if plain else [self._idx[i:i + 10000] for i in range(0, len(self), 10000)]
+        if isinstance(self._idx, range) and self._idx.step == 1:
+            todo = [range(max(lo, self._idx.start), min(hi, self._idx.stop)) for lo, hi in zip(self._starts, self._starts[1:])]
+        else:
+            todo = [self._idx[i:i + 10000] for i in range(0, len(self), 10000)]
         todo = [r for r in todo if len(r)][::-1]
         while todo:
             rows = todo.pop()
@@ -1547,7 +1548,7 @@ def _digest(arrays):
 # --- load_dataset ------------------------------------------------------------------------------------------------------
 
 _BLOCK, _BATCH = 256 << 10, 4 << 20  # bytes of JSON parsed at a time, to stay in the processor's cache; bytes of columns in a batch
-_SCAN = json.JSONDecoder().scan_once
+_SCAN, _ENDS = json.JSONDecoder().scan_once, ('\n', '', '\r\n')
 _FORMS = '.jsonl, .json, .csv, .tsv (each also .gz), .arrow, .parquet, a folder of save_to_disk'
 
 
@@ -1555,13 +1556,14 @@ class _Sink:
     """Takes record batches whose types may differ, keeps their common type. In memory up to 64 MB, then in an unnamed temporary file; or
     all of them in `file`. Memory is bounded by one batch whatever the input."""
 
-    def __init__(self, file=None, t=Type('struct')):
-        self.spill, self.type, self.chunks, self.bytes, self.wait = file, t, [], 0, []
+    def __init__(self, file=None):
+        self.spill, self.type, self.chunks, self.bytes, self.wait = file, Type('struct'), [], 0, []
 
     def add(self, rows, where):
         """A list of dicts. where(k, error) -> the message for a row k that does not fit."""
         try:
-            self.put(array(rows))
+            if rows:
+                self.put(array(rows))
         except _Mixed as e:
             lo, hi, worst = 0, len(rows), e  # a prefix that fails keeps failing: bisect for the first row
             while lo < hi:
@@ -1619,19 +1621,18 @@ def load_dataset(path, num_proc=1):
     gc.disable()  # rows make no cycles, but so many of them would be looked for
     try:
         for p in map(os.fspath, paths):
-            out += _load(p, num_proc)
+            out += [(p, d) for d in _load(p, num_proc)]
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f'{p}: corrupt gzip data ({e})') from None
     finally:
         gc.enable() if collecting else None
-    if len(out) == 1:
-        return out[0]
-    for i in range(1, len(out)):
+    t = out[0][1]._type
+    for p, d in out[1:]:
         try:
-            functools.reduce(unify, (d._type for d in out[:i + 1]))
+            t = unify(t, d._type)
         except _Mixed as e:
-            raise ValueError(f'{paths[i]}: {e} in the files before') from None
-    return concatenate(out)
+            raise ValueError(f'{p}: {e} in the files before') from None
+    return concatenate([d for _, d in out]) if len(out) > 1 else out[0][1]
 
 
 def _load(path, num_proc):
@@ -1643,7 +1644,7 @@ def _load(path, num_proc):
     id, kind = _file_id(path), os.path.splitext(path.removesuffix('.gz'))[1]
     if id[1] == 0:
         raise (ArrowError if kind == '.arrow' else ValueError)(f'{path}: the file is empty')
-    with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
+    with io.BufferedReader(gzip.open(path) if path.endswith('.gz') else open(path, 'rb', 0), _BLOCK) as f:
         head = f.read(256).removeprefix(b'\xef\xbb\xbf').lstrip()
         f.seek(0)
         if kind == '.arrow' or head[:6] == b'ARROW1' or head[:4] == b'\xff\xff\xff\xff':
@@ -1737,43 +1738,34 @@ def _load_parquet(path):
 
 
 def _read_lines(f, path, sink, end):
-    """JSON lines from f (to byte `end`) into the sink."""
-    line, rest, block = 1, [], True
-    while block:
-        block = f.read(_BLOCK if end is None else min(_BLOCK, end - f.tell()))
-        cut = block.rfind(b'\n') + 1
-        if block and not cut:
-            rest.append(block)  # a line longer than a block
-            continue
-        data, rest = b''.join([*rest, block[:cut]]), [block[cut:]]
-        lines = (data.replace(b'\r\n', b'\n') if b'\r' in data else data).split(b'\n')
-        lines[0] = lines[0].removeprefix(b'\xef\xbb\xbf') if line == 1 else lines[0]
-        rows, at = _parse_lines(lines[:-1] if cut else lines, path, line)
-        if rows:
-            sink.add(rows, lambda k, e: f'{path}:{at[k]}: {e}')
-        line += len(lines) - 1
-
-
-def _parse_lines(lines, path, first):
-    """-> rows, the number of each one's line. Each line is decoded by itself: in a block, one 漢 makes every character two bytes wide."""
-    rows, at = [], []
-    for i, line in enumerate(lines, first):
-        try:
-            text = line.decode()
-            row, end = _SCAN(text, 0)
-            row = row if end == len(text) and type(row) is dict else _odd_line(line, f'{path}:{i}')
-        except (StopIteration, ValueError, RecursionError):
-            row = _odd_line(line, f'{path}:{i}')
-        if row is not None:
-            rows.append(row)
-            at.append(i)
-    return rows, at
+    """JSON lines from f (to byte `end`, where a line ends) into the sink. Each line is decoded by itself: in a block, one 漢 makes every
+    character two bytes wide."""
+    first, pos = 1, f.tell()
+    while pos != end and (lines := f.readlines(_BLOCK)):
+        rows, at, bom = [], [], pos == 0
+        pos += sum(map(len, lines))
+        while end is not None and pos > end:
+            pos -= len(lines.pop())
+        if bom:
+            lines[0] = lines[0].removeprefix(b'\xef\xbb\xbf')
+        for i, line in enumerate(lines, first):
+            try:
+                text = line.decode()
+                row, stop = _SCAN(text, 0)
+                row = row if text[stop:] in _ENDS and type(row) is dict else _odd_line(line, f'{path}:{i}')
+            except (StopIteration, ValueError, RecursionError):
+                row = _odd_line(line, f'{path}:{i}')
+            if row is not None:
+                rows.append(row)
+                at.append(i)
+        sink.add(rows, lambda k, e: f'{path}:{at[k]}: {e}')
+        first += len(lines)
 
 
 def _odd_line(line, place):
     """A line that is no bare object: None if it is blank, the object if spaces surround it, else what is wrong with it."""
     try:
-        text = line.decode()
+        text = line.decode().removesuffix('\n').removesuffix('\r')
         row = json.loads(text) if text and not text.isspace() else None
     except UnicodeDecodeError as e:
         raise ValueError(f'{place}:{e.start + 1}: not UTF-8 ({e.reason})') from None
@@ -1850,8 +1842,7 @@ def _read_list(f, path, sink):
     go(at + 1)
     if peek():
         fail('something stands behind the end of the list', at)
-    if rows:
-        sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
+    sink.add(rows, lambda k, e: f'{path}:{lines[k]}: {e}')
 
 
 def _parallel(path, size, num_proc):
@@ -1873,7 +1864,7 @@ def _parallel(path, size, num_proc):
 
 
 def _lines_piece(job, path, lo, hi, out):
-    with open(path, 'rb') as f, open(out, 'wb') as g:
+    with open(path, 'rb', _BLOCK) as f, open(out, 'wb') as g:
         f.seek(lo)
         sink = _Sink(g)
         _read_lines(f, path, sink, hi)

@@ -231,6 +231,21 @@ def test_types_meet_across_blocks(tmp_path, monkeypatch):
             assert [ds[i] for i in (149, 0, 60)] == [want[i] for i in (149, 0, 60)] and ds.shuffle(0)[3:9]['a'] == [want[i]['a'] for i in np.random.default_rng(0).permutation(150)[3:9]]
 
 
+def test_lines_in_pieces_of_a_file(tmp_path, monkeypatch):
+    """Each line once, whatever the block and the number of processes: a byte order mark, CRLF, blank lines, a line longer than many blocks."""
+    r, rows, text = random.Random(2), [], '\ufeff'
+    for i in range(300):
+        rows.append({'i': i, 't': 'xé漢😀\n'[i % 5] * (5000 if i == 150 else r.randrange(20))})
+        text += ' ' * (i % 7 == 0) + json.dumps(rows[-1], ensure_ascii=i % 3 == 0) + r.choice(['\n', '\r\n', '\n\n', '\n \n']) * (i < 299)
+    (tmp_path / 'x.jsonl').write_bytes(text.encode())
+    with gzip.open(tmp_path / 'x.jsonl.gz', 'wb') as f:
+        f.write(text.encode())
+    for block in (1, 500):
+        monkeypatch.setattr(D, '_BLOCK', block)
+        for name, procs in (('x.jsonl', 1), ('x.jsonl', 3), ('x.jsonl.gz', 1)):
+            assert list(load_dataset(tmp_path / name, num_proc=procs)) == rows
+
+
 BAD = [('{"a": 1}\n{"a": 2\n', 'x.jsonl:2:8: '), ('{"a": 1}\n\n[1]\n', 'x.jsonl:3:1: expected an object'), ('{"a": 1}\n{"a": "x"}\n', "x.jsonl:2: column 'a': mixed types: "),
        ('{"m": [{"c": "x"}]}\n\n{"m": [{"c": 3}]}\n', "x.jsonl:3: column 'm.c': mixed types: "), ('{"a": 18446744073709551616}\n', 'x.jsonl:1: column .a.: an integer beyond'),
        ('{"a": "\\ud800"}\n', 'x.jsonl:1: column .a.: text with a lone surrogate'), ('', 'x.jsonl: the file is empty'), ('\n \n', 'x.jsonl: no rows'),
@@ -317,6 +332,9 @@ def test_hf_datasets_both_ways(tmp_path):
     with pytest.raises(ValueError, match='holds the splits train, test'):
         load_dataset(tmp_path / 'splits')
     assert len(load_dataset(tmp_path / 'splits' / 'test')) == 50
+    (tmp_path / 'x.jsonl').write_text('{"text": 1}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl: column 'text': mixed types"):  # behind a folder of three shards
+        load_dataset([tmp_path / 'hf', tmp_path / 'x.jsonl'])
 
 
 HF_TYPES = st.recursive(st.sampled_from([t for t in LEAVES if not pa.types.is_fixed_size_binary(t)]), lambda t: st.one_of(
