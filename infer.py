@@ -20,6 +20,7 @@ One step of the engine, in the order of this file:
 """
 import bisect
 import contextlib
+import ctypes
 import hashlib
 import hmac
 import http.server
@@ -159,6 +160,10 @@ class Request:
     def out(self):
         return self.tokens[self.P:]
 
+    def held(self):
+        """Tokens whose keys and values lie in its row, of the model or the draft model."""
+        return max(self.n, self.draft_n)
+
 
 # -----------------------------------------------------------------------------
 # 1. blocks: who owns which, and which can be taken over
@@ -283,7 +288,8 @@ class Arena:
         if len(self.rows) == self.kv[0].size(2):
             for i, (layers, nkv, hs) in enumerate(self.shapes):
                 bigger = self.new(2, layers, max(8, 2 * len(self.rows)), nkv, self.cap, hs, dtype=self.dtype)
-                bigger[:, :, :len(self.rows)] = self.kv[i]
+                used = max((r.held() for r in self.rows), default=0)  # the rest may be memory that nobody has touched yet
+                bigger[:, :, :len(self.rows), :, :used] = self.kv[i][:, :, :, :, :used]
                 self.kv[i] = bigger
         r.arena, r.row = self, len(self.rows)
         self.rows.append(r)
@@ -292,7 +298,7 @@ class Arena:
         last = self.rows.pop()
         if last is not r:
             for kv in self.kv:
-                kv[:, :, r.row, :, :last.n] = kv[:, :, last.row, :, :last.n]
+                kv[:, :, r.row, :, :last.held()] = kv[:, :, last.row, :, :last.held()]
             self.rows[r.row], last.row = last, r.row
         r.arena = r.row = None
 
@@ -303,33 +309,35 @@ class RowCache:
     `store`, whose pages the system provides only when they are written."""
     copies = True
 
-    def __init__(self, shapes, groups, num_blocks, block_size, max_len, dtype, device, prefix):
-        self.shapes, self.block_size, self.dtype = shapes, block_size, dtype
-        row_bytes = sum(2 * layers * nkv * hs for layers, nkv, hs in shapes) * dtype.itemsize
-        caps = [max(64, min(256, (1 << 19) // row_bytes // 16 * 16))]  # small models: fewer, wider arenas, each costs a call or ten
+    def __init__(self, nets, num_blocks, block_size, max_len, prefix):
+        self.shapes, self.block_size, self.dtype = [net.shape for net in nets], block_size, nets[0].dtype
+        self.scales, self.in_c = [net.c.head_size ** -0.5 for net in nets], all(net.code for net in nets)
+        row_bytes = sum(2 * layers * nkv * hs for layers, nkv, hs in self.shapes) * self.dtype.itemsize
+        caps = [256 if self.in_c else max(64, min(256, (1 << 19) // row_bytes // 16 * 16))]  # few, wide arenas: PyTorch pays some ten calls for each, C for what it reads only
         while caps[-1] < max_len:
             caps.append(2 * caps[-1])
-        self.native = [K.row_attention(nkv, group, hs) if dtype == torch.float32 else None for (_, nkv, hs), group in zip(shapes, groups)]
-        self.arenas = [Arena(cap, shapes, dtype, torch.empty if all(self.native) else torch.zeros) for cap in caps]
-        self.caps = caps
-        self.store = [torch.empty(2, layers, num_blocks, nkv, block_size, hs, dtype=dtype) for layers, nkv, hs in shapes] if prefix else None
+        self.arenas = [Arena(cap, self.shapes, self.dtype, torch.empty if self.in_c else torch.zeros) for cap in caps]
+        self.caps, self.moves, self.known = caps, 0, (None,) * 4
+        self.store = [torch.empty(2, layers, num_blocks, nkv, block_size, hs, dtype=self.dtype) for layers, nkv, hs in self.shapes] if prefix else None
 
     def reserve(self, r, n):
         """Room for n tokens of r, whose n so far stay."""
         if r.arena is not None and n <= r.arena.cap:
             return
+        self.moves += 1
         old, row = r.arena, r.row
         new = self.arenas[bisect.bisect_left(self.caps, n)]
         new.add(r)
         if old is not None:
             to = r.row
             for a, b in zip(new.kv, old.kv):
-                a[:, :, to, :, :r.n] = b[:, :, row, :, :r.n]
+                a[:, :, to, :, :r.held()] = b[:, :, row, :, :r.held()]
             r.row = row
             old.remove(r)
             r.arena, r.row = new, to
 
     def release(self, r):
+        self.moves += 1
         if r.arena is not None:
             r.arena.remove(r)
         if not any(a.rows for a in self.arenas):  # idle: what many requests at once have needed goes back to the system
@@ -359,13 +367,11 @@ class RowCache:
             kv.zero_()
 
     def order(self, decode):
-        return sorted(decode, key=lambda r: (r.arena.cap, r.row))
+        return decode if self.in_c else sorted(decode, key=lambda r: (r.arena.cap, r.row))
 
     def plan(self, decode, chunks, pos, net=0):
         """decode: requests in `order`, one token each, then chunks [(request, start, n)]; pos: all positions (N,) NumPy.
         -> attend(layer, q (N, nh, hs), k, v (N, nkv, hs)) -> (N, nh * hs), which also writes k and v."""
-        if self.native[net] is not None:
-            return self._plan_native(decode, chunks, pos, net)
         nkv, dense = self.shapes[net][1], self.dtype in (torch.float32, torch.float64)
         heads, jobs, fresh, later = np.arange(nkv), [], [], []
         spans, at = {}, len(decode)
@@ -412,7 +418,7 @@ class RowCache:
                 if mask is not None:
                     B = len(arena.rows)
                     mine = q[rows] if full else q.new_zeros(B, nh, hs).index_copy_(0, index, q[rows])
-                    y = self._decode(mine, kc[:B], vc[:B], mask, dense)
+                    y = _attend_rows(mine, kc[:B], vc[:B], mask, dense)
                     y = y if full else y.index_select(0, index)
                     if whole:
                         return y
@@ -420,56 +426,49 @@ class RowCache:
             return self._attend_prompts(out, net, layer, q, k, v, grids, later)
         return attend
 
-    @staticmethod
-    def _attend_prompts(out, net, layer, q, k, v, grids, later):
+    def _attend_prompts(self, out, net, layer, q, k, v, grids, later):
         """Fills in `out` for prompts from their beginning, in rectangles, and for chunks that follow what is in the cache."""
         (_, nh, hs), nkv = q.shape, k.size(1)
         for grid, S, W, real, at in grids:
             a, b, c = (x.index_select(0, grid).view(S, W, -1, hs).transpose(1, 2) for x in (q, k, v))
-            y = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=nh != nkv).transpose(1, 2).reshape(S * W, -1)
+            y = F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=self.scales[net], enable_gqa=nh != nkv).transpose(1, 2).reshape(S * W, -1)
             out.index_copy_(0, at, y.index_select(0, real))
         for r, at, start, n in later:
             kc, vc = (r.arena.kv[net][i, layer, r.row, :, :start + n] for i in (0, 1))
-            out[at:at + n] = _attend_chunk(q[at:at + n], kc, vc, None)
+            out[at:at + n] = _attend_chunk(q[at:at + n], kc, vc, self.scales[net])
         return out
 
-    def _plan_native(self, decode, chunks, pos, net):
-        """As plan, by kernels.row_attention: each token over as many keys as it has before it. Long chunks are left to matrix products."""
-        fn, scale, fresh, later, who, at = self.native[net], self.shapes[net][2] ** -0.5, [], [], [np.arange(len(decode))], len(decode)
-        owners, repeat = decode + [r for r, *_ in chunks], [1] * len(decode) + [n for *_, n in chunks]
-        for r, start, n in chunks:
-            if n <= 256:
-                who.append(np.arange(at, at + n))
-            else:
-                (later if start else fresh).append((r, at, start, n))
-            at += n
-        where = {a: (kv.data_ptr(), kv.stride(2) * kv.itemsize, kv.stride(0), a.cap, kv.stride(1)) for a in self.arenas if a.rows for kv in (a.kv[net],)}
-        table = np.array([(w[0] + r.row * w[1], *w[2:]) for r in owners for w in (where[r.arena],)], np.int64)
-        table = np.ascontiguousarray((np.repeat(table, repeat, axis=0) if chunks else table).T)
-        who, width = np.concatenate(who), (int(pos.max()) + 16) // 16 * 16
-        rows = [x.ctypes.data for x in (*table, pos)]
+    def tables(self, decode, chunks, pos, net):
+        """plan, for the forward in C: -> rows (N, 4), who (n,), width (see kernels.c_forward), prompts: None, or prompts(layer, q, k, v, out), which attends
+        for chunks of more than 256 tokens, by matrix products."""
+        if (self.moves, net, decode) == self.known[:3] and not chunks:  # nobody came, went or outgrew its row
+            rows = self.known[3]
+        else:
+            where = {a: (kv.data_ptr(), kv.stride(2) * kv.itemsize, kv.stride(0), a.cap, kv.stride(1)) for a in self.arenas if a.rows for kv in (a.kv[net],)}
+            rows = np.array([(w[0] + r.row * w[1], *w[2:]) for r in [*decode, *(r for r, *_ in chunks)] for w in (where[r.arena],)], np.int64)
+            self.known = (self.moves, net, decode, rows) if not chunks else (None,) * 4
+        who, width, fresh, later, at = np.arange(len(pos)), (int(pos.max()) + 16) // 16 * 16, [], [], len(decode)
+        if chunks:
+            rows, short = np.repeat(rows, [1] * len(decode) + [n for *_, n in chunks], axis=0), np.ones(len(pos), bool)
+            for r, start, n in chunks:
+                if n > 256:
+                    (later if start else fresh).append((r, at, start, n))
+                    short[at:at + n] = False
+                at += n
+            who = who[short]
         grids = _rectangles([n for *_, n in fresh], [a for _, a, _, _ in fresh])
+        return rows, who, width, (lambda layer, q, k, v, out: self._attend_prompts(out, net, layer, q, k, v, grids, later)) if fresh or later else None
 
-        def attend(layer, q, k, v, alive=table):  # C knows only its address. q may have more rows than pos: dummies, of which nothing is asked
-            out = q.new_empty(len(q), q.size(1) * q.size(2))
-            fn(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(), *rows, len(pos), who.ctypes.data, len(who), layer, width, scale)
-            return self._attend_prompts(out, net, layer, q, k, v, grids, later)
-        return attend
 
-    @staticmethod
-    def _decode(q, k, v, mask, dense):
-        """q (B, nh, hs) against rows k, v (B, nkv, cap, hs) of which the mask's width is read -> (B, nh * hs)."""
-        B, nkv, cap, hs = k.shape
-        T = mask.size(-1)
-        if not dense:  # half precision: the fused kernel, which adds up in float32
-            q = q.reshape(B, nkv, -1, hs)
-            return F.scaled_dot_product_attention(q, k[:, :, :T], v[:, :, :T], mask).reshape(B, -1)
-        k, v, q = k.view(B * nkv, cap, hs)[:, :T], v.view(B * nkv, cap, hs)[:, :T], q.reshape(B * nkv, -1, hs)
-        if hs < 64 or q.size(1) > 1:
-            s = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=hs ** -0.5)
-        else:  # one long query per head: a third faster this way round
-            s = torch.baddbmm(mask.view(len(k), T, 1), k, q.transpose(1, 2), alpha=hs ** -0.5).view(len(k), 1, T)
-        return torch.bmm(s.softmax(-1), v).view(B, -1)
+def _attend_rows(q, k, v, mask, dense):
+    """q (B, nh, hs) against rows k, v (B, nkv, cap, hs) of which the mask's width is read -> (B, nh * hs)."""
+    B, nkv, cap, hs = k.shape
+    T = mask.size(-1)
+    if not dense:  # half precision: the fused kernel, which adds up in float32
+        q = q.reshape(B, nkv, -1, hs)
+        return F.scaled_dot_product_attention(q, k[:, :, :T], v[:, :, :T], mask).reshape(B, -1)
+    k, v, q = k.view(B * nkv, cap, hs)[:, :T], v.view(B * nkv, cap, hs)[:, :T], q.reshape(B * nkv, -1, hs)
+    return torch.bmm(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=hs ** -0.5).softmax(-1), v).view(B, -1)
 
 
 class PagedCache:
@@ -477,9 +476,9 @@ class PagedCache:
     holds its positions i * block_size and on."""
     copies = False
 
-    def __init__(self, shapes, groups, num_blocks, block_size, max_len, dtype, device, prefix):
-        self.block_size, self.device, self.width = block_size, device, -(-max_len // block_size)
-        self.kv = [torch.zeros(2, layers, num_blocks, block_size, nkv, hs, dtype=dtype, device=device) for layers, nkv, hs in shapes]
+    def __init__(self, nets, num_blocks, block_size, max_len, prefix):
+        self.block_size, self.device, self.width = block_size, nets[0].device, -(-max_len // block_size)
+        self.kv = [torch.zeros(2, layers, num_blocks, block_size, nkv, hs, dtype=nets[0].dtype, device=self.device) for net in nets for layers, nkv, hs in (net.shape,)]
 
     def reserve(self, r, n):
         """A block table needs no more room than its blocks."""
@@ -557,63 +556,127 @@ class PagedCache:
 
 
 class Net:
-    """The model's weights as inference wants them: shared with the model, but for the query, key and value matrices of the rotary models,
-    which are joined. On CPU in float32 and bfloat16 products go to oneDNN, which multiplies 64 rows twice as fast as MKL does on
-    the AMD machine that this was measured on (230 against 106 GFLOP/s) and fuses activation, product and residual sum into the
-    product; it gets a copy of each matrix in its own order, another 10 to 30 % (20 to 64 rows). `refresh` reads the model again: after an optimizer step, or under LoRA, whose merged weight is what runs."""
+    """The model's weights as inference wants them, in one of two forms. code (float32 on CPU where a C compiler is): every matrix is copied in the
+    order in which kernels.c_forward multiplies, and a forward is one call of it. Else PyTorch: weights shared with the model, but for the query, key
+    and value matrices of the rotary models, which are joined; on CPU products go to oneDNN with a copy of each matrix in its own order, which
+    multiplies 64 rows twice as fast as MKL does on the AMD machine that this was measured on. `refresh` reads the model again: after an
+    optimizer step, or under LoRA, whose merged weight is what runs."""
 
-    def __init__(self, model, compile=False):
+    def __init__(self, model, compile=False, rows=False):
         a, w = model.h[0].attn, model.wte.weight
         c = replace(model.config, n_head=a.n_head, n_kv_head=a.n_kv_head)  # of a tensor-parallel rank: its own
         self.model, self.c, self.dtype, self.device = model, c, w.dtype, w.device
-        cpu = w.device.type == 'cpu' and not compile  # what is compiled are plain operations; packed matrices and complex numbers are closed to it
-        self.onednn = cpu and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-        self.complex = cpu and c.pos == 'rope' and w.dtype in (torch.float32, torch.float64)
+        cpu, self.act = w.device.type == 'cpu' and not compile, 'gated' if c.gated else c.act  # what is compiled are plain operations; packed matrices are closed to it
+        known = rows and cpu and w.dtype == torch.float32 and self.act in K.CNet.ACTS
+        self.code = K.c_forward(c.n_kv_head, c.n_head // c.n_kv_head, c.head_size) if known else None
+        self.onednn = cpu and self.code is None and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
         if compile:  # one graph each for all layers: weights are arguments
             self.before, self.behind = (torch.compile(f, dynamic=True) for f in (self.before, self.behind))
-        self.shape = (c.n_layer, c.n_kv_head, c.head_size)
-        self.heads, self.joined, self.addresses = c.n_head + 2 * c.n_kv_head, {}, None
+        self.shape = (c.n_layer, c.n_kv_head, c.head_size if self.code is None else -(-c.head_size // 16) * 16)
+        self.heads, self.kept, self.addresses, self.rope, self.rows, self.z = c.n_head + 2 * c.n_kv_head, {}, None, None, 0, torch.empty(0, 0)
         if c.pos == 'rope':
             inv = rope_frequencies(c).to(torch.float64 if w.dtype == torch.float64 else torch.float32)  # never half: angles need the bits
             angle = torch.arange(c.block_size)[:, None].float() * inv
-            cos, sin = angle.cos().to(w.device), angle.sin().to(w.device)
-            self.rope = torch.complex(cos, sin) if self.complex else (cos, sin)
+            self.rope = angle.cos().to(w.device), angle.sin().to(w.device)
         self.refresh()
+
+    def keep(self, key, new):
+        """`new` under this name, written into the same memory each time."""
+        old = self.kept.setdefault(key, new)
+        return old if old is new else old.copy_(new)
+
+    @staticmethod
+    def own(linear):
+        """(weight, bias) in force; an adapter's is merged."""
+        w = linear.merged_weight() if getattr(linear, 'active', None) is not None and not linear.kept else linear.weight
+        return w.detach(), None if getattr(linear, 'bias', None) is None else linear.bias.detach()
+
+    def parts(self, block):
+        """-> (weight, bias) of q, k, v (one matrix), out, up, down, gate (or None), and the RMSNorm weights of q and k (or None)."""
+        a, p = block.attn, block.mlp
+        if hasattr(a, 'c_attn'):
+            qkv = self.own(a.c_attn)
+        else:
+            w, b = zip(*map(self.own, (a.q_proj, a.k_proj, a.v_proj)))
+            qkv = torch.cat(w), None if b[0] is None else torch.cat(b)
+        up, down, gate = (p.up_proj, p.down_proj, p.gate_proj) if self.c.gated else (p.c_fc, p.c_proj, None)
+        norm = None if a.q_norm is None else (a.q_norm.weight.detach(), a.k_norm.weight.detach())
+        return qkv, self.own(getattr(a, 'o_proj', None) or a.c_proj), self.own(up), self.own(down), gate and self.own(gate), norm
 
     @torch.no_grad()
     def refresh(self):
         """True when a weight has moved in memory, so that captured graphs are stale."""
-        m, pairs = self.model, (lambda w: self.interleave(w)) if self.complex else (lambda w: w)
-
-        def own(linear):
-            """(weight, bias) in force; an adapter's is merged."""
-            w = linear.merged_weight() if getattr(linear, 'active', None) is not None and not linear.kept else linear.weight
-            return w.detach(), None if getattr(linear, 'bias', None) is None else linear.bias.detach()
-
-        def join(key, parts):
-            """Several tensors as one, written into the same memory each time."""
-            new = torch.cat(parts) if parts[0] is not None else None
-            old = self.joined.setdefault(key, new)
-            return old if old is new else old.copy_(new)
+        m = self.model
+        self.ln_f, self.wte, self.wpe = self.scale(m.ln_f), m.wte.weight.detach(), None if m.wpe is None else m.wpe.weight.detach()
+        if self.code is not None:
+            return self._refresh_c()
 
         def pack(w, b):
             """(weight, bias, weight in oneDNN's order)"""
             return w, b, torch.ops.mkldnn._reorder_linear_weight(w, 64) if self.onednn else w
         self.layers = []
         for i, block in enumerate(m.h):
-            a, p, norm = block.attn, block.mlp, None
-            if hasattr(a, 'c_attn'):
-                qkv = own(a.c_attn)
-            else:
-                (q, k, v), bias = zip(*map(own, (a.q_proj, a.k_proj, a.v_proj)))
-                qkv = join((i, 'w'), [pairs(q), pairs(k), v]), join((i, 'b'), [None] if bias[0] is None else [pairs(bias[0]), pairs(bias[1]), bias[2]])
-            if a.q_norm is not None:
-                norm = join((i, 'n'), [pairs(n.weight.detach()).expand(heads, -1) for n, heads in ((a.q_norm, self.c.n_head), (a.k_norm, self.c.n_kv_head))])
-            out, *up, down = (pack(*own(x)) for x in (getattr(a, 'o_proj', None) or a.c_proj, *((p.gate_proj, p.up_proj, p.down_proj) if self.c.gated else (p.c_fc, p.c_proj))))
-            self.layers.append((self.scale(block.ln_1), pack(*qkv), norm, out, self.scale(block.ln_2), up, down))
-        self.ln_f, self.wte, self.wpe, self.head = self.scale(m.ln_f), m.wte.weight.detach(), None if m.wpe is None else m.wpe.weight.detach(), pack(*own(m.lm_head))
+            (w, b), out, up, down, gate, norm = self.parts(block)
+            if self.c.arch != 'gpt2':
+                w, b = self.keep((i, 'w'), w), None if b is None else self.keep((i, 'b'), b)
+            if norm is not None:
+                norm = self.keep((i, 'n'), torch.cat([n.expand(heads, -1) for n, heads in zip(norm, (self.c.n_head, self.c.n_kv_head))]))
+            self.layers.append((self.scale(block.ln_1), pack(w, b), norm, pack(*out), self.scale(block.ln_2), [pack(*x) for x in (gate, up) if x], pack(*down)))
+        self.head = pack(*self.own(m.lm_head))
         before, self.addresses = self.addresses, [p.data_ptr() for p in m.parameters()] + [down[0].data_ptr() for *_, down in self.layers]
         return before != self.addresses
+
+    def _refresh_c(self):
+        """Fills in what C reads: panels of every matrix, and where norms and embeddings lie."""
+        c, (L, _, hs), table = self.c, self.shape, {}
+
+        def pad(w):  # heads * head_size rows -> heads * hs
+            return F.pad(w.view(-1, c.head_size, w.size(1)), (0, 0, 0, hs - c.head_size)).flatten(0, 1)
+
+        def put(i, name, w, b, gate=(None, None), rows=lambda w: w, columns=lambda w: w):
+            col = lambda x: None if x is None else x[:, None]
+            table[i, name] = self.keep((i, name), K.panels(columns(rows(w)), gate[0])).data_ptr()
+            table[i, name + 'b'] = 0 if b is None else self.keep((i, name + 'b'), K.panels(rows(col(b)), col(gate[1]))).data_ptr()
+        for i, block in enumerate(self.model.h):
+            qkv, out, up, down, gate, norm = self.parts(block)
+            put(i, 'qkv', *qkv, rows=pad)
+            put(i, 'o', *out, columns=lambda w: pad(w.t()).t())
+            put(i, 'up', *up, gate or (None, None))
+            put(i, 'down', *down)
+            for name, pair in (('n1', self.scale(block.ln_1)), ('n2', self.scale(block.ln_2))):
+                table[i, name], table[i, name + 'b'] = (0 if x is None else x.data_ptr() for x in pair)
+            table[i, 'qn'], table[i, 'kn'] = (0, 0) if norm is None else (x.data_ptr() for x in norm)
+        put(-1, 'head', *self.own(self.model.lm_head))
+        self.table = np.array([[table[i, name] for name in K.LAYER] for i in range(L)], np.int64)
+        at = lambda x: 0 if x is None else x.data_ptr()
+        cos, sin = self.rope or (None, None)
+        self.c_net = K.CNet(layers=self.table.ctypes.data, wte=at(self.wte), wpe=at(self.wpe), cos=at(cos), sin=at(sin), nf=at(self.ln_f[0]), nfb=at(self.ln_f[1]),
+                          head=table[-1, 'head'], headb=table[-1, 'headb'], C=c.n_embd, inner=c.n_inner, V=c.vocab_size, act=K.CNet.ACTS[self.act], rms=c.norm == 'rms',
+                          eps=c.norm_eps, scale=c.head_size ** -0.5)
+        self.rows = 0
+        return False
+
+    def run(self, ids, pos, rows, who, width, prompts):
+        """hidden in C: ids, pos (N,) int64 NumPy arrays, the rest from RowCache.tables -> (N, C), valid until the next forward."""
+        n, C, (L, nkv, hs) = len(ids), self.c.n_embd, self.shape
+        if n > self.rows:
+            self.rows = max(n, 2 * self.rows, 64)
+            line = lambda n: -(-n // 32) * 32 + 16  # rows a power of two apart would fall on the same lines of the CPU's cache
+            widths = dict(x=C, y=C, qkv=self.heads * hs, att=self.c.n_head * hs, mid=self.c.n_inner)
+            self.work = {name: torch.zeros(self.rows, line(width)) for name, width in widths.items()}
+            for name, buffer in self.work.items():
+                setattr(self.c_net, name, buffer.data_ptr())
+                setattr(self.c_net, dict(y='sx').get(name, 's' + name[0]), line(widths[name]))
+        go = lambda a, b: self.code.forward(ctypes.byref(self.c_net), a, b, ids.ctypes.data, rows.ctypes.data, pos.ctypes.data, n, who.ctypes.data, len(who), width)
+        if prompts is None:
+            go(0, 2 * L)
+        else:
+            q, k, v = self.work['qkv'][:n, :self.heads * hs].view(n, -1, hs).split([self.c.n_head, nkv, nkv], 1)
+            for layer in range(L):
+                go(2 * layer, 2 * layer + 1)
+                prompts(layer, q, k, v, self.work['att'][:n, :self.c.n_head * hs])
+                go(2 * layer + 1, 2 * layer + 2)
+        return self.work['x'][:n, :C]
 
     @staticmethod
     def scale(norm):
@@ -624,11 +687,6 @@ class Net:
         if self.device.type != 'cpu':
             return K.rms_norm(x, w, self.c.norm_eps) if self.c.norm == 'rms' else K.layer_norm(x, w, b, self.c.norm_eps)
         return F.rms_norm(x, w.shape, w, self.c.norm_eps) if self.c.norm == 'rms' else F.layer_norm(x, w.shape, w, b, self.c.norm_eps)
-
-    def interleave(self, w):
-        """Rows of q or k from HF's halves (x1.. | y1..) to pairs (x1 y1 x2 y2 ..), so that rotating is one complex product.
-        Scores do not change: q and k are permuted alike."""
-        return w.unflatten(0, (-1, 2, self.c.head_size // 2)).transpose(1, 2).reshape(w.shape)
 
     def lin(self, x, weight, act='', add=None, mul=None):
         """act(x W' + b), or x W' + b + add, or (x W' + b) * mul"""
@@ -653,8 +711,6 @@ class Net:
         x, rope = self.embed(ids), None
         if self.c.pos == 'learned':
             x = x + F.embedding(pos, self.wpe)
-        elif self.complex:
-            rope = self.rope[pos][:, None]
         else:
             rope = [t[pos] for t in self.rope]
         for layer, (ln_1, qkv, norm, *rest) in enumerate(self.layers):
@@ -669,10 +725,8 @@ class Net:
         qk, v = heads[:, :n_qk], heads[:, n_qk:]
         if norm is not None:
             qk = F.rms_norm(qk, (c.head_size,), None, c.norm_eps) * norm
-        if self.complex:
-            torch.view_as_complex(qk.unflatten(2, (-1, 2))).mul_(rope)
         q, k = qk[:, :c.n_head], qk[:, c.n_head:]
-        if rope is not None and not self.complex:
+        if rope is not None:
             q, k = (t[0].to(v.dtype) for t in K.rope(q[None], k[None], *rope))
         return q, k, v
 
@@ -683,17 +737,24 @@ class Net:
         y = self.lin(y, up[1], mul=self.lin(y, up[0], 'silu')) if self.c.gated else self.lin(y, up[0], self.c.act)
         return self.lin(y, down, add=x)
 
-    def logits(self, x):
-        """(n, C) -> (n, V), float32 or float64"""
-        y = self.lin(self.norm(x, self.ln_f), self.head)
-        return y if y.dtype == torch.float64 else y.float()
+    def logits(self, x, at=None):
+        """x (N, C) as hidden or run gave it; at: a list of its rows, None = all -> (n, V), float32 or float64, valid until the next call"""
+        if self.code is None:
+            y = self.lin(self.norm(x if at is None else x[at], self.ln_f), self.head)
+            return y if y.dtype == torch.float64 else y.float()
+        at = np.arange(len(x)) if at is None else np.array(at, np.int64)
+        n, V = len(at), self.c.vocab_size
+        if len(self.z) < n:
+            self.z = torch.empty(max(n, 2 * len(self.z)), -(-V // 32) * 32)
+        self.code.logits(ctypes.byref(self.c_net), at.ctypes.data, n, self.z.data_ptr(), self.z.stride(0))
+        return self.z[:n, :V]
 
 
 class ShardNet(Net):
     """One rank's part of a model that parallel.cut has cut: its heads (and their keys and values), MLP columns and words. The ranks of the
     group run the same rows in step: two sums a layer, and everybody's logits put together. Residual and bias enter the sums once."""
 
-    def __init__(self, model, compile=False):
+    def __init__(self, model, compile=False, rows=False):
         if compile:
             raise ValueError('compile of a tensor-parallel engine is not supported: leave out compile, or the plain model')
         self.tp, self.lo = model.tp, model.wte.lo
@@ -715,8 +776,8 @@ class ShardNet(Net):
         y = self.lin(y, up[1], mul=self.lin(y, up[0], 'silu')) if self.c.gated else self.lin(y, up[0], self.c.act)
         return self.tp.all_reduce(self.lin(y, down, add=once(x)), 'MLP of the engine')
 
-    def logits(self, x):
-        return parallel.gather_words(super().logits(x), self.c.vocab_size, self.tp)
+    def logits(self, x, at=None):
+        return parallel.gather_words(super().logits(x, at), self.c.vocab_size, self.tp)
 
 
 # -----------------------------------------------------------------------------
@@ -762,6 +823,8 @@ class Settings:
         self.min_tokens = np.array([x.min_tokens for x in p])
         self.any_min, self.top = any(x.min_tokens for x in p), max(x.logprobs for x in p)
         self.plain = not (self.bias or self.repeat or self.seen)
+        self.heat = torch.tensor([x.temperature for x in p], dtype=torch.float32)
+        self.draw = K.c_draw() if self.plain and not self.cut and not self.top and device.type == 'cpu' and dtype == torch.float32 else None
 
 
 def _counts(rows, V, device):
@@ -801,9 +864,13 @@ def _filter(z, k, p, m):
 def sample(logits, s, rows, extra, outs):
     """logits (n, V), row i for rows[i] after its output and extra[i] (unconfirmed draft tokens); outs (n,) tokens written before.
     -> tokens (n,) int64, logprobs, raw_logprobs (n,), top [(ids, logprobs)] or None. FloatingPointError when the logits are not finite."""
+    early = np.nonzero(outs < s.min_tokens)[0] if s.any_min else ()
+    if s.draw is not None and not len(early) and logits.stride(1) == 1:
+        u, tokens, lp, raw_lp = uniform(s.keys, outs.astype(np.uint64)), torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits)), torch.empty(len(logits))
+        s.draw(logits.data_ptr(), logits.stride(0), *logits.shape, u.ctypes.data, *(x.data_ptr() for x in (s.heat, tokens, lp, raw_lp)))
+        return _finite(tokens, lp, raw_lp, None)
     raw, raw_logp = logits, logits.log_softmax(-1)
     z, logp = raw, raw_logp
-    early = np.nonzero(outs < s.min_tokens)[0] if s.any_min else ()
     if not s.plain or len(early):
         z, V = raw.clone(), raw.size(-1)
         if s.bias:
@@ -834,12 +901,16 @@ def sample(logits, s, rows, extra, outs):
     at = tokens.clamp_max_(raw.size(-1) - 1)[:, None]  # beyond the end only where the logits are nan
     raw_lp = raw_logp.gather(-1, at)[:, 0]
     lp = raw_lp if s.all_greedy or z is raw else torch.where(s.greedy, raw_lp, logp.gather(-1, at)[:, 0])
-    if not bool(torch.isfinite(raw_lp).all()):
-        raise FloatingPointError(f'the logits of {int((~torch.isfinite(raw_lp)).sum())} of {len(raw)} rows are not finite: the weights (or the dtype) have overflowed')
     top = None
     if s.top:
         best = raw_logp.topk(min(s.top, raw.size(-1)), -1)
         top = list(zip(best.indices.tolist(), best.values.tolist()))
+    return _finite(tokens, lp, raw_lp, top)
+
+
+def _finite(tokens, lp, raw_lp, top):
+    if not bool(torch.isfinite(raw_lp).all()):
+        raise FloatingPointError(f'the logits of {int((~torch.isfinite(raw_lp)).sum())} of {len(raw_lp)} rows are not finite: the weights (or the dtype) have overflowed')
     return tokens, lp, raw_lp, top
 
 
@@ -861,7 +932,8 @@ class Engine:
                 raise ValueError(f'{name} must be at least 1, got {value}')
         self.model, self.tokenizer, self.eot = model, tokenizer, getattr(tokenizer, 'eot', None)
         self.max_num_seqs, self.budget, self.block_size, self.prefix_caching = max_num_seqs, max_num_batched_tokens, block_size, prefix_caching
-        self.nets = [(ShardNet if hasattr(m, 'tp') else Net)(m, compile) for m in (model, draft) if m is not None]
+        kind = (RowCache if next(model.parameters()).device.type == 'cpu' else PagedCache) if cache == 'auto' else dict(rows=RowCache, paged=PagedCache)[cache]
+        self.nets = [(ShardNet if hasattr(m, 'tp') else Net)(m, compile, kind is RowCache) for m in (model, draft) if m is not None]
         self.net, c, self.tp = self.nets[0], model.config, getattr(model, 'tp', parallel.ALONE.tp)
         if draft is not None and draft.config.vocab_size != c.vocab_size:
             raise ValueError(f'the draft model has a vocabulary of {draft.config.vocab_size}, the model {c.vocab_size}: they must share a tokenizer')
@@ -874,9 +946,8 @@ class Engine:
         self.num_blocks = num_blocks or max(1, min(max_num_seqs * -(-self.max_len // block_size), self.tp.least(self._memory() // per_block, self.device)))
         self.kv_bytes = self.num_blocks * per_block
         self.blocks = BlockManager(self.num_blocks, block_size)
-        kind = dict(rows=RowCache, paged=PagedCache)[('rows' if self.device.type == 'cpu' else 'paged') if cache == 'auto' else cache]
-        self.cache = kind([net.shape for net in self.nets], [net.c.n_head // net.c.n_kv_head for net in self.nets], self.num_blocks, block_size, self.max_len, self.dtype, self.device, prefix_caching)
-        self.native = getattr(self.cache, 'native', [None])[0] is not None
+        self.cache = kind(self.nets, self.num_blocks, block_size, self.max_len, prefix_caching)
+        self.native = self.net.code is not None
         self.waiting, self.running, self.requests, self.undelivered = deque(), [], {}, []
         self.weight_version, self.counter, self.settings, self.settings_of = 0, itertools.count(), None, None
         self.lock, self.go, self.admitting = threading.RLock(), threading.Event(), True
@@ -1012,14 +1083,13 @@ class Engine:
                     self._publish(r)
             if not rows:
                 return []
-            logits = self.net.logits(x if at is None else x[at + [0] * self._extra(len(at))])[:len(rows)]
-            return self._accept(rows, extra, logits)
+            return self._accept(rows, extra, self.net.logits(x, at))
         except FloatingPointError:
             self._reset()
             raise
 
     def _forward(self, net, decode, chunks):
-        """The last token of each of decode, then those of the chunks [(request, start, n)], through net `net` -> (N or more, C)."""
+        """The last token of each of decode, then those of the chunks [(request, start, n)], through net `net` -> (N, C)."""
         ids = [r.draft[-1] if r.draft else r.tokens[-1] for r in decode]
         pos = np.fromiter((len(r.tokens) + len(r.draft) - 1 for r in decode), np.int64, len(decode))
         if chunks:
@@ -1028,13 +1098,10 @@ class Engine:
             pos = np.concatenate([pos, *(np.arange(start, start + n) for _, start, n in chunks)])
         elif self.graphs is not None and net == 0:
             return self._replay(ids, pos, decode)
-        extra = self._extra(len(ids))
-        ids, at = torch.tensor(ids + [0] * extra, device=self.device), torch.from_numpy(np.pad(pos, (0, extra)) if extra else pos).to(self.device)
+        if self.nets[net].code is not None:
+            return self.nets[net].run(np.array(ids), pos, *self.cache.tables(decode, chunks, pos, net))
+        ids, at = torch.tensor(ids, device=self.device), torch.from_numpy(pos).to(self.device)
         return self.nets[net].hidden(ids, at, self.cache.plan(decode, chunks, pos, net))
-
-    def _extra(self, n):
-        """Dummy rows that make n a multiple of 8, beyond 256 of 64: oneDNN compiles a product for every shape that it meets and keeps few."""
-        return -n % (8 if n <= 256 else 64) if self.native else 0
 
     def _replay(self, ids, pos, decode):
         """Decode on CUDA: one captured graph for each power of two of rows; padding rows (slot -1, length 0) do nothing. A decode step
@@ -1307,7 +1374,7 @@ class Engine:
             x = self._forward(1, decode, chunks)
             rows = decode + [r for r, _, _ in chunks]
             at = list(range(len(decode))) + (len(decode) - 1 + np.cumsum([n for *_, n in chunks], dtype=int)).tolist()
-            tokens = self._draw(rows, [r.draft for r in rows], self.nets[1].logits(x[at]))[0].tolist()
+            tokens = self._draw(rows, [r.draft for r in rows], self.nets[1].logits(x, at))[0].tolist()
             for r, t in zip(rows, tokens):
                 r.draft_n = len(r.tokens) + len(r.draft)
                 r.draft = r.draft + [t]

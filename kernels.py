@@ -1395,100 +1395,337 @@ def token_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decode attention on CPU in C: every request reads as many keys as it has. The twin (RowCache in infer.py) must pad to the longest of a
-# batch, writes the keys in a call of its own and the scores to memory: 2 to 3 times slower. Compiled in 0.1 s by the C compiler that is
-# there; without one, for heads that are no multiple of 16, or under --kernels=torch, the twin runs.
+# The engine's forward on CPU in C: GPT-2 and the Llama family in one function, float32. A decode step of a small model is some hundred
+# operations of microseconds each, so half of its time went into starting them; here a step is one call, its threads meet six times a layer.
+#
+#     x = embeddings          a panel of W': 32 columns, row after row (K, 32), so that a product reads memory from front to back
+#     each layer:                                      k ->
+#       y = norm(x)               12 rows of x  | x0 x0 x0 x0 ..     for each k: load 32 weights once, multiply them by x[0][k] ..
+#       qkv = y W'                              | x1 x1 x1 x1 ..     x[11][k], add to 12 x 2 registers of 16 sums; nothing is
+#       norm, rotate, store k, v  panel of W'   | w  w  w  w  ..     written before k ends: 240 of 256 GFLOP/s of a Zen 5 core
+#       att = softmax(q k') v
+#       x += att W';  y = norm(x);  mid = gelu(y W') or silu(gate) * up;  x += mid W'
+#
+# An element's sum runs over k in one order, whatever rows are beside it and however many threads there are: a request's numbers are the
+# same TO THE BIT in any batch. Compiled in half a second by the C compiler that is there; without one, or under --kernels=torch, the
+# PyTorch twin runs (Net.hidden and RowCache.plan in infer.py), which pads rows to the longest of a batch: 2 to 3 times slower.
 
-_ROWS_C = r"""
+_C_HEAD = r"""
+#include <math.h>
+#include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
+typedef const int64_t *ints;
 static inline float exp_(float x) {  // 2^n e^f, |f| <= ln 2 / 2, e^f as in Cephes: 1e-7 relative, and compilers make vectors of it
-    x = x < -87.f ? -87.f : x;
-    float n = __builtin_rintf(x * 1.44269504f), f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = x > 88.f ? 88.f : x, n = __builtin_rintf(y * 1.44269504f), f = y - n * 0.693359375f + n * 2.12194440e-4f;
     float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f;
     union { int32_t i; float f; } two = { ((int32_t)n + 127) << 23 };
-    return (p * f * f + f + 1.f) * two.f;
+    return x < -87.f ? 0.f : (p * f * f + f + 1.f) * two.f;
 }
-typedef const int64_t *ints;
+"""
+_FORWARD_C = _C_HEAD + r"""
 typedef float vec __attribute__((vector_size(64)));
-enum { C = HS / 16, U = 8 / (C * G) > 1 ? 8 / (C * G) : 1 };
+#ifdef __AVX512F__
+enum { ROWS = 12 };  // 12 x 2 sums in 32 registers of 16 numbers
+#else
+enum { ROWS = 3 };   // of 8 or 4 numbers
+#endif
+enum { HS = (D + 15) / 16 * 16, L = HS / 16, U = 8 / (L * G) > 1 ? 8 / (L * G) : 1, NH = NKV * G };  // heads of D are padded with zeros to HS
+enum { SET, ADD, RELU, GELU, GATED };
+typedef struct { const float *n1, *n1b, *qkv, *qkvb, *qn, *kn, *o, *ob, *n2, *n2b, *up, *upb, *down, *downb; } layer;  // ..b: bias or NULL
+typedef struct {
+    const layer *layers; const float *wte, *wpe, *cos, *sin, *nf, *nfb, *head, *headb; float *x, *y, *qkv, *att, *mid;
+    int64_t C, inner, V, sx, sq, sa, sm, act, rms; float eps, scale;  // s.: floats from row to row of x and y, qkv, att, mid
+} net;
+typedef struct { int arrived, round; } gate;
+typedef struct { float *keys; int64_t values, cap, layer; } row;  // a token's row of the cache in layer 0: keys (NKV, cap, HS), floats from there to its values; to the next layer
+
+static void meet(gate *g) {  // all threads wait for the last. OpenMP's own barrier spins for milliseconds: on a machine with other work, five times slower
+    int n = omp_get_num_threads(), round = __atomic_load_n(&g->round, __ATOMIC_ACQUIRE);
+    if (n > 1 && __atomic_add_fetch(&g->arrived, 1, __ATOMIC_ACQ_REL) == n) {
+        g->arrived = 0;
+        __atomic_store_n(&g->round, round + 1, __ATOMIC_RELEASE);
+    } else if (n > 1)
+        for (int i = 0; __atomic_load_n(&g->round, __ATOMIC_ACQUIRE) == round; i++)
+            if (i > 2000) sched_yield();
+}
+
 static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
 static inline vec pairs(vec a, vec b) {  // a0 + a1, a2 + a3 .. b14 + b15
     return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
          + __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
-void rows(const float *q, int64_t sq, const float *k, int64_t sk, const float *v, int64_t sv, float *out, ints base, ints half, ints cap, ints layers,
-          ints pos, int64_t n, ints who, int64_t queries, int64_t layer, int64_t width, float scale) {
+
+static inline __attribute__((always_inline)) void tile(const int R, const float *x, int64_t sx, const float *w, int64_t K, float (*z)[32]) {
+    vec a[ROWS][2] = {0};  // z (R, 32) = R rows of x times one panel; R is a constant wherever this is inlined, so a lies in registers
+    for (int64_t k = 0; k < K; k++, w += 32) {
+        vec w0 = load(w), w1 = load(w + 16);
+        #pragma GCC unroll 12
+        for (int r = 0; r < R; r++) a[r][0] += x[r * sx + k] * w0, a[r][1] += x[r * sx + k] * w1;
+    }
+    memcpy(z, a, R * sizeof *a);
+}
+
+static void finish(const float *z, const float *b, float *y, int act) {  // one row of a product: bias, then what follows it
+    float t[32];
+    for (int c = 0; c < 32; c++) t[c] = z[c] + (b ? b[c] : 0);
+    if (act == ADD) for (int c = 0; c < 32; c++) y[c] += t[c];
+    else if (act == GATED) for (int c = 0; c < 16; c++) y[c] = t[c] / (1 + exp_(-t[c])) * t[c + 16];  // 16 columns of gate, then theirs of up
+    else if (act == GELU) for (int c = 0; c < 32; c++) y[c] = t[c] / (1 + exp_(-1.5957691216f * (t[c] + 0.044715f * t[c] * t[c] * t[c])));
+    else for (int c = 0; c < 32; c++) y[c] = act == RELU && t[c] < 0 ? 0 : t[c];
+}
+
+static void linear(const float *x, int64_t sx, const float *w, const float *b, int64_t K, int64_t columns, float *y, int64_t sy, int64_t n, int act) {
+    int64_t wide = act == GATED ? 16 : 32, panels = (columns + wide - 1) / wide, blocks = (n + 95) / 96;  // 96 rows of x stay in the cache
+    #pragma omp for schedule(static) nowait
+    for (int64_t job = 0; job < blocks * panels; job++) {
+        int64_t j = job % panels, i = job / panels * 96, end = i + 96 < n ? i + 96 : n, R;
+        for (; i < end; i += R) {
+            const float *from = x + i * sx, *panel = w + j * K * 32;
+            float z[ROWS][32];
+            int64_t tiles = (end - i + ROWS - 1) / ROWS;
+            switch (R = (end - i + tiles - 1) / tiles) {
+                #define CASE(R) case R: tile(R, from, sx, panel, K, z); break;
+                CASE(1) CASE(2) CASE(3)
+                #ifdef __AVX512F__
+                CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+                #endif
+            }
+            for (int r = 0; r < R; r++) finish(z[r], b ? b + 32 * j : NULL, y + (i + r) * sy + j * wide, act);
+        }
+    }
+}
+
+static void scale(const float *x, const float *w, const float *b, float *y, int64_t C, int rms, float eps) {  // RMSNorm or LayerNorm of one row
+    float mean = 0, var = 0;
+    if (!rms) {
+        #pragma omp simd reduction(+:mean)
+        for (int64_t c = 0; c < C; c++) mean += x[c];
+        mean /= C;
+    }
+    #pragma omp simd reduction(+:var)
+    for (int64_t c = 0; c < C; c++) var += (x[c] - mean) * (x[c] - mean);
+    float s = 1 / sqrtf(var / C + eps);
+    for (int64_t c = 0; c < C; c++) y[c] = (x[c] - mean) * s * w[c] + (b ? b[c] : 0);
+}
+
+static void norm(const net *m, const float *w, const float *b, ints at, int64_t n) {  // y = norm of x, or of its rows `at`
+    #pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < n; r++) scale(m->x + (at ? at[r] : r) * m->sx, w, b, m->y + r * m->sx, m->C, m->rms, m->eps);
+}
+
+static void embed(const net *m, ints ids, ints pos, int64_t n) {
+    #pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t c = 0; c < m->C; c++) m->x[r * m->sx + c] = m->wte[ids[r] * m->C + c] + (m->wpe ? m->wpe[pos[r] * m->C + c] : 0);
+}
+
+static void heads(const net *m, const layer *l, int64_t number, const row *rows, ints pos, int64_t n) {
+    #pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < n; r++) {  // q and k: norm, rotation by the position; k and v: into the cache
+        float *x = m->qkv + r * m->sq, *to = rows[r].keys + number * rows[r].layer + pos[r] * HS;
+        for (int h = 0; h < NH + NKV; h++, x += HS) {
+            if (l->qn) scale(x, h < NH ? l->qn : l->kn, NULL, x, D, 1, m->eps);
+            if (m->cos)
+                for (int i = 0; i < D / 2; i++) {
+                    float a = x[i], b = x[i + D / 2], c = m->cos[pos[r] * (D / 2) + i], s = m->sin[pos[r] * (D / 2) + i];
+                    x[i] = a * c - b * s, x[i + D / 2] = b * c + a * s;
+                }
+            if (h >= NH) memcpy(to + (h - NH) * rows[r].cap * HS, x, sizeof(float[HS]));
+        }
+        for (int h = 0; h < NKV; h++, x += HS) memcpy(to + rows[r].values + h * rows[r].cap * HS, x, sizeof(float[HS]));
+    }
+}
+
+static void attention(const net *m, int64_t number, const row *rows, ints pos, ints who, int64_t queries, int64_t width) {
+    float p[G][width];  // Memory is the limit (8 KB of keys and values a token in a model of 7 M): the values are fetched while the keys are multiplied, and
+    #pragma omp for schedule(dynamic, NKV) nowait  // the next head's keys while these values are: 1.5 times faster
+    for (int64_t i = 0; i < queries * NKV; i++) {  // G queries share a head of keys; each token reads as many as it has
+        int64_t r = who[i / NKV], g = i % NKV, T = pos[r] + 1, T16 = (T + 15) / 16 * 16;
+        const float *k = rows[r].keys + number * rows[r].layer + g * rows[r].cap * HS, *v = k + rows[r].values, *q = m->qkv + r * m->sq + g * G * HS;
+        int64_t next = i + 1 < queries * NKV ? who[(i + 1) / NKV] : r;
+        const float *soon = rows[next].keys + number * rows[next].layer + (g + 1) % NKV * rows[next].cap * HS;
+        float *out = m->att + r * m->sa + g * G * HS;
+        for (int64_t t = 0; t < T; t += 16)
+            for (int h = 0; h < G; h++) {  // 16 keys: 16 vectors of partial sums, whose lanes are then added up pairwise
+                vec a[16];
+                #pragma GCC unroll 16
+                for (int j = 0; j < 16; j++) {
+                    for (int c = 0; c < L && !h; c++) __builtin_prefetch(v + (t + j) * HS + 16 * c);
+                    a[j] = load(q + h * HS) * load(k + (t + j) * HS);
+                    #pragma GCC unroll 8
+                    for (int c = 1; c < L; c++) a[j] += load(q + h * HS + 16 * c) * load(k + (t + j) * HS + 16 * c);
+                }
+                #pragma GCC unroll 4
+                for (int s = 8; s; s /= 2)
+                    #pragma GCC unroll 8
+                    for (int j = 0; j < s; j++) a[j] = pairs(a[2 * j], a[2 * j + 1]);
+                a[0] *= m->scale;
+                memcpy(p[h] + t, a, sizeof(vec));
+            }
+        for (int h = 0; h < G; h++) {
+            float most = -3e38f, sum = 0, *s = p[h];
+            for (int64_t t = T; t < T16; t++) s[t] = most;  // whole vectors from here on
+            #pragma omp simd reduction(max:most)
+            for (int64_t t = 0; t < T16; t++) most = s[t] > most ? s[t] : most;
+            #pragma omp simd reduction(+:sum)
+            for (int64_t t = 0; t < T16; t++) sum += s[t] = exp_(s[t] - most);
+            for (int64_t t = 0; t < T16; t++) s[t] /= sum;
+        }
+        vec o[U][G][L] = {0};  // U sums of every other value, so that one addition need not wait for the last
+        int64_t t = 0;
+        for (; t + U <= T; t += U)
+            #pragma GCC unroll 8
+            for (int u = 0; u < U; u++) {
+                for (int c = 0; c < L; c++) __builtin_prefetch(soon + (t + u) * HS + 16 * c);
+                for (int h = 0; h < G; h++)
+                    for (int c = 0; c < L; c++) o[u][h][c] += p[h][t + u] * load(v + (t + u) * HS + 16 * c);
+            }
+        for (; t < T; t++)
+            for (int h = 0; h < G; h++)
+                for (int c = 0; c < L; c++) o[0][h][c] += p[h][t] * load(v + t * HS + 16 * c);
+        for (int u = 1; u < U; u++)
+            for (int h = 0; h < G; h++)
+                for (int c = 0; c < L; c++) o[0][h][c] += o[u][h][c];
+        memcpy(out, o, sizeof o[0]);
+    }
+}
+
+#define STEP(work) { work; meet(&g); }
+void forward(const net *m, int64_t from, int64_t to, ints ids, const row *rows, ints pos, int64_t n, ints who, int64_t queries, int64_t width) {
+    gate g = {0};
+    #pragma omp parallel
+    for (int64_t half = from; half < to; half++) {  // even: to the attention of layer half / 2; odd: the rest of it
+        const layer *l = m->layers + half / 2;
+        if (!half) STEP(embed(m, ids, pos, n))
+        if (half % 2 == 0) {
+            STEP(norm(m, l->n1, l->n1b, NULL, n))
+            STEP(linear(m->y, m->sx, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * HS, m->qkv, m->sq, n, SET))
+            STEP(heads(m, l, half / 2, rows, pos, n))
+            STEP(attention(m, half / 2, rows, pos, who, queries, width))
+        } else {
+            STEP(linear(m->att, m->sa, l->o, l->ob, NH * HS, m->C, m->x, m->sx, n, ADD))
+            STEP(norm(m, l->n2, l->n2b, NULL, n))
+            STEP(linear(m->y, m->sx, l->up, l->upb, m->C, m->inner, m->mid, m->sm, n, m->act))
+            STEP(linear(m->mid, m->sm, l->down, l->downb, m->inner, m->C, m->x, m->sx, n, ADD))
+        }
+    }
+}
+
+void logits(const net *m, ints at, int64_t n, float *z, int64_t sz) {
+    gate g = {0};
     #pragma omp parallel
     {
-        #pragma omp for
-        for (int64_t i = 0; i < n * NKV; i++) {  // new keys and values into their rows; the barrier behind: chunks read what others wrote
-            int64_t r = i / NKV, g = i % NKV;
-            float *to = (float *)base[r] + layer * layers[r] + (g * cap[r] + pos[r]) * HS;
-            memcpy(to, k + r * sk + g * HS, sizeof(float) * HS);
-            memcpy(to + half[r], v + r * sv + g * HS, sizeof(float) * HS);
+        STEP(norm(m, m->nf, m->nfb, at, n))
+        STEP(linear(m->y, m->sx, m->head, m->headb, m->C, m->V, z, sz, n, SET))
+    }
+}
+"""
+_DRAW_C = _C_HEAD + r"""
+enum { PART = 512 };
+void draw(const float *z, int64_t sz, int64_t n, int64_t V, const double *u, const float *temperature, int64_t *token, float *logp, float *raw) {
+    int64_t parts = (V + PART - 1) / PART;
+    #pragma omp parallel for
+    for (int64_t r = 0; r < n; r++) {
+        const float *x = z + r * sz, cool = temperature[r] > 0 ? 1 / temperature[r] : 1;
+        float peak[parts], top = -INFINITY;
+        double mass[parts], one = 0, all = 0, left;
+        for (int64_t p = 0; p < parts; p++) {
+            float a = -INFINITY;
+            int64_t end = p * PART + PART < V ? p * PART + PART : V;
+            #pragma omp simd reduction(max:a)
+            for (int64_t i = p * PART; i < end; i++) a = x[i] > a ? x[i] : a;
+            top = (peak[p] = a) > top ? a : top;
         }
-        float p[G * width];
-        #pragma omp for schedule(dynamic, NKV)
-        for (int64_t i = 0; i < queries * NKV; i++) {  // G queries share a head of keys
-            int64_t r = who[i / NKV], g = i % NKV, T = pos[r] + 1;
-            const float *kr = (float *)base[r] + layer * layers[r] + g * cap[r] * HS, *vr = kr + half[r], *qr = q + r * sq + g * G * HS;
-            float most[G], sum[G];
-            vec o[U][G][C] = {0}, a[16], x[G][C];
-            memcpy(x, qr, sizeof x);
-            for (int64_t t = 0; t < T; t += 16)  // 16 keys: 16 vectors of partial sums, whose lanes are then added up pairwise
-                for (int h = 0; h < G; h++) {
-                    for (int j = 0; j < 16; j++) {
-                        for (int c = 0; c < C && !h; c++) __builtin_prefetch(vr + (t + j) * HS + 16 * c);  // the values, while keys are multiplied
-                        a[j] = x[h][0] * load(kr + (t + j) * HS);
-                        for (int c = 1; c < C; c++) a[j] += x[h][c] * load(kr + (t + j) * HS + 16 * c);
-                    }
-                    for (int m = 8; m; m /= 2)
-                        for (int j = 0; j < m; j++) a[j] = pairs(a[2 * j], a[2 * j + 1]);
-                    a[0] *= scale;
-                    memcpy(p + h * width + t, a, sizeof(vec));
-                }
-            for (int h = 0; h < G; h++) {
-                float m = -3e38f, l = 0, *s = p + h * width;
-                #pragma omp simd reduction(max:m)
-                for (int64_t t = 0; t < T; t++) m = s[t] > m ? s[t] : m;
-                #pragma omp simd reduction(+:l)
-                for (int64_t t = 0; t < T; t++) l += s[t] = exp_(s[t] - m);
-                sum[h] = l;
+        for (int64_t p = 0; p < parts; p++) {  // one, all: the mass at temperature 1 and at the request's
+            float a = 0, b = 0;
+            int64_t end = p * PART + PART < V ? p * PART + PART : V;
+            #pragma omp simd reduction(+:a)
+            for (int64_t i = p * PART; i < end; i++) a += exp_(x[i] - top);
+            if (cool != 1) {
+                #pragma omp simd reduction(+:b)
+                for (int64_t i = p * PART; i < end; i++) b += exp_((x[i] - top) * cool);
             }
-            for (int64_t t = 0; t < T; t++)
-                for (int h = 0; h < G; h++)
-                    for (int c = 0; c < C; c++) o[t % U][h][c] += p[h * width + t] * load(vr + t * HS + 16 * c);
-            for (int h = 0; h < G; h++)
-                for (int c = 0; c < C; c++) {
-                    for (int u = 1; u < U; u++) o[0][h][c] += o[u][h][c];
-                    o[0][h][c] /= sum[h];
-                    memcpy(out + ((r * NKV + g) * G + h) * HS + 16 * c, &o[0][h][c], sizeof(vec));
-                }
+            one += a, all += mass[p] = cool != 1 ? b : a;
         }
+        int64_t p = 0, t = 0, i;
+        if (!(temperature[r] > 0)) {
+            while (p < parts - 1 && peak[p] < top) p++;
+            for (t = p * PART; t < V - 1 && x[t] < top; ) t++;
+        } else {  // the token at which the mass exceeds u of all; one without mass is never drawn
+            for (left = u[r] * all, p = -1, i = 0; i < parts; i++)
+                if (mass[i] > 0) {
+                    if (p >= 0) left -= mass[p];
+                    if (left < mass[p = i]) break;
+                }
+            for (i = p < 0 ? V : p * PART; i < V && i < p * PART + PART; i++) {
+                double w = exp_((x[i] - top) * cool);
+                if (w > 0) {
+                    t = i;
+                    if (left < w) break;
+                    left -= w;
+                }
+            }
+        }
+        token[r] = t, raw[r] = x[t] - top - log(one), logp[r] = temperature[r] > 0 ? (x[t] - top) * cool - log(all) : raw[r];
     }
 }
 """
 
-def row_attention(nkv, group, hs):
-    """The C function for nkv heads of keys, `group` queries to each, hs numbers a head; None under --kernels=torch, hs % 16, no C compiler. float32, cap % 16 = 0:
-    (q, stride of a token, k, stride, v, stride, out (N, nh * hs), then int64 (N,) each: address of the keys of the token's row in layer 0
-    (nkv, cap, hs), floats from its keys to its values, cap, floats from layer to layer, the token's position; N; who (n,) int64: tokens
-    that attend, n; layer; longest row, a multiple of 16; scale). Writes k and v of all N, then out of `who`, each over its positions 0 .. pos."""
-    return None if _mode == 'torch' or hs % 16 else _compile_rows(nkv, group, hs)
 
 @functools.lru_cache(None)
-def _compile_rows(nkv, group, hs):
+def _compile(source, **constants):
+    """The library of a C source, or None where no compiler is. Its OpenMP is libgomp.so.1, the one that torch has loaded: one pool of threads."""
     with tempfile.TemporaryDirectory() as folder:  # a folder of our own: nobody can leave a library there for us
-        source, lib = (os.path.join(folder, f) for f in ('rows.c', 'rows.so'))
-        with open(source, 'w') as f:
-            f.write(_ROWS_C)
+        file, lib = (os.path.join(folder, f) for f in ('code.c', 'code.so'))
+        with open(file, 'w') as f:
+            f.write(source)
         flags = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC'.split()
         try:
-            subprocess.run(['cc', *flags, f'-DNKV={nkv}', f'-DG={group}', f'-DHS={hs}', source, '-o', lib], check=True, capture_output=True, timeout=60)
-            fn = ctypes.CDLL(lib).rows  # its OpenMP is libgomp.so.1, the one that torch has loaded: one pool of threads
+            subprocess.run(['cc', *flags, *(f'-D{k}={v}' for k, v in constants.items()), file, '-o', lib, '-lm'], check=True, capture_output=True, timeout=60)
+            return ctypes.CDLL(lib)
         except (OSError, subprocess.SubprocessError):
             return None
-    P, I = ctypes.c_void_p, ctypes.c_int64
-    fn.argtypes, fn.restype = [P, I, P, I, P, I, P, P, P, P, P, P, I, P, I, I, I, ctypes.c_float], None
-    return fn
+
+
+_P, _I = ctypes.c_void_p, ctypes.c_int64
+LAYER = 'n1 n1b qkv qkvb qn kn o ob n2 n2b up upb down downb'.split()
+
+
+class CNet(ctypes.Structure):
+    """What the C functions know of a model: addresses of float32 weights (0: there is none) and of the buffers they work in, sizes, strides."""
+    _fields_ = [(name, _P) for name in 'layers wte wpe cos sin nf nfb head headb x y qkv att mid'.split()] + [
+        (name, _I) for name in 'C inner V sx sq sa sm act rms'.split()] + [('eps', ctypes.c_float), ('scale', ctypes.c_float)]
+    ACTS = dict(relu=2, gelu_tanh=3, gated=4)
+
+
+def panels(w, gate=None):
+    """w (O, K) -> (ceil(O / 32), K, 32), the order in which C multiplies, zeros behind the last row; with a gate (O, K): of 16 rows of
+    the gate and 16 of w each. A bias is w with K = 1."""
+    (O, K), wide = w.shape, 32 if gate is None else 16
+    parts = [F.pad(x, (0, 0, 0, -O % wide)).view(-1, wide, K) for x in (gate, w) if x is not None]
+    return torch.cat(parts, 1).transpose(1, 2).contiguous()
+
+
+def c_forward(nkv, group, head_size):
+    """The C library for nkv heads of keys, `group` queries to each, head_size numbers a head; None without a compiler or under --kernels=torch.
+    forward(net, from, to, ids (N,), rows (N, 4), pos (N,), N, who (n,), n, width): half-layers from .. to of all tokens, the even ones up to
+    attention, which is that of the tokens `who` over their positions 0 .. pos and writes net.att; rows, int64: address of the keys of the
+    token's row in layer 0 (nkv, cap, head_size padded to 16), floats from keys to values, cap % 16 = 0, floats from layer to layer; width:
+    the longest row, a multiple of 16. logits(net, at (n,) rows of x or NULL, n, z (n, stride), stride)."""
+    lib = _compile(_FORWARD_C, NKV=nkv, G=group, D=head_size) if _mode != 'torch' else None
+    if lib is not None:
+        lib.forward.argtypes, lib.forward.restype = [_P, _I, _I, _P, _P, _P, _I, _P, _I, _I], None
+        lib.logits.argtypes, lib.logits.restype = [_P, _P, _I, _P, _I], None
+    return lib
+
+
+def c_draw():
+    """The C function that draws one token a row, or None as c_forward: (z (n, stride) float32, stride, n, V, u (n,) float64 in [0, 1), temperature (n,)
+    float32 (0: the largest), then the results: tokens (n,) int64, their log-probs at that temperature, at 1 (n,) float32, nan where z is not finite)."""
+    lib = _compile(_DRAW_C) if _mode != 'torch' else None
+    if lib is None:
+        return None
+    lib.draw.argtypes, lib.draw.restype = [_P, _I, _I, _I, _P, _P, _P, _P, _P], None
+    return lib.draw
