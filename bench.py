@@ -5,6 +5,7 @@
 
 A peer that is not installed is named and skipped. Machines are noisy: sides alternate, the median of the rounds counts.
 """
+import math
 import os
 import signal
 import sys
@@ -407,7 +408,7 @@ def _parallel_config(name):
     from model import GPTConfig
     qwen = dict(arch='qwen3', vocab_size=151936, block_size=40960, head_size=128, n_kv_head=8, norm='rms', norm_eps=1e-6, pos='rope', rope_theta=1e6,
                 act='silu', gated=True, qkv_bias=False, attn_out_bias=False, bias=False, qk_norm=True)
-    return GPTConfig(**{'gpt2': {}, 'mid': dict(vocab_size=4096, block_size=256, n_layer=8, n_head=8, n_embd=384),
+    return GPTConfig(**{'gpt2': {}, 'mid': dict(vocab_size=4096, block_size=512, n_layer=8, n_head=8, n_embd=384),
                         'Qwen3-0.6B': dict(qwen, n_layer=28, n_embd=1024, n_inner=3072, n_head=16),
                         'Qwen3-8B': dict(qwen, n_layer=36, n_embd=4096, n_inner=12288, n_head=32, tie=False)}[name])
 
@@ -415,27 +416,24 @@ def _parallel_config(name):
 def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), measure_memory=False):
     """Trains `steps` steps of `micros` microbatches of B x T tokens a replica. -> {overlap: [seconds a step]}, metrics, bytes, planned."""
     import gc, time, torch, parallel
-    from model import GPT, activation_bytes, memory_now
-    cpu = torch.device('cpu')
+    from model import GPT, activation_bytes
     idx = torch.randint(0, 4096, (B, T + 1), generator=torch.Generator().manual_seed(0))
     loss_of = lambda model, mb: (model(mb[:, :-1], mb[:, 1:])[1], {})
     torch.manual_seed(0)
-    before = memory_now(cpu)
+    before = _parallel_resident()['RssAnon']
     mesh = parallel.init(device='cpu', **layout)
     full = GPT(_parallel_config(name))
     planned = parallel.plan(full, dp=mesh.dp, activations=activation_bytes(full.config, B * T, T), **layout)
     model = parallel.shard(full, mesh)
-    seconds, metrics = {o: [] for o in overlap}, {}
-    for o in overlap:
-        optimizer = parallel.Optimizer(model, mesh, 1e-4, overlap=o)
-        if measure_memory:  # a first step makes the moments; then the high-water mark is set back
-            import ctypes
-            parallel.accumulate(model, optimizer, [idx], loss_of)
-            optimizer.step(1e-4, 1.0)
-            gc.collect()
-            ctypes.CDLL('libc.so.6').malloc_trim(0)
-            with open('/proc/self/clear_refs', 'w') as f:
-                f.write('5')
+    seconds, metrics, optimizer = {o: [] for o in overlap}, {}, parallel.Optimizer(model, mesh, 1e-4)
+    if measure_memory:  # a first step makes the moments; then the high-water mark is set back
+        import ctypes
+        parallel.accumulate(model, optimizer, [idx], loss_of)
+        optimizer.step(1e-4, 1.0)
+        gc.collect()
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
+        with open('/proc/self/clear_refs', 'w') as f:
+            f.write('5')
     for step in range(steps * len(overlap)):
         optimizer.overlap = overlap[step % len(overlap)]  # the sides take turns
         mesh.barrier()
@@ -443,60 +441,88 @@ def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), me
         metrics = parallel.accumulate(model, optimizer, [idx] * micros, loss_of)
         optimizer.step(1e-4, 1.0)
         seconds[optimizer.overlap].append(time.perf_counter() - t)
-    with open('/proc/self/status') as f:
-        peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
+    now = _parallel_resident()
     mesh.close()
-    return seconds, metrics, peak - before, planned
+    return seconds, metrics, now['VmHWM'] - now['RssFile'] - now['RssShmem'] - before, planned  # pages of programs that were read in do not count
 
 
-def _parallel_link(rank, sizes):
-    """Seconds of an all-reduce of so many floats between two gloo processes: latency and bandwidth of this machine's `link`."""
-    import time, torch, torch.distributed as dist
-    out = []
-    for n in sizes:
-        x, best = torch.zeros(n), 9e9
-        for _ in range(8):
-            dist.barrier()
+def _parallel_resident():
+    """Bytes of this process by kind, as Linux counts them: VmHWM (the most so far), RssAnon (memory asked for), RssFile (files mapped) ..."""
+    with open('/proc/self/status') as f:
+        return {k: int(v.split()[0]) * 1024 for k, v in (line.split(':', 1) for line in f) if v.endswith(' kB\n')}
+
+
+def _parallel_link(rank, large, rows, width):
+    """Between two gloo processes: seconds of the smallest all-reduce, bytes/s of a large one, bytes/s of gathering and scattering (rows, width)
+    activations with work in between; medians."""
+    import time, torch, parallel
+    from statistics import median
+    mesh, x, y = parallel.init(device='cpu'), torch.zeros(large), torch.zeros(rows, width)
+
+    def usual(fn):
+        out = []
+        for _ in range(31):
             t = time.perf_counter()
-            dist.all_reduce(x)
-            best = min(best, time.perf_counter() - t)
-        out.append(best)
-    dist.destroy_process_group()
-    return out
+            fn(mesh.data)
+            out.append(time.perf_counter() - t)
+        return median(out)
+    latency = usual(lambda g: g.all_reduce(x[:1]))
+    summed = usual(lambda g: g.all_reduce(x))
+    moved = usual(lambda g: (g.all_gather(y[:rows // 2]), y.exp(), g.reduce_scatter(y))) - usual(lambda g: y.exp())
+    mesh.close()
+    return latency, x.nbytes / (summed - latency), y.nbytes / (moved - 2 * latency)  # each moves half of y, there are two
 
 
 PARALLEL_FORMULA = """
-step = compute + tensor + context + bubble + data (exposed)       S = tokens a microbatch, m microbatches, L layers, C width, P parameters, w bytes
-  compute   m (6 P S + 12 L nh hs T S) / (tp pp cp) / (peak mfu)
-  tensor    m 8 (L / pp) [S C w / cp] (tp - 1) / tp / node_link + latency       all-gather and reduce-scatter, 2 each way twice a layer
-  context   m 3 (cp - 1) (L / pp) 2 nkv hs w S / cp / tp / link                 K, V round the ring; with their gradients on the way back
-  bubble    (compute + tensor + context) (pp - 1) / m + sends                   1F1B
-  data      (4 + w) P / (tp pp) (n - 1) / n / link, n = dp cp                   reduce-scatter of float32 gradients, all-gather of weights;
-            ZeRO-2 scatters and ZeRO-3 also gathers twice a microbatch; hidden behind 2/3 of the compute (the backward) as far as it goes"""
+step = compute + tensor + context + bubble + data + optimizer      S tokens a microbatch, m microbatches, L layers, C width, w bytes a weight, n = dp cp
+  compute    m S F / (tp cp) / (peak use)     F of the fullest stage, FLOP a token: 6 x (parameters of its matrices; the last stage has the head) + 12 L/pp nh hs T
+  tensor     m 8 (L/pp) [(S C w / cp) (tp - 1) / tp / link + (tp - 1) latency]      all-gather and reduce-scatter, each twice a layer, both ways
+  context    m (L/pp) [(2 nkv hs S / cp / tp) ((cp - 1) w + 8 cp) / link + (2 cp - 1) latency]      ring: K, V forth; K, V, dK, dV in float32 back
+  bubble     (compute + tensor + context) (pp - 1) / m + 2 m [(S C w / cp / tp) / link + latency]      1F1B, and what it sends
+  data       bytes a parameter x P / (tp pp) (n - 1) / n / link + (n - 1) latency a bucket and collective
+             gradients  zero 0: 8 (all-reduce of float32)   1: 4   2: 4 m   3: 4 m     weights  1, 2: w, after the step   3: 2 w m
+             behind the backward (2/3 of the compute; zero 0 and 1: of the last microbatch, which reduces) the gradients are hidden, with zero 3 behind
+             all of the compute gradients and weights; at least a tenth shows
+  optimizer  30 bytes (P / (tp pp), zero: / n) / memory bandwidth      gradient, two moments, master, weight
+  link       of the node where the axis fits inside (ranks are laid out dp, pp, cp, tp: tp innermost); else the network's, times the ranks of the
+             group in one node where each has a network card of its own (data)"""
+
+
+def _parallel_flops(c, T, pp=1):
+    """FLOP a token of forward and backward on the fullest of pp stages (PaLM, appendix B; a table that is only looked up costs none)."""
+    attn, ffn = c.n_embd * c.head_size * (2 * c.n_head + 2 * c.n_kv_head), c.n_embd * c.n_inner * (3 if c.gated else 2)
+    layers = [c.n_layer * (i + 1) // pp - c.n_layer * i // pp for i in range(pp)]
+    return max(n * (6 * (attn + ffn) + 12 * c.n_head * c.head_size * T) + (6 * c.n_embd * c.vocab_size if i == pp - 1 else 0) for i, n in enumerate(layers))
 
 
 def _parallel_predict(c, P, layout, dp, S, T, m, chip):
-    """Seconds of one step by PARALLEL_FORMULA, by part. chip: peak x mfu in FLOP/s, link bytes/s in and between nodes, latency s, weight bytes."""
+    """Seconds of one step by PARALLEL_FORMULA, by part. chip: flops = peak x use, link bytes/s in and between nodes, ranks a node, latency s, weight
+    bytes w, memory bytes/s, overlap (1: communication runs beside the compute, 0: it does not)."""
     tp, pp, cp, zero = (layout.get(k, d) for k, d in (('tp', 1), ('pp', 1), ('cp', 1), ('zero', 0)))
-    n, w, layers = dp * cp, chip['w'], c.n_layer / pp
-    link = chip['node_link'] if tp * pp * cp * dp <= chip['node'] else chip['link']
-    compute = m * (6 * P * S + 12 * c.n_layer * c.n_head * c.head_size * T * S) / (tp * pp * cp) / chip['flops']
-    tensor = m * 8 * layers * ((S * c.n_embd * w / cp) * (tp - 1) / tp / chip['node_link'] + chip['latency'] * (tp - 1)) if tp > 1 else 0.0
-    ring = chip['node_link'] if tp * cp <= chip['node'] else chip['link']
-    context = m * 3 * (cp - 1) * layers * (2 * c.n_kv_head * c.head_size * w * S / cp / tp / ring + chip['latency'])
-    bubble = (compute + tensor + context) * (pp - 1) / m + (2 * m * (S * c.n_embd * w / cp / tp / link + chip['latency']) if pp > 1 else 0.0)
-    sends = {0: 8 / w if w < 4 else 2, 1: 1 + 4 / w, 2: m * 4 / w + 1, 3: m * (4 / w + 2)}[zero if n > 1 else 0]  # in units of w bytes a parameter
-    data = (sends * w * P / (tp * pp) * (n - 1) / n / link + layers * chip['latency'] * n) if n > 1 else 0.0
-    return dict(compute=compute, tensor=tensor, context=context, bubble=bubble, data=max(data - chip['overlap'] * compute, 0.1 * data))
+    n, w, layers, node, latency = dp * cp, chip['w'], c.n_layer / pp, chip['node'], chip['latency']
+    link = lambda ranks: chip['node_link'] if ranks <= node else chip['link']
+    compute = m * S * _parallel_flops(c, T, pp) / (tp * cp) / chip['flops']
+    tensor = m * 8 * layers * ((S * c.n_embd * w / cp) * (tp - 1) / tp / link(tp) + latency * (tp - 1))
+    ring = 2 * max(1, c.n_kv_head / tp) * c.head_size * S / cp * ((cp - 1) * w + 8 * cp) / link(tp * cp) + latency * (2 * cp - 1)
+    context = m * layers * ring if cp > 1 else 0.0
+    sends = 2 * m * (S * c.n_embd * w / cp / tp / link(tp * cp * pp) + latency) if pp > 1 else 0.0
+    inside = max(1, min(cp, node // tp)) * max(1, node // (tp * cp * pp))  # ranks of a data group in one node
+    data_link = chip['node_link'] if tp * pp * n <= node else min(chip['node_link'], chip['link'] * inside)
+    time = lambda size, times: size * P / (tp * pp) * (n - 1) / n / data_link + (layers + 2) * times * (n - 1) * latency
+    grads, weights = time(*{0: (8, 2), 1: (4, 1), 2: (4 * m, m), 3: (4 * m, m)}[zero]), time(*{0: (0, 0), 1: (w, 1), 2: (w, 1), 3: (2 * w * m, 2 * m)}[zero])
+    beside, after = (grads + weights, 0.0) if zero == 3 else (grads, weights)
+    room = chip['overlap'] * compute * (1 if zero == 3 else 2 / 3 if zero == 2 else 2 / 3 / m)
+    return dict(compute=compute, tensor=tensor, context=context, bubble=(compute + tensor + context) * (pp - 1) / m + sends,
+                data=max(beside - room, 0.1 * beside) + after, optimizer=30 * P / (tp * pp) / (n if zero else 1) / chip['memory_speed'])
 
 
 def _parallel_simulate():
     """Predicted step time and memory for GPUs that are not here, best layouts first."""
     import torch, parallel
     from model import GPT, activation_bytes
-    chip = dict(flops=989e12 * 0.45, node=8, node_link=400e9, link=45e9, latency=15e-6, w=2, overlap=2 / 3, memory=141e9)
+    chip = dict(flops=989e12 * 0.45, node=8, node_link=400e9, link=45e9, latency=15e-6, w=2, overlap=1.0, memory=141e9, memory_speed=4.3e12)
     print(PARALLEL_FORMULA)
-    print('H200: 989 TFLOP/s bf16 at 45 % use in the matmuls, 141 GB; NVLink 400 GB/s and 400 Gbit/s InfiniBand (45 GB/s) a GPU, one way, as achieved; 15 us.')
+    print('H200: 989 TFLOP/s bf16 at 45 % use, 141 GB at 4.3 TB/s; NVLink 400 GB/s and one 400 Gbit/s InfiniBand card (45 GB/s) a GPU, one way, as achieved; 15 us.')
     print('Stated assumptions, not measurements: bf16 weights, float32 masters, activations kept, T = 4096, 4 M tokens a step, at most 95 % of memory.')
     for name in ('Qwen3-0.6B', 'Qwen3-8B'):
         c = _parallel_config(name)
@@ -518,21 +544,24 @@ def _parallel_simulate():
                             if need < 0.95 * chip['memory']:
                                 parts = _parallel_predict(c, P, layout, dp, T, T, m, chip)
                                 rows.append((sum(parts.values()), need, {**layout, 'dp': dp}, parts))
-            rows.sort(key=lambda r: r[0])
+            rows.sort(key=lambda r: (round(r[0], 2), r[1]))  # of equally fast ones the smallest first
             print(f'\n{name} ({P / 1e9:.2f} B) on {world} GPUs: {len(rows)} layouts fit')
             for t, need, layout, parts in rows[:3]:
-                mfu = 6 * P * tokens / t / world / 989e12
+                mfu = _parallel_flops(c, T) * tokens / t / world / 989e12
                 print('  ' + ' '.join(f'{k}={v}' for k, v in layout.items() if v > 1 or k in ('dp', 'zero')) + f': {t:.2f} s a step, {tokens / t / 1e3:,.0f} k tok/s, MFU '
                       f'{100 * mfu:.0f} %, {need / 1e9:.0f} GB a GPU; ' + ' '.join(f'{k} {v:.2f}' for k, v in parts.items() if v > 0.005))
 
 
 def _parallel_memory():
-    print('GPT-2 small, float32, B=1 T=64, GB on the first rank: resident memory over the start, beside parallel.plan')
-    for world, layouts in ((1, [{}]), (2, [dict(zero=z) for z in range(4)] + [dict(tp=2), dict(pp=2)]), (4, [dict(zero=3), dict(tp=4), dict(tp=2, zero=1)])):
+    print('GPT-2 small, float32, B=1 T=64, GB on the first rank: resident memory over the start, beside parallel.plan; the allocator gives blocks of 1 MB back at once')
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = str(1 << 20)  # glibc otherwise keeps holes of up to 32 MB: 0.1 to 0.2 GB here
+    for world, layouts in ((1, [{}]), (2, [dict(zero=z) for z in range(4)] + [dict(tp=2), dict(pp=2)]),
+                           (4, [dict(zero=z) for z in (1, 2, 3)] + [dict(tp=4), dict(tp=2, zero=1), dict(tp=2, pp=2)])):
         for layout in layouts:
             _, _, got, planned = _parallel_spawn(world, _parallel_steps, 'gpt2', layout, 1, 64, 1, 1, (True,), True)
-            print(f'  {world} ranks {layout or "one process"}: measured {got / 1e9:.2f}, planned {planned["total"] / 1e9:.2f}  (weights '
-                  f'{planned["weights"] / 1e9:.2f}, gradients {planned["gradients"] / 1e9:.2f}, Adam {planned["optimizer"] / 1e9:.2f})', flush=True)
+            print(f'  {world} ranks {layout or "one process"}: measured {got / 1e9:.2f}, planned {planned["total"] / 1e9:.2f} ({got / planned["total"] - 1:+.0%}; weights '
+                  f'{planned["weights"] / 1e9:.2f}, gradients {planned["gradients"] / 1e9:.2f}, Adam {planned["optimizer"] / 1e9:.2f}, in flight {planned["in_flight"] / 1e9:.2f})', flush=True)
+    del os.environ['MALLOC_MMAP_THRESHOLD_']
 
 
 def _parallel_overlap():
@@ -555,21 +584,21 @@ def _parallel_check():
     import torch
     from statistics import median
     from model import GPT
-    print('the formula against this machine (8 layers of 384, 4 x 128 tokens, 2 microbatches): FLOP/s from one process, link from an all-reduce')
-    c, B, T, m = _parallel_config('mid'), 4, 128, 2
+    print('the formula against this machine (8 layers of 384, 2 microbatches of 512 tokens): FLOP/s from one process, link from an all-reduce')
+    c, B, T, m = _parallel_config('mid'), 1, 512, 2
     with torch.device('meta'):
         P = sum(p.numel() for p in GPT(c).parameters())
-    one = median(_parallel_spawn(1, _parallel_steps, 'mid', {}, B, T, m, 4)[0][True])
-    small, large = _parallel_spawn(2, _parallel_link, [1, 1 << 22])
-    work = m * (6 * P * B * T + 12 * c.n_layer * c.n_head * c.head_size * T * B * T)
-    link = (4 << 22) / (large - small)  # an all-reduce of x bytes between two ranks takes x / link
-    chip = dict(flops=work / one, node=99, node_link=link, link=link, latency=small, w=4, overlap=0.0)
-    print(f'  {work / one / 1e9:.1f} GFLOP/s, {link / 1e9:.2f} GB/s, {small * 1e6:.0f} us; one process {one:.3f} s a step')
+    one = median(_parallel_spawn(1, _parallel_steps, 'mid', {}, B, T, m, 6)[0][True])
+    latency, large, small = _parallel_spawn(2, _parallel_link, 1 << 22, B * T, c.n_embd)
+    work = m * B * T * _parallel_flops(c, T)
+    chip = dict(flops=work / one, node=99, latency=latency, w=4, overlap=0.0, memory_speed=math.inf)  # one process's time holds its optimizer's
+    print(f'  {work / one / 1e9:.1f} GFLOP/s, {large / 1e9:.2f} GB/s for gradients, {small / 1e9:.2f} GB/s for activations, {latency * 1e6:.0f} us; one process {one:.3f} s a step')
     for layout in (dict(zero=0), dict(zero=2), dict(tp=2), dict(pp=2), dict(cp=2)):
         dp = 2 // (layout.get('tp', 1) * layout.get('pp', 1) * layout.get('cp', 1))
-        got = median(_parallel_spawn(2, _parallel_steps, 'mid', layout, B, T, m, 4)[0][True])
-        want = sum(_parallel_predict(c, P, layout, dp, B * T, T, m, chip).values())
-        print(f'  {layout}: measured {got:.3f} s, predicted {want:.3f}, ratio {got / want:.2f}', flush=True)
+        got = median(_parallel_spawn(2, _parallel_steps, 'mid', layout, B, T, m, 6)[0][True])
+        parts = _parallel_predict(c, P, layout, dp, B * T, T, m, dict(chip, node_link=small if 'tp' in layout else large))
+        want = sum(parts.values())
+        print(f'  {layout}: measured {got:.3f} s, predicted {want:.3f} ({" ".join(f"{k} {v:.3f}" for k, v in parts.items() if v)}), ratio {got / want:.2f}', flush=True)
 
 
 def bench_parallel(args):

@@ -482,7 +482,7 @@ class Row(nn.Module):
         self.weight, self.bias, self.group = linear.weight, linear.bias, group
 
     def forward(self, x):
-        y = scatter_rows(F.linear(x, self.weight), self.group)
+        y = scatter_rows(kernels.linear(x, self.weight, None), self.group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -614,17 +614,17 @@ class _Ring(torch.autograd.Function):
     def forward(ctx, q, k, v, pos, group):
         n, nh, hs = q.shape
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        qg, kv = q.view(n, k.shape[1], -1, hs).to(wide), torch.stack([k, v]).to(wide)
+        qg, kv = q.view(n, k.shape[1], -1, hs).to(wide), torch.stack([k, v])
         out, lse = torch.zeros_like(qg), torch.full((n, *qg.shape[1:3]), -math.inf, dtype=wide, device=q.device)
         for step in range(group.size):
             if step + 1 < group.size:
                 nxt, works = group.shift(kv, 'ring K and V')
             for mine, theirs, q0, k0 in _Ring.blocks(group, n, (group.rank - step) % group.size):
-                s = _Ring.scores(qg[mine], kv[0, theirs], q0, k0, pos)
+                s = _Ring.scores(qg[mine], kv[0, theirs].to(wide), q0, k0, pos)
                 block_lse = s.logsumexp(-1)
                 p = (s - block_lse.nan_to_num(neginf=0.0)[..., None]).exp()  # a row that sees nothing here: all zeros, no NaN
                 new = torch.logaddexp(lse[mine], block_lse.permute(2, 0, 1))
-                y = torch.einsum('hgqk,khd->qhgd', p, kv[1, theirs])
+                y = torch.einsum('hgqk,khd->qhgd', p, kv[1, theirs].to(wide))
                 old, fresh = ((a - new.nan_to_num(neginf=0.0)).exp()[..., None] for a in (lse[mine], block_lse.permute(2, 0, 1)))
                 out[mine], lse[mine] = out[mine] * old + y * fresh, new
             if step + 1 < group.size:
@@ -790,7 +790,7 @@ class Head(nn.Module):
         if body.head == 'scalar':
             return body.score(x)[:, 0].to(_wide(x.dtype))
         if targets is None:
-            z = F.linear(x, body.lm_head.weight)
+            z = kernels.linear(x, body.lm_head.weight, None)
             return z if self.tp.size == 1 else gather_words(z, body.config.vocab_size, self.tp)
         x, weight = body.head_weight(x)
         if self.tp.size == 1:
@@ -1125,7 +1125,7 @@ class Bucket:
         """Starts the sum over the replicas."""
         if self.grad is None:
             self.grad = torch.zeros(len(self.full), dtype=self.master.dtype, device=self.full.device)
-        if not self.zero:
+        if not self.zero or self.grad.device.type == 'cpu':  # gloo scatters by summing a copy of the whole: without the copy, then
             self.work = self.group.all_reduce(self.grad, 'gradients', wait=False)
         else:
             self.incoming = torch.empty_like(self.master)
@@ -1138,7 +1138,8 @@ class Bucket:
         if not self.zero:
             self.shard_grad = self.grad
             return
-        self.shard_grad = self.incoming if self.shard_grad is None else self.shard_grad.add_(self.incoming)
+        mine = self.grad[self.lo:self.lo + len(self.local)].clone() if self.incoming is None else self.incoming
+        self.shard_grad = mine if self.shard_grad is None else self.shard_grad.add_(mine)
         self.grad = self.incoming = None
 
 
