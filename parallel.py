@@ -21,7 +21,7 @@ A stage has the same lines for one process and for many; with one, every operati
         parallel.save_checkpoint(path, mesh, model, optimizer, config=..., iter=..., data=..., best=...)   # one file whatever the layout
         values = mesh.collect([...])                    # the replicas' lists one behind the other, on every rank
                                                         # also: mesh.master, .rank, .world, .dp, .dp_rank, .device, .barrier(), .log('...'),
-                                                        # .all_reduce_mean({'x': 1.0}), .restarts (times torchrun has started us again)
+                                                        # .restarts (times torchrun has started us again)
 
 Gradients are sum_i weight_i * grad_i / sum_i weight_i over all microbatches of all replicas: token-weighted, whatever the split.
 
@@ -373,14 +373,6 @@ class Mesh:
             torch.set_rng_state(state['cpu'])
             if self.device.type == 'cuda' and 'cuda' in state:
                 torch.cuda.set_rng_state(state['cuda'], self.device)
-
-    def all_reduce_mean(self, numbers):
-        """{name: float} -> the mean over the replicas, the same on every rank. Keys must agree."""
-        if self.dp == 1:
-            return numbers
-        x = torch.tensor([float(v) for v in numbers.values()], dtype=torch.float64)
-        x = self.replicas.all_reduce(self._near(x), 'mean of metrics').cpu() / self.dp
-        return dict(zip(numbers, x.tolist()))
 
     def _near(self, x):
         return x.float().to(self.device) if self.device.type == 'mps' else x.to(self.device)
@@ -1671,8 +1663,8 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, itemsize=4, activations=0):
     under ZeRO. model: an unsharded GPT, one on torch.device('meta') is enough; activations: of one microbatch in a world of one
     (model.activation_bytes), divided here by tp and cp; 1F1B holds pp microbatches of L / pp layers, so pp cancels. Gradients 4
     bytes a parameter, Adam's moments 8, float32 masters of bf16 weights 4; ZeRO-3 holds two fetched layers; in flight is the
-    largest gradient on its way into the sum, twice for a tied embedding (head's and table's). GPT-2 small, one process,
-    float32: 498 + 498 + 996 + 309 MB."""
+    largest gradient on its way into the sum (of a tied embedding the head's, beside the table's). GPT-2 small, one process,
+    float32: 498 + 498 + 996 + 154 MB."""
     c, n, worst = model.config, dp * cp if zero else 1, {'total': -1}
     bounds, tied = [c.n_layer * (i + 1) // pp for i in range(pp)], c.tie and model.head == 'lm'
     for stage in range(pp):
@@ -1688,7 +1680,7 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, itemsize=4, activations=0):
         frozen, local, large = sum(sizes.values()) - sum(trained.values()), sum(trained.values()), max(trained.values())
         out = dict(weights=itemsize * (frozen + (local / n + min(local, 2 * large) if zero == 3 and n > 1 else local)),
                    gradients=4 * (local if zero < 2 or n == 1 else local / n + large), optimizer=(12 if itemsize == 2 else 8) * local / n,
-                   in_flight=4 * large * (2 if tied else 1), activations=activations / (tp * cp))
+                   in_flight=4 * large, activations=activations / (tp * cp))
         out['total'] = sum(out.values())
         worst = max(worst, out, key=lambda o: o['total'])
     return worst

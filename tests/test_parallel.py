@@ -263,7 +263,7 @@ def interface(rank, world):
     assert (got - logits)[micros[0]['mask']].abs().max() < 1e-12  # vocabulary of 50 on 2 ranks, gathered
     equal(dict(sorted(parallel.full_state(model).items())), dict(sorted(reference.items())))
     assert whole.keys() == reference.keys() and set(model.state_dict()) == (set(reference) if mesh.master else set())
-    assert mesh.all_reduce_mean({'x': 2.0}) == {'x': 2.0} and mesh.share(8) == slice(0, 8)
+    assert mesh.share(8) == slice(0, 8)
     opt = parallel.Optimizer(model, mesh, 1e-2)
     out = parallel.accumulate(model, opt, micros, loss_rl, [count(mb) for mb in micros])
     assert out['bubble_ideal'] == 1 / 3 and 0 < out['bubble'] < 1 and out['entropy'] > 0
