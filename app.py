@@ -14,6 +14,7 @@ import difflib
 import functools
 import glob
 import html
+import inspect
 import io
 import json
 import math
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -52,6 +54,7 @@ share = False # a public address through Gradio's tunnel; wants auth
 auth = '' # user:password
 folder = '.' # the runs, models and data that it shows; nothing outside is touched
 report = '' # write the dashboard to this file and stop
+gallery_file = '' # write what the runs of the folder show of each failure to this file and stop: failures/gallery.json is made so
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -82,6 +85,11 @@ def kept(root, *parts):
         return inside(root, os.path.join(*parts))
     except ValueError:
         return ''
+
+
+def finite(x):
+    """Whether a field of a log is a number that can be drawn."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and -1e300 < x < 1e300  # NaN, infinity and 10 ** 400 are not
 
 
 def parse_rows(lines):
@@ -122,9 +130,9 @@ def tail(path, n=4000):
     """The last n bytes of a text file, whole lines, progress bars' carriage returns folded."""
     try:
         with open(path, 'rb') as f:
-            f.seek(0, 2)
-            f.seek(max(0, f.tell() - n))
-            text = f.read().decode('utf-8', 'replace')
+            cut = f.seek(0, 2) > n
+            f.seek(-n if cut else 0, 2 if cut else 0)
+            text = f.read().decode('utf-8', 'replace').split('\n', 1)[-1] if cut else f.read().decode('utf-8', 'replace')
     except OSError:
         return ''
     return '\n'.join(line.rsplit('\r', 1)[-1] for line in re.sub(r'\x1b\[[\d;]*m', '', text).split('\n'))
@@ -181,9 +189,9 @@ def run_of(root, name):
     mtime = os.stat(log).st_mtime if os.path.exists(log) else 0
     rows, broken = log_rows(log)
     cfg = next((r for r in rows if r.get('split') == 'config'), {})
-    rows = [r for r in rows if r.get('split') in ('train', 'eval') and isinstance(r.get('step'), int) and isinstance(r.get('time'), (int, float))]
+    rows = [r for r in rows if r.get('split') in ('train', 'eval') and isinstance(r.get('step'), int) and finite(r['step']) and finite(r.get('time'))]
     run = SimpleNamespace(root=root, name=name, path=path, stage=cfg.get('stage', info.get('stage', '?')), config=cfg, rows=rows, broken=broken, info=info,
-                          last=rows[-1]['step'] if rows else 0, total=cfg.get('max_iters') or 0, mtime=mtime,
+                          last=rows[-1]['step'] if rows else 0, total=cfg['max_iters'] if isinstance(cfg.get('max_iters'), int) else 0, mtime=mtime,
                           console=tail(kept(root, name, 'console.txt')).strip(), file=lambda file: kept(root, name, file))
     run.total = run.total or max([run.last, *(int(n) for n in re.findall(r'(?:iter \d+/|; )(\d+)(?: iterations)?', run.console))])
     run.state, run.note = _state(run)
@@ -197,7 +205,7 @@ def _state(run):
     if run.info.get('birth') and birth(run.info.get('pid')) == run.info['birth']:
         return 'running', ''
     words = run.console.split('\n')[-1][:400]
-    if run.info.get('stopped') and run.info['stopped'] >= run.mtime - 1:
+    if finite(run.info.get('stopped')) and run.info['stopped'] >= run.mtime - 1:
         return 'stopped', f'stopped at iteration {run.last}'
     if re.search(r'^error: |^Traceback |Error: ', run.console[-2000:], re.M) and not words.startswith('done:'):
         return 'crashed', words
@@ -507,11 +515,12 @@ class Journal:
     def state(self):
         """(pairs {id: row}, labels {pair id: its last label that was not undone}, broken lines)."""
         rows, broken = read_rows(self.path)
-        undone = {r.get('label') for r in rows if r.get('kind') == 'undo'}
-        pairs = {r['id']: r for r in rows if r.get('kind') == 'pair' and all(isinstance(r.get(k), str) for k in ('id', 'prompt', 'a', 'b'))}
+        has = lambda r, kind, *keys: r.get('kind') == kind and all(isinstance(r.get(k), str) for k in keys)
+        undone = {r['label'] for r in rows if has(r, 'undo', 'label')}
+        pairs = {r['id']: r for r in rows if has(r, 'pair', 'id', 'prompt', 'a', 'b')}
         labels = {}  # in the order of the file: clocks are too coarse to say which label was the last
         for r in rows:
-            if r.get('kind') == 'label' and r.get('pair') in pairs and r.get('id') not in undone:
+            if has(r, 'label', 'id', 'pair', 'label') and r['pair'] in pairs and r['id'] not in undone and (r['label'] != 'edit' or has(r, 'label', 'of', 'text')):
                 labels.pop(r['pair'], None)
                 labels[r['pair']] = r
         return pairs, labels, broken
@@ -543,11 +552,14 @@ class Journal:
             self.leases.pop(last['pair'], None)
         return last
 
-    def preferences(self):
-        """(rows {"prompt", "chosen", "rejected"}, ties the same with "tie": true). An edited answer beats the one it was made from."""
+    def preferences(self, besides=''):
+        """(rows {"prompt", "chosen", "rejected"}, ties the same with "tie": true), without the labels by `besides`. An edited answer beats the one
+        it was made from."""
         pairs, labels, _ = self.state()
         out, ties = [], []
         for id, mark in labels.items():
+            if besides and mark.get('by') == besides:
+                continue
             p, kind = pairs[id], mark['label']
             if kind in ('a', 'b'):
                 out.append(dict(prompt=p['prompt'], chosen=p[kind], rejected=p['ab'.replace(kind, '')]))
@@ -606,8 +618,8 @@ def score_texts(m, pairs):
 
 
 def agreement(m, journal):
-    """How often the reward model prefers what the labels prefer: (right, of)."""
-    rows, _ = journal.preferences()
+    """How often the reward model prefers what the labels prefer, those that it made itself left out: (right, of)."""
+    rows, _ = journal.preferences(f'judge {m.name}')
     if not rows:
         return 0, 0
     r = score_texts(m, [(row['prompt'], row[k]) for row in rows for k in ('chosen', 'rejected')])
@@ -615,38 +627,56 @@ def agreement(m, journal):
 
 
 def ask_judge(url, name, key, prompt, a, b):
-    """'a', 'b' or 'tie' of an OpenAI-compatible endpoint, asked both ways round; two different verdicts are a tie."""
-    if not re.match(r'https?://', url or ''):
+    """('a' | 'b' | 'tie' | None, what was said) of an OpenAI-compatible endpoint, asked both ways round: two different verdicts are a tie, None
+    is no verdict. ValueError, in words, where the endpoint cannot be asked."""
+    if not re.match(r'https?://', url):
         raise ValueError('the judge is an address such as http://127.0.0.1:8000/v1')
-    said = []
+    said, where = [], f'judge {url}'
     for x, y in ((a, b), (b, a)):
         text = f'Question:\n{prompt}\n\nAnswer A:\n{x}\n\nAnswer B:\n{y}\n\nWhich answer is better? Reply with one letter, A or B, or with TIE.'
         try:
             r = requests.post(url.rstrip('/') + '/chat/completions', timeout=60, headers={'Authorization': f'Bearer {key}'} if key else {},
                               json=dict(model=name, messages=[dict(role='user', content=text)], temperature=0, max_tokens=8), allow_redirects=False)
-            r.raise_for_status()
-            said.append(r.json()['choices'][0]['message']['content'].strip().upper())
-        except (requests.RequestException, ValueError, LookupError, AttributeError, TypeError) as e:
-            raise ValueError(f'judge {url}: {type(e).__name__}: {str(e)[:200]}') from None
-    first, second = (re.match(r'\W*(A|B|TIE)\b', s) for s in said)
+        except requests.Timeout:
+            raise ValueError(f'{where}: no answer within 60 s') from None
+        except (requests.RequestException, ValueError) as e:  # ValueError: a key or an address that no header can hold
+            raise ValueError(f'{where}: cannot be reached ({type(e).__name__}); is the server up, and the address right as far as /v1?') from None
+        try:
+            got = r.json()
+        except ValueError:
+            got = None
+        try:
+            if r.status_code != 200:
+                raise ValueError(f"{where}: refused with {r.status_code}: {str(got['error']['message'])[:200]}; are key and name of the model right?")
+            said.append(str(got['choices'][0]['message']['content']).strip())
+        except (LookupError, TypeError):
+            raise ValueError(f'{where}: expected a chat completion with choices[0].message.content, got {r.status_code} with {r.text[:80]!r}') from None
+    first, second = (re.match(r'\W*(A|B|TIE)\b', s.upper()) for s in said)
     if not first or not second:
-        raise ValueError(f'judge {url}: expected A, B or TIE, got {said[0][:60]!r} and {said[1][:60]!r}')
-    return {('A', 'B'): 'a', ('B', 'A'): 'b'}.get((first[1], second[1]), 'tie')
+        return None, f'{said[0][:60]!r} and {said[1][:60]!r}'
+    return {('A', 'B'): 'a', ('B', 'A'): 'b'}.get((first[1], second[1]), 'tie'), ''
 
 
 def judge_all(models, journal, judge, url='', key='', limit=200):
-    """Labels the open pairs by a reward model of the folder, or by a model at an endpoint -> labels made."""
+    """Labels the open pairs by a reward model of the folder, or by a model at an endpoint; yields (labels made, pairs asked, of). A pair without
+    a verdict stays open; three such in a row: ValueError."""
     pairs, labels, _ = journal.state()
     todo = [p for id, p in pairs.items() if id not in labels][:limit]
-    if not todo:
-        return 0
-    if url:
-        for p in todo:  # one by one: what has been paid for is kept when the endpoint goes away
-            journal.label(p['id'], ask_judge(url, judge, key, p['prompt'], p['a'], p['b']), f'judge {judge}')
-        return len(todo)
-    r = score_texts(models.get(judge, 'scalar'), [(p['prompt'], p[k]) for p in todo for k in 'ab'])
-    journal.append(*(dict(kind='label', pair=p['id'], label='a' if x > y else 'b' if y > x else 'tie', by=f'judge {judge}') for p, x, y in zip(todo, r[::2], r[1::2])))
-    return len(todo)
+    made, mute, by = 0, 0, f'judge {judge}'
+    if todo and not url:
+        r = score_texts(models.get(judge, 'scalar'), [(p['prompt'], p[k]) for p in todo for k in 'ab'])
+        journal.append(*(dict(kind='label', pair=p['id'], label='a' if x > y else 'b' if y > x else 'tie', by=by) for p, x, y in zip(todo, r[::2], r[1::2])))
+    if not todo or not url:
+        yield len(todo), len(todo), len(todo)
+        return
+    for i, p in enumerate(todo):
+        label, said = ask_judge(url, judge, key, p['prompt'], p['a'], p['b'])
+        if label:
+            journal.label(p['id'], label, by)  # one by one: what has been paid for is kept when the endpoint goes away
+        made, mute = (made + 1, 0) if label else (made, mute + 1)
+        if mute == 3:
+            raise ValueError(f'judge {url}: expected A, B or TIE, got {said} (the third pair in a row without a verdict): take a model that follows the instruction')
+        yield made, i + 1, len(todo)
 
 
 def refit_commands(root, journal, base, algorithm, steps, tag):
@@ -733,8 +763,7 @@ UNITS = dict(score='reward', kl='KL, nats a sequence', loss='loss, nats', len='t
 
 def series(run, metric, x='step', split='train'):
     """([x], [y]) of a metric over a run: x 'step' | 'time' | 'kl'. Rows without a finite number are left out."""
-    ok = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-    points = [(r[x], r[metric]) for r in run.rows if r['split'] == split and ok(r.get(x)) and ok(r.get(metric))]
+    points = [(r[x], r[metric]) for r in run.rows if r['split'] == split and finite(r.get(x)) and finite(r.get(metric))]
     points = sorted(points) if x == 'kl' else points
     return [p[0] for p in points], [p[1] for p in points]
 
@@ -821,17 +850,15 @@ def report_card(root, run):
 @functools.lru_cache(maxsize=4)
 def gold_of(root):
     """(score(completion, row), {prompt: row}) of the toy world whose prompts lie in the folder, or (None, {}): its gold scorer has seen no training."""
-    try:
-        rows = [r for f in ('prompts_test', 'prompts_val', 'prompts_train') for r in read_rows(kept(root, 'data', 'toy', f'{f}.jsonl'))[0]]
-        return runpy.run_path(os.path.join(HERE, 'data', 'toy', 'gold.py'))['score'] if rows else None, {r['prompt']: r for r in rows}
-    except (OSError, KeyError, SyntaxError):
-        return None, {}
+    rows = [r for f in ('prompts_test', 'prompts_val', 'prompts_train') for r in read_rows(kept(root, 'data', 'toy', f'{f}.jsonl'))[0]]
+    rows = {r['prompt']: r for r in rows if all(isinstance(r.get(k), str) for k in ('prompt', 'family', 'want')) and (r['family'] != 'story' or len(r['want'].split()) == 2)}
+    return runpy.run_path(os.path.join(HERE, 'data', 'toy', 'gold.py'))['score'] if rows else None, rows
 
 
 def win_rates(root, path, against='sft'):
     """{model: (share, low, high)}: how often its answer to a prompt gets a better gold mark than `against`'s; an equal mark is half a win."""
     samples, (gold, rows) = read_rows(path)[0], gold_of(root)
-    samples = [(s, rows[s['prompt']]) for s in samples if gold and s.get('prompt') in rows and isinstance(s.get(against), str)]
+    samples = [(s, rows[s['prompt']]) for s in samples if gold and isinstance(s.get('prompt'), str) and s['prompt'] in rows and isinstance(s.get(against), str)]
     out = {}
     for name in [k for k in (samples[0][0] if samples else {}) if k not in ('prompt', against)]:
         marks = [(gold(s[name], r), gold(s[against], r)) for s, r in samples if isinstance(s.get(name), str)]
@@ -842,13 +869,14 @@ def win_rates(root, path, against='sft'):
 
 
 def memory_of(root, name):
-    found = re.findall(r'peak memory ([\d.]+ GB)', tail(kept(root, name, 'console.txt')))
-    return found[-1] if found else '–'
+    """The largest peak that a run printed (a resumed one prints several); '–' where nobody kept what it printed."""
+    found = [float(x) for x in re.findall(r'peak memory ([\d.]+) GB', tail(kept(root, name, 'console.txt'), 1 << 20))]
+    return f'{max(found):.2f} GB' if found else '–'
 
 
 def comparison(root):
-    """The table of data/toy/report.py (report.json, samples.jsonl) with win rate, tokens trained on and memory. '' without one."""
-    out = ''
+    """(table, plot) of data/toy/report.py's report.json and samples.jsonl, with win rate, tokens trained on and memory. '' without one."""
+    out = plots = ''
     for name, files in folders(root):
         rep = read_json(kept(root, name, 'report.json')) if 'report.json' in files else {}
         rep = {k: v for k, v in rep.items() if isinstance(v, dict) and 'gold' in v}
@@ -856,38 +884,36 @@ def comparison(root):
             continue
         wins, rows = win_rates(root, kept(root, name, 'samples.jsonl')), []
         tag = name[3:] if name.startswith('out') else ''
-        num = lambda v, form: format(v, form) if isinstance(v, (int, float)) and math.isfinite(v) else '–'
+        num = lambda v, form: format(v, form) if finite(v) else '–'
         for model, r in rep.items():
-            run = run_of(root, f"out-{model.replace('dpo_lora', 'lora')}{tag}")
-            w = wins.get(model)
+            w, run = wins.get(model), 'out-' + re.sub(r'[^\w.-]', '_', model).replace('dpo_lora', 'lora') + tag
+            tokens = sum(r['tokens'] for r in run_of(root, run).rows if finite(r.get('tokens')))
             rows.append((model, num(r.get('gold'), '.2f'), num(r.get('reward'), '.2f'), num(r.get('kl'), '.1f'), f'{w[0]:.0%} ({w[1]:.0%} to {w[2]:.0%})' if w else '–',
-                         num(r.get('length'), '.0f'), num(r.get('valid'), '.0%'), num(r.get('seconds'), '.0f'), f"{sum(t.get('tokens', 0) for t in run.rows):,}" if run.rows else '–', memory_of(root, run.name)))
+                         num(r.get('length'), '.0f'), num(r.get('valid'), '.0%'), num(r.get('seconds'), '.0f'), f'{tokens:,}' if tokens else '–', memory_of(root, run)))
         out += table_html(('model', 'gold, 0 to 10', 'reward model', 'KL, nats', 'wins against SFT (95 %)', 'tokens', 'ends well', 'seconds', 'tokens trained', 'peak memory'), rows,
                           f'The models of {name} on held-out prompts. Win: a better gold mark than the SFT model on the same prompt, equal marks half')
 
         def points(ax):
             for i, (model, r) in enumerate(rep.items()):
-                if not all(isinstance(r.get(k), (int, float)) for k in ('kl', 'gold', 'reward')):
+                if not all(finite(r.get(k)) for k in ('kl', 'gold', 'reward')):
                     continue
                 x = math.sqrt(max(r['kl'], 0))
                 ax.plot(x, r['gold'], 'o', color=COLOURS[i % len(COLOURS)], label=f'{model}')
                 ax.plot(x, r['reward'], '^', color=COLOURS[i % len(COLOURS)], alpha=0.5)
-        out += f"<div class=plots>{picture(points, 'sqrt(KL to SFT)', 'gold ●, reward model ▲', 'Gold and proxy of each model')}</div>"
-    return out
+        plots += picture(points, 'sqrt(KL to SFT)', 'gold ●, reward model ▲', f'{name}: gold and proxy of each model')
+    return out, plots
 
 
 def over_optimisation(run):
     """[(step, sqrt KL, proxy, gold)] at each evaluation: proxy and KL from the log, gold from the samples that the run kept (toy prompts only)."""
     gold, rows = gold_of(run.root)
-    by_step = {}
-    for s in read_rows(run.file('samples.jsonl'))[0]:
-        if gold and s.get('prompt') in rows and isinstance(s.get('completion'), str):
-            by_step.setdefault(s.get('step'), []).append(gold(s['completion'].replace('<|endoftext|>', ''), rows[s['prompt']]))
+    marks = lambda samples: [gold(s['completion'].replace('<|endoftext|>', ''), rows[s['prompt']]) for s in samples if gold and s['prompt'] in rows]
+    by_step = {step: m for step, samples in samples_at(run).items() if (m := marks(samples))}
     return [(r['step'], math.sqrt(max(r['kl'], 0.0)), r['score'], sum(by_step[r['step']]) / len(by_step[r['step']]))
-            for r in run.rows if r['split'] == 'eval' and r['step'] in by_step and isinstance(r.get('kl'), (int, float)) and isinstance(r.get('score'), (int, float))]
+            for r in run.rows if r['split'] == 'eval' and r['step'] in by_step and finite(r.get('kl')) and finite(r.get('score'))]
 
 
-def over_optimisation_html(runs):
+def over_optimisation_plots(runs):
     """Proxy and gold against sqrt KL, Gao et al. 2022 (2210.10760) figure 1: where gold turns down while proxy climbs, the model games its judge."""
     out = ''
     for run in runs:
@@ -900,61 +926,121 @@ def over_optimisation_html(runs):
             ax.plot(x, proxy, 'o-', color=COLOURS[0], label='proxy: reward trained on')
             ax.plot(x, gold, 's-', color=COLOURS[3], label='gold, 0 to 10')
         out += picture(draw, 'sqrt(KL to where it started)', 'mark', f'{run.name}: over-optimisation')
-    return f'<div class=plots>{out}</div>' if out else '<p class=note>Over-optimisation: needs a ppo or grpo run on toy prompts with two evaluations and a KL in its log.</p>'
+    return out
 
 
 def ends(run, metric, split='train'):
-    """(first, last, smallest, largest) of a metric, or None."""
+    """(first, last, smallest) of a metric; NaN, which is neither above nor below anything, where it was logged less than twice."""
     ys = series(run, metric, 'step', split)[1]
-    return (ys[0], ys[-1], min(ys), max(ys)) if len(ys) > 1 else None
+    return (ys[0], ys[-1], min(ys)) if len(ys) > 1 else (math.nan,) * 3
+
+
+def samples_at(run):
+    """{iteration: [sample]} of the answers that a run kept at its evaluations, in their order."""
+    out = {}
+    for s in read_rows(run.file('samples.jsonl'))[0]:
+        if isinstance(s.get('step'), int) and finite(s['step']) and isinstance(s.get('prompt'), str) and isinstance(s.get('completion'), str):
+            out.setdefault(s['step'], []).append(s)
+    return dict(sorted(out.items()))
+
+
+def distinct(samples):
+    """Share of the word pairs of all answers that are different ones (distinct-2): ['a b c', 'a b'] -> 2 of 3."""
+    pairs = [pair for s in samples for w in [s['completion'].replace('<|endoftext|>', '').split()] for pair in zip(w, w[1:])]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def collapsed(run):
+    shares = [distinct(samples) for samples in samples_at(run).values()]
+    return len(shares) > 1 and shares[-1] < 0.5 * shares[0]
 
 
 def hacked(run):
     points = over_optimisation(run)
-    return bool(points) and points[-1][2] > points[0][2] and points[-1][3] < max(p[3] for p in points) - 0.5
+    return bool(points) and points[-1][2] > points[0][2] and points[-1][3] < max(p[3] for p in points) - 1
 
 
-# (name, metric of the curve, is it there?, why, a command that provokes it)
+# (name, metric of the curve, is it there?, why, a command that provokes it after quickstart.sh; what it showed is in failures/gallery.json)
 GALLERY = (
     ('Reward hacking', 'score', hacked, 'The reward model is a stand-in, right only near the answers it was trained on. Pushed far from there, the policy finds what it '
      'overrates (flattery, a phrase, a length): the learned reward climbs while the gold mark falls. A larger beta, fewer steps or fresh labels hold it.',
-     'python ppo.py config/ppo_toy.py --beta=0 --max_iters=200 --out_dir=out-hack'),
-    ('Mode collapse', 'entropy', lambda r: bool(e := ends(r, 'entropy')) and e[1] < 0.3 * e[0], 'Policy gradient rewards whatever won, and a winner sampled more often wins more often. '
-     'Without a KL term or entropy bonus one answer takes all the probability; samples become one sentence and exploration ends.',
-     'python ppo.py config/ppo_toy.py --beta=0 --learning_rate=2e-3 --out_dir=out-collapse'),
-    ('Answers without end', 'ended', lambda r: bool(e := ends(r, 'ended', 'eval')) and e[1] < 0.9, 'The end token was never trained (pad = EOS masks it out) or the reward does not care: answers run into '
-     'the length limit. A fixed bad score for an answer without end (missing_eos) is the usual cure.', 'python ppo.py config/ppo_toy.py --missing_eos=none --init_from=out-base --out_dir=out-endless'),
-    ('Length hacking', 'len', lambda r: bool(e := ends(r, 'len', 'eval')) and e[1] > 1.5 * e[0], 'Labellers like thorough answers, the reward model learns "longer is better" (see its length correlation), and '
-     'the policy pads. Compare answers of equal length, or train the reward model on pairs balanced in length.', "python ppo.py config/ppo_toy.py --beta=0.01 --max_new_tokens=160 --out_dir=out-long"),
-    ('KL runs away', 'kl', lambda r: bool(e := ends(r, 'kl')) and e[1] > 25, 'The policy has left the region where reference and reward model mean anything. The learning rate is too high or beta too low; '
-     'a negative KL, on the other hand, says that samples and log-probs are not at the same temperature.', 'python ppo.py config/ppo_toy.py --learning_rate=3e-3 --beta=0 --out_dir=out-kl'),
-    ('Dead groups', 'dead', lambda r: bool(e := ends(r, 'dead')) and e[1] > 0.6, 'All answers of a group got the same reward, so their advantages are 0 and nothing is learned from them: the task is too '
-     'hard or too easy. Choose prompts at the edge of what the model can do, or sample larger groups.', 'python grpo.py config/grpo_toy.py --init_from=out-base --out_dir=out-dead'),
-    ('Chosen falls too', 'chosen_logp_change', lambda r: bool(e := ends(r, 'chosen_logp_change', 'eval')) and e[1] < -5, 'DPO widens the gap between chosen and rejected, and nothing in its loss keeps the chosen '
-     'answer likely: both sink, the mass goes to answers nobody has seen. A larger beta or an SFT term holds it.', 'python dpo.py config/dpo_toy.py --beta=0.01 --learning_rate=1e-3 --out_dir=out-dpo-falls'),
-    ('Overfitting', 'loss', lambda r: bool(e := ends(r, 'loss', 'eval')) and e[1] > 1.05 * e[2], 'Held-out loss turns up while training loss falls: the rows are learned by heart. '
-     'Fewer epochs, more data, LoRA instead of all weights.', 'python sft.py config/sft_toy.py --max_iters=5000 --out_dir=out-overfit'),
+     'python ppo.py config/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
+    ('Mode collapse', 'entropy', collapsed, 'Policy gradient rewards whatever won, and a winner sampled more often wins more often. Without a KL term or entropy bonus one '
+     'answer takes all the probability: whatever is asked, the same words come, and exploration ends.',
+     'python ppo.py config/ablate_ppo.py --beta=0 --learning_rate=2e-3 --out_dir=out-collapse'),
+    ('Answers without end', 'ended', lambda r: ends(r, 'ended', 'eval')[1] < 0.9, 'The end token was never trained '
+     '(pad = EOS masks it out) or the reward does not care: answers run into the length limit. A fixed bad score for an answer without end (missing_eos) is the usual cure.',
+     'python ppo.py config/ablate_ppo.py --missing_eos=none --init_from=out-base --out_dir=out-endless'),
+    ('Length grows', 'len', lambda r: ends(r, 'len', 'eval')[1] > 1.5 * ends(r, 'len', 'eval')[0], 'Either the reward pays for it (labellers like thorough answers, the reward '
+     'model learns "longer is better": see its length correlation) or the loss does: divided by its own length, a long wrong answer costs less a token than a short one. '
+     'Balance the pairs in length; in GRPO take dr_grpo.', 'python grpo.py config/grpo_toy.py --loss_type=grpo --eval_interval=20 --out_dir=out-long'),
+    ('KL runs away', 'kl', lambda r: ends(r, 'kl')[1] > 25, 'The policy has left the region where reference and reward model mean anything: learning rate too high, beta too low, '
+     'or, as here, the KL paid instead of charged, one sign in one line. A negative KL, on the other hand, says that samples and log-probs are not at the same temperature.',
+     'python failures/wrong_kl_sign.py config/ablate_ppo.py --out_dir=out-kl'),
+    ('Dead groups', 'dead', lambda r: ends(r, 'dead')[1] > 0.6, 'All answers of a group got the same reward, so their advantages are 0 and nothing is learned from them: the task is '
+     'too hard or, as at the end of a good run, too easy. Choose prompts at the edge of what the model can do, or sample larger groups.',
+     'python grpo.py config/grpo_toy.py --init_from=out-base --group_size=2 --max_iters=30 --out_dir=out-dead'),
+    ('Chosen falls too', 'chosen_logp_change', lambda r: ends(r, 'chosen_logp_change', 'eval')[1] < -5, 'DPO widens the gap between chosen and rejected, and nothing in its loss keeps '
+     'the chosen answer likely: both sink, the mass goes to answers nobody has seen. A larger beta or an SFT term holds it.',
+     'python dpo.py config/ablate_dpo.py --beta=0.02 --learning_rate=1e-3 --out_dir=out-dpo-falls'),
+    ('Overfitting', 'loss', lambda r: ends(r, 'loss', 'eval')[1] > 1.05 * ends(r, 'loss', 'eval')[2], 'Held-out loss turns up while training loss falls: the rows are learned by '
+     'heart. Fewer epochs, more data, LoRA instead of all weights.', 'python reward.py config/ablate_reward.py --max_rows=100 --epochs=30 --eval_interval=10 --out_dir=out-overfit'),
+    ('Sampler and trainer disagree', 'mismatch', lambda r: ends(r, 'mismatch')[1] > 0.03, 'The log-probs that are trained are not those of the distribution that was sampled: another '
+     'temperature, top-p, padding or old weights. The ratio of the first update is 1 all the same, since both its sides are wrong alike; only this number tells.',
+     'python failures/temperature_mismatch.py config/ablate_ppo.py --max_iters=8 --out_dir=out-mismatch'),
 )
 
 
-def worst_sample(run, no_end=False):
-    """The last sample that a run kept, its prompt before it; for answers without end one that has none."""
-    rows = [s for s in read_rows(run.file('samples.jsonl'))[0] if isinstance(s.get('completion'), str)]
-    rows = [s for s in rows if '<|endoftext|>' not in s['completion']] or rows if no_end else rows
-    return f"iteration {rows[-1].get('step')}: {rows[-1].get('prompt')}{rows[-1]['completion']}" if rows else 'this stage keeps no samples'
+def words_of(run, metric):
+    """Three answers of a run before and after, those whose reward rose most (for `ended` those without end); its last evaluations where it kept none."""
+    steps = samples_at(run)
+    if len(steps) < 2:
+        said = [line[:400] for line in tail(run.file('console.txt'), 1 << 18).split('\n') if line.startswith('step ')]
+        return '\n'.join([*said[:1], '...', *said[-2:]]) if len(said) > 3 else '\n'.join(said) or 'nobody kept what this run wrote'
+    (a, first), *_, (b, last) = steps.items()
+    before = {s['prompt']: s for s in first}
+    number = lambda s: s['score'] if finite(s.get('score')) else 0.0
+    key = (lambda s: '<|endoftext|>' in s['completion']) if metric == 'ended' else lambda s: number(before[s['prompt']]) - number(s)
+    picked = sorted({s['prompt']: s for s in last if s['prompt'] in before}.values(), key=key)[:3]
+    return '\n\n'.join(f"{s['prompt'].strip()}\n{f'iteration {a}:':>15} {before[s['prompt']]['completion'][:240]}\n{f'iteration {b}:':>15} {s['completion'][:240]}" for s in picked)
+
+
+def evidence(run, metric):
+    """What a run shows of a failure, as kept in failures/gallery.json: {run, curves {label: [[iteration], [number]]}, text}."""
+    parts = {metric: series(run, metric), f'{metric}, held out': series(run, metric, 'step', 'eval')}
+    if metric == 'score' and (points := over_optimisation(run)):
+        steps, _, proxy, gold = zip(*points)
+        parts = {'proxy: the reward trained on': (steps, proxy), 'gold mark, 0 to 10': (steps, gold)}
+    if metric == 'entropy':
+        parts['different word pairs among all'] = list(samples_at(run)), [distinct(samples) for samples in samples_at(run).values()]
+    thin = {label: [list(column)[::1 + len(xs) // 100] for column in (xs, ys)] for label, (xs, ys) in parts.items() if xs}
+    return dict(run=run.name, curves=thin, text=words_of(run, metric))
+
+
+def evidence_html(seen, metric):
+    def draw(ax):
+        for i, (label, (xs, ys)) in enumerate(seen['curves'].items()):
+            ax.plot(xs, ys, 'o-' if len(xs) < 12 else '-', color=COLOURS[i], ms=4, lw=1.3, label=label)
+    return f'<div class=plots>{picture(draw, UNITS["step"], UNITS.get(metric, metric), seen["run"])}<pre>{esc(seen["text"])}</pre></div>'
 
 
 def gallery(runs):
-    """Each failure with the paragraph why; where a run of the folder shows it, that run's curve and text."""
-    out = ''
+    """Each failure with the paragraph why, a curve and a text: of a run of the folder that shows it, else of the one that was kept."""
+    out, recorded = '', read_json(os.path.join(HERE, 'failures', 'gallery.json'))
     for name, metric, there, why, how in GALLERY:
-        hit = [r for r in runs if there(r)]
-        if hit:
-            shown_ = f'<p><b>Seen in {esc(hit[0].name)}</b></p><div class=plots>{curves(hit[:1], metric)}</div><pre>{esc(worst_sample(hit[0], metric == "ended")[:600])}</pre>'
-        else:
-            shown_ = f'<p class=note>Not seen in the runs of this folder (watch <i>{esc(metric)}</i>). This provokes it: <code>{esc(how)}</code></p>'
-        out += f'<section><h3>{esc(name)}</h3><p>{esc(why)}</p>{shown_}</section>'
+        hit = next((r for r in runs if there(r)), None)
+        seen = evidence(hit, metric) if hit else recorded.get(name)
+        word = f'<b>Seen in {esc(hit.name)}</b>' if hit else f'Not seen in these runs. {"Recorded from" if seen else "This provokes it:"} <code>{esc(how)}</code>'
+        out += f'<section><h3>{esc(name)}</h3><p>{esc(why)}</p><p>{word}</p>{evidence_html(seen, metric) if seen else ""}</section>'
     return out
+
+
+def write_gallery(root, path):
+    """What the runs of a folder show of each failure, to a file as failures/gallery.json -> the names found."""
+    seen = {name: evidence(hit, metric) for name, metric, there, *_ in GALLERY for hit in [r for r in find_runs(root) if there(r)][:1]}
+    rounded = json.loads(json.dumps(seen), parse_float=lambda x: float(f'{float(x):.4g}'))
+    write_whole(inside(root, path), json.dumps(rounded, indent=0, ensure_ascii=False) + '\n')
+    return list(seen)
 
 
 def runs_html(runs):
@@ -969,14 +1055,16 @@ def dashboard(root, runs=None, metrics=('score', 'kl', 'loss', 'accuracy', 'len'
     gold_of.cache_clear()
     drawn = [c for c in (curves(runs, m, x, smoothing) for m in metrics) if c]
     cards = ''.join(report_card(root, r) for r in runs if r.stage == 'reward')
-    none = '<p class=note>Nothing to draw: no run has logged any of these.</p>'
-    return (f'<h2>Runs</h2>{runs_html(runs)}<h2>Before and after</h2>{comparison(root) or "<p class=note>No table yet: python data/toy/report.py writes it at the end of quickstart.sh.</p>"}'
-            f'{over_optimisation_html(runs)}<h2>Curves</h2><div class=plots>{"".join(drawn) or none}</div><h2>Reward model</h2>{cards or "<p class=note>No report of a reward model yet.</p>"}'
-            f'<h2>Failures and why</h2>{gallery(runs)}')
+    (table, plots), hacking = comparison(root), over_optimisation_plots(runs)
+    note = lambda there, words: '' if there else f'<p class=note>{words}</p>'
+    return (f'<h2>Runs</h2>{runs_html(runs)}<h2>Before and after</h2>{table}{note(table, "No table yet: python data/toy/report.py writes it at the end of quickstart.sh.")}'
+            f'<div class=plots>{plots}{hacking}</div>{note(hacking, "Over-optimisation: needs a ppo or grpo run on toy prompts with two evaluations and a KL in its log.")}'
+            f'<h2>Curves</h2><div class=plots>{"".join(drawn)}</div>{note(drawn, "Nothing to draw: no run has logged any of these.")}'
+            f'<h2>Reward model</h2>{cards}{note(cards, "No report of a reward model yet.")}<h2>Failures and why</h2>{gallery(runs)}')
 
 
 CSS = '''
-:root{--block-info-text-color:#52525b}.dark{--block-info-text-color:#a1a1aa}
+:root{--block-info-text-color:#52525b}.dark{--block-info-text-color:#a1a1aa}.dark input:is([type=checkbox],[type=radio]){border-color:#a1a1aa!important}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
 .plot{width:100%;max-width:560px;height:auto;color:inherit}.scroll{overflow-x:auto;margin:8px 0}
 .scroll table{border-collapse:collapse;font-size:14px;width:auto;color:inherit}.scroll td,.scroll th{padding:4px 10px;border:0!important;border-bottom:1px solid #8886!important;text-align:left;white-space:nowrap}
@@ -986,6 +1074,7 @@ CSS = '''
 .side h4{margin:0 0 6px}.bubble{border-radius:8px;padding:6px 9px;margin:4px 0;background:#8882}.bubble.user{background:#2563eb33}
 .bad{color:#dc2626;white-space:pre-wrap;overflow-wrap:anywhere}.on{background:#16a34a44}.off{opacity:.65}
 .page pre,pre.page{white-space:pre-wrap;overflow-wrap:anywhere;background:#8882;border-radius:8px;padding:8px;font-size:13px;max-height:380px;overflow-y:auto}
+.page .console{display:flex;flex-direction:column-reverse}.label-wrap{text-align:left!important;gap:8px}.label-wrap .icon{flex:none}
 .page h2{margin:18px 0 6px;font-size:20px}.page h3{margin:12px 0 4px;font-size:16px}.page p{margin:4px 0;max-width:80ch}.page code{overflow-wrap:anywhere}
 @media(max-width:480px){.tab-container button,.tab-wrapper button{padding:0 6px!important;font-size:13px!important}main.fillable,.gradio-container main{padding:8px!important}}
 '''
@@ -1022,32 +1111,28 @@ document.addEventListener('keydown', e => {
 
 def polite(fn):
     """A mistake of the user becomes a message on the page; anything else one too, and its traceback goes to the terminal."""
-    import functools
-    import inspect
-    import traceback
     import gradio as gr
 
-    def say(e):
+    def said(e):
         if not isinstance(e, (ValueError, OSError)):
             traceback.print_exc()
             e = f'{type(e).__name__}: the terminal of the app has the rest'
         return gr.Error(esc(e), duration=20, print_exception=False)
 
-    if inspect.isgeneratorfunction(fn):
-        @functools.wraps(fn)
-        def wrapped(*args):
-            try:
-                yield from fn(*args)
-            except Exception as e:
-                raise say(e) from None
-    else:
-        @functools.wraps(fn)
-        def wrapped(*args):
-            try:
-                return fn(*args)
-            except Exception as e:
-                raise say(e) from None
-    return wrapped
+    @functools.wraps(fn)
+    def call(*args):
+        try:
+            return fn(*args)
+        except Exception as e:
+            raise said(e) from None
+
+    @functools.wraps(fn)
+    def stream(*args):
+        try:
+            yield from fn(*args)
+        except Exception as e:
+            raise said(e) from None
+    return stream if inspect.isgeneratorfunction(fn) else call
 
 
 def chat_html(history, names):
@@ -1180,7 +1265,7 @@ def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf'
     head = f'<p><b data-state={esc(run.state)}>{esc(name)}: {esc(run.state)}</b>, iteration <span id=at>{run.last}</span>{f" of {run.total}" if run.total else ""}{left}</p>'
     head += f'<p class={bad}>{esc(run.note)}</p><p class=note>{esc(now)}</p>'
     drawn = ''.join(curves([run], m, 'step', 0.3) for m in metrics)
-    return f'{head}<div class=plots>{drawn}</div><pre>{esc(run.console) or "no console: this run was started elsewhere"}</pre>'
+    return f'{head}<div class=plots>{drawn}</div><pre class=console><span>{esc(run.console) or "no console: this run was started elsewhere"}</span></pre>'
 
 
 def signature(root, *names):
@@ -1436,7 +1521,7 @@ def pair_sources(gr, root, models, desk, lms, lists):
         with gr.Row():
             many, heat = gr.Number(20, label='pairs', precision=0), gr.Slider(0.1, 2, 1.0, label='temperature')
             make = gr.Button('Make pairs', elem_id='make')
-        given = gr.File(label='preference rows, or prompt/a/b rows', file_types=['.jsonl', '.json', '.csv'], type='filepath', elem_id='given', height=120)
+        given = gr.File(label='preference rows, or prompt/a/b rows', file_types=['.jsonl', '.json', '.csv'], type='filepath', elem_id='given', height=140)
         load = gr.Button('Import')
 
     def made(name, who, writers, source, many, heat):
@@ -1465,9 +1550,10 @@ def after_labels(gr, root, models, desk, lms, rewards, chat_names, lists):
     out = gr.HTML(elem_classes='page', elem_id='after')
     with gr.Row():
         judge = gr.Dropdown(rewards, value=rewards[0] if rewards else None, label='reward model', allow_custom_value=True, info='or the name of a model at the endpoint')
-        url, key = gr.Textbox(label='endpoint of a judge (OpenAI-compatible)', placeholder='http://127.0.0.1:8000/v1'), gr.Textbox(label='its key', type='password')
+        url = gr.Textbox(label='endpoint of a judge (OpenAI-compatible)', placeholder='http://127.0.0.1:8000/v1', max_lines=1, min_width=260)
+        key = gr.Textbox(label='its key', type='password')
     with gr.Row():
-        agree, ask, export = gr.Button('Agreement with the labels'), gr.Button('Let it label the rest'), gr.Button('Export')
+        agree, ask, halt, export = (gr.Button(text, min_width=120) for text in ('Agreement with the labels', 'Let it label the rest', 'Stop the judge', 'Export'))
     with gr.Row():
         base = gr.Dropdown(lms, value='out-sft' if 'out-sft' in lms else None, label='model to train')
         algorithm, steps = gr.Radio(['ppo', 'dpo'], value='dpo', label='with'), gr.Number(10, label='steps', precision=0)
@@ -1480,8 +1566,14 @@ def after_labels(gr, root, models, desk, lms, rewards, chat_names, lists):
         return f'<p>{esc(judge)} agrees with {right} of {n} labels' + (f': {right / n:.0%} ({lo:.0%} to {hi:.0%})</p>' if n else '; label some pairs first</p>')
 
     def asked(name, who, judge, url, key):
-        n = judge_all(models, desk.of(name), judge, url.strip(), key)
-        return f'<p>{esc(judge)} labelled {n} pairs</p>', *desk.show(name, who)
+        made = 0
+        try:
+            for made, tried, of in judge_all(models, desk.of(name), judge, url.strip(), key.strip()):
+                yield f'<p>{esc(judge)} labelled {made} pairs; {tried} of {of} open ones asked</p>', gr.skip(), gr.skip()
+        except ValueError as e:
+            yield f'<p class=bad>{esc(e)}</p><p>{made} labels that {esc(judge)} made before are kept</p>', *desk.show(name, who)
+            raise
+        yield gr.skip(), *desk.show(name, who)
 
     def exported(name):
         path, n, ties = desk.of(name).export()
@@ -1504,7 +1596,8 @@ def after_labels(gr, root, models, desk, lms, rewards, chat_names, lists):
     lists['lm'] += [base]
     lists['reward'] += [judge]
     agree.click(polite(agreed), [desk.name, judge], out)
-    ask.click(polite(asked), [desk.name, desk.session, judge, url, key], [out, desk.page, desk.current])
+    asking = ask.click(polite(asked), [desk.name, desk.session, judge, url, key], [out, desk.page, desk.current])
+    halt.click(polite(desk.show), [desk.name, desk.session], [desk.page, desk.current], cancels=[asking])
     export.click(polite(exported), desk.name, out)
     refit.click(polite(refitted), [desk.name, base, algorithm, steps], [outs, seen, out])
     gr.Timer(2).tick(polite(tick), [outs, base, seen], [view, seen, chat_names], show_progress='hidden')
@@ -1545,7 +1638,7 @@ def build(gr, root):
         return [gr.Dropdown(now[kind]) for kind, boxes in lists.items() for _ in boxes]
     now = listed()
     lms, rewards = now['lm'], now['reward']
-    with gr.Blocks(title='plainRLHF', fill_width=True) as page:
+    with gr.Blocks(title='plainRLHF', fill_width=True, delete_cache=(3600, 86400)) as page:  # what was uploaded is copied: Gradio's own goes after a day
         empty = '' if lms or rewards or now['run'] else '<p class=note>This folder holds no model and no run yet: start one in Train, or run bash quickstart.sh first.</p>'
         gr.HTML(f'<h1>plainRLHF</h1>{empty}', elem_classes='page')
         with gr.Tab('Chat') as talking:
@@ -1601,6 +1694,9 @@ def main():
     torch.set_num_threads(1)
     if report:
         print(f'written: {write_report(root, report)}')
+        return
+    if gallery_file:
+        print(f'{gallery_file}: {", ".join(write_gallery(root, gallery_file)) or "no failure in these runs"}')
         return
     user, colon, password = auth.partition(':')
     if auth and not (user and password):

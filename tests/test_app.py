@@ -1,7 +1,9 @@
 """app.py without a browser: paths, half-written files, forms and commands, real runs started and stopped, the journal, the pictures."""
+import http.server
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -318,9 +320,12 @@ def test_pairs_of_models_judge_and_agreement(tmp_path, monkeypatch):
     assert app.make_pairs(models, j, prompts, ['m1', 'm2'], max_tokens=8, seed=1) == 12
     pairs = j.state()[0].values()
     assert {p['model_a'] for p in pairs} == {'m1', 'm2'} and all({p['model_a'], p['model_b']} == {'m1', 'm2'} for p in pairs)  # random order
-    assert app.judge_all(models, j, 'rm') == 12 and app.judge_all(models, j, 'rm') == 0
-    right, of = app.agreement(models.get('rm', 'scalar'), j)
-    assert right == of > 0  # the judge agrees with itself
+    assert list(app.judge_all(models, j, 'rm')) == [(12, 12, 12)] and list(app.judge_all(models, j, 'rm')) == [(0, 0, 0)]
+    judge, (_, labels, _) = models.get('rm', 'scalar'), j.state()
+    assert app.agreement(judge, j) == (0, 0)  # its own labels prove nothing
+    for i, mark in enumerate([m for m in labels.values() if m['label'] in 'ab'][:5]):
+        j.label(mark['pair'], mark['label'] if i < 3 else 'ba'['ab'.index(mark['label'])], 'human')
+    assert app.agreement(judge, j) == (3, 5)
     text = app.score_texts(models.get('rm', 'scalar'), [('ab', 'c')])
     ids = torch.tensor([[97, 98, 99, 256]])
     assert abs(text[0] - models.get('rm', 'scalar').model(ids)[0][0, -1].item()) < 1e-5
@@ -328,24 +333,104 @@ def test_pairs_of_models_judge_and_agreement(tmp_path, monkeypatch):
     assert [app.shown(c).split()[1] for c in commands] == ['reward.py', 'ppo.py'] and f'--reward={outs[0]}' in commands[1]
 
 
-def test_judge_at_an_endpoint_is_asked_both_ways(monkeypatch):
-    class Reply:
-        def __init__(self, text): self.text = text
-        def raise_for_status(self): pass
-        def json(self): return dict(choices=[dict(message=dict(content=self.text))])
-    answers = []
-    monkeypatch.setattr(app.requests, 'post', lambda *a, **k: Reply(answers.pop(0)))
-    for said, want in ((['A', 'B'], 'a'), (['B', 'A.'], 'b'), (['A', 'A'], 'tie'), (['tie', 'A'], 'tie')):
-        answers[:] = said
-        assert app.ask_judge('http://x/v1', 'm', '', 'p', 'x', 'y') == want
-    answers[:] = ['hmm', 'A']
-    with pytest.raises(ValueError, match='expected A, B or TIE'):
-        app.ask_judge('http://x/v1', 'm', '', 'p', 'x', 'y')
-    with pytest.raises(ValueError, match='address'):
-        app.ask_judge('file:///etc/passwd', 'm', '', 'p', 'x', 'y')
+class Endpoint:
+    """An OpenAI-compatible endpoint on a free port: reply(question, key) -> (status, object or text); what it was asked is kept in .asked."""
+
+    def __init__(self, reply):
+        asked = self.asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+                asked.append((self.path, self.headers.get('Authorization'), body))
+                status, said = reply(body['messages'][0]['content'], asked[-1][1])
+                said = (said if isinstance(said, str) else json.dumps(said)).encode()
+                self.send_response(status)
+                self.send_header('Content-Length', str(len(said)))
+                self.end_headers()
+                self.wfile.write(said)
+
+            def log_message(self, *_):
+                pass
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server.server_port}/v1'
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
 
 
-# ---- tokens and pictures
+def verdict(text):
+    return 200, dict(choices=[dict(message=dict(role='assistant', content=text))])
+
+
+def prefers(word):
+    """A judge that takes the answer with `word` in it."""
+    return lambda question, key: verdict('A' if word in question.split('Answer A:')[1].split('Answer B:')[0] else 'B')
+
+
+def test_judge_at_an_endpoint_is_asked_both_ways_and_failures_are_told(tmp_path):
+    replies = []
+    end = Endpoint(lambda question, key: replies.pop(0))
+    ask = lambda key='': app.ask_judge(end.url, 'm', key, 'p', 'x', 'y')
+    for said, want in ((['A', 'B'], 'a'), (['B', 'A.'], 'b'), (['A', 'A'], 'tie'), (['tie', '**A**'], 'tie'), (['hmm', 'A'], None), (['A', 'Because'], None), ([None, 'A'], None)):
+        replies[:] = map(verdict, said)
+        assert ask('secret')[0] == want
+    path, key, body = end.asked[1]
+    assert path == '/v1/chat/completions' and key == 'Bearer secret' and body['model'] == 'm'
+    assert ['x' in q['messages'][0]['content'].split('Answer B:')[0] for _, _, q in end.asked[:2]] == [True, False]  # once in each order
+    for reply, words in (((401, dict(error=dict(message='Incorrect API key'))), 'refused with 401: Incorrect API key; are key'), ((500, 'boom'), "got 500 with 'boom'"),
+                         ((200, '<html>'), "expected a chat completion .* got 200 with '<html>'"), ((200, dict(choices=[])), 'expected a chat completion'),
+                         ((200, [1]), 'expected a chat completion'), ((302, ''), 'got 302'), ((404, dict(error='no')), 'got 404')):
+        replies[:] = [reply]
+        with pytest.raises(ValueError, match=words) as e:
+            ask()
+        assert str(e.value).startswith(f'judge {end.url}: ') and 'secret' not in str(e.value)
+    end.close()
+    with pytest.raises(ValueError, match='cannot be reached .*is the server up'):
+        ask()
+    with pytest.raises(ValueError, match='cannot be reached'):
+        ask('a\nb')
+    for bad in ('file:///etc/passwd', '', 'localhost:8000/v1'):
+        with pytest.raises(ValueError, match='address'):
+            app.ask_judge(bad, 'm', '', 'p', 'x', 'y')
+
+
+def test_labels_of_a_judge_that_goes_away_are_kept_and_a_mute_one_is_given_up(tmp_path):
+    j, ids = filled(tmp_path, 6)
+    answers = [*'AB' * 2, 'hmm', 'hmm', *'BA']
+    end = Endpoint(lambda question, key: verdict(answers.pop(0)) if answers else (429, dict(error=dict(message='quota used up'))))
+    seen = []
+    with pytest.raises(ValueError, match='429: quota used up'):
+        for step in app.judge_all(None, j, 'm', end.url):
+            seen.append(step)
+    assert seen == [(1, 1, 6), (2, 2, 6), (2, 3, 6), (3, 4, 6)]
+    assert {id: m['label'] for id, m in j.state()[1].items()} == {ids[0]: 'a', ids[1]: 'a', ids[3]: 'b'} and j.next('s')['id'] == ids[2]
+    answers[:] = ['I think'] * 99
+    with pytest.raises(ValueError, match="expected A, B or TIE, got 'I think' and 'I think' .the third"):
+        list(app.judge_all(None, j, 'm', end.url))
+    assert len(j.state()[1]) == 3
+    end.close()
+
+
+# ---- chat, tokens and pictures
+
+
+def test_a_chat_closed_in_the_middle_leaves_no_request_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny('m1', seed=1, block=512), tiny('m2', seed=2, block=512)
+    models, ask = app.Models('.'), lambda n: app.chat(models, ['m1', 'm2'], 'hi', [], '', False, 0.0, 1.0, 0, 0.0, 1.0, n, 1)
+    monkeypatch.setattr(app.time, 'time', iter(range(10 ** 9)).__next__)  # every step is drawn
+    talk = ask(400)
+    for _ in range(5):
+        _, history = next(talk)
+    assert all(models.get(n).engine.has_unfinished() for n in ('m1', 'm2'))
+    talk.close()  # as the button Stop and a closed tab do
+    assert not any(models.get(n).engine.has_unfinished() for n in ('m1', 'm2'))
+    assert all(0 < len(a['ids']) < 20 for a in history[-1]['answers'].values())
+    *_, (page, history) = ask(8)
+    assert [len(a['ids']) for a in history[-1]['answers'].values()] == [8, 8] and page.count('cut at the limit') == 2
 
 
 def test_token_view_numbers(tmp_path, monkeypatch):
@@ -382,7 +467,7 @@ def test_report_of_a_hostile_folder_is_one_file_without_markup_of_others(tmp_pat
     os.makedirs(tmp_path / 'out')
     write(tmp_path / 'out-p<b>' / 'log.jsonl', dict(step=0, time=0.0, split='config', stage='ppo', max_iters=2),
           *[dict(step=i, time=float(i), split='train', entropy=3.0 - 1.4 * i, kl=1.0, score=1.0) for i in range(3)], '{"half')
-    write(tmp_path / 'out-p<b>' / 'samples.jsonl', dict(step=2, prompt=bad, completion=bad, score=1.0))
+    write(tmp_path / 'out-p<b>' / 'samples.jsonl', *[dict(step=step, prompt=f'{i} {bad}', completion=f'w{i} x{i} {bad}' if not step else bad, score=1.0) for step in (0, 2) for i in range(9)])
     write(tmp_path / 'out-p<b>' / 'console.txt', f'error: {bad}')
     write(tmp_path / 'out-r' / 'log.jsonl', dict(step=0, time=0.0, split='config', stage='reward', max_iters=2))
     write(tmp_path / 'out-r' / 'report.json', '{"accuracy": 0.5, "half')
@@ -390,9 +475,45 @@ def test_report_of_a_hostile_folder_is_one_file_without_markup_of_others(tmp_pat
     page = open(app.write_report(tmp_path, 'out/report.html')).read()
     assert '<script' not in page.lower() and '<img' not in page and 'onerror=alert' in page and '&lt;script&gt;' in page and 'out-p<b>' not in page
     assert '<svg' in page and 'http-equiv' in page and not [x for x in ('src=', 'href="http', '@import') if x in page.replace('src=x onerror', '')]
-    assert '1 broken log lines left out' in page and 'Mode collapse' in page and 'Seen in' in page
+    assert '1 broken log lines left out' in page and 'Mode collapse' in page and page.count('Seen in out-p&lt;b&gt;') == 1
     with pytest.raises(ValueError, match='outside'):
         app.write_report(tmp_path, '../report.html')
+
+
+def test_failures_are_seen_where_they_are_and_only_there(tmp_path):
+    config = lambda stage: dict(step=0, time=0.0, split='config', stage=stage, max_iters=20)
+    row = lambda i, split='train', **more: dict(step=i, time=float(i), split=split, **more)
+    good = [row(i, kl=1.0, entropy=0.3 - i / 100, dead=0.2, mismatch=1e-7, loss=1.0 - i / 30) for i in range(20)]
+    write(tmp_path / 'good' / 'log.jsonl', config('grpo'), *good, row(0, 'eval', loss=1.0, ended=0.95, len=20.0), row(20, 'eval', loss=0.4, ended=1.0, len=25.0))
+    write(tmp_path / 'good' / 'samples.jsonl', *[dict(step=s, prompt=f'{i}', completion=f'the answer is {i * (1 + s)}.<|endoftext|>', score=0.0) for s in (0, 20) for i in range(20)])
+    run = app.run_of(tmp_path, 'good')
+    assert [name for name, _, there, *_ in app.GALLERY if there(run)] == []  # the entropy fell by more than a half, the answers are still different ones
+    write(tmp_path / 'one' / 'log.jsonl', config('ppo'), row(0, 'eval', ended=0.0, len=9.0, loss=1.0))
+    assert [name for name, _, there, *_ in app.GALLERY if there(app.run_of(tmp_path, 'one'))] == []  # one evaluation is no course
+    write(tmp_path / 'bad' / 'log.jsonl', config('ppo'), *[row(i, kl=2.0 * i, entropy=3 - i / 10, dead=0.7, mismatch=0.05, loss=1.0) for i in range(20)],
+          row(0, 'eval', loss=1.0, ended=0.9, len=20.0, chosen_logp_change=0.0), row(20, 'eval', loss=1.4, ended=0.5, len=90.0, chosen_logp_change=-9.0))
+    write(tmp_path / 'bad' / 'samples.jsonl', *[dict(step=s, prompt=f'{i}', completion=f'a{i} b{i} c{i}' if not s else 'so it is', score=s + i) for s in (0, 20) for i in range(9)])
+    names = [name for name, *_ in app.GALLERY]
+    assert [name for name, _, there, *_ in app.GALLERY if there(app.run_of(tmp_path, 'bad'))] == names[1:] and names[0] == 'Reward hacking'  # which needs toy prompts
+    assert app.write_gallery(tmp_path, 'g.json') == names[1:]
+    seen = json.loads((tmp_path / 'g.json').read_text())
+    assert seen['Mode collapse']['curves']['different word pairs among all'] == [[0, 20], [1.0, 0.1111]] and 'so it is' in seen['Mode collapse']['text']  # 2 pairs of 18
+    assert seen['KL runs away']['curves']['kl'][1][:3] == [0.0, 2.0, 4.0]
+
+
+def test_the_kept_failures_are_all_there_and_their_commands_are_ones_of_the_scripts():
+    kept = json.load(open(os.path.join(app.HERE, 'failures', 'gallery.json')))
+    assert list(kept) == [name for name, *_ in app.GALLERY]
+    for name, metric, _, why, how in app.GALLERY:
+        python, script, config, *args = shlex.split(how)
+        source = open(os.path.join(app.HERE, script)).read()
+        stage = os.path.basename(script)[:-3] if '/' not in script else source.split("run('")[1].split('.py')[0]
+        keys = app.config_values(os.path.join(app.HERE, config)) | dict(a[2:].split('=') for a in args)
+        assert python == 'python' and set(keys) <= {key for _, key, _, _ in app.script_form(stage)} and keys['out_dir'] == kept[name]['run'], name
+        for label, (xs, ys) in kept[name]['curves'].items():
+            assert len(xs) == len(ys) > 1 and xs == sorted(xs) and all(math.isfinite(y) for y in ys), (name, label)
+        assert len(kept[name]['text']) > 60 and len(why) > 150
+        assert '<svg' in app.evidence_html(kept[name], metric)
 
 
 def test_report_of_an_empty_folder_says_so(tmp_path):

@@ -1,6 +1,5 @@
 """app.py in a real browser: Debian's Chromium (or Playwright's own), driven by Playwright (pytest -m browser). One server, one folder of tiny models; in each of
 the five tabs what a person does there, and the doors. APP_SHOTS=DIR keeps a picture of every tab at 1280 and 390 pixels, light and dark."""
-import http.server
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +17,7 @@ import pytest
 pytest.importorskip('gradio')
 pytest.importorskip('matplotlib')
 playwright = pytest.importorskip('playwright.sync_api')
-from test_app import tiny, toy_rows, wait_for, write
+from test_app import Endpoint, prefers, tiny, toy_rows, verdict, wait_for, write
 
 import torch
 
@@ -74,15 +72,15 @@ def served(tmp_path_factory):
     root = tmp_path_factory.mktemp('folder')
     at = lambda *name: str(root.joinpath(*name))
     for i, name in enumerate(('out-base', 'out-sft', 'out-dpo', 'out-grpo')):
-        tiny(at(name), seed=i, block=512)
-    value = GPT(GPTConfig.of('gpt2', n_layer=1, n_head=2, n_embd=32, vocab_size=257, block_size=512), 'scalar')
-    tiny(at('out-ppo'), stage='ppo', seed=4, block=512, value=value.state_dict(), value_kind='policy', beta=0.1)
-    tiny(at('out-reward'), 'scalar', 'reward', seed=5, block=512)
+        tiny(at(name), seed=i, block=4096)
+    value = GPT(GPTConfig.of('gpt2', n_layer=1, n_head=2, n_embd=32, vocab_size=257, block_size=4096), 'scalar')
+    tiny(at('out-ppo'), stage='ppo', seed=4, block=4096, value=value.state_dict(), value_kind='policy', beta=0.1)
+    tiny(at('out-reward'), 'scalar', 'reward', seed=5, block=4096)
     write(at('out-ppo', 'log.jsonl'), dict(step=0, time=0.0, split='config', stage='ppo', max_iters=20),
           *[dict(step=i, time=float(i), split='train', score=i / 10, kl=i / 5, entropy=3 / (1 + i), clip_frac=0.1, len=30.0, loss=1.0) for i in range(20)],
           *[dict(step=i, time=float(i), split='eval', score=i / 10, kl=i / 5, len=30.0) for i in (0, 10)], '{"step": 20, "ti')
-    write(at('out-ppo', 'samples.jsonl'), *[dict(step=i, prompt='Q: red?\nA: ', completion='It is red.' * (1 + i), score=1.0) for i in (0, 10)],
-          dict(step=20, prompt='Q: hi\nA: ', completion=EVIL, score=1.0))
+    write(at('out-ppo', 'samples.jsonl'), *[dict(step=i, prompt=f'Q: {w}?\nA: ', completion=text or f'It is {w}.', score=i / 10)
+                                            for i, text in ((0, ''), (10, 'Yes! Yes! Yes!'), (20, EVIL)) for w in ('red', 'blue', 'green', 'red', 'blue')])
     write(at('out-reward', 'log.jsonl'), dict(step=0, time=0.0, split='config', stage='reward', max_iters=2), dict(step=2, time=9.0, split='eval', loss=0.6, accuracy=0.7))
     write(at('out-reward', 'report.json'), dict(accuracy=0.7, accuracy_95=[0.6, 0.8], pairs=100, ece=0.05, length_correlation=0.2, longer_is_chosen=0.6,
                                                  reliability=[[0.5, 0.6, 50, 0.55, 0.5], [0.6, 1.0, 50, 0.8, 0.9]], histogram=dict(edges=[-1, 0, 1], chosen=[40, 60], rejected=[60, 40])))
@@ -182,8 +180,7 @@ def test_chat_streams_four_models_side_by_side_and_colours_tokens(page):
     page.get_by_role('button', name='Sampling').click()
     longest(page, 400)
     page.evaluate(WATCH)
-    page.locator('#message textarea').fill('<script>hacked=1</script>')
-    page.locator('#message textarea').press('Enter')
+    sent(page, '<script>hacked=1</script>')
     page.locator('#chat .side > div').nth(3).get_by_text('tok/s').wait_for()
     while (n := page.evaluate('window.seen.length')) != (page.wait_for_timeout(600), page.evaluate('window.seen.length'))[1]:
         pass  # until nothing grows any more
@@ -202,18 +199,35 @@ def test_chat_streams_four_models_side_by_side_and_colours_tokens(page):
     assert len(tints) > 5
 
 
+def sent(page, text):
+    page.locator('#message textarea').fill(text)
+    page.locator('#message textarea').press('Enter')
+
+
 def test_chat_stopped_halfway_and_asked_again(page):
     tab(page, 'Chat')
+    page.get_by_role('button', name='New chat').click()
+    playwright.expect(page.locator('#chat .bubble')).to_have_count(0)
+    heat = page.get_by_label('number input for temperature (0 = greedy)')
+    heat.fill('0')  # greedy random models go round in circles: none of them comes to its end token
     longest(page, 2000)
-    page.locator('#message textarea').fill('count')
-    page.locator('#message textarea').press('Enter')
-    page.locator('#chat .side > div').nth(3).get_by_text('count').wait_for()
+    sent(page, 'count')
+    counts = lambda: [int(note.split()[0]) for note in page.locator('#chat .note').all_inner_texts()]
+    page.wait_for_function("() => (notes => notes.length == 4 && notes.every(n => parseInt(n.innerText) > 0))([...document.querySelectorAll('#chat .note')])")
     page.locator('#message button.stop-button').click()
+    page.locator('#message button.submit-button').wait_for()
+    page.wait_for_timeout(500)  # what was on its way when the button was pressed
+    at = counts()
+    page.wait_for_timeout(1500)
+    assert counts() == at and 0 < min(at) and max(at) < 2000, (at, counts())
     longest(page, 8)
     page.get_by_role('button', name='New chat').click()
-    page.locator('#message textarea').fill('again')
-    page.locator('#message textarea').press('Enter')
-    page.locator('#chat .side > div').nth(3).get_by_text('8 tokens').wait_for()
+    playwright.expect(page.locator('#chat .bubble')).to_have_count(0)
+    sent(page, 'again')
+    playwright.expect(page.locator('#chat .note', has_text='8 tokens').filter(has_text='cut at the limit')).to_have_count(4)
+    assert [bubble.inner_text() for bubble in page.locator('#chat .bubble.user').all()] == ['again'] * 4
+    heat.fill('0.7')
+    heat.press('Tab')
     page.get_by_role('button', name='Sampling').click()
 
 
@@ -352,26 +366,10 @@ def test_two_tabs_label_different_pairs(page, served, chromium):
     other.close()
 
 
-class Judge(http.server.BaseHTTPRequestHandler):
-    """An OpenAI-compatible endpoint that prefers the answer with 'first' in it."""
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers['Content-Length'])))['messages'][0]['content']
-        said = 'A' if 'first' in asked.split('Answer A:')[1].split('Answer B:')[0] else 'B'
-        body = json.dumps(dict(choices=[dict(message=dict(content=said))])).encode()
-        self.send_response(200)
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 def test_judges_reward_model_and_endpoint(page, served):
     tab(page, 'Annotate')
     page.get_by_role('button', name='Let it label the rest').click()
-    page.locator('#after').get_by_text('out-reward labelled 2 pairs').wait_for()
+    page.locator('#after').get_by_text('out-reward labelled 2 pairs; 2 of 2 open ones asked').wait_for()
     page.get_by_role('button', name='Agreement with the labels').click()
     page.locator('#after').get_by_text(re.compile(r'out-reward agrees with \d+ of \d+ labels')).wait_for()
     second = app.Journal(served.root, 'second')
@@ -379,15 +377,23 @@ def test_judges_reward_model_and_endpoint(page, served):
     page.get_by_label('journal').fill('second')
     page.get_by_label('journal').press('Enter')
     page.locator('[data-pair]').wait_for()
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    page.get_by_label('endpoint of a judge').fill('file:///etc/passwd')
-    page.get_by_role('button', name='Let it label the rest').click()
-    refused(page, 'the judge is an address')
-    page.get_by_label('endpoint of a judge').fill(f'http://127.0.0.1:{server.server_port}/v1')
-    page.get_by_role('button', name='Let it label the rest').click()
+    def judged(url, key=''):
+        page.get_by_label('endpoint of a judge').fill(url)
+        page.get_by_label('its key').fill(key)
+        page.get_by_role('button', name='Let it label the rest').click()
+    right = Endpoint(lambda question, key: prefers('first')(question, key) if key == 'Bearer right' else (401, dict(error=dict(message='Incorrect API key provided'))))
+    mute, gone = Endpoint(lambda question, key: verdict(EVIL)), Endpoint(None)
+    gone.close()
+    for url, key, words in (('file:///etc/passwd', '', 'the judge is an address'), (gone.url, '', 'cannot be reached'), (right.url, 'wrong', 'refused with 401: Incorrect API key provided'),
+                            (mute.url, '', 'expected A, B or TIE, got')):
+        judged(url, key)
+        refused(page, words)
+        page.locator('#after .bad', has_text=words).wait_for()
+        assert second.state()[1] == {} and page.locator('#after img').count() == 0
+    judged(right.url, 'right')
     page.locator('#after').get_by_text('labelled 24 pairs').wait_for()
-    server.shutdown()
+    page.locator('#pair').get_by_text('No open pair').wait_for()
+    right.close(), mute.close()
     pairs, labels, _ = second.state()
     assert len(labels) == 24 and all(pairs[id][m['label']].startswith('first') for id, m in labels.items())
     page.get_by_label('journal').fill('../x')
@@ -404,8 +410,7 @@ def test_refit_on_the_labels_and_chat_again(page, served):
     page.locator('#refitted [data-refit=done]').wait_for(timeout=80000)
     tab(page, 'Chat')
     playwright.expect(page.locator('#chat h4').nth(1)).to_have_text('out-dpo-labels')
-    page.locator('#message textarea').fill('hello')
-    page.locator('#message textarea').press('Enter')
+    sent(page, 'hello')
     page.locator('#chat .side > div').nth(1).get_by_text('tok/s').wait_for()
 
 
@@ -484,8 +489,7 @@ def test_finetune_lora_from_jsonl_and_all_weights_from_csv_then_export(page, ser
     page.get_by_role('button', name='Chat with it').click()
     tab(page, 'Chat')
     playwright.expect(page.locator('#chat h4').nth(1)).to_have_text('out-full')
-    page.locator('#message textarea').fill('say 3')
-    page.locator('#message textarea').press('Enter')
+    sent(page, 'say 3')
     page.locator('#chat .side > div').nth(1).get_by_text('tok/s').wait_for()
 
 
@@ -496,7 +500,7 @@ def test_dashboard_and_report_opened_from_disk(page, served, chromium):
     tab(page, 'Dashboard')
     page.locator('#dashboard svg.plot').first.wait_for()
     text = page.locator('#dashboard').inner_text()
-    for words in ('Report card of the reward model', 'Mode collapse', 'Seen in out-ppo', 'broken log lines', 'Reliability', 'wins against SFT', 'Gold and proxy', 'out-ppo: over-optimisation',
+    for words in ('Report card of the reward model', 'Mode collapse', 'Seen in out-ppo', 'broken log lines', 'Reliability', 'wins against SFT', 'gold and proxy', 'out-ppo: over-optimisation',
                   'Reward hacking', 'Answers without end', '100% (44% to 100%)'):
         assert words in text, words
     assert page.locator('#dashboard img').count() == 0
