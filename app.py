@@ -628,7 +628,7 @@ def agreement(m, journal):
 
 def ask_judge(url, name, key, prompt, a, b):
     """('a' | 'b' | 'tie' | None, what was said) of an OpenAI-compatible endpoint, asked both ways round: two different verdicts are a tie, None
-    is no verdict. ValueError, in words, where the endpoint cannot be asked."""
+    is no verdict on this pair (other words, or 400: too long for the judge). ValueError, in words, where the endpoint cannot be asked."""
     if not re.match(r'https?://', url):
         raise ValueError('the judge is an address such as http://127.0.0.1:8000/v1')
     said, where = [], f'judge {url}'
@@ -646,8 +646,11 @@ def ask_judge(url, name, key, prompt, a, b):
         except ValueError:
             got = None
         try:
-            if r.status_code != 200:
-                raise ValueError(f"{where}: refused with {r.status_code}: {str(got['error']['message'])[:200]}; are key and name of the model right?")
+            error = '' if r.status_code == 200 else f"{r.status_code}: {str(got['error']['message'])[:200]}"
+            if r.status_code in (400, 413, 422):
+                return None, error
+            if error:
+                raise ValueError(f'{where}: refused with {error}; are key and name of the model right?')
             said.append(str(got['choices'][0]['message']['content']).strip())
         except (LookupError, TypeError):
             raise ValueError(f'{where}: expected a chat completion with choices[0].message.content, got {r.status_code} with {r.text[:80]!r}') from None
@@ -675,7 +678,7 @@ def judge_all(models, journal, judge, url='', key='', limit=200):
             journal.label(p['id'], label, by)  # one by one: what has been paid for is kept when the endpoint goes away
         made, mute = (made + 1, 0) if label else (made, mute + 1)
         if mute == 3:
-            raise ValueError(f'judge {url}: expected A, B or TIE, got {said} (the third pair in a row without a verdict): take a model that follows the instruction')
+            raise ValueError(f'judge {url}: expected A, B or TIE, got {said} (the third pair in a row without a verdict): take another model')
         yield made, i + 1, len(todo)
 
 
@@ -967,24 +970,24 @@ GALLERY = (
      'python ppo.py config/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
     ('Mode collapse', 'entropy', collapsed, 'Policy gradient rewards whatever won, and a winner sampled more often wins more often. Without a KL term or entropy bonus one '
      'answer takes all the probability: whatever is asked, the same words come, and exploration ends.',
-     'python ppo.py config/ablate_ppo.py --beta=0 --learning_rate=2e-3 --out_dir=out-collapse'),
+     'python ppo.py config/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
     ('Answers without end', 'ended', lambda r: ends(r, 'ended', 'eval')[1] < 0.9, 'The end token was never trained '
      '(pad = EOS masks it out) or the reward does not care: answers run into the length limit. A fixed bad score for an answer without end (missing_eos) is the usual cure.',
      'python ppo.py config/ablate_ppo.py --missing_eos=none --init_from=out-base --out_dir=out-endless'),
-    ('Length grows', 'len', lambda r: ends(r, 'len', 'eval')[1] > 1.5 * ends(r, 'len', 'eval')[0], 'Either the reward pays for it (labellers like thorough answers, the reward '
+    ('Length grows', 'len', lambda r: ends(r, 'len', 'eval')[1] > 1.4 * ends(r, 'len', 'eval')[0], 'Either the reward pays for it (labellers like thorough answers, the reward '
      'model learns "longer is better": see its length correlation) or the loss does: divided by its own length, a long wrong answer costs less a token than a short one. '
      'Balance the pairs in length; in GRPO take dr_grpo.', 'python grpo.py config/grpo_toy.py --loss_type=grpo --eval_interval=20 --out_dir=out-long'),
     ('KL runs away', 'kl', lambda r: ends(r, 'kl')[1] > 25, 'The policy has left the region where reference and reward model mean anything: learning rate too high, beta too low, '
      'or, as here, the KL paid instead of charged, one sign in one line. A negative KL, on the other hand, says that samples and log-probs are not at the same temperature.',
      'python failures/wrong_kl_sign.py config/ablate_ppo.py --out_dir=out-kl'),
     ('Dead groups', 'dead', lambda r: ends(r, 'dead')[1] > 0.6, 'All answers of a group got the same reward, so their advantages are 0 and nothing is learned from them: the task is '
-     'too hard or, as at the end of a good run, too easy. Choose prompts at the edge of what the model can do, or sample larger groups.',
-     'python grpo.py config/grpo_toy.py --init_from=out-base --group_size=2 --max_iters=30 --out_dir=out-dead'),
+     'too hard or, as at the end of a good run, too easy; a group of one is always dead. Choose prompts at the edge of what the model can do, or sample larger groups.',
+     'python failures/group_of_one.py config/ablate_grpo.py --group_size=1 --max_iters=14 --out_dir=out-dead'),
     ('Chosen falls too', 'chosen_logp_change', lambda r: ends(r, 'chosen_logp_change', 'eval')[1] < -5, 'DPO widens the gap between chosen and rejected, and nothing in its loss keeps '
      'the chosen answer likely: both sink, the mass goes to answers nobody has seen. A larger beta or an SFT term holds it.',
      'python dpo.py config/ablate_dpo.py --beta=0.02 --learning_rate=1e-3 --out_dir=out-dpo-falls'),
     ('Overfitting', 'loss', lambda r: ends(r, 'loss', 'eval')[1] > 1.05 * ends(r, 'loss', 'eval')[2], 'Held-out loss turns up while training loss falls: the rows are learned by '
-     'heart. Fewer epochs, more data, LoRA instead of all weights.', 'python reward.py config/ablate_reward.py --max_rows=100 --epochs=30 --eval_interval=10 --out_dir=out-overfit'),
+     'heart, and the model grows surer of itself without being right more often. Fewer epochs, more data, LoRA instead of all weights.', 'python reward.py config/ablate_reward.py --max_rows=100 --epochs=30 --eval_interval=10 --out_dir=out-overfit'),
     ('Sampler and trainer disagree', 'mismatch', lambda r: ends(r, 'mismatch')[1] > 0.03, 'The log-probs that are trained are not those of the distribution that was sampled: another '
      'temperature, top-p, padding or old weights. The ratio of the first update is 1 all the same, since both its sides are wrong alike; only this number tells.',
      'python failures/temperature_mismatch.py config/ablate_ppo.py --max_iters=8 --out_dir=out-mismatch'),
@@ -992,16 +995,16 @@ GALLERY = (
 
 
 def words_of(run, metric):
-    """Three answers of a run before and after, those whose reward rose most (for `ended` those without end); its last evaluations where it kept none."""
+    """Three answers of a run before and after, those that show it best; its last evaluations where it kept none."""
     steps = samples_at(run)
     if len(steps) < 2:
         said = [line[:400] for line in tail(run.file('console.txt'), 1 << 18).split('\n') if line.startswith('step ')]
         return '\n'.join([*said[:1], '...', *said[-2:]]) if len(said) > 3 else '\n'.join(said) or 'nobody kept what this run wrote'
     (a, first), *_, (b, last) = steps.items()
     before = {s['prompt']: s for s in first}
-    number = lambda s: s['score'] if finite(s.get('score')) else 0.0
-    key = (lambda s: '<|endoftext|>' in s['completion']) if metric == 'ended' else lambda s: number(before[s['prompt']]) - number(s)
-    picked = sorted({s['prompt']: s for s in last if s['prompt'] in before}.values(), key=key)[:3]
+    best = {'ended': lambda s: '<|endoftext|>' not in s['completion'], 'len': lambda s: len(s['completion']), 'score': lambda s: s['score'] if finite(s.get('score')) else 0.0}
+    gain = best.get(metric, lambda s: 0)  # no order: the first three
+    picked = sorted({s['prompt']: s for s in last if s['prompt'] in before}.values(), key=lambda s: gain(before[s['prompt']]) - gain(s))[:3]
     return '\n\n'.join(f"{s['prompt'].strip()}\n{f'iteration {a}:':>15} {before[s['prompt']]['completion'][:240]}\n{f'iteration {b}:':>15} {s['completion'][:240]}" for s in picked)
 
 
@@ -1036,8 +1039,9 @@ def gallery(runs):
 
 
 def write_gallery(root, path):
-    """What the runs of a folder show of each failure, to a file as failures/gallery.json -> the names found."""
-    seen = {name: evidence(hit, metric) for name, metric, there, *_ in GALLERY for hit in [r for r in find_runs(root) if there(r)][:1]}
+    """What the runs of a folder show of each failure (its own command's run first), to a file as failures/gallery.json -> the names found."""
+    runs = find_runs(root)
+    seen = {name: evidence(hit, metric) for name, metric, there, _, how in GALLERY for hit in sorted(filter(there, runs), key=lambda r: not how.endswith(r.name))[:1]}
     rounded = json.loads(json.dumps(seen), parse_float=lambda x: float(f'{float(x):.4g}'))
     write_whole(inside(root, path), json.dumps(rounded, indent=0, ensure_ascii=False) + '\n')
     return list(seen)
@@ -1074,6 +1078,7 @@ CSS = '''
 .side h4{margin:0 0 6px}.bubble{border-radius:8px;padding:6px 9px;margin:4px 0;background:#8882}.bubble.user{background:#2563eb33}
 .bad{color:#dc2626;white-space:pre-wrap;overflow-wrap:anywhere}.on{background:#16a34a44}.off{opacity:.65}
 .page pre,pre.page{white-space:pre-wrap;overflow-wrap:anywhere;background:#8882;border-radius:8px;padding:8px;font-size:13px;max-height:380px;overflow-y:auto}
+[data-testid=status-tracker] .error,[data-testid=status-tracker] .clear-status{display:none}
 .page .console{display:flex;flex-direction:column-reverse}.label-wrap{text-align:left!important;gap:8px}.label-wrap .icon{flex:none}
 .page h2{margin:18px 0 6px;font-size:20px}.page h3{margin:12px 0 4px;font-size:16px}.page p{margin:4px 0;max-width:80ch}.page code{overflow-wrap:anywhere}
 @media(max-width:480px){.tab-container button,.tab-wrapper button{padding:0 6px!important;font-size:13px!important}main.fillable,.gradio-container main{padding:8px!important}}

@@ -380,6 +380,9 @@ def test_judge_at_an_endpoint_is_asked_both_ways_and_failures_are_told(tmp_path)
     path, key, body = end.asked[1]
     assert path == '/v1/chat/completions' and key == 'Bearer secret' and body['model'] == 'm'
     assert ['x' in q['messages'][0]['content'].split('Answer B:')[0] for _, _, q in end.asked[:2]] == [True, False]  # once in each order
+    for status in (400, 413, 422):
+        replies[:] = [verdict('A'), (status, dict(error=dict(message='the prompt has 299 tokens, the context is 256')))]
+        assert ask() == (None, f'{status}: the prompt has 299 tokens, the context is 256')  # no word on the other pairs
     for reply, words in (((401, dict(error=dict(message='Incorrect API key'))), 'refused with 401: Incorrect API key; are key'), ((500, 'boom'), "got 500 with 'boom'"),
                          ((200, '<html>'), "expected a chat completion .* got 200 with '<html>'"), ((200, dict(choices=[])), 'expected a chat completion'),
                          ((200, [1]), 'expected a chat completion'), ((302, ''), 'got 302'), ((404, dict(error='no')), 'got 404')):
