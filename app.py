@@ -1422,8 +1422,8 @@ def finetune_tab(gr, root, lms, chat_names, lists):
     check, looked, kept = gr.Button('Check the file'), gr.HTML(elem_classes='page', elem_id='looked'), gr.State('')
     with gr.Row():
         how = gr.Radio(['all weights', 'LoRA'], value='LoRA', label='train')
-        rank, iters = gr.Number(16, label='LoRA rank', precision=0), gr.Number(60, label='iterations', precision=0)
-        rate, out = gr.Number(1e-3, label='learning rate'), gr.Textbox('out-finetuned', label='out_dir')
+        rank, iters = gr.Number(16, label='LoRA rank', precision=0), gr.Number(150, label='iterations', precision=0)
+        rate, out = gr.Number(2e-3, label='learning rate'), gr.Textbox('out-finetuned', label='out_dir')
     with gr.Row():
         go, talk, export = gr.Button('Start finetuning', variant='primary'), gr.Button('Chat with it'), gr.Button('Merge and export')
     view, seen, done = gr.HTML(elem_classes='page', elem_id='tuned'), gr.State(''), gr.HTML(elem_classes='page', elem_id='exported')
