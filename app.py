@@ -761,7 +761,7 @@ COLOURS = ('#2563eb', '#dc2626', '#16a34a', '#d97706', '#9333ea', '#0891b2', '#d
 INK = '#0a0b0c'  # replaced by the colour of the page's text: one picture for light and dark
 UNITS = dict(score='reward', kl='KL, nats a sequence', loss='loss, nats', len='tokens an answer', tok_per_s='tokens/s', clip_frac='share of tokens clipped', pg='policy loss',
              vf='value loss', ended='share that ends', accuracy='accuracy', margin='reward margin', entropy='entropy, nats a token', grad_norm='gradient norm', lr='learning rate',
-             time='seconds', step='iteration', chosen_logp_change='change of the chosen log-prob, nats', dead='share of dead groups')
+             time='seconds', step='iteration', chosen_logp_change='change of the chosen log-prob, nats', dead='share of dead groups', mismatch='nats a token')
 
 
 def series(run, metric, x='step', split='train'):
@@ -1024,6 +1024,8 @@ def evidence_html(seen, metric):
     def draw(ax):
         for i, (label, (xs, ys)) in enumerate(seen['curves'].items()):
             ax.plot(xs, ys, 'o-' if len(xs) < 12 else '-', color=COLOURS[i], ms=4, lw=1.3, label=label)
+        if all(y >= 0 for _, ys in seen['curves'].values() for y in ys):
+            ax.set_ylim(bottom=0)
     return f'<div class=plots>{picture(draw, UNITS["step"], UNITS.get(metric, metric), seen["run"])}<pre>{esc(seen["text"])}</pre></div>'
 
 
@@ -1258,8 +1260,8 @@ def chat_tab(gr, models, lms, rewards, values, lists):
     return names
 
 
-def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf', 'clip_frac', 'len', 'tok_per_s')):
-    """State, remaining time, curves and console of one run."""
+def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf', 'clip_frac', 'len', 'tok_per_s'), console=''):
+    """State, remaining time, curves and console (of the run before it in one command, where that has it) of one run."""
     run = run_of(root, name)
     train = [r for r in run.rows if r['split'] == 'train']
     last = train[-20:]
@@ -1270,7 +1272,7 @@ def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf'
     head = f'<p><b data-state={esc(run.state)}>{esc(name)}: {esc(run.state)}</b>, iteration <span id=at>{run.last}</span>{f" of {run.total}" if run.total else ""}{left}</p>'
     head += f'<p class={bad}>{esc(run.note)}</p><p class=note>{esc(now)}</p>'
     drawn = ''.join(curves([run], m, 'step', 0.3) for m in metrics)
-    return f'{head}<div class=plots>{drawn}</div><pre class=console><span>{esc(run.console) or "no console: this run was started elsewhere"}</span></pre>'
+    return f'{head}<div class=plots>{drawn}</div><pre class=console><span>{esc(run.console or console) or "no console: this run was started elsewhere"}</span></pre>'
 
 
 def signature(root, *names):
@@ -1596,7 +1598,7 @@ def after_labels(gr, root, models, desk, lms, rewards, chat_names, lists):
         if now == before:
             return gr.skip(), gr.skip(), gr.skip()
         first, ready = run_of(root, outs[0]), outs[1] in find_models(root) and run_of(root, outs[1]).state == 'finished'
-        page = f'<p data-refit={"done" if ready else first.state}>{esc(outs[1])}: {"trained: chat with it in the first tab" if ready else esc(first.state)}</p>{live_html(root, outs[1] if run_of(root, outs[1]).rows else outs[0])}'
+        page = f'<p data-refit={"done" if ready else first.state}>{esc(outs[1])}: {"trained: chat with it in the first tab" if ready else esc(first.state)}</p>{live_html(root, outs[1] if run_of(root, outs[1]).rows else outs[0], console=first.console)}'
         return page, now, gr.Dropdown([n for n, k in find_models(root).items() if k != 'reward'], value=[base, outs[1]]) if ready else gr.skip()
     lists['lm'] += [base]
     lists['reward'] += [judge]
