@@ -86,7 +86,7 @@ grad_clip = 1.0 # global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
-compile = False # torch.compile
+compile = False # torch.compile of the blocks; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
@@ -320,7 +320,7 @@ if __name__ == '__main__':
     use_adapter = bool(lora.adapted(policy)) and not ref
     threads = pick_threads(threads, policy.num_params(), device)
     if compile:
-        policy.hidden = torch.compile(policy.hidden, dynamic=True)
+        policy.compile_blocks()
 
     # ---- data ----------------------------------------------------------------------------------------------------
     rows, val_rows = load_dataset(dataset), load_dataset(val_dataset) if val_dataset else None

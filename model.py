@@ -323,7 +323,7 @@ def rope_frequencies(c):
 class GPT(nn.Module):
     def __init__(self, config, head='lm'):
         super().__init__()
-        self.config, self.head, self.checkpointing = config, head, False
+        self.config, self.head, self.checkpointing, self.compiled = config, head, False, False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == 'learned' else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -363,12 +363,19 @@ class GPT(nn.Module):
             angle = pos[:, None].to(inv.dtype) * inv
             rope = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
         x = F.dropout(x, self.config.dropout, self.training)
+        attend = torch.compiler.disable(attend) if self.compiled else attend
         for layer, block in enumerate(self.h):
             if self.checkpointing and torch.is_grad_enabled():
                 x, delta = checkpoint(block, x, delta, layer, rope, attend, use_reentrant=False)
             else:
                 x, delta = block(x, delta, layer, rope, attend)
         return self.ln_f(delta, x)[0]
+
+    def compile_blocks(self, backend='inductor'):
+        """torch.compile of each block, for any number of rows; attention stays a call between graphs, since it depends on how the batch is packed."""
+        for block in self.h:
+            block.compile(dynamic=True, backend=backend)
+        self.compiled = True
 
     def layout(self, idx, mask=None, doc=None):
         """The Layout of a batch that fits this model; ValueError for one that does not."""

@@ -107,7 +107,7 @@ grad_clip = 1.0 # global norm; 0 = off
 max_num_seqs = 64 # completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
-compile = False # torch.compile of the update's forward pass
+compile = False # torch.compile of the blocks in updates; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
@@ -412,7 +412,7 @@ if __name__ == '__main__':
                               [reward] if reward_model is None else [], reward_workers, reward_timeout, reward_retries, runtime, position, device,
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
-        policy.hidden = torch.compile(policy.hidden, dynamic=True)
+        policy.compile_blocks()
     sampler_bytes = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
     planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=sampler_bytes, past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm,
                                kv=kv_cache_bytes(engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),

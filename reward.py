@@ -75,7 +75,7 @@ grad_clip = 1.0 # global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
-compile = False # torch.compile
+compile = False # torch.compile of the blocks; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
@@ -258,7 +258,8 @@ if __name__ == '__main__':
     longest = max(len(p[0]) + len(p[1]) for p in pairs)
     planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, min(max(micro_tokens, longest), batch_size * longest) // (tp * cp), T)))
     print(f'{n_params / 1e6:.2f} M parameters on {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
-    rewards_of_batch = torch.compile(packed_rewards) if compile else packed_rewards
+    if compile:
+        model.compile_blocks()
 
     def score_weight():
         return parallel.full_state(model, keep=lambda name: name == 'score.weight')['score.weight'].clone()
@@ -271,7 +272,7 @@ if __name__ == '__main__':
     def loss_of(model, mine):
         """The share of some pairs in the batch's loss; how many are right, the sum of their margins."""
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            r = rewards_of_batch(model, [s for p in mine for s in p[:2]], device).view(-1, 2)
+            r = packed_rewards(model, [s for p in mine for s in p[:2]], device).view(-1, 2)
         margins, tie = torch.tensor([margin_scale * p[4] for p in mine], device=device), torch.tensor([p[5] for p in mine], device=device)
         d = (r[:, 0] - r[:, 1]).detach()
         return pair_losses(r[:, 0], r[:, 1], margins, tie, center).sum() / pairs_a_step, dict(right=(d > 0).sum(), margin=d.sum())

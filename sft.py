@@ -71,7 +71,7 @@ grad_clip = 1.0 # global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
-compile = False # torch.compile
+compile = False # torch.compile of the blocks; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
@@ -254,7 +254,8 @@ if __name__ == '__main__':
     tokens = min(micro_tokens, batch_size * T) // (tp * cp)
     planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, tokens, T)))
     print(f'{n_params / 1e6:.2f} M parameters ({trains / 1e6:.2f} M trained) on {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
-    forward = torch.compile(model) if compile else model
+    if compile:
+        model.compile_blocks()
 
     # ---- loop ----------------------------------------------------------------------------------------------------
     model.train()
@@ -276,7 +277,7 @@ if __name__ == '__main__':
         t0 = time.time()
         lr = cosine_lr(it, learning_rate, min_lr, warmup_iters, max_iters) if decay_lr else learning_rate
         micro = training_batch(it)
-        loss = parallel.accumulate(forward, optimizer, micro, loss_of, [int((y >= 0).sum()) for _, y, _ in micro])['loss']  # a mean over trained tokens
+        loss = parallel.accumulate(model, optimizer, micro, loss_of, [int((y >= 0).sum()) for _, y, _ in micro])['loss']  # a mean over trained tokens
         check_finite(it, out_dir, loss=loss)
         norm = optimizer.step(lr, grad_clip)
         dt, n = time.time() - t0, sum(mesh.collect([x.numel() for x, _, _ in micro]))
