@@ -1644,14 +1644,14 @@ def _load(path, num_proc):
     id, kind = _file_id(path), os.path.splitext(path.removesuffix('.gz'))[1]
     if id[1] == 0:
         raise (ArrowError if kind == '.arrow' else ValueError)(f'{path}: the file is empty')
-    with io.BufferedReader(gzip.open(path) if path.endswith('.gz') else open(path, 'rb', 0), _BLOCK) as f:
-        head = f.read(256).removeprefix(b'\xef\xbb\xbf').lstrip()
-        f.seek(0)
+    with gzip.open(path) if path.endswith('.gz') else open(path, 'rb', 0) as raw:
+        head = raw.read(256).removeprefix(b'\xef\xbb\xbf').lstrip()
+        raw.seek(0)
         if kind == '.arrow' or head[:6] == b'ARROW1' or head[:4] == b'\xff\xff\xff\xff':
             return _open_arrow(path)
         if kind == '.parquet':
             return [_load_parquet(path)]
-        sink = _Sink()
+        sink, f = _Sink(), io.BufferedReader(raw, _BLOCK)
         if kind in ('.csv', '.tsv'):
             sink = _read_csv(f, path, '\t' if kind == '.tsv' else ',')
         elif head[:1] == b'[':
