@@ -191,7 +191,7 @@ def run_of(root, name):
     cfg = next((r for r in rows if r.get('split') == 'config'), {})
     rows = [r for r in rows if r.get('split') in ('train', 'eval') and isinstance(r.get('step'), int) and finite(r['step']) and finite(r.get('time'))]
     run = SimpleNamespace(root=root, name=name, path=path, stage=cfg.get('stage', info.get('stage', '?')), config=cfg, rows=rows, broken=broken, info=info,
-                          last=rows[-1]['step'] if rows else 0, total=cfg['max_iters'] if isinstance(cfg.get('max_iters'), int) else 0, mtime=mtime,
+                          last=rows[-1]['step'] if rows else 0, total=int(cfg['max_iters']) if finite(cfg.get('max_iters')) else 0, mtime=mtime,
                           console=tail(kept(root, name, 'console.txt')).strip(), file=lambda file: kept(root, name, file))
     run.total = run.total or max([run.last, *(int(n) for n in re.findall(r'(?:iter \d+/|; )(\d+)(?: iterations)?', run.console))])
     run.state, run.note = _state(run)

@@ -483,6 +483,28 @@ def test_report_of_a_hostile_folder_is_one_file_without_markup_of_others(tmp_pat
         app.write_report(tmp_path, '../report.html')
 
 
+def test_odd_values_in_every_file_break_nothing(tmp_path):
+    pytest.importorskip('matplotlib')
+    odd = [None, True, 'x', '<b>', [], {}, [1], math.nan, -math.inf, 10 ** 400]
+    rows = [dict(step=i, time=float(i), split=split, score=1.0 + i, kl=1.0, len=9.0, ended=0.5, loss=1.0) for i in range(2) for split in ('train', 'eval')]
+    fields = 'step time split score kl len ended loss tokens entropy dead mismatch chosen_logp_change'.split()
+    strange = [dict(rows[i % 4], **{k: v}) for i, k in enumerate(fields) for v in odd]
+    for i, v in enumerate(odd):
+        write(tmp_path / f'out-{i}' / 'log.jsonl', dict(step=0, time=0.0, split='config', stage=('ppo', v)[i % 2], max_iters=v), *rows, *strange)
+        write(tmp_path / f'out-{i}' / 'samples.jsonl', *[dict(dict(step=s, prompt='Q: red?\nA: ', completion='red', score=v), **{k: v}) for s in (0, 1) for k in ('x', 'step', 'prompt', 'completion')])
+        write(tmp_path / f'out-{i}' / 'run.json', dict(pid=v, birth=v, stage=v, stopped=v))
+        write(tmp_path / f'out-{i}' / 'report.json', dict(accuracy=v, accuracy_95=v, histogram=v))
+    write(tmp_path / 'out' / 'report.json', {name: dict(gold=v, kl=v, reward=v, seconds=v) for name, v in zip(('sft', 'ppo', '../../etc', '<b>', 'x/../../..'), odd)})
+    write(tmp_path / 'out' / 'samples.jsonl', *[dict(prompt=v, sft=v, ppo='red') for v in ('Q: red?\nA: ', *odd)])
+    write(tmp_path / 'data' / 'toy' / 'prompts_val.jsonl', *[dict(dict(prompt='Q: red?\nA: ', family='story', want='happy cat'), **{k: v}) for k in ('prompt', 'family', 'want') for v in odd])
+    write(tmp_path / 'annotations' / 'l.jsonl', dict(kind='pair', id='1', prompt='p', a='x', b='y'),
+          *[dict(dict(kind=kind, id='2', pair='1', label='edit', of='a', text='z'), **{k: v}) for kind in ('pair', 'label', 'undo') for k in ('id', 'pair', 'label', 'of', 'text') for v in odd])
+    page = app.dashboard(tmp_path, metrics=('score', 'kl'))
+    assert page.count('<tr>') > len(odd) and '<b>out' not in page and all(app.live_html(tmp_path, f'out-{i}', ('score',)) for i in range(len(odd)))
+    journal = app.Journal(tmp_path, 'l')
+    assert list(journal.state()[0]) == ['1'] and journal.export()[1:] in ((0, 0), (1, 0)) and app.pair_html(journal, journal.next('s'))
+
+
 def test_failures_are_seen_where_they_are_and_only_there(tmp_path):
     config = lambda stage: dict(step=0, time=0.0, split='config', stage=stage, max_iters=20)
     row = lambda i, split='train', **more: dict(step=i, time=float(i), split=split, **more)
