@@ -23,10 +23,10 @@ def write(path, *rows):
         f.write('\n'.join(r if isinstance(r, str) else json.dumps(r) for r in rows) + '\n')
 
 
-def tiny(path, head='lm', stage='sft', seed=0, block=96, **more):
+def tiny(path, head='lm', stage='sft', seed=0, block=96, layers=1, width=32, **more):
     """A checkpoint of a random byte model, as the stages write it."""
     torch.manual_seed(seed)
-    c = GPTConfig.of('gpt2', n_layer=1, n_head=2, n_embd=32, vocab_size=257, block_size=block)
+    c = GPTConfig.of('gpt2', n_layer=layers, n_head=2, n_embd=width, vocab_size=257, block_size=block)
     os.makedirs(path, exist_ok=True)
     torch.save(dict(model=GPT(c, head).state_dict(), model_args=asdict(c), lora=None, tokenizer='byte', iter=1,
                     config=dict(stage=stage, gamma=1.0, lam=0.95, kl_kind='k1', temperature=1.0), **more), os.path.join(path, 'ckpt.pt'))

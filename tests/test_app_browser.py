@@ -73,6 +73,7 @@ def served(tmp_path_factory):
     at = lambda *name: str(root.joinpath(*name))
     for i, name in enumerate(('out-base', 'out-sft', 'out-dpo', 'out-grpo')):
         tiny(at(name), seed=i, block=4096)
+    tiny(at('out-slow'), seed=6, block=4096, layers=6, width=384)
     value = GPT(GPTConfig.of('gpt2', n_layer=1, n_head=2, n_embd=32, vocab_size=257, block_size=4096), 'scalar')
     tiny(at('out-ppo'), stage='ppo', seed=4, block=4096, value=value.state_dict(), value_kind='policy', beta=0.1)
     tiny(at('out-reward'), 'scalar', 'reward', seed=5, block=4096)
@@ -169,14 +170,15 @@ WATCH = """() => { window.seen = []; const box = document.querySelector('#chat')
 
 
 def longest(page, n):
-    field = page.get_by_label('number input for tokens at most')
+    field, bar = page.get_by_label('number input for tokens at most'), page.get_by_label('range slider for tokens at most')
     field.fill(str(n))
     field.press('Tab')
+    playwright.expect(bar).to_have_value(str(n))  # the page has taken it
 
 
 def test_chat_streams_four_models_side_by_side_and_colours_tokens(page):
     tab(page, 'Chat')
-    choose(page, 'Models', 'out-base', 'out-dpo')
+    choose(page, 'Models', 'out-base', 'out-slow')  # all four wait for the slow one: a stream that can be watched
     page.get_by_role('button', name='Sampling').click()
     longest(page, 400)
     page.evaluate(WATCH)
@@ -186,7 +188,7 @@ def test_chat_streams_four_models_side_by_side_and_colours_tokens(page):
         pass  # until nothing grows any more
     seen = [tuple(counts) for counts in page.evaluate('window.seen') if len(counts) == 4]
     assert len({sum(c) for c in seen}) >= 4 and any(min(c) > 0 and sum(c) < sum(seen[-1]) for c in seen), seen  # all four grow, a little at a time
-    assert [h.inner_text() for h in page.locator('#chat h4').all()] == ['out-sft', 'out-ppo', 'out-base', 'out-dpo']
+    assert [h.inner_text() for h in page.locator('#chat h4').all()] == ['out-sft', 'out-ppo', 'out-base', 'out-slow']
     assert '<script>hacked=1</script>' in page.locator('#chat').inner_text() and page.locator('#chat img').count() == 0
     page.get_by_role('button', name='Colour the last answers').click()
     page.locator('#tokens .tok').first.wait_for()
@@ -206,27 +208,32 @@ def sent(page, text):
 
 def test_chat_stopped_halfway_and_asked_again(page):
     tab(page, 'Chat')
+    models = page.get_by_label('Models', exact=True)
+    for _ in range(4):
+        models.press('Backspace')
+    choose(page, 'Models', 'out-slow')
+    playwright.expect(page.locator('#chat h4')).to_have_text(['out-slow'])
     page.get_by_role('button', name='New chat').click()
     playwright.expect(page.locator('#chat .bubble')).to_have_count(0)
     heat = page.get_by_label('number input for temperature (0 = greedy)')
-    heat.fill('0')  # greedy random models go round in circles: none of them comes to its end token
+    heat.fill('0')  # a greedy random model goes round in circles: it never comes to its end token, and this one needs seconds for 2,000
     longest(page, 2000)
     sent(page, 'count')
-    counts = lambda: [int(note.split()[0]) for note in page.locator('#chat .note').all_inner_texts()]
-    page.wait_for_function("() => (notes => notes.length == 4 && notes.every(n => parseInt(n.innerText) > 0))([...document.querySelectorAll('#chat .note')])")
+    count = lambda: int(page.locator('#chat .note').inner_text().split()[0])
+    page.wait_for_function("() => parseInt(document.querySelector('#chat .note')?.innerText) > 0")
     page.locator('#message button.stop-button').click()
-    page.locator('#message button.submit-button').wait_for()
     at = None
-    while at != counts():  # what was on its way when the button was pressed, long on a busy machine
-        at = counts()
+    while at != count():  # what was on its way when the button was pressed, long on a busy machine
+        at = count()
         page.wait_for_timeout(1500)
-    assert 0 < min(at) and max(at) < 2000, at
+    assert 0 < at < 2000
     longest(page, 8)
     page.get_by_role('button', name='New chat').click()
     playwright.expect(page.locator('#chat .bubble')).to_have_count(0)
+    choose(page, 'Models', 'out-base')
     sent(page, 'again')
-    playwright.expect(page.locator('#chat .note', has_text='8 tokens').filter(has_text='cut at the limit')).to_have_count(4)
-    assert [bubble.inner_text() for bubble in page.locator('#chat .bubble.user').all()] == ['again'] * 4
+    playwright.expect(page.locator('#chat .note', has_text='8 tokens').filter(has_text='cut at the limit')).to_have_count(2)
+    assert [bubble.inner_text() for bubble in page.locator('#chat .bubble.user').all()] == ['again'] * 2
     heat.fill('0.7')
     heat.press('Tab')
     page.get_by_role('button', name='Sampling').click()
