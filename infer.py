@@ -11,7 +11,8 @@ One step of the engine, in the order of this file:
  2. caches        where keys and values lie. PagedCache (CUDA): blocks anywhere, a block table per request, vLLM's way
     (2309.06180). RowCache (CPU): a row of consecutive memory per running request, because a CPU multiplies long rows
     several times faster than it gathers pages; blocks are then the unit of account, and cached blocks are copies.
- 3. Net           the forward over the flat tokens of all requests: decoding ones (one token) and prompts (a chunk) together.
+ 3. Net           the forward over the flat tokens of all requests: decoding ones (one token) and prompts (a chunk) together. On CPU in
+    float32 it is one call of C (kernels.c_forward), and a request's numbers are the same to the bit whatever is beside it.
  4. Sampler       one batch, every request with its own settings. One random number per request and position, from a counter:
     a sample depends on its seed only, never on the batch that it happened to run in.
  5. Engine        the scheduler (who runs, who waits, who is thrown out when memory ends) and the verbs of RL: load_weights,
@@ -2167,11 +2168,12 @@ def run_chat(engine, params):
     """Reads lines until the end of the input. The turns before are in the prefix cache, so only what is new is computed."""
     first = [dict(role='system', content=system)] if system else []
     messages, tok = list(first), engine.tokenizer
-    print('chat: an empty line ends it, /reset forgets, Ctrl-C stops an answer', file=sys.stderr)
+    print('chat: an empty line or Ctrl-D ends it, /reset forgets, Ctrl-C stops an answer', file=sys.stderr)
     while True:
         try:
             line = input('> ')
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
             return
         if not line.strip():
             return
@@ -2249,4 +2251,8 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)

@@ -313,11 +313,12 @@ def test_compiled(compiler, arch):
 
 
 def test_grouped_heads_untied_long_and_bfloat16():
-    """Odd shapes: 6 heads on 3, head_size that is not C / nh, contexts over several arenas; bfloat16 stays near float32."""
+    """Odd shapes: 6 heads on 3, head_size that is not C / nh, long prompts, contexts over several arenas; bfloat16 stays near float32."""
     model = tiny('qwen3', torch.float32, vocab=50, n_head=6, n_kv_head=3, head_size=10, n_embd=24, block_size=700, tie=False)
     engine = Engine(model, None, max_num_seqs=3)
-    out = engine.generate([list(range(50)) * 3, [1, 2, 3], [4] * 60], SamplingParams(max_tokens=300, seed=1))
-    assert engine.mismatch(out)['max'] <= 2e-5 and len(engine.cache.arenas) > 2
+    out = engine.generate([list(range(50)) * 8, [1, 2, 3], [4] * 60], SamplingParams(max_tokens=250, seed=1))  # more than 256 tokens at once: attention by matrix products
+    out += engine.generate([list(range(50)) + [7] * 300], SamplingParams(max_tokens=20, seed=1))  # and behind what the prefix cache has
+    assert engine.mismatch(out)['max'] <= 2e-5 and len(engine.cache.arenas) > 2 and engine.counts['cached_tokens'] == 48
     half = Engine(tiny('qwen3', torch.bfloat16, vocab=50), None)
     assert half.mismatch(half.generate([[1, 2, 3]] * 3, SamplingParams(max_tokens=40, seed=1)), tiny('qwen3', torch.float32, vocab=50))['mean'] < 0.1
 
