@@ -420,6 +420,8 @@ def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), me
     idx = torch.randint(0, 4096, (B, T + 1), generator=torch.Generator().manual_seed(0))
     loss_of = lambda model, mb: (model(mb[:, :-1], mb[:, 1:])[1], {})
     torch.manual_seed(0)
+    torch.nn.Parameter(torch.zeros(2)).sum().backward()
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True).step()  # what torch loads for its first step is not the model's
     before = _parallel_resident()['RssAnon']
     mesh = parallel.init(device='cpu', **layout)
     full = GPT(_parallel_config(name))

@@ -1678,7 +1678,7 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, itemsize=4, activations=0):
                 sizes[unit] += n_here
                 trained[unit] += n_here * p.requires_grad
         frozen, local, large = sum(sizes.values()) - sum(trained.values()), sum(trained.values()), max(trained.values())
-        out = dict(weights=itemsize * (frozen + (local / n + min(local, 2 * large) if zero == 3 and n > 1 else local)),
+        out = dict(weights=itemsize * (frozen + (local / n + sum(sorted(trained.values())[-2:]) if zero == 3 and n > 1 else local)),
                    gradients=4 * (local if zero < 2 or n == 1 else local / n + large), optimizer=(12 if itemsize == 2 else 8) * local / n,
                    in_flight=4 * large, activations=activations / (tp * cp))
         out['total'] = sum(out.values())

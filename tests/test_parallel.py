@@ -319,47 +319,50 @@ def reductions_are_few(rank):
 
 
 def dropout_differs(rank):
-    """tp ranks hold different tokens and heads, so their dropout must differ; the mean of many draws is the loss without it."""
-    mesh = parallel.init(tp=2, device='cpu')
-    model = parallel.shard(make(dict(GPT2, dropout=0.1), dtype=f32), mesh)
-    mesh.split_seeds(7)
-    drawn = mesh.everyone.all_gather(torch.rand(4)[None])
-    assert not torch.equal(drawn[0], drawn[1])
-    mb = micros_of('lm', 0, 0, 8, size=8)[0]
-    with torch.no_grad():
-        losses = torch.tensor([float(loss_lm(model, mb)[0]) for _ in range(30)])
-        exact = float(loss_lm(model.eval(), mb)[0])
-    assert losses.std() > 1e-3 and abs(losses.mean() - exact) < 0.05 * exact
-    mesh.watch.stop()
+    """tp and cp ranks hold different tokens and heads, so their dropout must differ; the mean of many draws is the loss without it."""
+    for axis in ('tp', 'cp'):
+        mesh = parallel.init(device='cpu', **{axis: 2})
+        model = parallel.shard(make(dict(GPT2, dropout=0.1), dtype=f32), mesh)
+        mesh.split_seeds(7)
+        drawn = mesh.everyone.all_gather(torch.rand(4)[None])
+        assert not torch.equal(drawn[0], drawn[1])
+        mb = micros_of('lm', 0, 0, 8, size=8)[0]
+        with torch.no_grad():
+            losses = torch.tensor([float(loss_lm(model, mb)[0]) for _ in range(30)])
+            exact = float(loss_lm(model.eval(), mb)[0])
+        assert losses.std() > 1e-3 and abs(losses.mean() - exact) < 0.05 * exact
+        mesh.watch.stop()
 
 
 def engines(rank, cases):
     """infer.Engine on tensor-parallel weights, the ranks of a group in step: tokens and log-probs of the plain engine, before and after an
     update; greedy, filtered, penalised, several samples a prompt, memory so short that requests are thrown out and start over."""
     prompts, P = [[3, 7, 7, 1, 9], [3, 7, 7, 1, 9, 4, 4, 20, 21, 3, 7, 7, 1, 9, 4, 4, 20, 22], [5], list(range(30))], infer.SamplingParams
-    params = [P(20, seed=1, logprobs=2), P(20, 0.7, top_k=9, top_p=0.9, seed=2, n=3), P(20, 0.0, repetition_penalty=1.3), P(20, 1.3, min_p=0.02, seed=3, n=2, logit_bias={4: 2.0})]
+    params = [P(12, seed=1, logprobs=2), P(12, 0.7, top_k=9, top_p=0.9, seed=2, n=3), P(12, 0.0, repetition_penalty=1.3), P(12, 1.3, min_p=0.02, seed=3, n=2, logit_bias={4: 2.0})]
     for shape, layout, dtype, in_place in cases:
-        mesh, full, options = parallel.init(device='cpu', **layout), make(shape, dtype=f32), dict(num_blocks=22, block_size=4, max_num_batched_tokens=24)
-        plain = infer.Engine(copy.deepcopy(full).to(dtype), **options)
+        mesh, full, options = parallel.init(device='cpu', **layout), make(shape, dtype=f32), dict(num_blocks=14, block_size=4, max_num_batched_tokens=24)
+        plain = infer.Engine(copy.deepcopy(full).to(dtype), **options) if rank == 0 else None
         sampler = parallel.sampler_of(full, mesh, dtype, shard=True)
         model = parallel.shard(full, mesh)
         opt, engine = parallel.Optimizer(model, mesh, 1e-2), infer.Engine(sampler, **options)
-        assert (sampler is model.body) == in_place and engine.kv_bytes * min(mesh.tp.size, full.config.n_kv_head) == plain.kv_bytes
+        assert (sampler is model.body) == in_place
         for step in range(2):
             parallel.refresh(engine, model)
-            plain.load_weights(parallel.full_state(model))
-            done, want = engine.generate(prompts, params), plain.generate(prompts, params)
+            state, done = parallel.full_state(model), engine.generate(prompts, params)
+            assert mesh.everyone.share_object([c.token_ids for c in done], 0, 'tokens') == [c.token_ids for c in done]
             if dtype != f32:  # sums in another order round otherwise: the log-probs are the trainer's to bfloat16's precision
                 assert engine.mismatch(done, model)['max'] < 0.05
-                continue
-            for a, b in zip(done, want, strict=True):
-                assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason, (shape['arch'], layout, step, a, b)
-                for x, y in ((a.logprobs, b.logprobs), (a.raw_logprobs, b.raw_logprobs)):
-                    assert (torch.tensor(x) - torch.tensor(y)).abs().max() < 1e-5
+            elif rank == 0:
+                plain.load_weights(state)
+                for a, b in zip(done, plain.generate(prompts, params), strict=True):
+                    assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason, (shape['arch'], layout, step, a, b)
+                    for x, y in ((a.logprobs, b.logprobs), (a.raw_logprobs, b.raw_logprobs)):
+                        assert (torch.tensor(x) - torch.tensor(y)).abs().max() < 1e-5
+                assert engine.stats() == plain.stats()
             s = mesh.share(8)
             parallel.accumulate(model, opt, micros_of('lm', step, s.start, s.stop), loss_lm)
             opt.step(1e-2, 1.0)
-        assert engine.stats()['preemptions'] > 0 and (dtype != f32 or engine.stats() == plain.stats())
+        assert engine.stats()['preemptions'] > 0
         mesh.watch.stop()
 
 
@@ -408,8 +411,7 @@ def test_four_ranks(tmp_path):
             ('value', QWEN3, f64, dict(tp=2, cp=2), {}), ('long', GPT2, f64, dict(cp=4), {}), ('packed', GPT2, f64, dict(pp=2, cp=2), {}),
             ('rl', QWEN3, f32, dict(cp=2, zero=3), {}), ('lm', GPT2, f64, dict(pp=2, zero=3), {}), ('long', QWEN3, f64, dict(tp=2, cp=2), {})]
     check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (interface, 4), (checkpoints, str(tmp_path)),
-                (engines, [(QWEN3, dict(tp=4), f32, True), (QWEN2, dict(tp=2, pp=2), f32, False), (GPT2, dict(tp=2, zero=3), f32, False),
-                           (QWEN3, dict(tp=2), torch.bfloat16, False)]))
+                (engines, [(QWEN2, dict(tp=2, pp=2), f32, False)]))
     read = lambda name: torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)
     for name in ('float64', 'bfloat16'):
         a, b = read(f'{name}-a'), read(f'{name}-b')
@@ -567,4 +569,5 @@ def test_eight_ranks(tmp_path):
 def test_every_combination_of_four_ranks(tmp_path):
     jobs = [(case, shape, f64, dict(lay, zero=zero), {}) for i, lay in enumerate(layouts(4)) for zero in (0, 1, 2, 3)
             for k, (case, shape) in enumerate([('lm', GPT2), ('rl', {**QWEN3, 'n_layer': 4}), ('packed', {**QWEN2, 'n_layer': 4}), ('value', GPT2)]) if (i + k + zero) % 4 == 0]
-    check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)))
+    check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)),
+                (engines, [(QWEN3, dict(tp=4), f32, True), (GPT2, dict(tp=2, zero=3), f32, False), (QWEN3, dict(tp=2), torch.bfloat16, False)]))
