@@ -525,7 +525,8 @@ def _parallel_simulate():
     chip = dict(flops=989e12 * 0.45, node=8, node_link=400e9, link=45e9, latency=15e-6, w=2, overlap=1.0, memory=141e9, memory_speed=4.3e12)
     print(PARALLEL_FORMULA)
     print('H200: 989 TFLOP/s bf16 at 45 % use, 141 GB at 4.3 TB/s; NVLink 400 GB/s and one 400 Gbit/s InfiniBand card (45 GB/s) a GPU, one way, as achieved; 15 us.')
-    print('Stated assumptions, not measurements: bf16 weights, float32 masters, activations kept, T = 4096, 4 M tokens a step, at most 95 % of memory.')
+    print('Stated assumptions, not measurements: bf16 weights, float32 masters, activations kept, T = 4096, 4 M tokens a step, at most 95 % of memory; in brackets the '
+          'memory with the float32 weights that the stages keep.')
     for name in ('Qwen3-0.6B', 'Qwen3-8B'):
         c = _parallel_config(name)
         with torch.device('meta'):
@@ -542,16 +543,16 @@ def _parallel_simulate():
                         m = tokens // (dp * T)  # microbatches of one sequence
                         for zero in (0, 1, 2, 3):
                             layout = dict(tp=tp, pp=pp, cp=cp, zero=zero)
-                            need = parallel.plan(model, dp=dp, itemsize=2, activations=activation_bytes(c, T, T, 2), **layout)['total']
+                            need, stages = (parallel.plan(model, dp=dp, itemsize=size, activations=activation_bytes(c, T, T, 2), **layout)['total'] for size in (2, 4))
                             if need < 0.95 * chip['memory']:
                                 parts = _parallel_predict(c, P, layout, dp, T, T, m, chip)
-                                rows.append((sum(parts.values()), need, {**layout, 'dp': dp}, parts))
+                                rows.append((sum(parts.values()), need, {**layout, 'dp': dp}, parts, stages))
             rows.sort(key=lambda r: (round(r[0], 2), r[1]))  # of equally fast ones the smallest first
             print(f'\n{name} ({P / 1e9:.2f} B) on {world} GPUs: {len(rows)} layouts fit')
-            for t, need, layout, parts in rows[:3]:
+            for t, need, layout, parts, stages in rows[:3]:
                 mfu = _parallel_flops(c, T) * tokens / t / world / 989e12
                 print('  ' + ' '.join(f'{k}={v}' for k, v in layout.items() if v > 1 or k in ('dp', 'zero')) + f': {t:.2f} s a step, {tokens / t / 1e3:,.0f} k tok/s, MFU '
-                      f'{100 * mfu:.0f} %, {need / 1e9:.0f} GB a GPU; ' + ' '.join(f'{k} {v:.2f}' for k, v in parts.items() if v > 0.005))
+                      f'{100 * mfu:.0f} %, {need / 1e9:.0f} GB a GPU ({stages / 1e9:.0f}); ' + ' '.join(f'{k} {v:.2f}' for k, v in parts.items() if v > 0.005))
 
 
 def _parallel_memory():
