@@ -1008,19 +1008,37 @@ def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None)
 #    backward  p = exp(q K' - lse), ds = p * (dout V' - out . dout); dq = ds K, dk += ds' q, dv += p' dout
 # A document's numbers do not depend on what is beside it, nor on the number of threads.
 
-_DOCS_C = r"""
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+@functools.lru_cache(None)
+def _compile(source, **constants):
+    """The library of a C source, or None where no compiler is. Its OpenMP is libgomp.so.1, the one that torch has loaded: one pool of threads."""
+    with tempfile.TemporaryDirectory() as folder:  # a folder of our own: nobody can leave a library there for us
+        file, lib = (os.path.join(folder, f) for f in ('code.c', 'code.so'))
+        with open(file, 'w') as f:
+            f.write(source)
+        flags = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC'.split()
+        try:
+            subprocess.run(['cc', *flags, *(f'-D{k}={v}' for k, v in constants.items()), file, '-o', lib, '-lm'], check=True, capture_output=True, timeout=60)
+            return ctypes.CDLL(lib)
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+
+_C_HEAD = r"""
 #include <math.h>
+#include <omp.h>
+#include <sched.h>
+#include <stdint.h>
+#include <string.h>
+typedef const int64_t *ints;
 static inline float exp_(float x) {  // 2^n e^f, |f| <= ln 2 / 2, e^f as in Cephes: 1e-7 relative, and compilers make vectors of it
-    x = x < -87.f ? -87.f : x;
-    float n = __builtin_rintf(x * 1.44269504f), f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = x > 88.f ? 88.f : x, n = __builtin_rintf(y * 1.44269504f), f = y - n * 0.693359375f + n * 2.12194440e-4f;
     float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f;
     union { int32_t i; float f; } two = { ((int32_t)n + 127) << 23 };
-    return (p * f * f + f + 1.f) * two.f;
+    return x < -87.f ? 0.f : (p * f * f + f + 1.f) * two.f;
 }
-typedef const int64_t *ints;
+"""
+_DOCS_C = _C_HEAD + r"""
+#include <stdlib.h>
 typedef float vec __attribute__((vector_size(64)));
 enum { R = 8, C = HS / 16, W = C % 2 ? 1 : 2 };  // R queries at a time; W vectors of a head at a time
 static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
@@ -1154,16 +1172,9 @@ void backward(const float *q, int64_t sq, const float *k, int64_t sk, const floa
 
 @functools.lru_cache(None)
 def _compile_docs(hs):
-    with tempfile.TemporaryDirectory() as folder:
-        source, lib = (os.path.join(folder, f) for f in ('docs.c', 'docs.so'))
-        with open(source, 'w') as f:
-            f.write(_DOCS_C)
-        flags = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC'.split()
-        try:
-            subprocess.run(['cc', *flags, f'-DHS={hs}', source, '-o', lib, '-lm'], check=True, capture_output=True, timeout=60)
-            C = ctypes.CDLL(lib)
-        except (OSError, subprocess.SubprocessError):
-            return None
+    C = _compile(_DOCS_C, HS=hs)
+    if C is None:
+        return None
     P, I = ctypes.c_void_p, ctypes.c_int64
     C.forward.argtypes, C.forward.restype = [P, I, P, I, P, I, P, P, P, P, I, I, I, I, ctypes.c_float, P, P], None
     C.backward.argtypes, C.backward.restype = [*C.forward.argtypes, P, P, P, P], None
@@ -1410,20 +1421,6 @@ def token_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
 # same TO THE BIT in any batch. Compiled in half a second by the C compiler that is there; without one, or under --kernels=torch, the
 # PyTorch twin runs (Net.hidden and RowCache.plan in infer.py), which pads rows to the longest of a batch: 2 to 3 times slower.
 
-_C_HEAD = r"""
-#include <math.h>
-#include <omp.h>
-#include <sched.h>
-#include <stdint.h>
-#include <string.h>
-typedef const int64_t *ints;
-static inline float exp_(float x) {  // 2^n e^f, |f| <= ln 2 / 2, e^f as in Cephes: 1e-7 relative, and compilers make vectors of it
-    float y = x > 88.f ? 88.f : x, n = __builtin_rintf(y * 1.44269504f), f = y - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f;
-    union { int32_t i; float f; } two = { ((int32_t)n + 127) << 23 };
-    return x < -87.f ? 0.f : (p * f * f + f + 1.f) * two.f;
-}
-"""
 _FORWARD_C = _C_HEAD + r"""
 typedef float vec __attribute__((vector_size(64)));
 #ifdef __AVX512F__
@@ -1672,21 +1669,6 @@ void draw(const float *z, int64_t sz, int64_t n, int64_t V, const double *u, con
     }
 }
 """
-
-
-@functools.lru_cache(None)
-def _compile(source, **constants):
-    """The library of a C source, or None where no compiler is. Its OpenMP is libgomp.so.1, the one that torch has loaded: one pool of threads."""
-    with tempfile.TemporaryDirectory() as folder:  # a folder of our own: nobody can leave a library there for us
-        file, lib = (os.path.join(folder, f) for f in ('code.c', 'code.so'))
-        with open(file, 'w') as f:
-            f.write(source)
-        flags = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC'.split()
-        try:
-            subprocess.run(['cc', *flags, *(f'-D{k}={v}' for k, v in constants.items()), file, '-o', lib, '-lm'], check=True, capture_output=True, timeout=60)
-            return ctypes.CDLL(lib)
-        except (OSError, subprocess.SubprocessError):
-            return None
 
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
