@@ -1179,7 +1179,7 @@ def _train_nano(folder, source, rounds):
 
     def nano(shape, name, tokens):
         done = subprocess.run([sys.executable, 'train.py', *net, *run, *shape, '--compile=False', f'--dataset={name}', '--gradient_accumulation_steps=1', '--log_interval=1', f'--out_dir={out}n', '--bias=False'],
-                              cwd=source, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                              cwd=source, capture_output=True, text=True)
         ms = sorted(float(x) for x in re.findall(r'time ([\d.]+)ms', done.stdout)[2:])
         if not ms:
             raise SystemExit(f'nanoGPT: {done.stderr[-600:]}')
