@@ -162,8 +162,9 @@ class Request:
         return self.tokens[self.P:]
 
     def held(self):
-        """Tokens whose keys and values lie in its row, of the model or the draft model."""
-        return max(self.n, self.draft_n)
+        """Tokens whose keys and values lie in its row, of the model or the draft model, at most: what a step has just written counts
+        before it is confirmed, since a row may be moved in between."""
+        return max(self.n, self.draft_n) + 1 + len(self.draft)
 
 
 # -----------------------------------------------------------------------------

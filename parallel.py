@@ -722,7 +722,9 @@ def accept(stage, tp=1, pp=1, cp=1, compile=False, mode='sync', value='', rollou
     Accepted, and run by tests/test_torchrun.py against one process: the axes of STAGES, each alone and in all mixtures, with zero 0 to 3,
     and (but for tp and zero 3) with lora. tests/test_parallel.py runs each mixture with each zero for the model under them."""
     world = int(os.environ.get('WORLD_SIZE', 1))
+    odd = next(((k, n, sizes) for k, n, sizes in (('tp', tp, (1, 2, 4, 8)), ('pp', pp, (1, 2, 4)), ('cp', cp, (1, 2, 4))) if n > 1 and n not in sizes), ('tp', 0, (1,)))
     for wrong, what, nearest in (
+            (odd[1], f'{odd[0]} {odd[1]} is not tested ({odd[2]} are)', f'--{odd[0]}={max(n for n in odd[2] if n <= max(odd[1], 1))}'),
             (cp > 1 and 'cp' not in STAGES[stage], f'cp {cp} is not supported by {stage}.py, where answers share the tokens of their prompt',
              f'--cp=1 with --tp={cp}, or a smaller micro_tokens'),
             (rollout_tp and tp == 1, 'rollout_tp without tensor parallelism: there is nothing to shard', '--rollout_tp=False, or --tp=2 and more'),

@@ -561,7 +561,8 @@ def test_a_hang_is_named_and_another_layout_resumes(tmp_path, mode):
 @pytest.mark.slow
 def test_eight_ranks(tmp_path):
     jobs = [('lm', GPT2, f64, dict(tp=2, pp=2, cp=2), {}), ('rl', QWEN3, f64, dict(tp=2, pp=2, zero=3), {}), ('packed', QWEN2, f64, dict(tp=2, cp=2, zero=2), {}),
-            ('value', QWEN2, f64, dict(pp=2, cp=2, zero=1), {}), ('long', GPT2, f64, dict(tp=4, cp=2), {}), ('lm', GPT2, f64, dict(zero=3), {})]
+            ('value', QWEN2, f64, dict(pp=2, cp=2, zero=1), {}), ('long', GPT2, f64, dict(tp=4, cp=2), {}), ('lm', GPT2, f64, dict(zero=3), {}),
+            ('lm', {**GPT2, 'n_head': 8}, f64, dict(tp=8), {})]
     check_ranks(8, tmp_path, (check_all, jobs, references(tmp_path, jobs)))
 
 

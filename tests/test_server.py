@@ -161,7 +161,7 @@ def hang_up(server, stream):
 def load(server, clients, seed):
     """`clients` at once: a third leaves midway, some send nonsense, the others must get what generate() gives. -> right answers"""
     rng = random.Random(seed)
-    kinds = [rng.choice(['good', 'good', 'chat', 'leave', 'leave', 'bad', 'giant', 'raw']) for _ in range(clients)]
+    kinds = [rng.choice(['good', 'good', 'chat', 'leave', 'leave', 'leave', 'bad', 'giant', 'raw']) for _ in range(clients)]
     prompts = [''.join(rng.choice('abcdefgh ') for _ in range(rng.randint(1, 60))) for _ in range(clients)]
     lens = [rng.randint(1, 40) for _ in range(clients)]
     p = lambda i: SamplingParams(max_tokens=lens[i], temperature=0.9, seed=i)
