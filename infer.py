@@ -331,9 +331,9 @@ class RowCache:
         new = self.arenas[bisect.bisect_left(self.caps, n)]
         new.add(r)
         if old is not None:
-            to = r.row
+            to, held = r.row, min(r.held(), old.cap)
             for a, b in zip(new.kv, old.kv):
-                a[:, :, to, :, :r.held()] = b[:, :, row, :, :r.held()]
+                a[:, :, to, :, :held] = b[:, :, row, :, :held]
             r.row = row
             old.remove(r)
             r.arena, r.row = new, to
@@ -871,7 +871,7 @@ def sample(logits, s, rows, extra, outs):
         u, tokens, lp, raw_lp = uniform(s.keys, outs.astype(np.uint64)), torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits)), torch.empty(len(logits))
         s.draw(logits.data_ptr(), logits.stride(0), *logits.shape, u.ctypes.data, *(x.data_ptr() for x in (s.heat, tokens, lp, raw_lp)))
         return _finite(tokens, lp, raw_lp, None)
-    raw, raw_logp = logits, logits.log_softmax(-1)
+    raw, raw_logp = logits, logits - logits.logsumexp(-1, keepdim=True)  # log_softmax adds in a way that loses 1e-4 nats at 150,000 words
     z, logp = raw, raw_logp
     if not s.plain or len(early):
         z, V = raw.clone(), raw.size(-1)
@@ -891,7 +891,7 @@ def sample(logits, s, rows, extra, outs):
         if s.cut:
             z = z.clone() if z is raw else z
             z[s.cut] = _filter(z[s.cut], s.cut_k, s.cut_p, s.cut_m)
-        logp = raw_logp if z is raw else z.log_softmax(-1)
+        logp = raw_logp if z is raw else z - z.logsumexp(-1, keepdim=True)
         mass = logp.exp().cumsum(-1, dtype=torch.float64)
         u = torch.from_numpy(uniform(s.keys, outs.astype(np.uint64))).to(z.device)[:, None]
         total = mass[:, -1:]
