@@ -1510,6 +1510,7 @@ def _lookup(tokens, ngram, k):
 SLICE = 0.05     # seconds that a worker samples before it looks for new prompts and weights
 START = 300.0    # seconds that a worker may take to start
 SILENCE = 120.0  # seconds without an answer after which a worker is taken for dead
+DEATHS = 8       # replacements of one worker that did nothing in between: not bad luck any more, the run ends
 
 
 @dataclass
@@ -1803,7 +1804,7 @@ class Rollouts:
         if hand in self.scorers and work:
             return self._again(work[0], why)
         hand.deaths += 1
-        if hand.deaths > 3:
+        if hand.deaths >= DEATHS:
             raise RuntimeError(f'a {"rollout" if hand in self.rollers else "reward"} worker died {hand.deaths} times before it did anything, at last: {why}')
         self.restarts += 1
         print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts begin anew', flush=True)

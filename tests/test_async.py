@@ -291,6 +291,22 @@ def test_a_storm_of_kills_loses_and_doubles_nothing(pool, tmp_path):
     assert len(killed) == 20 and p.restarts > 0 and p.dropped == 0 and ids == list(range(len(ids)))
 
 
+def test_a_worker_that_always_dies_ends_the_run(pool):
+    class Dies:
+        def ready(self):
+            pass
+
+        def run(self, *args):
+            os._exit(1)
+    p = pool(max_staleness=0)
+    hand = p.rollers[0]
+    hand.hire = lambda: actors.remote(Dies).remote()
+    actors.kill(hand.actor)
+    p.publish(tiny_model().state_dict(), 0)
+    with pytest.raises(RuntimeError, match=f'a rollout worker died {infer.DEATHS} times before it did anything'):
+        p.take(4)
+
+
 def test_mistakes_of_the_pool():
     for match, kw in [('max_staleness must be at least 0', dict(max_staleness=-1)), ('rollout_workers must be at least 1', dict(workers=0)),
                       ('reward_timeout must be above 0', dict(reward_timeout=0.0)), ("runtime 'x': expected 'local', 'ray' or HOST:PORT", dict(runtime='x'))]:
