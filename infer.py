@@ -571,7 +571,8 @@ class Net:
         cpu, self.act = w.device.type == 'cpu' and not compile, 'gated' if c.gated else c.act  # what is compiled are plain operations; packed matrices are closed to it
         known = rows and cpu and w.dtype == torch.float32 and self.act in K.CNet.ACTS
         self.code = K.c_forward(c.n_kv_head, c.n_head // c.n_kv_head, c.head_size) if known else None
-        self.onednn = cpu and self.code is None and w.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        takes = w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # bfloat16 wants AVX-512 or AVX-NE-CONVERT
+        self.onednn = cpu and self.code is None and torch.backends.mkldnn.is_available() and takes
         if compile:  # one graph each for all layers: weights are arguments
             self.before, self.behind = (torch.compile(f, dynamic=True) for f in (self.before, self.behind))
         self.shape = (c.n_layer, c.n_kv_head, c.head_size if self.code is None else -(-c.head_size // 16) * 16)
