@@ -1015,6 +1015,8 @@ def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None)
 #    backward  p = exp(q K' - lse), ds = p * (dout V' - out . dout); dq = ds K, dk += ds' q, dv += p' dout
 # A document's numbers do not depend on what is beside it, nor on the number of threads.
 
+_CFLAGS = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math'.split()
+
 @functools.lru_cache(None)
 def _compile(source, **constants):
     """The library of a C source, or None where no compiler is. Its OpenMP is libgomp.so.1, the one that torch has loaded: one pool of threads."""
@@ -1022,9 +1024,8 @@ def _compile(source, **constants):
         file, lib = (os.path.join(folder, f) for f in ('code.c', 'code.so'))
         with open(file, 'w') as f:
             f.write(source)
-        flags = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC'.split()
         try:
-            subprocess.run(['cc', *flags, *(f'-D{k}={v}' for k, v in constants.items()), file, '-o', lib, '-lm'], check=True, capture_output=True, timeout=60)
+            subprocess.run(['cc', *_CFLAGS, '-shared', '-fPIC', *(f'-D{k}={v}' for k, v in constants.items()), file, '-o', lib, '-lm'], check=True, capture_output=True, timeout=60)
             return ctypes.CDLL(lib)
         except (OSError, subprocess.SubprocessError):
             return None
@@ -1037,6 +1038,15 @@ _C_HEAD = r"""
 #include <stdint.h>
 #include <string.h>
 typedef const int64_t *ints;
+#if defined __AVX512F__
+enum { LANES = 16 };  // floats in a register. A wider type than the machine's own would live in memory: ten times slower
+#elif defined __AVX__
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
 static inline float exp_(float x) {  // 2^n e^f, |f| <= ln 2 / 2, e^f as in Cephes: 1e-7 relative, and compilers make vectors of it
     float y = x > 88.f ? 88.f : x, n = __builtin_rintf(y * 1.44269504f), f = y - n * 0.693359375f + n * 2.12194440e-4f;
     float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f;
@@ -1046,9 +1056,7 @@ static inline float exp_(float x) {  // 2^n e^f, |f| <= ln 2 / 2, e^f as in Ceph
 """
 _DOCS_C = _C_HEAD + r"""
 #include <stdlib.h>
-typedef float vec __attribute__((vector_size(64)));
-enum { R = 8, C = HS / 16, W = C % 2 ? 1 : 2 };  // R queries at a time; W vectors of a head at a time
-static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
+enum { R = LANES == 16 ? 8 : 5, C = HS / LANES, W = C % 2 ? 1 : 2 };  // R queries at a time; W vectors of a head at a time
 static inline void store(float *x, vec v) { memcpy(x, &v, sizeof v); }
 
 static void fetch(const float *x, int64_t stride, ints rows, int64_t T, float *to) {  // rows of x side by side: (T, HS)
@@ -1059,13 +1067,13 @@ static void turn(const float *x, int64_t T, int64_t width, float *to) {  // (T, 
         for (int64_t t = 0; t < width; t++) to[d * width + t] = t < T ? x[t * HS + d] : 0.f;
 }
 static void dots(const float *const *a, const float *xt, int64_t width, int64_t n, float *s) {  // s (R, width) = a (R, HS) times xt (HS, width), its first n columns
-    for (int64_t j = 0; j < n; j += 32) {
+    for (int64_t j = 0; j < n; j += 2 * LANES) {
         vec sum[R][2] = {0};
         for (int d = 0; d < HS; d++) {
-            vec x0 = load(xt + d * width + j), x1 = load(xt + d * width + j + 16);
+            vec x0 = load(xt + d * width + j), x1 = load(xt + d * width + j + LANES);
             for (int r = 0; r < R; r++) sum[r][0] += a[r][d] * x0, sum[r][1] += a[r][d] * x1;
         }
-        for (int r = 0; r < R; r++) store(s + r * width + j, sum[r][0]), store(s + r * width + j + 16, sum[r][1]);
+        for (int r = 0; r < R; r++) store(s + r * width + j, sum[r][0]), store(s + r * width + j + LANES, sum[r][1]);
     }
 }
 static void mix(const float *p, int64_t width, int64_t n, const float *x, const float *by, float *const *out) {  // out (R, HS) = by * p (R, n) x (n, HS)
@@ -1073,23 +1081,23 @@ static void mix(const float *p, int64_t width, int64_t n, const float *x, const 
         vec sum[R][W] = {0};
         for (int64_t j = 0; j < n; j++)
             for (int w = 0; w < W; w++) {
-                vec xv = load(x + j * HS + 16 * (c + w));
+                vec xv = load(x + j * HS + LANES * (c + w));
                 for (int r = 0; r < R; r++) sum[r][w] += p[r * width + j] * xv;
             }
         for (int r = 0; r < R; r++)
-            for (int w = 0; w < W && out[r]; w++) store(out[r] + 16 * (c + w), sum[r][w] * by[r]);
+            for (int w = 0; w < W && out[r]; w++) store(out[r] + LANES * (c + w), sum[r][w] * by[r]);
     }
 }
 static void spread(const float *p, int64_t width, int64_t n, const float *const *a, float by, float *x) {  // x (n, HS) += by * p' (n, R) a (R, HS)
     for (int c = 0; c < C; c += W) {
         vec av[R][W];
         for (int r = 0; r < R; r++)
-            for (int w = 0; w < W; w++) av[r][w] = load(a[r] + 16 * (c + w)) * by;
+            for (int w = 0; w < W; w++) av[r][w] = load(a[r] + LANES * (c + w)) * by;
         for (int64_t j = 0; j < n; j++)
             for (int w = 0; w < W; w++) {
-                vec sum = load(x + j * HS + 16 * (c + w));
+                vec sum = load(x + j * HS + LANES * (c + w));
                 for (int r = 0; r < R; r++) sum += p[r * width + j] * av[r][w];
-                store(x + j * HS + 16 * (c + w), sum);
+                store(x + j * HS + LANES * (c + w), sum);
             }
     }
 }
@@ -1429,13 +1437,8 @@ def token_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
 # PyTorch twin runs (Net.hidden and RowCache.plan in infer.py), which pads rows to the longest of a batch: 2 to 3 times slower.
 
 _FORWARD_C = _C_HEAD + r"""
-typedef float vec __attribute__((vector_size(64)));
-#ifdef __AVX512F__
-enum { ROWS = 12 };  // 12 x 2 sums in 32 registers of 16 numbers
-#else
-enum { ROWS = 3 };   // of 8 or 4 numbers
-#endif
-enum { HS = (D + 15) / 16 * 16, L = HS / 16, U = 8 / (L * G) > 1 ? 8 / (L * G) : 1, NH = NKV * G };  // heads of D are padded with zeros to HS
+enum { ROWS = LANES == 16 ? 12 : 6, TILE = 2 * LANES };  // ROWS x 2 sums in 32 registers, or in 16
+enum { HS = (D + 15) / 16 * 16, L = HS / LANES, U = 8 / (L * G) > 1 ? 8 / (L * G) : 1, NH = NKV * G };  // heads of D are padded with zeros to HS
 enum { SET, ADD, RELU, GELU, GATED };
 typedef struct { const float *n1, *n1b, *qkv, *qkvb, *qn, *kn, *o, *ob, *n2, *n2b, *up, *upb, *down, *downb; } layer;  // ..b: bias or NULL
 typedef struct {
@@ -1455,20 +1458,29 @@ static void meet(gate *g) {  // all threads wait for the last. OpenMP's own barr
             if (i > 2000) sched_yield();
 }
 
-static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
-static inline vec pairs(vec a, vec b) {  // a0 + a1, a2 + a3 .. b14 + b15
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-         + __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
+#if defined __AVX512F__
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined __AVX__
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#endif
+static inline vec pairs(vec a, vec b) { return __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD); }  // a0 + a1, a2 + a3 .. of b too
 
 static inline __attribute__((always_inline)) void tile(const int R, const float *x, int64_t sx, const float *w, int64_t K, float (*z)[32]) {
-    vec a[ROWS][2] = {0};  // z (R, 32) = R rows of x times one panel; R is a constant wherever this is inlined, so a lies in registers
-    for (int64_t k = 0; k < K; k++, w += 32) {
-        vec w0 = load(w), w1 = load(w + 16);
+    for (int c = 0; c < 32; c += TILE) {  // z (R, 32) = R rows of x times one panel; R is a constant wherever this is inlined, so a lies in registers
+        vec a[ROWS][2] = {0};
+        for (int64_t k = 0; k < K; k++) {
+            vec w0 = load(w + 32 * k + c), w1 = load(w + 32 * k + c + LANES);
+            #pragma GCC unroll 12
+            for (int r = 0; r < R; r++) a[r][0] += x[r * sx + k] * w0, a[r][1] += x[r * sx + k] * w1;
+        }
         #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) a[r][0] += x[r * sx + k] * w0, a[r][1] += x[r * sx + k] * w1;
+        for (int r = 0; r < R; r++) memcpy(z[r] + c, a[r], sizeof a[r]);
     }
-    memcpy(z, a, R * sizeof *a);
 }
 
 static void finish(const float *z, const float *b, float *y, int act) {  // one row of a product: bias, then what follows it
@@ -1491,9 +1503,9 @@ static void linear(const float *x, int64_t sx, const float *w, const float *b, i
             int64_t tiles = (end - i + ROWS - 1) / ROWS;
             switch (R = (end - i + tiles - 1) / tiles) {
                 #define CASE(R) case R: tile(R, from, sx, panel, K, z); break;
-                CASE(1) CASE(2) CASE(3)
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                 #ifdef __AVX512F__
-                CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
                 #endif
             }
             for (int r = 0; r < R; r++) finish(z[r], b ? b + 32 * j : NULL, y + (i + r) * sy + j * wide, act);
@@ -1551,18 +1563,18 @@ static void attention(const net *m, int64_t number, const row *rows, ints pos, i
         int64_t next = i + 1 < queries * NKV ? who[(i + 1) / NKV] : r;
         const float *soon = rows[next].keys + number * rows[next].layer + (g + 1) % NKV * rows[next].cap * HS;
         float *out = m->att + r * m->sa + g * G * HS;
-        for (int64_t t = 0; t < T; t += 16)
-            for (int h = 0; h < G; h++) {  // 16 keys: 16 vectors of partial sums, whose lanes are then added up pairwise
-                vec a[16];
+        for (int64_t t = 0; t < T; t += LANES)
+            for (int h = 0; h < G; h++) {  // LANES keys: as many vectors of partial sums, whose lanes are then added up pairwise
+                vec a[LANES];
                 #pragma GCC unroll 16
-                for (int j = 0; j < 16; j++) {
-                    for (int c = 0; c < L && !h; c++) __builtin_prefetch(v + (t + j) * HS + 16 * c);
+                for (int j = 0; j < LANES; j++) {
+                    for (int c = 0; c < HS && !h; c += 16) __builtin_prefetch(v + (t + j) * HS + c);
                     a[j] = load(q + h * HS) * load(k + (t + j) * HS);
-                    #pragma GCC unroll 8
-                    for (int c = 1; c < L; c++) a[j] += load(q + h * HS + 16 * c) * load(k + (t + j) * HS + 16 * c);
+                    #pragma GCC unroll 16
+                    for (int c = 1; c < L; c++) a[j] += load(q + h * HS + LANES * c) * load(k + (t + j) * HS + LANES * c);
                 }
                 #pragma GCC unroll 4
-                for (int s = 8; s; s /= 2)
+                for (int s = LANES / 2; s; s /= 2)
                     #pragma GCC unroll 8
                     for (int j = 0; j < s; j++) a[j] = pairs(a[2 * j], a[2 * j + 1]);
                 a[0] *= m->scale;
@@ -1582,13 +1594,13 @@ static void attention(const net *m, int64_t number, const row *rows, ints pos, i
         for (; t + U <= T; t += U)
             #pragma GCC unroll 8
             for (int u = 0; u < U; u++) {
-                for (int c = 0; c < L; c++) __builtin_prefetch(soon + (t + u) * HS + 16 * c);
+                for (int c = 0; c < HS; c += 16) __builtin_prefetch(soon + (t + u) * HS + c);
                 for (int h = 0; h < G; h++)
-                    for (int c = 0; c < L; c++) o[u][h][c] += p[h][t + u] * load(v + (t + u) * HS + 16 * c);
+                    for (int c = 0; c < L; c++) o[u][h][c] += p[h][t + u] * load(v + (t + u) * HS + LANES * c);
             }
         for (; t < T; t++)
             for (int h = 0; h < G; h++)
-                for (int c = 0; c < L; c++) o[0][h][c] += p[h][t] * load(v + t * HS + 16 * c);
+                for (int c = 0; c < L; c++) o[0][h][c] += p[h][t] * load(v + t * HS + LANES * c);
         for (int u = 1; u < U; u++)
             for (int h = 0; h < G; h++)
                 for (int c = 0; c < L; c++) o[0][h][c] += o[u][h][c];

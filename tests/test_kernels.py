@@ -6,6 +6,7 @@ variable must be set before triton is imported); the kernels on CUDA with `pytes
 with nan throughout, so an element that nobody wrote shows. Inputs are drawn anew in each run; KERNEL_SEED=n repeats one.
 """
 import os
+import platform
 import random
 import re
 import shutil
@@ -672,6 +673,36 @@ def test_attention_of_documents_in_c(nkv, group, hs):
     assert not ours[0][152:].any() and all(not t[152:].any() for t in ours[1:])
     alone = K.doc_attention(*(t.detach()[8:78] for t in (q, k, v)), torch.arange(70), torch.tensor([0, 70]), torch.tensor([0]), torch.tensor([0, 1]), 70)
     assert torch.equal(alone, ours[0][8:78])
+
+
+@pytest.mark.parametrize('level, needs', [('x86-64-v2', 'ssse3'), ('x86-64-v3', 'avx2'), ('x86-64-v4', 'avx512f')])
+def test_c_sources_use_the_registers_of_any_machine(monkeypatch, tmp_path, level, needs):
+    """4, 8 or 16 floats a register: no operation is wider than the machine's (gcc would carry it out in memory, ten times slower), and where this machine can run
+    the code, attention and the engine's forward are right."""
+    if K.INTERPRET or platform.machine() != 'x86_64' or not shutil.which('gcc'):
+        pytest.skip('gcc on x86-64 only')
+    flags = [f.replace('native', level) for f in K._CFLAGS]
+    for source, sizes in ((K._DOCS_C, ['-DHS=32']), (K._FORWARD_C, ['-DNKV=2', '-DG=2', '-DD=32']), (K._DRAW_C, [])):
+        (tmp_path / 'x.c').write_text(source)
+        done = subprocess.run(['gcc', *flags, *sizes, '-Werror=vector-operation-performance', '-c', str(tmp_path / 'x.c'), '-o', str(tmp_path / 'x.o')], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    if needs not in open('/proc/cpuinfo').read().split():
+        return
+    from infer import Engine, SamplingParams
+    from test_infer import tiny
+    monkeypatch.setattr(K, '_CFLAGS', flags)
+    caches = K._compile, K._compile_docs
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        test_attention_of_documents_in_c(2, 2, 32)
+        for arch in ('gpt2', 'qwen3'):
+            engine = Engine(tiny(arch, torch.float32, vocab=211, n_embd=64, head_size=16), None)
+            out = engine.generate([[1, 2, 3], [4] * 40, [5]], SamplingParams(max_tokens=20, seed=1, ignore_eos=True))
+            assert engine.native and engine.mismatch(out)['max'] <= 1e-5
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_packed_documents_run_in_c_where_they_can(monkeypatch):
