@@ -687,6 +687,19 @@ def _kernels_cpu():
                                            'linear_logprobs': lambda: sum(o.sum() for o in K.linear_logprobs(x, w, y))}, (x, w))
     x, w, b = torch.randn(3373, 128).requires_grad_(), torch.randn(512, 128).requires_grad_(), torch.randn(512).requires_grad_()
     linear = lambda: F.linear(x, w, b).sum()
+    lens = torch.randint(16, 257, (16,), generator=torch.Generator().manual_seed(0))
+    cu = F.pad(lens.cumsum(0), (1, 0))
+
+    def attention(mode):
+        K.use(mode)
+        try:
+            return K.flash_attention(q, k, v, cu_seqlens=cu).sum()
+        finally:
+            K.use('auto')
+    for nh, hs in ((4, 32), (12, 64)):
+        q, k, v = (torch.randn(int(cu[-1]), nh, hs).requires_grad_() for _ in range(3))
+        table(f'attention, 16 packed documents of 16 to 256 tokens, {nh} heads of {hs}', 6 * nh * hs * int((lens ** 2).sum()),
+              {'eager': lambda: attention('torch'), 'doc_attention': lambda: attention('auto')}, (q, k, v))
     table('linear (3373, 128) x (128, 512)', 6 * 3373 * 128 * 512, {'eager': linear, 'torch.compile': torch.compile(linear), 'kernels.linear': lambda: K.linear(x, w, b).sum()}, (x, w, b))
 
 
