@@ -222,7 +222,7 @@ def bench_actors(args):
         once(n)
         return n / (time.perf_counter() - t)
 
-    def put(rt, n):
+    def put(rt, n, blob=blob):
         for _ in range(n):
             rt.put(blob)
 
@@ -231,6 +231,7 @@ def bench_actors(args):
         'tasks, all at once (1/s)': lambda rt, f, a: rate(2000, lambda n: rt.get([f.remote(i) for i in range(n)])),
         'actor calls, one by one (1/s)': lambda rt, f, a: rate(1000, lambda n: [rt.get(a.call.remote(i)) for i in range(n)]),
         'actor calls, pipelined (1/s)': lambda rt, f, a: rate(5000, lambda n: rt.get([a.call.remote(i) for i in range(n)])),
+        **{f'put {mb} MB (GB/s)': lambda rt, f, a, part=blob[:mb << 20]: rate(256, lambda n: put(rt, n, part)) * part.nbytes / 1e9 for mb in (1, 4, 16)},
         'put 100 MB (GB/s)': lambda rt, f, a: rate(8, lambda n: put(rt, n)) * blob.nbytes / 1e9,
         'put 100 MB and read it in an actor (GB/s)': lambda rt, f, a: rate(5, lambda n: [rt.get(a.total.remote(rt.put(blob))) for _ in range(n)]) * blob.nbytes / 1e9,
         'get 100 MB (1/s)': lambda rt, f, a: (lambda ref: rate(100, lambda n: [rt.get(ref) for _ in range(n)]))(rt.put(blob)),
