@@ -1038,12 +1038,18 @@ _C_HEAD = r"""
 #include <stdint.h>
 #include <string.h>
 typedef const int64_t *ints;
-#if defined __AVX512F__
-enum { LANES = 16 };  // floats in a register. A wider type than the machine's own would live in memory: ten times slower
+#if defined __AVX512F__  // LANES floats in a register. A wider type than the machine's own would live in memory: ten times slower
+enum { LANES = 16 };
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif defined __AVX__
 enum { LANES = 8 };
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #else
 enum { LANES = 4 };
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
 static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
@@ -1458,16 +1464,6 @@ static void meet(gate *g) {  // all threads wait for the last. OpenMP's own barr
             if (i > 2000) sched_yield();
 }
 
-#if defined __AVX512F__
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif defined __AVX__
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15
-#else
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
-#endif
 static inline vec pairs(vec a, vec b) { return __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD); }  // a0 + a1, a2 + a3 .. of b too
 
 static inline __attribute__((always_inline)) void tile(const int R, const float *x, int64_t sx, const float *w, int64_t K, float (*z)[32]) {
