@@ -509,12 +509,13 @@ def cross_entropy(logits, targets, ignore_index=-1):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# linear: x W' + b. CUDA: cuBLAS. CPU, float32: oneDNN, because torch hands such products to MKL, which on AMD stays with AVX2:
-# 240 against 95 GFLOP/s a core at (3373, 128) x (128, 512) on a Zen 5 (python bench.py kernels). Same float32, same error.
+# linear: x W' + b. CUDA: cuBLAS. CPU with AVX-512, float32: oneDNN, because torch hands such products to MKL, which on AMD stays with AVX2:
+# 240 against 95 GFLOP/s a core at (3373, 128) x (128, 512) on a Zen 5 (python bench.py kernels). Same float32, same error. Where AVX2 is all
+# there is MKL is the faster one, in the backward by 1.1 to 2 times, since oneDNN first turns transposed matrices round.
 
 # oneDNN compiles a product anew for each shape. Its cache is kept short: a thousand compiled ones, strewn over the heap, cost 1.1 GB.
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '32')
-_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise') and torch.backends.cpu.get_cpu_capability() == 'AVX512'
 
 def _use_onednn(x, weight):
     return (_onednn and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() >= 32 * weight.shape[1] > 0

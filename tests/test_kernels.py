@@ -312,8 +312,10 @@ def test_logits_are_never_held():
 
 @cases
 @pytest.mark.parametrize('shape, M', [((70, 24), 33), ((2, 3, 24), 5), ((65, 1), 1), ((0, 24), 5)])
-def test_linear_layer(side, dtype, shape, M):
-    """Both sides of its switch (many rows: oneDNN; few: torch), with and without a bias, any strides."""
+@pytest.mark.parametrize('onednn', [True, False])
+def test_linear_layer(side, dtype, shape, M, onednn, monkeypatch):
+    """Both sides of its switches (AVX-512 and many rows: oneDNN; else torch), with and without a bias, any strides."""
+    monkeypatch.setattr(K, '_onednn', onednn and torch.backends.mkldnn.is_available())
     for layout in ('plain', 'rows', 'strided'):
         x, w, b = draw(*shape, side=side, dtype=dtype, layout=layout), draw(M, shape[-1], side=side, dtype=dtype, layout=layout), draw(M, side=side, dtype=dtype)
         check_against(lambda x, w, b: K.linear(x, w, b), lambda x, w, b: x @ w.transpose(0, 1) + b, [x, w, b], f'linear {shape} {layout}')
