@@ -83,7 +83,7 @@ num_draft = 4 # tokens proposed at a time
 seed = 1337
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 dtype = 'bfloat16' if torch.cuda.is_available() else 'float32' # 'float32', 'bfloat16', 'float16', 'float64'
-threads = 0 # CPU threads; 0 = one for tiny models (two: 1.7 times faster on an idle machine, far slower on a busy one), else torch's choice
+threads = 0 # CPU threads; 0 = one or two for tiny models, whichever is faster at the time (class Tempo), else torch's choice
 compile = False # torch.compile of the blocks
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -921,6 +921,33 @@ def _finite(tokens, lp, raw_lp, top):
 # 5. the engine
 
 
+class Tempo:
+    """One thread or two for steps of a few milliseconds? Two are up to 1.7 times faster on an idle machine and several times slower where another program
+    holds a core (they wait for each other in every layer), so it is tried while it runs: now and then a few decode steps are made the other way,
+    and what takes less time a row stays. A trial ends early once it has cost what all of it may. The C path's numbers do not depend on it.
+
+    t = Tempo(2); t.note(0.010, 64) after each decode step: seconds, rows; t.now is the count for the next one"""
+    TRIAL, FIRST, LAST = 6, 16, 128  # steps of a trial; steps between trials, doubled each time that nothing changes
+
+    def __init__(self, most):
+        self.now, self.other, self.trying, self.wait, self.left, self.base = 1, most, False, self.FIRST, self.TRIAL, 0.0
+        self.seconds = self.rows = 0
+
+    def note(self, seconds, rows):
+        self.seconds, self.rows, self.left = self.seconds + seconds, self.rows + rows, self.left - 1
+        pace = self.seconds / self.rows
+        if self.trying and (self.left == 0 or self.seconds > self.TRIAL * self.base * rows):
+            if pace < 0.9 * self.base:
+                self.wait = self.FIRST
+            else:
+                self.now, self.other, self.wait = self.other, self.now, min(2 * self.wait, self.LAST)
+            self.trying, self.left = False, self.wait
+        elif not self.trying and self.left == 0:
+            self.now, self.other, self.trying, self.left, self.base = self.other, self.now, True, self.TRIAL, pace
+        if self.left in (self.TRIAL, self.wait):  # a phase begins, or the steps that the next trial is compared with
+            self.seconds = self.rows = 0
+
+
 class Engine:
     """Many requests, one model. generate() for batches; add_request() and step() for streams; safe to call from several threads,
     one step at a time. `model` is read where it lies (see Net): after an optimizer step call weights_changed(), or load_weights(state)
@@ -944,13 +971,14 @@ class Engine:
         self.ngram, self.num_draft = ngram, num_draft if draft is not None or ngram else 0
         self.device, self.dtype, self.vocab_size, self.seed = self.net.device, self.net.dtype, c.vocab_size, seed
         params = sum(p.numel() for p in model.parameters()) if self.device.type == 'cpu' else 0
-        self.threads = threads or (1 if 0 < params < 4e6 else 0)
         per_block = sum(kv_cache_bytes(net.c, block_size, self.dtype.itemsize) for net in self.nets)
         self.num_blocks = num_blocks or max(1, min(max_num_seqs * -(-self.max_len // block_size), self.tp.least(self._memory() // per_block, self.device)))
         self.kv_bytes = self.num_blocks * per_block
         self.blocks = BlockManager(self.num_blocks, block_size)
         self.cache = kind(self.nets, self.num_blocks, block_size, self.max_len, prefix_caching)
         self.native = self.net.code is not None
+        self.threads = threads or (1 if 0 < params < 4e6 else 0)
+        self.tempo = Tempo(2) if self.threads and not threads and self.native and torch.get_num_threads() > 1 else None
         self.waiting, self.running, self.requests, self.undelivered = deque(), [], {}, []
         self.weight_version, self.counter, self.settings, self.settings_of = 0, itertools.count(), None, None
         self.lock, self.go, self.admitting = threading.RLock(), threading.Event(), True
@@ -965,7 +993,7 @@ class Engine:
         return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_AVPHYS_PAGES') // 2
 
     def __repr__(self):
-        how = f'{self.threads or torch.get_num_threads()} threads' if self.device.type == 'cpu' else K.which()
+        how = f'{"1 or 2" if self.tempo else self.threads or torch.get_num_threads()} threads' if self.device.type == 'cpu' else K.which()
         return (f'engine: {type(self.cache).__name__}, {str(self.dtype)[6:]}{" oneDNN" * self.net.onednn}{" C" * self.native}, {how}, {self.num_blocks} blocks x {self.block_size} tokens '
                 f'= {self.kv_bytes / 1e6:.0f} MB of keys and values at most, {self.max_num_seqs} requests at once')
 
@@ -1040,8 +1068,8 @@ class Engine:
 
     @contextlib.contextmanager
     def _threads(self):
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or before)
+        before = self.allowed = torch.get_num_threads()
+        torch.set_num_threads(min(before, self.tempo.now) if self.tempo else self.threads or before)
         try:
             yield
         finally:
@@ -1067,6 +1095,7 @@ class Engine:
         decode, chunks = self._schedule()
         if not decode and not chunks:
             return []
+        t0 = time.perf_counter()
         self.counts['steps'] += 1
         try:
             x = self._forward(0, decode, chunks)
@@ -1086,7 +1115,11 @@ class Engine:
                     self._publish(r)
             if not rows:
                 return []
-            return self._accept(rows, extra, self.net.logits(x, at))
+            events = self._accept(rows, extra, self.net.logits(x, at))
+            if self.tempo and not chunks and self.allowed > 1:
+                self.tempo.note(time.perf_counter() - t0, len(decode))
+                torch.set_num_threads(min(self.allowed, self.tempo.now))
+            return events
         except FloatingPointError:
             self._reset()
             raise

@@ -300,6 +300,50 @@ def test_c_path_to_the_bit_with_any_number_of_threads(compiler):
     assert [(c.token_ids, c.logprobs) for c in one] == [(c.token_ids, c.logprobs) for c in three]
 
 
+@pytest.mark.parametrize('gain, best', [(0.6, 2), (6.0, 1), (0.97, 1)])
+def test_tempo_settles_on_the_faster_count(gain, best):
+    """A step of 8 ms on one thread takes gain times as long on two: idle machine, one with a busy core, one where it makes no difference."""
+    tempo, took, settled = infer.Tempo(2), 0.0, []
+    for step in range(2000):
+        seconds = 0.008 * (gain if tempo.now == 2 else 1.0)
+        took += seconds
+        settled += [tempo.now] if step > 100 else []
+        tempo.note(seconds, 64 - step % 7)
+    assert settled.count(best) > 0.9 * len(settled)
+    assert took < 2000 * 0.008 * min(1.0, gain) * 1.1, took  # trials cost less than a tenth
+
+
+def test_tempo_follows_a_machine_that_changes():
+    tempo = infer.Tempo(2)
+    for busy in (False, True, False, True):
+        for step in range(600):
+            tempo.note(0.008 * ((5.0 if busy else 0.6) if tempo.now == 2 else 1.0), 64)
+            if step == 300:
+                settled = []
+            if step > 300:
+                settled.append(tempo.now)
+        assert settled.count(1 if busy else 2) > 0.9 * len(settled), (busy, settled)
+
+
+def test_tempo_is_for_tiny_models_in_c(compiler):
+    """Only there: a caller that allows one thread gets one, a count that was asked for stays, and nothing changes the caller's count."""
+    model, p, before = tiny('gpt2', torch.float32, vocab=211), SamplingParams(max_tokens=40, seed=1, ignore_eos=True), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        engine = Engine(model, None)
+        assert engine.tempo and Engine(model, None, threads=2).tempo is None and Engine(tiny('gpt2', torch.float64, vocab=211), None).tempo is None
+        many = Engine(model, None, threads=2).generate([[1, 2, 3]] * 4, p)
+        seen, note = [], engine.tempo.note
+        engine.tempo.note = lambda *a: (seen.append(torch.get_num_threads()), note(*a))
+        found = engine.generate([[1, 2, 3]] * 4, p)
+        assert set(seen) == {1, 2} and torch.get_num_threads() == 3
+        assert [(c.token_ids, c.logprobs) for c in found] == [(c.token_ids, c.logprobs) for c in many]
+        torch.set_num_threads(1)
+        assert Engine(model, None).tempo is None
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
 def test_compiled(compiler, arch):
