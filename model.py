@@ -406,7 +406,7 @@ class GPT(nn.Module):
         else:
             x, at = self.encode(idx, mask, doc)
         if self.head == 'scalar':
-            return at.put(self.score(x)[:, 0].to(torch.promote_types(x.dtype, torch.float32)) + self.config.reward_bias), None
+            return at.put(self.values(x)), None
         if targets is None:
             return at.put(self.lm_head(x)), None
         targets = at.pick(targets)
@@ -435,6 +435,10 @@ class GPT(nn.Module):
         logp, ent = kernels.linear_logprobs(*self.head_weight(x[row]), idx.reshape(-1)[flat + 1], temperature)
         out = [torch.zeros(B * T, device=idx.device, dtype=logp.dtype).index_copy(0, flat, y).view(B, T)[:, :-1] for y in (logp, ent)]
         return tuple(out) if entropy else out[0]
+
+    def values(self, x):
+        """The scalar head on hidden states x (n, C) -> (n,), float32 at least."""
+        return self.score(x)[:, 0].to(torch.promote_types(x.dtype, torch.float32)) + self.config.reward_bias
 
     def token_logprobs(self, x, targets, temperature=1.0):
         """(log p, entropy) of targets (n,) int64 after the hidden states x (n, C), both (n,) float32: the head without its logits."""

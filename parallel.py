@@ -935,7 +935,11 @@ class Sharded(nn.Module):
         rest = -n % tp
         padded = attend if not rest else lambda layer, q, k, v: F.pad(attend(layer, q[:n], k[:n], v[:n]), (0, 0, 0, 0, 0, rest))
         x = self.body.hidden(F.pad(ids, (0, rest)), F.pad(pos, (0, rest)), padded)
-        return gather_rows(x, self.mesh.tp)[:n] if tp > 1 else x
+        return (join_rows if self.head == 'scalar' else gather_rows)(x, self.mesh.tp)[:n] if tp > 1 else x
+
+    def values(self, x):
+        """As GPT.values."""
+        return self.out(x) + self.config.reward_bias
 
     def token_logprobs(self, x, targets, temperature=1.0):
         """As GPT.token_logprobs."""

@@ -29,7 +29,7 @@ import kernels as K
 import lora
 import parallel
 from dataset import Sampler, encode_pair, get_tokenizer, load_dataset, pack
-from model import (RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
+from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
                    training_bytes, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,11 +169,30 @@ def encode_pairs(rows, tok, block_size, name, ties):
 
 
 def packed_rewards(model, sequences, device):
-    """Rewards (S,) of token lists, read at the last token of each, by one forward without padding."""
+    """Rewards (S,) of token lists, read at the last token of each, by one forward without padding. What a sequence and the one before
+    it begin with is computed ONCE: a pair's prompt, say.
+
+        flat tokens   p p p a a | b b b | ...        what embeddings, linear layers and norms see: N = P + 2 + 3
+        attention     p p p a a | p p p b b b | ...  gathered for the attention alone"""
+    sequences = [np.asarray(s, np.int64) for s in sequences]
     lengths = torch.tensor([len(s) for s in sequences])
-    idx = torch.from_numpy(np.concatenate([np.asarray(s, np.int64) for s in sequences]))[None]
-    doc = torch.arange(len(sequences)).repeat_interleave(lengths)[None]
-    return model(idx.to(device), doc=doc.to(device))[0][0, (lengths.cumsum(0) - 1).to(device)]
+    if getattr(model, 'mesh', parallel.ALONE).cp.size > 1:  # cut along the context, where no token can belong to two sequences
+        idx, doc = torch.from_numpy(np.concatenate(sequences))[None], torch.arange(len(sequences)).repeat_interleave(lengths)[None]
+        return model(idx.to(device), doc=doc.to(device))[0][0, (lengths.cumsum(0) - 1).to(device)]
+    tokens, pos, gather, slot, n, m, before = [], [], [], [], 0, 0, sequences[0][:0]
+    for s in sequences:
+        k = min(len(s) - 1, len(before))
+        differ = (s[:k] != before[:k]).nonzero()[0]
+        k = int(differ[0]) if len(differ) else k
+        path = np.concatenate([path[:k] if k else s[:0], np.arange(n, n + len(s) - k)])
+        tokens.append(s[k:]), pos.append(np.arange(k, len(s))), gather.append(path), slot.append(np.arange(m + k, m + len(s)))
+        n, m, before = n + len(s) - k, m + len(s), s
+    extra = np.zeros(K.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for oneDNN
+    tokens.append(extra), pos.append(extra), slot.append(extra)
+    last = np.array([path[-1] for path in gather])
+    tokens, pos, gather, slot, last = (torch.from_numpy(np.concatenate(x)).to(device) for x in (tokens, pos, gather, slot, [last]))
+    at = Layout((1, m), torch.device(device), doc=torch.arange(len(lengths)).repeat_interleave(lengths)[None].to(device))
+    return model.values(model.hidden(tokens, pos, at.through(gather, slot).attend())[last])
 
 
 def reward_of(model, sequences, device, micro_tokens, mesh=parallel.ALONE):

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import kernels
 import ppo
 import reward
 import sft
@@ -65,6 +66,30 @@ def test_bradley_terry_by_hand_margin_and_ties():
     tie = reward.pair_losses(c, r, torch.zeros(6), yes, 0.0)
     assert torch.allclose(tie, reward.pair_losses(r, c, torch.zeros(6), yes, 0.0)) and (tie >= math.log(2) - 1e-9).all()
     assert torch.allclose(reward.pair_losses(c, r, torch.zeros(6), no, 0.01) - reward.pair_losses(c, r, torch.zeros(6), no, 0.0), 0.01 * (c + r) ** 2)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+def test_rewards_with_shared_beginnings_equal_one_sequence_at_a_time(arch):
+    """Pairs, a sequence twice, one that is the beginning of the next, branches of branches: rewards and gradients in float64, and fewer rows."""
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig.of(arch, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, head_size=8, vocab_size=5, block_size=32), 'scalar').double()
+    model.config.reward_bias = 0.7
+    some = lambda lo, hi: torch.randint(5, (int(torch.randint(lo, hi, ())),)).tolist()
+    prompt, other = some(3, 9), some(3, 9)
+    stem = prompt + some(1, 5)
+    sequences = [prompt + [0], prompt + [1] + some(1, 6), stem + [2], stem + [2], stem + [2, 3, 4], stem + [2, 3, 1], other + [4], [4], other + some(1, 5)]
+    weight = torch.randn(len(sequences), dtype=torch.float64)
+    seen, hidden = [], model.hidden
+    model.hidden = lambda ids, *rest: seen.append(len(ids)) or hidden(ids, *rest)
+    shared = reward.packed_rewards(model, sequences, torch.device('cpu'))
+    shared.dot(weight).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    alone = torch.stack([model(torch.tensor([s]))[0][0, -1] for s in sequences])
+    alone.dot(weight).backward()
+    assert torch.allclose(shared, alone, atol=1e-12) and all(torch.allclose(g, p.grad, atol=1e-11) for g, p in zip(grads, model.parameters()))
+    rows = sum(max(1, len(b) - len(os.path.commonprefix([a, b]))) for a, b in zip([[], *sequences], sequences))
+    assert rows < sum(map(len, sequences)) and seen[0] == rows + kernels.extra_rows(rows)
 
 
 def test_calibration_wilson_and_correlation():
