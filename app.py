@@ -825,8 +825,8 @@ def curves(runs, metric, x='step', smoothing=0.0):
 
 
 def table_html(head, rows, caption=''):
-    """A table that scrolls sideways on a narrow screen; cells are text, never markup."""
-    cells = ''.join('<tr>' + ''.join(f'<td>{esc(c)}</td>' for c in row) + '</tr>' for row in rows)
+    """A table that scrolls sideways where it must; on a telephone (CSS) a row is a block of "head: cell" lines. Cells are text, never markup."""
+    cells = ''.join('<tr>' + ''.join(f'<td data-head="{esc(h)}">{esc(c)}</td>' for h, c in zip(head, row)) + '</tr>' for row in rows)
     return f'<p class=note>{esc(caption)}</p><div class=scroll><table><tr>{"".join(f"<th>{esc(h)}</th>" for h in head)}</tr>{cells}</table></div>'
 
 
@@ -1081,9 +1081,12 @@ CSS = '''
 .bad{color:#dc2626;white-space:pre-wrap;overflow-wrap:anywhere}.on{background:#16a34a44}.off{opacity:.65}
 .page pre,pre.page{white-space:pre-wrap;overflow-wrap:anywhere;background:#8882;border-radius:8px;padding:8px;font-size:13px;max-height:380px;overflow-y:auto}
 [data-testid=status-tracker] .error,[data-testid=status-tracker] .clear-status{display:none}
-.page .console{display:flex;flex-direction:column-reverse}.label-wrap{text-align:left!important;gap:8px}.label-wrap .icon{flex:none}
+.page .console{display:flex;flex-direction:column-reverse}.label-wrap{text-align:left!important;gap:8px}.label-wrap .icon{flex:none}.label-wrap>span:first-child{flex:1;min-width:0;overflow-wrap:anywhere}
 .page h2{margin:18px 0 6px;font-size:20px}.page h3{margin:12px 0 4px;font-size:16px}.page p{margin:4px 0;max-width:80ch}.page code{overflow-wrap:anywhere}
-@media(max-width:480px){.tab-container button,.tab-wrapper button{padding:0 6px!important;font-size:13px!important}main.fillable,.gradio-container main{padding:8px!important}}
+@media(max-width:480px){.tab-container button,.tab-wrapper button{padding:0 6px!important;font-size:13px!important}main.fillable,.gradio-container main{padding:8px!important}
+.scroll table,.scroll tbody,.scroll tr,.scroll td{display:block;width:100%}.scroll tr:has(th){display:none}.scroll tr{padding:6px 0;border-bottom:1px solid #8886!important}
+.scroll td{padding:1px 4px;border:0!important;white-space:normal!important;overflow-wrap:anywhere;min-width:0!important;box-sizing:border-box}.scroll td:empty{display:none}
+.scroll td::before{content:attr(data-head) ": ";opacity:.7}.scroll td:first-child{font-weight:600}.scroll td:first-child::before{content:""}}
 '''
 
 
