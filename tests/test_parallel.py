@@ -404,6 +404,7 @@ def equal(a, b, at=''):
         assert a == b, at
 
 
+@pytest.mark.slow
 def test_four_ranks(tmp_path):
     """Axes together; then the interface on a grid; then checkpoints across layouts, read here by one process."""
     jobs = [('lm', GPT2, f64, dict(tp=2, zero=3), {}), ('packed', QWEN2, f64, dict(tp=4), {}), ('rl', QWEN3, f64, dict(tp=4), {}),
