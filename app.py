@@ -1081,7 +1081,7 @@ CSS = '''
 .bad{color:#dc2626;white-space:pre-wrap;overflow-wrap:anywhere}.on{background:#16a34a44}.off{opacity:.65}
 .page pre,pre.page{white-space:pre-wrap;overflow-wrap:anywhere;background:#8882;border-radius:8px;padding:8px;font-size:13px;max-height:380px;overflow-y:auto}
 [data-testid=status-tracker] .error,[data-testid=status-tracker] .clear-status{display:none}
-.page .console{display:flex;flex-direction:column-reverse}.label-wrap{text-align:left!important;gap:8px}.label-wrap .icon{flex:none}.label-wrap>span:first-child{flex:1;min-width:0;overflow-wrap:anywhere}
+.page .console{display:flex;flex-direction:column-reverse}.label-wrap{text-align:left!important;gap:8px}.label-wrap .icon{flex:none;align-self:center}.label-wrap>span:first-child{flex:1;min-width:0;overflow-wrap:anywhere}
 .page h2{margin:18px 0 6px;font-size:20px}.page h3{margin:12px 0 4px;font-size:16px}.page p{margin:4px 0;max-width:80ch}.page code{overflow-wrap:anywhere}
 @media(max-width:480px){.tab-container button,.tab-wrapper button{padding:0 6px!important;font-size:13px!important}main.fillable,.gradio-container main{padding:8px!important}
 .scroll table,.scroll tbody,.scroll tr,.scroll td{display:block;width:100%}.scroll tr:has(th){display:none}.scroll tr{padding:6px 0;border-bottom:1px solid #8886!important}
@@ -1270,7 +1270,7 @@ def live_html(root, name, metrics=('score', 'kl', 'loss', 'accuracy', 'pg', 'vf'
     last = train[-20:]
     pace = (last[-1]['time'] - last[0]['time']) / max(1, last[-1]['step'] - last[0]['step']) if len(last) > 1 else 0
     left = f', about {(run.total - run.last) * pace:.0f} s left' if run.state == 'running' and pace and run.total else ''
-    now = ' | '.join(f'{k} {v:.3g}' for k, v in (train[-1] if train else {}).items() if k in metrics and isinstance(v, (int, float)))
+    now = ' | '.join(f'{k} {v:,.0f}' if abs(v) >= 1000 else f'{k} {v:.3g}' for k, v in (train[-1] if train else {}).items() if k in metrics and isinstance(v, (int, float)))
     bad = 'bad' if run.state == 'crashed' else 'note'
     head = f'<p><b data-state={esc(run.state)}>{esc(name)}: {esc(run.state)}</b>, iteration <span id=at>{run.last}</span>{f" of {run.total}" if run.total else ""}{left}</p>'
     head += f'<p class={bad}>{esc(run.note)}</p><p class=note>{esc(now)}</p>'
