@@ -49,8 +49,10 @@ def _add(stage, name, needs=('sft', 'rm'), **keys):
 BETAS = {b: _add('ppo', f'ppo-beta{b}', beta=b) for b in (0.0, 0.05, 0.2, 0.8)}
 TUNED = BETAS[0.2]
 HALF = dict(max_iters=16, eval_interval=16, eval_iters=48)  # half as long, for about the compute of a GRPO or DPO run below
-for _n in (10, 30):
-    _add('ppo', f'ppo-rm{_n}', ('sft', f'rm{_n}'), beta=0.0, reward=f'{{o}}/rm{_n}-s{{s}}')
+OVER, _FREE = {}, dict(max_iters=48, eval_interval=3)  # a and c: half as long again, so that the fall is seen to its end, and looked at more often
+LEASHED = _add('ppo', 'ppo-leashed', **_FREE)
+for _n, _rm in (('10 %', 'rm10'), ('30 %', 'rm30'), ('100 %', 'rm')):
+    OVER[_n] = _rm, _add('ppo', f'ppo-over-{_rm}', ('sft', _rm), beta=0.0, reward=f'{{o}}/{_rm}-s{{s}}', **_FREE)
 DETAILS = {  # what each detail of PPO buys: one key away from the first
     'as tuned': _add('ppo', 'ppo-half', **HALF),
     'no advantage whitening': _add('ppo', 'ppo-nowhiten', **HALF, whiten_advantages=False),
@@ -95,7 +97,7 @@ FAILURES = {
     'a group of one': (_wrong('grpo', 'group_of_one', group_size=1), _RIGHT['grpo'], 'dead', 'train'),
 }
 QUESTIONS = {
-    'a': ['sft', BETAS[0.0], TUNED], 'b': ['sft', *BETAS.values()], 'c': ['rm10', 'rm30', 'rm', 'ppo-rm10', 'ppo-rm30', BETAS[0.0]],
+    'a': ['sft', OVER['100 %'][1], LEASHED], 'b': ['sft', *BETAS.values()], 'c': ['sft', *(name for pair in OVER.values() for name in pair)],
     'd': ['sft', *METHODS.values(), *LONG.values()], 'e': list(DETAILS.values()), 'f': list(LOSSES.values()), 'g': list(RANKS.values()), 'h': list(RM_DATA.values()),
     'i': list(dict.fromkeys(n for wrong, right, _, _ in FAILURES.values() for n in (right, wrong))),
 }

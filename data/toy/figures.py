@@ -121,23 +121,17 @@ def samples(rows, names, prompts=3):
 
 
 def draw_a(rows):
-    names = {'SFT': 'sft', 'beta 0': X.BETAS[0.0], 'beta 0.2': X.TUNED}
+    names = {'SFT': 'sft', 'beta 0': X.OVER['100 %'][1], 'beta 0.2': X.LEASHED}
     fig, axes = figure(4, width=3.8)
     titles = ('proxy: the reward it is paid by', 'gold: what people want (0 to 10)', 'KL to the SFT model, nats a sequence')
     for axis, key, title in zip(axes, ('proxy', 'gold', 'kl'), titles):
         for label, colour in (('beta 0', RED), ('beta 0.2', BLUE)):
             steps, y = curves(rows, names[label], key)
             band(axis, steps, y, colour, label)
-        axis.set_xticks(steps)
+        axis.set_xticks(steps[::2])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel('PPO iteration')
-    d, gold = np.sqrt(np.maximum(curves(rows, names['beta 0'], 'kl')[1], 0)), curves(rows, names['beta 0'], 'gold')[1]
-    gain = gold - gold[:, :1]
-    alpha, beta, r2 = fit_gao(d.flatten(), gain.flatten(), 'rl')
-    for one, g in zip(d, gain):
-        axes[3].plot(one, g, 'o', color=RED, ms=4, alpha=0.7)
-    x = np.linspace(0.05, d.max(), 100)
-    axes[3].plot(x, x * (alpha - beta * np.log(x)), color='black', lw=1.2, label=f'd ({alpha:.2f} - {beta:.2f} log d), R2 {r2:.2f}')
+    alpha, beta, r2, _, _ = over_optimised(axes[3], rows, names['beta 0'], RED, lambda alpha, beta, r2: f'd ({alpha:.2f} - {beta:.2f} log d), R2 {r2:.2f}')
     axes[3].axhline(0, color='black', lw=0.5)
     axes[3].set_title('beta 0: gold gained over d = sqrt KL', fontsize=10)
     axes[3].set_xlabel('d')
@@ -178,36 +172,47 @@ def fit_gao(d, gain, form):
     return float(alpha), float(beta), float(1 - (rest ** 2).sum() / ((gain - gain.mean()) ** 2).sum())
 
 
+def over_optimised(axis, rows, name, colour, label):
+    """Gold gained over d = sqrt KL along a run without KL penalty: every evaluation of every seed small, their medians over the seeds large, and Gao's form
+    through the medians: each seed has a reward model of its own, and one that collapses would bend the curve of all.
+    -> (alpha, beta, R^2, d, gain), the last two (seeds, evaluations)"""
+    d, gold = np.sqrt(np.maximum(curves(rows, name, 'kl')[1], 0)), curves(rows, name, 'gold')[1]
+    gain = gold - gold[:, :1]
+    middle = np.median(d, 0), np.median(gain, 0)
+    alpha, beta, r2 = fit_gao(*middle, 'rl')
+    axis.plot(d.T, gain.T, 'o-', color=colour, ms=2.5, lw=0.6, alpha=0.35)
+    axis.plot(*middle, 'o', color=colour, ms=5.5)
+    x = np.linspace(0.05, middle[0].max(), 100)
+    axis.plot(x, x * (alpha - beta * np.log(x)), color=colour, lw=1.6, label=label(alpha, beta, r2))
+    return alpha, beta, r2, d, gain
+
+
 def draw_c(rows):
     fig, axes = figure(3, width=4.6)
-    lines, sizes = [], {'10 %': ('rm10', 'ppo-rm10', ORANGE), '30 %': ('rm30', 'ppo-rm30', GREEN), '100 %': ('rm', X.BETAS[0.0], BLUE)}
-    for label, (rm, ppo, colour) in sizes.items():
-        points = {k: [] for k in ('d', 'gain', 'proxy')}
-        for s in rows.seeds:
-            run = X.trajectory(ppo, s, rows.out)
-            for p in run:
-                points['d'].append(math.sqrt(max(p['kl'], 0.0))), points['gain'].append(p['gold'] - run[0]['gold']), points['proxy'].append(p['proxy'] - run[0]['proxy'])
-        alpha, beta, r2 = fit_gao(points['d'], points['gain'], 'rl')
-        x = np.linspace(0.05, max(points['d']), 200)
-        axes[0].plot(points['d'], points['proxy'], 'o', color=colour, ms=3.5, alpha=0.7, label=f'{label} of the pairs')
-        axes[1].plot(points['d'], points['gain'], 'o', color=colour, ms=3.5, alpha=0.7)
-        axes[1].plot(x, x * (alpha - beta * np.log(x)), color=colour, lw=1.8, label=f'{label}: d ({alpha:.2f} - {beta:.2f} log d)')
+    lines = []
+    for (label, (rm, ppo)), colour in zip(X.OVER.items(), (ORANGE, GREEN, BLUE)):
+        alpha, beta, r2, d, gains = over_optimised(axes[1], rows, ppo, colour, lambda alpha, beta, r2: f'{label}: d ({alpha:.2f} - {beta:.2f} log d)')
+        paid = curves(rows, ppo, 'proxy')[1]
+        paid = paid - paid[:, :1]
+        axes[0].plot(d.T, paid.T, 'o-', color=colour, ms=2.5, lw=0.6, alpha=0.35)
+        axes[0].plot(np.median(d, 0), np.median(paid, 0), 'o-', color=colour, ms=5.5, lw=1, label=f'{label} of the pairs')
         bon = [[r for r in rows.rows if r['name'] == f'bon-{rm}' and r['seed'] == s] for s in rows.seeds]
         d = np.sqrt([r['kl'] for r in bon[0]])
         gain = np.array([[r['gold'] - b[0]['gold'] for r in b] for b in bon])
         band(axes[2], d, gain, colour, None)
         ba, bb, br2 = fit_gao(np.tile(d, len(bon)), gain.flatten(), 'bon')
-        axes[2].plot(x[x <= d[-1]], (x * (ba - bb * x))[x <= d[-1]], '--', color=colour, lw=1.2, label=f'{label}: d ({ba:.2f} - {bb:.2f} d)')
+        x = np.linspace(0.05, d[-1], 100)
+        axes[2].plot(x, x * (ba - bb * x), '--', color=colour, lw=1.2, label=f'{label}: d ({ba:.2f} - {bb:.2f} d)')
         peak = math.exp(alpha / beta - 1) if beta > 0 else float('inf')
-        best = max(points['gain'])
+        best = np.median(gains, 0).max()
         lines.append([label, text(rows.span(rm, 'agreement'), 1, True), f'{alpha:.2f}, {beta:.2f} ({r2:.2f})', f'{peak ** 2:.1f} nats, {peak * (alpha - beta * math.log(peak)):+.2f}',
-                      f'{best:+.2f}', text(rows.span(ppo, 'gold')), f'{ba:.2f}, {bb:.2f} ({br2:.2f})', f'{np.median(gain[:, -1]):+.2f}'])
+                      f'{best:+.2f}', text(rows.span(ppo, 'gold')), ', '.join(f'{a - b:+.2f}' for a, b in zip(rows.values(ppo, 'gold'), rows.values('sft', 'gold'))), f'{ba:.2f}, {bb:.2f} ({br2:.2f})', f'{np.median(gain[:, -1]):+.2f}'])
     for axis, title in zip(axes, ('PPO without KL: own proxy, gain', 'PPO without KL: gold, gain, and the fit', 'best of n (1 to 64): gold, gain, and the fit')):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel('d = sqrt(KL to the SFT model, nats)')
         axis.axhline(0, color='black', lw=0.6)
         axis.legend(frameon=False, fontsize=8)
-    head = ['reward model', 'orders as gold does', 'PPO: alpha, beta (R2)', 'peak of the fit: KL, gold gain', 'largest gain seen', 'gold at the end', 'best of n: alpha, beta (R2)', 'gold gain at n = 64']
+    head = ['reward model', 'orders as gold does', 'PPO: alpha, beta (R2)', 'peak of the fit: KL, gold gain', 'largest median gain', 'gold at the end', 'less SFT, each seed', 'best of n: alpha, beta (R2)', 'gold gain at n = 64']
     return fig, table(head, lines)
 
 
