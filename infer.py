@@ -1118,7 +1118,7 @@ class Engine:
             events = self._accept(rows, extra, self.net.logits(x, at))
             if self.tempo and not chunks and self.allowed > 1:
                 self.tempo.note(time.perf_counter() - t0, len(decode))
-                torch.set_num_threads(min(self.allowed, self.tempo.now))
+                torch.set_num_threads(self.tempo.now)
             return events
         except FloatingPointError:
             self._reset()

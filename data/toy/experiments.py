@@ -49,10 +49,10 @@ def _add(stage, name, needs=('sft', 'rm'), **keys):
 BETAS = {b: _add('ppo', f'ppo-beta{b}', beta=b) for b in (0.0, 0.05, 0.2, 0.8)}
 TUNED = BETAS[0.2]
 HALF = dict(max_iters=16, eval_interval=16, eval_iters=48)  # half as long, for about the compute of a GRPO or DPO run below
-OVER, _FREE = {}, dict(max_iters=48, eval_interval=3)  # a and c: half as long again, so that the fall is seen to its end, and looked at more often
-LEASHED = _add('ppo', 'ppo-leashed', **_FREE)
+LONGER = dict(max_iters=48, eval_interval=3)  # a and c: half as long again, so that the fall is seen to its end, and looked at more often
+LEASHED, OVER = _add('ppo', 'ppo-leashed', **LONGER), {}
 for _n, _rm in (('10 %', 'rm10'), ('30 %', 'rm30'), ('100 %', 'rm')):
-    OVER[_n] = _rm, _add('ppo', f'ppo-over-{_rm}', ('sft', _rm), beta=0.0, reward=f'{{o}}/{_rm}-s{{s}}', **_FREE)
+    OVER[_n] = _rm, _add('ppo', f'ppo-over-{_rm}', ('sft', _rm), beta=0.0, reward=f'{{o}}/{_rm}-s{{s}}', **LONGER)
 DETAILS = {  # what each detail of PPO buys: one key away from the first
     'as tuned': _add('ppo', 'ppo-half', **HALF),
     'no advantage whitening': _add('ppo', 'ppo-nowhiten', **HALF, whiten_advantages=False),

@@ -131,7 +131,7 @@ def draw_a(rows):
         axis.set_xticks(steps[::2])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel('PPO iteration')
-    alpha, beta, r2, _, _ = over_optimised(axes[3], rows, names['beta 0'], RED, lambda alpha, beta, r2: f'd ({alpha:.2f} - {beta:.2f} log d), R2 {r2:.2f}')
+    over_optimised(axes[3], rows, names['beta 0'], RED, 'd ({:.2f} - {:.2f} log d), R2 {:.2f}')
     axes[3].axhline(0, color='black', lw=0.5)
     axes[3].set_title('beta 0: gold gained over d = sqrt KL', fontsize=10)
     axes[3].set_xlabel('d')
@@ -175,7 +175,7 @@ def fit_gao(d, gain, form):
 def over_optimised(axis, rows, name, colour, label):
     """Gold gained over d = sqrt KL along a run without KL penalty: every evaluation of every seed small, their medians over the seeds large, and Gao's form
     through the medians: each seed has a reward model of its own, and one that collapses would bend the curve of all.
-    -> (alpha, beta, R^2, d, gain), the last two (seeds, evaluations)"""
+    label takes alpha, beta, R^2. -> (alpha, beta, R^2, d, gain), the last two (seeds, evaluations)"""
     d, gold = np.sqrt(np.maximum(curves(rows, name, 'kl')[1], 0)), curves(rows, name, 'gold')[1]
     gain = gold - gold[:, :1]
     middle = np.median(d, 0), np.median(gain, 0)
@@ -183,7 +183,7 @@ def over_optimised(axis, rows, name, colour, label):
     axis.plot(d.T, gain.T, 'o-', color=colour, ms=2.5, lw=0.6, alpha=0.35)
     axis.plot(*middle, 'o', color=colour, ms=5.5)
     x = np.linspace(0.05, middle[0].max(), 100)
-    axis.plot(x, x * (alpha - beta * np.log(x)), color=colour, lw=1.6, label=label(alpha, beta, r2))
+    axis.plot(x, x * (alpha - beta * np.log(x)), color=colour, lw=1.6, label=label.format(alpha, beta, r2))
     return alpha, beta, r2, d, gain
 
 
@@ -191,7 +191,7 @@ def draw_c(rows):
     fig, axes = figure(3, width=4.6)
     lines = []
     for (label, (rm, ppo)), colour in zip(X.OVER.items(), (ORANGE, GREEN, BLUE)):
-        alpha, beta, r2, d, gains = over_optimised(axes[1], rows, ppo, colour, lambda alpha, beta, r2: f'{label}: d ({alpha:.2f} - {beta:.2f} log d)')
+        alpha, beta, r2, d, gains = over_optimised(axes[1], rows, ppo, colour, label + ': d ({:.2f} - {:.2f} log d)')
         paid = curves(rows, ppo, 'proxy')[1]
         paid = paid - paid[:, :1]
         axes[0].plot(d.T, paid.T, 'o-', color=colour, ms=2.5, lw=0.6, alpha=0.35)
