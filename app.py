@@ -801,7 +801,7 @@ def picture(draw, xlabel='', ylabel='', title=''):
     ax.grid(alpha=0.2)
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
-        fig.legend(handles, labels, loc='outside lower center', ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+        fig.legend(handles, labels, loc='outside lower center', ncols=1 if max(map(len, labels)) > 24 else 2, frameon=False, labelcolor=INK, fontsize=9)
     fig.set_layout_engine('constrained')
     out = io.StringIO()
     fig.savefig(out, format='svg', transparent=True)
@@ -1592,24 +1592,25 @@ def after_labels(gr, root, models, desk, lms, rewards, chat_names, lists):
     def refitted(name, base, algorithm, steps):
         commands, outs = refit_commands(root, desk.of(name), base, algorithm, int(steps), name)
         launch(root, 'reward', outs[0], commands)
-        return outs, '', f'<pre>{esc(chr(10).join(map(shown, commands)))}</pre>'
+        return outs, '', '', f'<pre>{esc(chr(10).join(map(shown, commands)))}</pre>'
 
     def tick(outs, base, before):
         if not outs:
             return gr.skip(), gr.skip(), gr.skip()
-        now = signature(root, *outs)
-        if now == before:
+        now, was_ready = signature(root, *outs), before.endswith('ready')
+        if now == before.removesuffix('ready'):
             return gr.skip(), gr.skip(), gr.skip()
-        first, ready = run_of(root, outs[0]), outs[1] in find_models(root) and run_of(root, outs[1]).state == 'finished'
+        first = run_of(root, outs[0])  # its process makes both; the second may be finished from an earlier time
+        ready = first.state == 'finished' and outs[1] in find_models(root) and run_of(root, outs[1]).state == 'finished'
         page = f'<p data-refit={"done" if ready else first.state}>{esc(outs[1])}: {"trained: chat with it in the first tab" if ready else esc(first.state)}</p>{live_html(root, outs[1] if run_of(root, outs[1]).rows else outs[0], console=first.console)}'
-        return page, now, gr.Dropdown([n for n, k in find_models(root).items() if k != 'reward'], value=[base, outs[1]]) if ready else gr.skip()
+        return page, now + 'ready' * ready, gr.Dropdown([n for n, k in find_models(root).items() if k != 'reward'], value=[base, outs[1]]) if ready and not was_ready else gr.skip()
     lists['lm'] += [base]
     lists['reward'] += [judge]
     agree.click(polite(agreed), [desk.name, judge], out)
     asking = ask.click(polite(asked), [desk.name, desk.session, judge, url, key], [out, desk.page, desk.current])
     halt.click(polite(desk.show), [desk.name, desk.session], [desk.page, desk.current], cancels=[asking])
     export.click(polite(exported), desk.name, out)
-    refit.click(polite(refitted), [desk.name, base, algorithm, steps], [outs, seen, out])
+    refit.click(polite(refitted), [desk.name, base, algorithm, steps], [outs, seen, view, out])
     gr.Timer(2).tick(polite(tick), [outs, base, seen], [view, seen, chat_names], show_progress='hidden')
 
 
