@@ -596,10 +596,14 @@ def _linear_stats(X, W, Y, OUT, N, V, C, sx, sw, per_split, scale, BM: tl.conste
     tl.store(out + 2 * N, a, mask=r < N)
     tl.store(out + 3 * N, z_y, mask=r < N)
 
+def _linear_sizes(itemsize):
+    """(BM, BN, BK, warps, stages)"""
+    return (16, 16, 16, 4, 1) if INTERPRET else (128, 128, 64, 8, 3) if itemsize == 2 else (64, 64, 32, 4, 2)
+
 def _run_linear_stats(x, weight, targets, temperature):
     x, weight = _flat(x), _flat(weight)
     (N, C), V = x.shape, weight.size(0)
-    BM, BN, BK, warps, stages = (16, 16, 16, 4, 1) if INTERPRET else (128, 128, 64, 8, 3) if x.element_size() == 2 else (64, 64, 32, 4, 2)
+    BM, BN, BK, warps, stages = _linear_sizes(x.element_size())
     splits = min(_cdiv(V, BN), 3 if INTERPRET else max(1, _cdiv(1024, _cdiv(N, BM))))  # about 8 programs for each of 132 processors
     per_split = _cdiv(_cdiv(V, splits), BN) * BN
     splits = _cdiv(V, per_split)
@@ -1318,17 +1322,21 @@ def _kv_write(K, V, KC, VC, SLOTS, skt, skh, svt, svh, kb, ks, kh, vb, vs, vh, s
         tl.store(KC + block * kb + at * ks + h * kh + d, k.to(KC.dtype.element_ty), mask=ok)
         tl.store(VC + block * vb + at * vs + h * vh + d, v.to(VC.dtype.element_ty), mask=ok)
 
+def _paged_sizes(hs, itemsize):
+    """(SPLIT, BN, warps, stages)"""
+    return (32, 16, 4, 1) if INTERPRET else (256, 64 if hs <= 128 else 32, 4, 3 if itemsize == 2 else 1)
+
 def _paged_triton(q, k_cache, v_cache, block_table, context_lens, scale):
     q = q if q.stride(-1) == 1 else q.contiguous()
     (B, nh, hs), (_, size, nkv, _) = q.shape, k_cache.shape
-    SPLIT, BN = (32, 16) if INTERPRET else (256, 64 if hs <= 128 else 32)
+    SPLIT, BN, warps, stages = _paged_sizes(hs, q.element_size())
     table, splits = block_table if block_table.stride(1) == 1 else block_table.contiguous(), max(1, _cdiv(block_table.size(1) * size, SPLIT))
     m, l = (torch.empty(B, nh, splits, dtype=torch.float32, device=q.device) for _ in range(2))
     acc = torch.empty(B, nh, splits, hs, dtype=torch.float32, device=q.device)
     out, BD = torch.empty(q.shape, dtype=q.dtype, device=q.device), _pow2(hs, 16)
     _launch(_paged_split, (B, nkv, splits), q, k_cache, v_cache, table, context_lens, m, l, acc, *q.stride()[:2], *k_cache.stride()[:3],
             *v_cache.stride()[:3], table.stride(0), size, nh, nh // nkv, splits, scale * 1.4426950408889634, HS=hs, BD=BD,
-            BG=_pow2(nh // nkv, 16), BN=BN, SPLIT=SPLIT, num_warps=4, num_stages=3 if q.element_size() == 2 else 1)
+            BG=_pow2(nh // nkv, 16), BN=BN, SPLIT=SPLIT, num_warps=warps, num_stages=stages)
     _launch(_paged_merge, (B, nh), m, l, acc, context_lens, out, nh, splits, HS=hs, BD=BD, BS=16, SPLIT=SPLIT, num_warps=4)
     return out
 
