@@ -523,7 +523,7 @@ class PagedCache:
             (later if start else fresh).append((r, at, start, n))
             at += n
         # fresh prompts first among the chunks or not: their tokens are gathered, packed, and attend each to its own
-        cu = up(np.cumsum([0] + [n for *_, n in fresh]).astype(np.int32))
+        cu, longest = up(np.cumsum([0] + [n for *_, n in fresh]).astype(np.int32)), max((n for *_, n in fresh), default=0)
         rows = up(np.concatenate([np.arange(a, a + n) for _, a, _, n in fresh])) if fresh else None
         tables = [up(np.array(r.blocks[:-(-(start + n) // self.block_size)])) for r, _, start, n in later]
 
@@ -532,12 +532,12 @@ class PagedCache:
             kc, vc = self.kv[net][0, layer], self.kv[net][1, layer]
             K.kv_write(k, v, kc, vc, slots)
             if D == N:
-                return K.paged_attention(q.contiguous(), kc, vc, table, lens).reshape(N, nh * hs)
+                return K.paged_attention(q, kc, vc, table, lens).reshape(N, nh * hs)
             out = q.new_empty(N, nh * hs)
             if D:
-                out[:D] = K.paged_attention(q[:D].contiguous(), kc, vc, table, lens).reshape(D, nh * hs)
+                out[:D] = K.paged_attention(q[:D], kc, vc, table, lens).reshape(D, nh * hs)
             if fresh:
-                out[rows] = K.flash_attention(q[rows], k[rows], v[rows], cu_seqlens=cu).reshape(-1, nh * hs)
+                out[rows] = K.flash_attention(q[rows], k[rows], v[rows], cu_seqlens=cu, longest=longest).reshape(-1, nh * hs)
             for (r, at, start, n), blocks in zip(later, tables):
                 a, b = (c[blocks].flatten(0, 1)[:start + n].transpose(0, 1) for c in (kc, vc))
                 out[at:at + n] = _attend_chunk(q[at:at + n], a, b, None)
@@ -549,7 +549,7 @@ class PagedCache:
         def attend(layer, q, k, v):
             kc, vc = self.kv[net][0, layer], self.kv[net][1, layer]
             K.kv_write(k, v, kc, vc, slots)
-            return K.paged_attention(q.contiguous(), kc, vc, table, lens).reshape(len(q), -1)
+            return K.paged_attention(q, kc, vc, table, lens).reshape(len(q), -1)
         return attend
 
 
@@ -743,7 +743,11 @@ class Net:
     def logits(self, x, at=None):
         """x (N, C) as hidden or run gave it; at: a list of its rows, None = all -> (n, V), float32 or float64, valid until the next call"""
         if self.code is None:
-            y = self.lin(self.norm(x if at is None else x[at], self.ln_f), self.head)
+            y, (w, b, _) = self.norm(x if at is None else x[at], self.ln_f), self.head
+            if self.device.type == 'cuda' and y.element_size() == 2:  # a bfloat16 logit of 20 is off by 0.06
+                y = torch.mm(y, w.t(), out_dtype=torch.float32)
+                return y if b is None else y.add_(b)
+            y = self.lin(y, self.head)
             return y if y.dtype == torch.float64 else y.float()
         at = np.arange(len(x)) if at is None else np.array(at, np.int64)
         n, V = len(at), self.c.vocab_size
@@ -804,13 +808,10 @@ class Settings:
 
     def __init__(self, rows, eot, device, dtype):
         p = [r.params for r in rows]
-        col = lambda name, dtype=dtype: torch.tensor([getattr(x, name) for x in p], dtype=dtype, device=device)
+        col = lambda name, dtype=dtype: _upload(torch.tensor([getattr(x, name) for x in p], dtype=dtype), device)
         pick = lambda test: [i for i, x in enumerate(p) if not x.simple and test(x)]
         self.keys = np.array([r.key for r in rows], np.uint64)
         self.limit = np.array([r.limit - r.P for r in rows])
-        greedy = [x.temperature == 0 for x in p]
-        self.all_greedy, self.any_greedy, self.greedy = all(greedy), any(greedy), torch.tensor(greedy, device=device)
-        self.temperature = None if all(x.temperature in (0, 1) for x in p) else torch.where(self.greedy, 1.0, col('temperature'))[:, None]
         self.cut, self.repeat = pick(lambda x: x.temperature > 0 and (x.top_k or x.top_p < 1 or x.min_p)), pick(lambda x: x.repetition_penalty != 1)
         self.seen, biased = pick(lambda x: x.presence_penalty or x.frequency_penalty), pick(lambda x: x.logit_bias)
         if self.cut:
@@ -826,8 +827,8 @@ class Settings:
         self.min_tokens = np.array([x.min_tokens for x in p])
         self.any_min, self.top = any(x.min_tokens for x in p), max(x.logprobs for x in p)
         self.plain = not (self.bias or self.repeat or self.seen)
-        self.heat = torch.tensor([x.temperature for x in p], dtype=torch.float32)
-        self.draw = K.c_draw() if self.plain and not self.cut and not self.top and device.type == 'cpu' and dtype == torch.float32 else None
+        self.heat = col('temperature', torch.float64 if dtype == torch.float64 else torch.float32)
+        self.static = not (self.repeat or self.seen or self.top or self.any_min)  # nothing hangs on the tokens drawn before
 
 
 def _counts(rows, V, device):
@@ -866,16 +867,10 @@ def _filter(z, k, p, m):
 
 def sample(logits, s, rows, extra, outs):
     """logits (n, V), row i for rows[i] after its output and extra[i] (unconfirmed draft tokens); outs (n,) tokens written before.
-    -> tokens (n,) int64, logprobs, raw_logprobs (n,), top [(ids, logprobs)] or None. FloatingPointError when the logits are not finite."""
-    early = np.nonzero(outs < s.min_tokens)[0] if s.any_min else ()
-    if s.draw is not None and not len(early) and logits.stride(1) == 1:
-        u, tokens, lp, raw_lp = uniform(s.keys, outs.astype(np.uint64)), torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits)), torch.empty(len(logits))
-        s.draw(logits.data_ptr(), logits.stride(0), *logits.shape, u.ctypes.data, *(x.data_ptr() for x in (s.heat, tokens, lp, raw_lp)))
-        return _finite(tokens, lp, raw_lp, None)
-    raw, raw_logp = logits, logits - logits.logsumexp(-1, keepdim=True)  # log_softmax adds in a way that loses 1e-4 nats at 150,000 words
-    z, logp = raw, raw_logp
-    if not s.plain or len(early):
-        z, V = raw.clone(), raw.size(-1)
+    -> tokens (n,) int64, logprobs, raw_logprobs (n,), all on the logits' device, top [(ids, logprobs)] or None."""
+    early, z, V = np.nonzero(outs < s.min_tokens)[0] if s.any_min else (), logits, logits.size(-1)
+    if not s.plain or s.cut or len(early):
+        z = logits.clone()
         if s.bias:
             z.index_put_((s.bias[0], s.bias[1]), s.bias[2].to(z.dtype), accumulate=True)
         for i in early:
@@ -886,35 +881,44 @@ def sample(logits, s, rows, extra, outs):
         if s.seen:
             count = _counts([rows[i].out() + list(extra[i]) for i in s.seen], V, z.device)
             z[s.seen] -= count * s.frequency + (count > 0) * s.presence
-    if not s.all_greedy:
-        if s.temperature is not None:
-            z = z / s.temperature
         if s.cut:
-            z = z.clone() if z is raw else z
-            z[s.cut] = _filter(z[s.cut], s.cut_k, s.cut_p, s.cut_m)
-        logp = raw_logp if z is raw else z - z.logsumexp(-1, keepdim=True)
-        mass = logp.exp().cumsum(-1, dtype=torch.float64)
-        u = torch.from_numpy(uniform(s.keys, outs.astype(np.uint64))).to(z.device)[:, None]
-        total = mass[:, -1:]
-        tokens = torch.searchsorted(mass, torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total))), right=True)[:, 0]
-        if s.any_greedy:
-            tokens = torch.where(s.greedy, z.argmax(-1), tokens)
-    else:
-        tokens = z.argmax(-1)
-    at = tokens.clamp_max_(raw.size(-1) - 1)[:, None]  # beyond the end only where the logits are nan
-    raw_lp = raw_logp.gather(-1, at)[:, 0]
-    lp = raw_lp if s.all_greedy or z is raw else torch.where(s.greedy, raw_lp, logp.gather(-1, at)[:, 0])
+            part = z[s.cut]
+            z[s.cut] = part.masked_fill(_filter(part / s.heat[s.cut, None].to(z.dtype), s.cut_k, s.cut_p, s.cut_m) == float('-inf'), float('-inf'))
+    tokens, lp, raw_lp = K.draw(z, _upload(torch.from_numpy(uniform(s.keys, outs.astype(np.uint64))), z.device), s.heat)
+    if z is not logits:
+        raw_lp = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        lp = torch.where(s.heat > 0, lp, raw_lp)  # greedy text is scored by the plain distribution
     top = None
     if s.top:
-        best = raw_logp.topk(min(s.top, raw.size(-1)), -1)
-        top = list(zip(best.indices.tolist(), best.values.tolist()))
-    return _finite(tokens, lp, raw_lp, top)
-
-
-def _finite(tokens, lp, raw_lp, top):
-    if not bool(torch.isfinite(raw_lp).all()):
-        raise FloatingPointError(f'the logits of {int((~torch.isfinite(raw_lp)).sum())} of {len(raw_lp)} rows are not finite: the weights (or the dtype) have overflowed')
+        best, lse = logits.topk(min(s.top, V), -1), logits.logsumexp(-1, keepdim=True)
+        top = list(zip(best.indices.tolist(), (best.values - lse).tolist()))
     return tokens, lp, raw_lp, top
+
+
+def _upload(t, device):
+    """A CPU tensor to the device; to a GPU through pinned memory, which alone lets the copy wait in the stream while the program goes on."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device)
+
+
+class Drawn:
+    """What a step has drawn for `rows`, perhaps still on its way from the GPU: tokens stays on the device, for the step behind."""
+
+    def __init__(self, rows, extra, tokens, lp, raw, top, settings, outs):
+        self.rows, self.extra, self.tokens, self.top, self.settings, self.outs, self.ready = rows, extra, tokens, top, settings, outs, None
+        self.host = tokens, lp, raw
+        if tokens.is_cuda:
+            self.host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in self.host]
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def read(self):
+        """Waits. -> tokens, logprobs, raw_logprobs as NumPy arrays; FloatingPointError when the logits were not finite."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        tokens, lp, raw = (t.numpy() for t in self.host)
+        if not np.isfinite(raw).all():
+            raise FloatingPointError(f'the logits of {int((~np.isfinite(raw)).sum())} of {len(raw)} rows are not finite: the weights (or the dtype) have overflowed')
+        return tokens, lp, raw
 
 
 # -----------------------------------------------------------------------------
@@ -983,7 +987,8 @@ class Engine:
         self.weight_version, self.counter, self.settings, self.settings_of = 0, itertools.count(), None, None
         self.lock, self.go, self.admitting = threading.RLock(), threading.Event(), True
         self.go.set()
-        self.graphs = {} if self.device.type == 'cuda' and kind is PagedCache and self.tp.size == 1 else None
+        self.graphs = {} if K.which() == 'triton (CUDA)' and self.device.type == 'cuda' and kind is PagedCache and self.tp.size == 1 else None  # a twin waits for the GPU
+        self.ahead, self.flight = self.graphs is not None, None  # see _ahead
         self.counts = dict(steps=0, output_tokens=0, prompt_tokens=0, cached_tokens=0, preemptions=0, drafted=0, accepted=0)
 
     def _memory(self):
@@ -1090,14 +1095,18 @@ class Engine:
         """Schedule, forward, sample. -> events of streaming requests."""
         if not self.go.is_set():
             return []
-        if self.num_draft:
-            self._propose()
-        decode, chunks = self._schedule()
-        if not decode and not chunks:
-            return []
-        t0 = time.perf_counter()
-        self.counts['steps'] += 1
         try:
+            if self.flight is not None:
+                before, self.flight = self.flight, None
+                self.flight = self._ahead(before)
+                return self._land(before)
+            if self.num_draft:
+                self._propose()
+            decode, chunks = self._schedule()
+            if not decode and not chunks:
+                return []
+            t0 = time.perf_counter()
+            self.counts['steps'] += 1
             x = self._forward(0, decode, chunks)
             rows, extra, at, end = decode, None, None, len(decode)
             if chunks:
@@ -1115,7 +1124,11 @@ class Engine:
                     self._publish(r)
             if not rows:
                 return []
-            events = self._accept(rows, extra, self.net.logits(x, at))
+            drawn = self._draw(rows, extra, self.net.logits(x, at))
+            if self.ahead and not chunks and len(decode) == len(self.running) and drawn.settings.static:
+                self.flight = drawn
+                return []
+            events = self._land(drawn)
             if self.tempo and not chunks and self.allowed > 1:
                 self.tempo.note(time.perf_counter() - t0, len(decode))
                 torch.set_num_threads(self.tempo.now)
@@ -1124,10 +1137,32 @@ class Engine:
             self._reset()
             raise
 
-    def _forward(self, net, decode, chunks):
-        """The last token of each of decode, then those of the chunks [(request, start, n)], through net `net` -> (N, C)."""
-        ids = [r.draft[-1] if r.draft else r.tokens[-1] for r in decode]
-        pos = np.fromiter((len(r.tokens) + len(r.draft) - 1 for r in decode), np.int64, len(decode))
+    def _ahead(self, drawn):
+        """CUDA: the decode step behind `drawn`, started before its tokens are known here: they go from one step to the next on the GPU, which thus
+        never waits for this program's bookkeeping. None when it hangs on more than them: on who is admitted, or thrown out, next. A row that turns
+        out to have ended, by an end token or a stop string, is computed once more for nothing and left out when that step is read (_land)."""
+        if self.waiting and self.admitting and len(self.running) < self.max_num_seqs:
+            return None
+        keep = [i for i, r in enumerate(drawn.rows) if r.finish_reason is None and len(r.tokens) + 1 < r.limit]
+        rows, tokens = [drawn.rows[i] for i in keep], drawn.tokens
+        if not rows or not all(self._room(r, len(r.tokens) + 1) for r in rows):
+            return None
+        if len(rows) < len(drawn.rows):
+            tokens = tokens[_upload(torch.tensor(keep), self.device)]
+        self.counts['steps'] += 1
+        return self._draw(rows, None, self.net.logits(self._forward(0, rows, [], tokens)), 1)
+
+    def _settle(self):
+        """Reads the step that is still on its way, if there is one; its events come with the next step()."""
+        if self.flight is not None:
+            drawn, self.flight = self.flight, None
+            self.undelivered += self._land(drawn)
+
+    def _forward(self, net, decode, chunks, drawn=None):
+        """The last token of each of decode, then those of the chunks [(request, start, n)], through net `net` -> (N, C). drawn: instead of the last
+        tokens those behind them, which only the device knows yet."""
+        ids = [r.draft[-1] if r.draft else r.tokens[-1] for r in decode] if drawn is None else drawn
+        pos = np.fromiter((len(r.tokens) + len(r.draft) - (drawn is None) for r in decode), np.int64, len(decode))
         if chunks:
             for r, start, n in chunks:
                 ids += (r.tokens[start:start + n] + r.draft)[:n]
@@ -1136,7 +1171,7 @@ class Engine:
             return self._replay(ids, pos, decode)
         if self.nets[net].code is not None:
             return self.nets[net].run(np.array(ids), pos, *self.cache.tables(decode, chunks, pos, net))
-        ids, at = torch.tensor(ids, device=self.device), torch.from_numpy(pos).to(self.device)
+        ids, at = torch.as_tensor(ids, device=self.device), torch.from_numpy(pos).to(self.device)
         return self.nets[net].hidden(ids, at, self.cache.plan(decode, chunks, pos, net))
 
     def _replay(self, ids, pos, decode):
@@ -1162,10 +1197,10 @@ class Engine:
         for row, r in zip(table, decode):
             row[:len(r.blocks)] = r.blocks
         pad = n - len(ids)
-        values = (np.array(ids + [0] * pad), np.pad(pos, (0, pad)), np.pad(cache.slots(decode, pos), (0, pad), constant_values=-1),
-                  table, np.pad(pos.astype(np.int32) + 1, (0, pad)))
-        for buffer, value in zip(box, values):
-            buffer.copy_(torch.from_numpy(value), non_blocking=True)
+        values = np.pad(pos, (0, pad)), np.pad(cache.slots(decode, pos), (0, pad), constant_values=-1), table, np.pad(pos.astype(np.int32) + 1, (0, pad))
+        box[0][:len(ids)].copy_(ids if torch.is_tensor(ids) else torch.tensor(ids).pin_memory(), non_blocking=True)
+        for buffer, value in zip(box[1:], values):
+            buffer.copy_(torch.from_numpy(value).pin_memory(), non_blocking=True)  # from other memory the copy would wait for the GPU
         graph.replay()
         return out[:len(ids)]
 
@@ -1289,28 +1324,28 @@ class Engine:
 
     # ---- what was drawn --------------------------------------------------------------------------------------------
 
-    def _draw(self, rows, extra, logits):
-        """-> tokens, logprobs, raw_logprobs as NumPy arrays, top log-probs or None, the Settings, outputs before each."""
+    def _draw(self, rows, extra, logits, ahead=0):
+        """Draws for every row -> Drawn. extra: see sample; ahead: tokens of each that are drawn but not yet read."""
         if rows != self.settings_of:
             self.settings, self.settings_of = Settings(rows, self.eot, logits.device, logits.dtype), list(rows)
-        outs = np.fromiter((len(r.tokens) - r.P for r in rows), np.int64, len(rows))
+        outs = np.fromiter((len(r.tokens) - r.P + ahead for r in rows), np.int64, len(rows))
         if extra is not None:
             outs += np.fromiter(map(len, extra), np.int64, len(rows))
         tokens, lp, raw, top = sample(logits, self.settings, rows, extra or [()] * len(rows), outs)
         if self.tp.size > 1:  # all hold the same logits; one draw counts, whatever the last bit of a GPU's sum says
             tokens, lp, raw = self.tp.broadcast(torch.stack([t.double() for t in (tokens, lp, raw)]), 0, 'tokens')
             tokens = tokens.long()
-        return tokens.cpu().numpy(), lp.cpu().numpy(), raw.cpu().numpy(), top, self.settings, outs
+        return Drawn(rows, extra, tokens, lp, raw, top, self.settings, outs)
 
-    def _accept(self, rows, extra, logits):
-        """Draws for every row, appends, ends what is done. A request with drafts has several rows, row j drawn as if its first j
-        drafts were right: they count up to the first draft that was not. -> events."""
-        tokens, lp, raw, top, s, outs = self._draw(rows, extra, logits)
+    def _land(self, drawn):
+        """Reads what was drawn, appends it, ends what is done. A request with drafts has several rows, row j drawn as if its first j
+        drafts were right: they count up to the first draft that was not. A row whose request has ended since is nobody's. -> events."""
+        (tokens, lp, raw), rows, extra, top, s, outs = drawn.read(), drawn.rows, drawn.extra, drawn.top, drawn.settings, drawn.outs
         ended = (s.stop_ids == tokens[:, None]).any(1) & (outs >= s.min_tokens)
         done, tokens = (ended | (outs + 1 >= s.limit)).tolist(), tokens.tolist()
         over, events, finished = set(), [], []
         for i, (r, t, a, b) in enumerate(zip(rows, tokens, lp.tolist(), raw.tolist())):
-            if r in over:
+            if r in over or r.finish_reason is not None:
                 continue
             r.tokens.append(t)
             r.logprobs.append(a)
@@ -1410,7 +1445,7 @@ class Engine:
             x = self._forward(1, decode, chunks)
             rows = decode + [r for r, _, _ in chunks]
             at = list(range(len(decode))) + (len(decode) - 1 + np.cumsum([n for *_, n in chunks], dtype=int)).tolist()
-            tokens = self._draw(rows, [r.draft for r in rows], self.nets[1].logits(x, at))[0].tolist()
+            tokens = self._draw(rows, [r.draft for r in rows], self.nets[1].logits(x, at)).read()[0].tolist()
             for r, t in zip(rows, tokens):
                 r.draft_n = len(r.tokens) + len(r.draft)
                 r.draft = r.draft + [t]
@@ -1472,6 +1507,7 @@ class Engine:
         what runs are made anew (AReaL's way), so that each token comes from one set of weights exactly. Returns the version."""
         with self.lock:
             with torch.inference_mode():
+                self._settle()
                 while recompute and self.running:
                     self._evict()
             for i, net in enumerate(self.nets):
@@ -1489,6 +1525,7 @@ class Engine:
 
     def _reset(self):
         """After logits that are not finite: nothing in the cache can be trusted."""
+        self.flight = None
         for request_id in list(self.requests):
             self.abort(request_id)
         self.blocks.forget()

@@ -958,10 +958,10 @@ class _Flash(torch.autograd.Function):
                 docs, *rest, **size)
         return dq, dk, dv, None, None, None, None, None, None
 
-def _flash_triton(q, k, v, cu_seqlens, causal, window, scale):
+def _flash_triton(q, k, v, cu_seqlens, causal, window, scale, longest):
     if cu_seqlens is not None:
         cu = cu_seqlens.int()
-        longest = int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0  # the one host sync
+        longest = longest or (int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0)  # the one host sync
         return _Flash.apply(q, k, v, cu, cu, (longest, longest), causal, window, scale) if longest else torch.zeros_like(q)
     (B, T), Tk = q.shape[:2], k.size(1)
     cu_q, cu_k = (torch.arange(B + 1, dtype=torch.int32, device=q.device) * n for n in (T, Tk))
@@ -982,17 +982,17 @@ def _attend(q, k, v, causal, window, scale):
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain and causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
 
-def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None):
+def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None, longest=0):
     """softmax(q k' * scale) v. q (B, T, nh, hs), k and v (B, Tk, nkv, hs), nh a multiple of nkv; or packed (N, nh, hs) with
     cu_seqlens (n+1,) int: document d is rows cu[d]:cu[d+1] and sees itself only, rows behind the last one are 0. Tk > T: the
-    queries are the last T positions. window w > 0: only the last w keys, the own one among them. scale: hs^-0.5. -> like q.
-    T=1: the output is v."""
+    queries are the last T positions. window w > 0: only the last w keys, the own one among them. scale: hs^-0.5. longest: of the documents, where it is
+    known: a GPU need not be waited for then. -> like q. T=1: the output is v."""
     if q.size(-2) % k.size(-2) or q.dim() != (4 if cu_seqlens is None else 3):
         raise ValueError(f'flash_attention: got q {tuple(q.shape)}, k {tuple(k.shape)}; expected (B, T, heads, hs), or (N, heads, hs) with cu_seqlens, '
                          'query heads a multiple of key heads')
     scale = q.size(-1) ** -0.5 if scale is None else float(scale)
     if takes(q) and k.numel() and (cu_seqlens is not None or window or _mode == 'triton' or INTERPRET):  # dense on CUDA: torch's is faster
-        return _flash_triton(q, k, v, cu_seqlens, causal, window, scale)
+        return _flash_triton(q, k, v, cu_seqlens, causal, window, scale, longest)
     if cu_seqlens is None:
         return _attend(q, k, v, causal, window, scale)
     if causal and not window and docs_in_c(q):
@@ -1475,10 +1475,11 @@ static void meet(gate *g) {  // all threads wait for the last. OpenMP's own barr
 
 static inline vec pairs(vec a, vec b) { return __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD); }  // a0 + a1, a2 + a3 .. of b too
 
-static inline __attribute__((always_inline)) void tile(const int R, const float *x, int64_t sx, const float *w, int64_t K, float (*z)[32]) {
+static inline __attribute__((always_inline)) void tile(const int R, const float *x, int64_t sx, const float *w, int64_t K, float (*z)[32], const char *next, int64_t step) {
     for (int c = 0; c < 32; c += TILE) {  // z (R, 32) = R rows of x times one panel; R is a constant wherever this is inlined, so a lies in registers
         vec a[ROWS][2] = {0};
-        for (int64_t k = 0; k < K; k++) {
+        for (int64_t k = 0; k < K; k++, next += step) {
+            __builtin_prefetch(next);  // `step` bytes of the next panel: it comes from memory while this one is multiplied
             vec w0 = load(w + 32 * k + c), w1 = load(w + 32 * k + c + LANES);
             #pragma GCC unroll 12
             for (int r = 0; r < R; r++) a[r][0] += x[r * sx + k] * w0, a[r][1] += x[r * sx + k] * w1;
@@ -1501,13 +1502,14 @@ static void linear(const float *x, int64_t sx, const float *w, const float *b, i
     int64_t wide = act == GATED ? 16 : 32, panels = (columns + wide - 1) / wide, blocks = (n + 95) / 96;  // 96 rows of x stay in the cache
     #pragma omp for schedule(static) nowait
     for (int64_t job = 0; job < blocks * panels; job++) {
-        int64_t j = job % panels, i = job / panels * 96, end = i + 96 < n ? i + 96 : n, R;
-        for (; i < end; i += R) {
+        int64_t j = job % panels, i = job / panels * 96, end = i + 96 < n ? i + 96 : n, R, step = 4 * TILE / ((end - i + ROWS - 1) / ROWS);
+        const char *next = (const char *)(w + (job + 1) % panels * K * 32);
+        for (; i < end; i += R, next += 32 / TILE * K * step) {
             const float *from = x + i * sx, *panel = w + j * K * 32;
             float z[ROWS][32];
             int64_t tiles = (end - i + ROWS - 1) / ROWS;
             switch (R = (end - i + tiles - 1) / tiles) {
-                #define CASE(R) case R: tile(R, from, sx, panel, K, z); break;
+                #define CASE(R) case R: tile(R, from, sx, panel, K, z, next, step); break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                 #ifdef __AVX512F__
                 CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -1727,11 +1729,86 @@ def c_forward(nkv, group, head_size):
     return lib
 
 
-def c_draw():
-    """The C function that draws one token a row, or None as c_forward: (z (n, stride) float32, stride, n, V, u (n,) float64 in [0, 1), temperature (n,)
-    float32 (0: the largest), then the results: tokens (n,) int64, their log-probs at that temperature, at 1 (n,) float32, nan where z is not finite)."""
-    lib = _compile(_DRAW_C) if _mode != 'torch' else None
+def _draw_c(z, u, temperature):
+    """draw in C, or None as c_forward."""
+    lib = _compile(_DRAW_C)
     if lib is None:
         return None
     lib.draw.argtypes, lib.draw.restype = [_P, _I, _I, _I, _P, _P, _P, _P, _P], None
-    return lib.draw
+    n, V = z.shape
+    token, logp, raw = torch.empty(n, dtype=torch.long), torch.empty(n), torch.empty(n)
+    lib.draw(z.data_ptr(), z.stride(0), n, V, *(x.data_ptr() for x in (u, temperature, token, logp, raw)))
+    return token, logp, raw
+
+@jit
+def _draw_stats(Z, HEAT, MAX, ONE, ALL, ARG, V, sz, chunks, BLOCK: tl.constexpr):
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v = chunk * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(Z + row * sz + v, mask=v < V, other=float('-inf'))
+    heat, m = tl.load(HEAT + row), tl.max(z, 0)
+    base = tl.where(m == float('-inf'), 0.0, m)
+    at = row * chunks + chunk
+    tl.store(MAX + at, m)
+    tl.store(ONE + at, tl.sum(tl.exp(z - base), 0))
+    tl.store(ALL + at, tl.sum(tl.exp((z - base) / tl.where(heat > 0.0, heat, 1.0)), 0))
+    tl.store(ARG + at, tl.min(tl.where((z == m) & (v < V), v, V), 0))
+
+@jit
+def _first(cum, part, goal, i, END: tl.constexpr):
+    """The first i at which the mass so far exceeds the goal; behind it, by rounding, the last that has mass; 0 where none has (nan)."""
+    has = part > 0.0
+    at = tl.min(tl.where((cum > goal) & has, i, END), 0)
+    return tl.where(at < END, at, tl.maximum(tl.max(tl.where(has, i, -1), 0), 0))
+
+@jit
+def _draw_pick(Z, U, HEAT, MAX, ONE, ALL, ARG, TOKEN, LOGP, RAW, V, sz, chunks, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNKS)
+    at, ok, heat = row * chunks + c, c < chunks, tl.load(HEAT + row)
+    cool = 1.0 / tl.where(heat > 0.0, heat, 1.0)
+    m = tl.load(MAX + at, mask=ok, other=float('-inf'))
+    top = tl.max(m, 0)
+    base = tl.where(m == float('-inf'), 0.0, m)  # what the chunk's sums stand on
+    one = tl.sum(tl.load(ONE + at, mask=ok, other=0.0) * tl.exp(base - top), 0)
+    part = tl.load(ALL + at, mask=ok, other=0.0).to(tl.float64) * tl.exp((base - top) * cool).to(tl.float64)
+    all, cum = tl.sum(part, 0), tl.cumsum(part, 0)
+    goal = tl.load(U + row) * all
+    chunk = _first(cum, part, goal, c, CHUNKS)
+    i = tl.arange(0, BLOCK)
+    z = tl.load(Z + row * sz + chunk * BLOCK + i, mask=chunk * BLOCK + i < V, other=float('-inf'))
+    mass = tl.exp((z - top) * cool).to(tl.float64)
+    token = chunk * BLOCK + _first(tl.cumsum(mass, 0) + tl.sum(tl.where(c < chunk, part, 0.0), 0), mass, goal, i, BLOCK)
+    best = tl.min(tl.where((m == top) & ok, c, CHUNKS), 0)
+    largest = tl.load(ARG + row * chunks + tl.minimum(best, chunks - 1))
+    token = tl.minimum(tl.where(heat > 0.0, token, largest), V - 1)
+    z_t = tl.load(Z + row * sz + token)
+    raw = z_t - top - tl.log(one)
+    tl.store(TOKEN + row, token.to(tl.int64))
+    tl.store(RAW + row, raw)
+    tl.store(LOGP + row, tl.where(heat > 0.0, (z_t - top) * cool - tl.log(all).to(tl.float32), raw))
+
+def _draw_triton(z, u, temperature):
+    z = z if z.stride(1) == 1 else z.contiguous()
+    (n, V), BLOCK = z.shape, min(_pow2(z.size(1), 16), 64 if INTERPRET else 4096)
+    chunks = _cdiv(V, BLOCK)
+    m, one, all = (torch.empty(n, chunks, dtype=torch.float32, device=z.device) for _ in range(3))
+    arg, token = torch.empty(n, chunks, dtype=torch.int32, device=z.device), torch.empty(n, dtype=torch.int64, device=z.device)
+    logp, raw = (torch.empty(n, dtype=torch.float32, device=z.device) for _ in range(2))
+    _launch(_draw_stats, (n, chunks), z, temperature, m, one, all, arg, V, z.stride(0), chunks, BLOCK=BLOCK, num_warps=8)
+    _launch(_draw_pick, (n,), z, u, temperature, m, one, all, arg, token, logp, raw, V, z.stride(0), chunks, CHUNKS=_pow2(chunks, 2), BLOCK=BLOCK, num_warps=8)
+    return token, logp, raw
+
+def draw(z, u, temperature):
+    """One token a row from softmax(z / temperature), by its distribution function: the first at which the mass so far exceeds u of all. z (n, V) float
+    logits (-inf is never drawn), u (n,) float64 in [0, 1), temperature (n,) of z's dtype, 0 = the largest logit. -> token (n,) int64, its log-prob at the
+    temperature (greedy: at 1), at 1; nan where z is not finite. z = log [.2, .5, .3], temperature 1: u .1 -> 0, u .69 -> 1, u .7 -> 2."""
+    if z.dtype == torch.float32 and takes(z):
+        return _draw_triton(z, u, temperature)
+    if z.dtype == torch.float32 and z.device.type == 'cpu' and z.stride(1) == 1 and len(z) and _mode != 'torch' and (out := _draw_c(z, u, temperature)):
+        return out
+    hot = z / torch.where(temperature > 0, temperature, 1)[:, None]
+    logp = hot - hot.logsumexp(-1, keepdim=True)  # log_softmax adds in a way that loses 1e-4 nats at 150,000 words
+    mass = logp.exp().cumsum(-1, dtype=torch.float64)
+    goal = torch.minimum(u[:, None] * mass[:, -1:], torch.nextafter(mass[:, -1:], torch.zeros_like(mass[:, -1:])))
+    token = torch.where(temperature > 0, torch.searchsorted(mass, goal, right=True)[:, 0], z.argmax(-1)).clamp_max_(z.size(-1) - 1)  # beyond the end only where z is nan
+    raw = z.gather(-1, token[:, None])[:, 0] - z.logsumexp(-1)
+    return token, torch.where(temperature > 0, logp.gather(-1, token[:, None])[:, 0], raw), raw

@@ -115,6 +115,9 @@ def schedule(model, rows, rng, **over):
     kw.update(over)
     kw['num_blocks'] = kw.get('num_blocks') or -(-64 // kw['block_size']) + rng.choice([0, 1, 3, 20, 200])
     engine = Engine(model, None, **kw)
+    if kw['cache'] == 'paged' and not kw.get('draft') and rng.random() < 0.6:  # as on CUDA: each step starts before the one before it is read
+        engine.ahead, engine.ngram, engine.num_draft = True, 0, 0
+        rows = [x for x in rows if not any((x[1].repetition_penalty != 1, x[1].presence_penalty, x[1].frequency_penalty)) or rng.random() < 0.1]
     todo, got, gone = [rng.choice(rows) for _ in range(rng.randint(1, 8))], {}, set()
     arrivals, checked = list(enumerate(todo)), 0
     while arrivals or engine.has_unfinished():
@@ -249,7 +252,7 @@ def test_draw_in_c_against_the_plain_formula(compiler):
             z[::3, 1::2] = -math.inf
         rows = [infer.Request(i, 0, [1], SamplingParams(seed=i, temperature=[0, 1, 0.6, 1.7][i % 4]), infer._mix(SEED, i), 9, False, None, 0) for i in range(40)]
         s, outs = infer.Settings(rows, None, z.device, z.dtype), np.arange(40)
-        assert s.draw is not None
+        assert kernels._draw_c(z, torch.zeros(40, dtype=torch.float64), s.heat) is not None
         tokens, lp, raw, _ = infer.sample(z, s, rows, [()] * 40, outs)
         u = uniform(s.keys, outs.astype(np.uint64))
         for i, r in enumerate(rows):
@@ -260,7 +263,7 @@ def test_draw_in_c_against_the_plain_formula(compiler):
             assert float(lp[i]) == pytest.approx(float(raw[i]) if r.params.temperature == 0 else math.log(probs[t]), abs=2e-6, rel=1e-6)
         z[7, V // 2] = math.nan
         with pytest.raises(FloatingPointError, match='1 of 40'):
-            infer.sample(z, s, rows, [()] * 40, outs)
+            infer.Drawn(rows, None, *infer.sample(z, s, rows, [()] * 40, outs), s, outs).read()
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -638,6 +641,53 @@ def test_load_weights_between_tokens():
     assert idle(engine)
 
 
+@pytest.mark.parametrize('when', range(1, 12))
+def test_a_step_started_ahead_changes_no_token(monkeypatch, when):
+    """Every decode step starts before the one before it is read, as on CUDA. Ends by an end token, a stop token and the limit, an abort, new weights
+    and a pause in between: tokens, versions and blocks are those of an engine that waits."""
+    rng, started = random.Random(SEED + when), []
+    ahead = Engine._ahead
+    monkeypatch.setattr(Engine, '_ahead', lambda self, drawn: started.append(ahead(self, drawn)) or started[-1])
+    prompts = [[rng.randrange(23) for _ in range(rng.randint(1, 20))] for _ in range(9)]
+    params = [SamplingParams(max_tokens=rng.choice([1, 3, 20, 40]), seed=i, temperature=rng.choice([0, 0.8]), stop_token_ids=[rng.randrange(23)] if i % 2 else []) for i in range(9)]
+    events, versions = [], []
+    for waits in (True, False):
+        engine = Engine(tiny(seed=0), None, cache='paged', block_size=4, num_blocks=70)
+        engine.ahead = not waits
+        for i, (x, p) in enumerate(zip(prompts, params)):
+            engine.add_request(x, p, request_id=i)
+        seen = {}
+
+        def read(until):
+            """Steps until request 3 has so many tokens or is over (an engine that is ahead shows a token one step later)."""
+            while engine.has_unfinished() and len(seen.get(3, ())) < until:
+                for e in engine.step():
+                    seen.setdefault(e['request_id'], []).extend(zip(e['token_ids'], e['raw_logprobs']))
+        read(when)
+        engine.abort(4)
+        gone = len(seen.pop(4, ()))
+        engine.pause('keep')
+        assert engine.step() == []
+        engine.resume()
+        if when % 2:
+            engine.load_weights({k: v.clone() for k, v in tiny(seed=1).state_dict().items()}, recompute=when % 4 == 1)
+            for group in engine.requests.values():
+                versions += [(waits, r.id, r.marks) for r in group]
+        read(99)
+        assert idle(engine) and gone <= params[4].max_tokens
+        events.append(seen)
+    assert any(d is not None for d in started)
+    if not when % 2:
+        assert events[0].keys() == events[1].keys()
+        for i in events[0]:
+            assert [t for t, _ in events[0][i]] == [t for t, _ in events[1][i]] and [p for _, p in events[0][i]] == pytest.approx([p for _, p in events[1][i]], abs=1e-9)
+    else:  # what was on its way belongs to the old weights: the new ones make the token behind it
+        assert all(marks[-1][1] == 1 for *_, marks in versions)
+        for i, row in events[1].items():
+            old, start = dense(tiny(seed=0), prompts[i], params[i])[0], next((m[-1][0] for w, j, m in versions if not w and j == i), len(row))
+            assert [t for t, _ in row[:start]] == old[:start]
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
 def test_weights_are_read_where_the_trainer_writes_them(arch, dtype):
@@ -815,6 +865,10 @@ def test_cuda_paged_graphs_against_dense(arch):
     prompts = [[rng.randrange(23) for _ in range(rng.randint(1, 40))] for _ in range(30)]
     out = engine.generate(prompts, SamplingParams(max_tokens=24, seed=1))
     assert engine.graphs and engine.mismatch(out)['max'] < 2e-3 and idle(engine)  # TF32 and online softmax against eager
+    waits = Engine(model, None, max_num_seqs=16, block_size=16)
+    waits.ahead = False
+    again = waits.generate(prompts, SamplingParams(max_tokens=24, seed=1))
+    assert engine.ahead and [x.token_ids for x in again] == [x.token_ids for x in out]  # a step that starts before the last one is read changes nothing
     model.wte.weight.data.mul_(1.1)
     engine.weights_changed()
     assert engine.mismatch(engine.generate(prompts, SamplingParams(max_tokens=24, seed=1)))['max'] < 2e-3

@@ -567,6 +567,37 @@ def test_sweep(side, dtype, turn):
     test_paged(side, dtype, nh, nkv, hs, r.choice([3, 8, 16, 64]))
 
 
+@cases
+def test_draw(side, dtype):
+    """Against float64 sums over the row: the mass before the token is at most u of all, the mass with it more; -inf is never drawn; greedy takes the first
+    of the largest; nan shows."""
+    if dtype != torch.float32:
+        pytest.skip('logits are drawn from in float32')
+    for V, scale in ((1, 1.0), (5, 1.0), (64, 3.0), (65, 9.0), (1000, 0.5)):
+        z = draw(40, V, side=side, scale=scale, layout='rows')
+        if V > 5:
+            z[::3, 1::2] = -float('inf')
+            z[1] = -float('inf')
+            z[1, V - 2] = 3.0  # one word has all the mass
+            z[2, 3] = z[2, 4] = 100.0  # the first of two
+        u = torch.rand(40, dtype=torch.float64)
+        u[:2] = torch.tensor([0.0, 1 - 2 ** -53])
+        heat = torch.tensor([1, 0.6, 0, 1.7]).repeat(10)
+        token, logp, raw = (t.cpu() for t in K.draw(z, u.to(z.device), heat.to(z.device)))
+        for i in range(40):
+            x, t = z[i].cpu().double(), int(token[i])
+            p = (x / (heat[i].item() or 1)).softmax(-1)
+            assert p[t] > 0 and raw[i].item() == pytest.approx(x.log_softmax(-1)[t].item(), abs=2e-6, rel=1e-6), (V, i)
+            assert logp[i].item() == pytest.approx(p[t].log().item(), abs=2e-6, rel=1e-6), (V, i)
+            if heat[i] == 0:
+                assert t == int((x == x.max()).nonzero()[0]), (V, i)
+            else:
+                assert p[:t].sum() - 2e-6 <= u[i] <= p[:t + 1].sum() + 2e-6, (V, i)
+        z[7, V // 2] = float('nan')
+        logp, raw = K.draw(z, u.to(z.device), heat.to(z.device))[1:]
+        assert raw.isnan().nonzero().tolist() == [[7]]
+
+
 COMPILE = """
 import torch
 torch.version.cuda = '13.0'  # a CPU-only torch: let kernels.py import triton all the same
@@ -600,10 +631,11 @@ for hs in (64, 128, 256):
     cache, table = torch.zeros(8, 16, 2, hs, dtype=torch.bfloat16), torch.zeros(4, 40, dtype=torch.int32)
     K.paged_attention(q[:4].detach(), cache, cache, table, table[:, 0])
     K.kv_write(k[:4].detach(), v[:4].detach(), cache, cache, torch.arange(4))
+K.draw(torch.zeros(4, 50257), torch.zeros(4, dtype=torch.float64), torch.ones(4))
 K.token_loss(d(8, 8), d(8, 8), d(8, 8), torch.ones(8, 8, dtype=torch.bool))[0].backward()
 print(seen)
 missing = [n for n in ('_norm_fwd _norm_bwd _rope _act _ce_fwd _ce_bwd _linear_stats _attn_fwd _attn_delta _attn_dq _attn_dkdv _paged_split '
-                       '_paged_merge _kv_write _token_loss').split() if n not in seen]
+                       '_paged_merge _kv_write _token_loss _draw_stats _draw_pick').split() if n not in seen]
 assert not missing, missing
 assert max(seen.values()) <= 227 * 1024, 'more shared memory than a Hopper block has'
 """
