@@ -1027,8 +1027,11 @@ def _infer_cuda():
     prompts = [[rng.randrange(10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
     params = [SamplingParams(max_tokens=rng.randint(100, 1024), temperature=0.6, ignore_eos=True) for _ in prompts]
     engine = Engine(model, None, max_num_seqs=256, max_num_batched_tokens=16384, block_size=16)
-    engine.generate(prompts[:8], [SamplingParams(max_tokens=8, ignore_eos=True)] * 8)
+    t = time.perf_counter()
+    engine.generate([[i % 100] * 600 for i in range(256)], [SamplingParams(max_tokens=1 + i, ignore_eos=True) for i in range(256)])  # every size of batch: kernels compile, graphs are captured
+    engine.blocks.forget()
     torch.cuda.synchronize()
+    print(f'first use: {time.perf_counter() - t:.1f} s')
     t = time.perf_counter()
     n = sum(len(x.token_ids) for x in engine.generate(prompts, params))
     dt = time.perf_counter() - t
@@ -1045,8 +1048,11 @@ def _infer_cuda():
     bandwidth = 20 * a.nbytes / (start.elapsed_time(end) / 1e3)
     for p in prompts:
         engine.add_request((p * 11)[:1000], SamplingParams(max_tokens=60, ignore_eos=True))
+    t = time.perf_counter()
     while engine.waiting or any(r.n < r.P for r in engine.running):
         engine.step()
+    torch.cuda.synchronize()
+    print(f'prefill of 256 x 1,000 tokens: {time.perf_counter() - t:.2f} s')
     engine.step()
     torch.cuda.synchronize()
     t, context = time.perf_counter(), sum(r.n for r in engine.running)

@@ -138,10 +138,15 @@ class Layout:
         return rows, cu, first, F.pad((first == 0).nonzero()[:, 0], (0, 1), value=len(cu) - 1), int(cu.diff().max()) if len(cu) > 1 else 0
 
     @functools.cached_property
+    def longest(self):
+        """Tokens of the longest segment; a GPU is waited for once a batch."""
+        return int(self.cu_seqlens.diff().max()) if len(self.cu_seqlens) > 1 else 0
+
+    @functools.cached_property
     def buckets(self):
         """([(flat rows, segments, width)], slot): right-padded rectangles, where causality alone hides the padding, for torch's own attention on
-        CPU. Segments of like length share a rectangle (between half and the whole of its width), so little is wasted; row j's result stands at slot[j]."""
-        cu = self.cu_seqlens.long()
+        CPU, and with dropout. Segments of like length share a rectangle (between half and the whole of its width), so little is wasted; row j's result stands at slot[j]."""
+        cu = self.cu_seqlens.long().cpu()
         lens, starts, n, buckets, base = cu.diff(), cu[:-1], int(cu[-1]), [], 0
         slot = torch.empty(n, dtype=torch.long)
         width = int(lens.max()) if n else 0
@@ -152,10 +157,11 @@ class Layout:
                 grid = starts[mine, None] + torch.arange(w)
                 real = torch.arange(w) < lens[mine, None]
                 slot[grid[real]] = base + real.reshape(-1).nonzero()[:, 0]
-                grid = grid.clamp_(max=n - 1).reshape(-1)
+                grid = grid.clamp_(max=n - 1).reshape(-1).to(self.device)
                 buckets.append((grid if self.rows is None else self.rows[grid], len(mine), w))
                 base += real.numel()
             width //= 2
+        slot = slot.to(self.device)
         return buckets, F.pad(slot, (0, self.extra)) if self.slot is None else slot[self.slot]  # a dummy row reads some real row; nobody reads the dummy
 
     def pick(self, x):
@@ -182,9 +188,11 @@ class Layout:
             return (out[0] if len(out) == 1 else torch.cat(out)).index_select(0, slot)
 
         def packed(layer, q, k, v):
+            if dropout:  # the kernel has none
+                return bucketed(layer, q, k, v)
             if self.rows is None:
-                return kernels.flash_attention(q, k, v, cu_seqlens=self.cu_seqlens)
-            return kernels.flash_attention(q[self.rows], k[self.rows], v[self.rows], cu_seqlens=self.cu_seqlens)[self.slot]
+                return kernels.flash_attention(q, k, v, cu_seqlens=self.cu_seqlens, longest=self.longest)
+            return kernels.flash_attention(q[self.rows], k[self.rows], v[self.rows], cu_seqlens=self.cu_seqlens, longest=self.longest)[self.slot]
 
         def on_cpu(layer, q, k, v):
             if not dropout and kernels.docs_in_c(q):
