@@ -137,13 +137,14 @@ def _norm_fwd(X, R, W, B, Y, H, MEAN, RSTD, N, C, sx, sr, eps, LAYER: tl.constex
     tl.store(Y + r[:, None] * C + c[None, :], y.to(Y.dtype.element_ty), mask=ok)
 
 @jit
-def _norm_bwd(DY, GH, H, W, MEAN, RSTD, DX, DW, DB, N, C, sh, P, LAYER: tl.constexpr, RES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_bwd(DY, GH, H, W, MEAN, RSTD, DX, DW, DB, N, C, sh, P, LAYER: tl.constexpr, RES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+              STAGES: tl.constexpr):
     p = tl.program_id(0)
     c = tl.arange(0, BLOCK)
     w = tl.load(W + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros([BLOCK], dtype=tl.float32)
     db = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(p * ROWS, N, P * ROWS):
+    for start in tl.range(p * ROWS, N, P * ROWS, num_stages=STAGES):
         r = (start + tl.arange(0, ROWS)).to(tl.int64)
         ok = (r < N)[:, None] & (c < C)[None, :]
         dy = tl.load(DY + r[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -171,6 +172,11 @@ def _norm_sizes(N, C):
     rows = max(1, min(2048 // block, _pow2(N)))
     return rows, block, 4 if block <= 2048 else 8 if block <= 8192 else 16
 
+def _norm_programs(tile):
+    """(programs of the backward for each multiprocessor, stages of its loads); tile: bytes of ROWS x BLOCK. The next tiles of dy, h and the
+    residual's gradient wait in shared memory, stages - 1 of each: 3 * 8 KB in bf16 at C=4096. 128 registers a thread allow two programs."""
+    return 2, 2 if tile <= 16384 else 1
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, residual, layer):
@@ -196,11 +202,12 @@ class _Norm(torch.autograd.Function):
         shape, h, dy, gh = dy.shape, h.reshape(-1, dy.size(-1)), dy.contiguous(), dy if gh is None else gh.contiguous()
         N, C = h.shape
         ROWS, BLOCK, warps = _norm_sizes(N, C)
-        P = min(_cdiv(N, ROWS), 2 * torch.cuda.get_device_properties(h.device).multi_processor_count if h.is_cuda else 3)
+        programs, stages = _norm_programs(ROWS * BLOCK * h.element_size())
+        P = min(_cdiv(N, ROWS), programs * torch.cuda.get_device_properties(h.device).multi_processor_count if h.is_cuda else 3)
         dx = torch.empty(shape, dtype=h.dtype, device=h.device)
         dw, db = (torch.empty(P, C, dtype=torch.float32, device=h.device) for _ in range(2))
         _launch(_norm_bwd, (P,), dy, gh, h, weight, mean, rstd, dx, dw, db, N, C, h.stride(0), P, LAYER=ctx.layer, RES=ctx.res, ROWS=ROWS,
-                BLOCK=BLOCK, num_warps=warps)
+                BLOCK=BLOCK, STAGES=stages, num_warps=warps)
         return (dx.to(ctx.dtypes[0]), dw.sum(0).to(weight.dtype), None if bias is None else db.sum(0).to(bias.dtype), None,
                 dx.to(ctx.dtypes[1]) if ctx.res else None, None)
 
