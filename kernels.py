@@ -390,6 +390,8 @@ def gelu(x):
 #      +------+------+------+------+              of e^(z-m) z are rescaled by e^(m - m') when the maximum grows to m':
 #    N | blk0 > blk1 > blk2 > blk3 |  -> m, s, a      lse = m + log s,   log p = z[y] - lse,   entropy = lse - a / s
 #      +------+------+------+------+              Backward: dz = g_l (1[y] - p) - g_H p (log p + H), every block by itself.
+#    Each thread keeps m, s and a of the 16 bytes that it loads at once, and they are joined at the row's end: the walk along the row needs no
+#    word between threads, 11 instructions a number for 14 with sums over the block, and few enough registers that 64 warps fit a multiprocessor.
 #| def online_softmax(z, y, block=3):
 #|     m, s, a = -np.inf, 0.0, 0.0
 #|     for v in range(0, len(z), block):
@@ -399,32 +401,37 @@ def gelu(x):
 #|     return z[y] - m - np.log(s), m + np.log(s) - a / s   # log p(y), entropy
 
 @jit
-def _softmax_block(z, m, s, a):
-    """One step of the online softmax over the last axis of z (rows, block): -> m, s, a, each (rows,)."""
+def _softmax_block(z, m, s, a, by):
+    """One step of the online softmax of z * scale over the last axis of z (rows, block); by = scale * log2 e. -> m, s, a, each (rows,), m and a
+    of z itself: so the scale costs nothing, as e^x is 2^(x log2 e) anyway."""
     new = tl.maximum(m, tl.max(z, 1))
     base = tl.where(new == float('-inf'), 0.0, new)  # subtle: -inf - -inf is nan; a row that is -inf so far adds exactly 0
-    e = tl.exp(z - base[:, None])
-    keep = tl.exp(m - base)
-    return new, s * keep + tl.sum(e, 1), a * keep + tl.sum(tl.where(e > 0.0, e * z, 0.0), 1)
+    e = tl.exp2((z - base[:, None]) * by)
+    keep = tl.exp2((m - base) * by)
+    return new, s * keep + tl.sum(e, 1), a * keep + tl.sum(e * tl.maximum(z, -1e38), 1)  # 0 * -1e38 = 0 where z is -inf
 
 @jit
-def _ce_fwd(Z, Y, LOGP, MAX, LOGS, ENT, V, sz, BLOCK: tl.constexpr):
+def _ce_fwd(Z, Y, LOGP, MAX, LOGS, ENT, V, sz, scale, BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    m = tl.full([1], float('-inf'), dtype=tl.float32)
-    s = tl.zeros([1], dtype=tl.float32)
-    a = tl.zeros([1], dtype=tl.float32)
-    for start in range(0, V, BLOCK):
-        v = start + tl.arange(0, BLOCK)[None, :]
-        z = tl.load(Z + row * sz + v, mask=v < V, other=float('-inf')).to(tl.float32)
-        m, s, a = _softmax_block(z, m, s, a)
-    dead = s == 0.0  # nothing but -inf
-    s, m = tl.where(dead, 1.0, s), tl.where(dead, 0.0, m)
-    z_y = tl.load(Z + row * sz + tl.load(Y + row)).to(tl.float32)
-    one = row + tl.arange(0, 1)
-    tl.store(LOGP + one, z_y - m - tl.log(s))
-    tl.store(MAX + one, m)
-    tl.store(LOGS + one, tl.log(s))
-    tl.store(ENT + one, m - a / s + tl.log(s))
+    m = tl.full([BLOCK // LANE], float('-inf'), dtype=tl.float32)
+    s = tl.zeros([BLOCK // LANE], dtype=tl.float32)
+    a = tl.zeros([BLOCK // LANE], dtype=tl.float32)
+    at = tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    by = scale * 1.4426950408889634
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+        z = tl.load(Z + row * sz + start + at, mask=start + at < V, other=float('-inf')).to(tl.float32)
+        m, s, a = _softmax_block(z, m, s, a, by)
+    top = tl.max(m, 0)
+    dead = top == float('-inf')  # nothing but -inf
+    top = tl.where(dead, 0.0, top)
+    keep = tl.exp2((m - top) * by)
+    s = tl.where(dead, 1.0, tl.sum(s * keep, 0))
+    top, a, logs = top * scale, tl.sum(a * keep, 0) * scale, tl.log(s)
+    z_y = tl.load(Z + row * sz + tl.load(Y + row)).to(tl.float32) * scale
+    tl.store(LOGP + row, z_y - top - logs)
+    tl.store(MAX + row, top)
+    tl.store(LOGS + row, logs)
+    tl.store(ENT + row, top - a / s + logs)
 
 @jit
 def _ce_bwd(Z, Y, MAX, LOGS, ENT, GL, GH, D, V, sz, sd, v0, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
@@ -441,11 +448,16 @@ def _ce_bwd(Z, Y, MAX, LOGS, ENT, GL, GH, D, V, sz, sd, v0, scale, ENTROPY: tl.c
     d = (d + tl.where(v == tl.load(Y + row) - v0, gl, 0.0)) * scale
     tl.store(D + row * sd + v, d.to(D.dtype.element_ty), mask=v < V)
 
-def _run_ce_fwd(z, targets):
-    """-> log p(target), entropy, and (m, log s) for the backward, each (N,)."""
+def _ce_sizes(V):
+    """(BLOCK, warps, stages) of the forward's walk along a row; with more than one stage, loads run ahead through shared memory."""
+    return min(_pow2(V, 16), 4096), 8, 1
+
+def _run_ce_fwd(z, targets, temperature=1.0):
+    """-> log p(target), entropy, and (m, log s) for the backward, each (N,), of softmax(z / temperature)."""
     logp, m, logs, entropy = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(4))
-    V = z.size(1)
-    _launch(_ce_fwd, (len(z),), z, targets, logp, m, logs, entropy, V, z.stride(0), BLOCK=min(_pow2(V, 16), 4096), num_warps=8)
+    V, (BLOCK, warps, stages) = z.size(1), _ce_sizes(z.size(1))
+    _launch(_ce_fwd, (len(z),), z, targets, logp, m, logs, entropy, V, z.stride(0), 1.0 / temperature, BLOCK=BLOCK, LANE=16 // z.element_size(), STAGES=stages,
+            num_warps=warps)
     return logp, entropy, (m, logs)
 
 def _run_ce_bwd(z, targets, stats, entropy, g_logp, g_entropy, dtype, v0=0, temperature=1.0):
@@ -600,14 +612,14 @@ def _linear_stats(X, W, Y, OUT, N, V, C, sx, sw, per_split, scale, BM: tl.conste
             x = tl.load(X + r[:, None] * sx + k[None, :], mask=(r < N)[:, None] & (k < C)[None, :], other=0.0)
             w = tl.load(W + v[None, :] * sw + k[:, None], mask=(v < V)[None, :] & (k < C)[:, None], other=0.0)
             z = tl.dot(x, w, z, input_precision='ieee')
-        z = tl.where((v < V)[None, :], z * scale, float('-inf'))
+        z = tl.where((v < V)[None, :], z, float('-inf'))
         z_y += tl.sum(tl.where(v[None, :] == y[:, None], z, 0.0), 1)
-        m, s, a = _softmax_block(z, m, s, a)
+        m, s, a = _softmax_block(z, m, s, a, scale * 1.4426950408889634)
     out = OUT + split.to(tl.int64) * 4 * N + r
-    tl.store(out, m, mask=r < N)
+    tl.store(out, m * scale, mask=r < N)
     tl.store(out + N, s, mask=r < N)
-    tl.store(out + 2 * N, a, mask=r < N)
-    tl.store(out + 3 * N, z_y, mask=r < N)
+    tl.store(out + 2 * N, a * scale, mask=r < N)
+    tl.store(out + 3 * N, z_y * scale, mask=r < N)
 
 def _linear_sizes(itemsize):
     """(BM, BN, BK, warps, stages)"""
