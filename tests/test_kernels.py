@@ -249,6 +249,28 @@ def test_linear(side, dtype):
     check_linear(side, dtype, 130, 17, 33, 1.0, chunk=40 * 33 * 4, layout='strided')  # several blocks, the last one short
 
 
+@pytest.mark.parametrize('side, dtype', [c for c in CASES if c.values[0] != 'cpu'])
+@pytest.mark.parametrize('library', [True, False])
+def test_linear_logprobs_both_forwards(side, dtype, library, monkeypatch):
+    """Logits from the library, held when they fit into one block and computed again when not, or none at all: the same values and gradients."""
+    assert K._library_forward(torch.empty(1, dtype=dtype), True) == (dtype != torch.float32) and not K._library_forward(torch.empty(1, dtype=dtype), False)
+    monkeypatch.setattr(K, '_library_forward', lambda x, grad: library and grad)
+    seen, fits = [], K._fits
+    for name in ('_run_linear_stats', '_run_ce_fwd', '_product'):
+        monkeypatch.setattr(K, name, lambda *a, name=name, f=getattr(K, name): seen.append((name, len(a[0]))) or f(*a))
+    for most in (32, 12):  # rows (or columns) of a block; 16 tokens count
+        monkeypatch.setattr(K, '_fits', lambda x, other, least: min(fits(x, other, least), most))
+        check_linear(side, dtype, 24, 20, 30, 0.7)
+        x, w, y = draw(16, 20, side=side, dtype=dtype).requires_grad_(), draw(30, 20, side=side, dtype=dtype).requires_grad_(), torch.arange(16, device=dev(side))
+        seen.clear()
+        sum(o.sum() for o in K.linear_logprobs(x, w, y, 0.7)).backward()
+        blocks = [n for name, n in seen if name == '_run_ce_fwd']
+        assert blocks == ([] if not library else [16] if most == 32 else [12, 4])
+        assert (('_run_linear_stats', 16) in seen) == (not library)
+        columns = 1 if most == 32 else 3  # blocks of the vocabulary in the backward: 3 products each, or 2 where the logits are held
+        assert sum(name == '_product' for name, _ in seen) == len(blocks) + columns * (2 if blocks == [16] else 3)
+
+
 @cases
 def test_linear_shapes_and_dtypes(side, dtype):
     x, w = draw(2, 3, 16, side=side, dtype=dtype), draw(40, 16, side=side, dtype=dtype)
@@ -624,6 +646,8 @@ back(*K.rope(d(1, 64, 16, 128), d(1, 64, 8, 128), torch.zeros(64, 64), torch.zer
 back(K.swiglu(d(16, 1024), d(16, 1024)), K.gelu(d(16, 1024)))
 y = torch.zeros(128, dtype=torch.long)
 back(*K.cross_entropy(d(128, 50304), y), *K.linear_logprobs(d(128, 64), d(512, 64), y, 0.7), K.linear_cross_entropy(d(128, 64), d(512, 64), y))
+with torch.no_grad():  # without logits
+    K.linear_logprobs(d(128, 64), d(512, 64), y, 0.7)
 for hs in (64, 128, 256):
     for window in (0, 128):
         q, k, v = d(256, 4, hs), d(256, 2, hs), d(256, 2, hs)
@@ -638,6 +662,12 @@ missing = [n for n in ('_norm_fwd _norm_bwd _rope _act _ce_fwd _ce_bwd _linear_s
                        '_paged_merge _kv_write _token_loss _draw_stats _draw_pick').split() if n not in seen]
 assert not missing, missing
 assert max(seen.values()) <= 227 * 1024, 'more shared memory than a Hopper block has'
+seen.clear()
+K._roomy = lambda: False
+back(K.flash_attention(d(256, 4, 128), d(256, 2, 128), d(256, 2, 128), torch.tensor([0, 128, 256], dtype=torch.int32)))
+with torch.no_grad():
+    K.linear_logprobs(d(128, 64), d(512, 64), y, 0.7)
+assert len(seen) == 5 and max(seen.values()) <= 99 * 1024, seen
 """
 
 
