@@ -705,43 +705,49 @@ def _kernels_cpu():
 
 
 def _kernels_cuda():
-    """Each kernel's time, GB/s or TFLOP/s and its share of the ceiling measured here, against eager, torch.compile and torch's own."""
+    """Each kernel's time, GB/s or TFLOP/s and its share of the ceiling measured here, against eager, torch.compile and torch's own. A measure is a CUDA
+    graph of many calls: the CPU, which needs 0.3 ms to start a backward, has no part in it. Nothing clears L2 in between: tensors are larger by far."""
     import torch
-    import torch.nn.functional as F
     import kernels as K
-    from triton.testing import do_bench
-    ms = lambda f: do_bench(f, warmup=50, rep=200, return_mode='median')
-    big = torch.randn(1 << 30, device='cuda', dtype=torch.bfloat16)
-    into = torch.empty_like(big)
-    copy = 2 * big.nbytes / ms(lambda: into.copy_(big)) / 1e6
-    a = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16)
-    matmul = 2 * 8192 ** 3 / ms(lambda: a @ a) / 1e9
-    del big, into
-    print(f'{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s; bf16 below, median ms')
+    from triton.testing import do_bench, do_bench_cudagraph
+    end = time.perf_counter() + 35  # torch.compile takes 5 s a kernel: its sides stop here, so that what follows is measured too
+    dice = torch.Generator('cuda').manual_seed(0)  # a capture that fails leaves torch's own generator unusable
+
+    def ms(f, graph=True, strict=False):
+        """Median ms of f(). Where it cannot be captured: by do_bench, or nan if strict."""
+        f()  # compiles
+        torch.cuda.empty_cache()  # a graph's memory is its own
+        try:
+            if graph:
+                return do_bench_cudagraph(f, rep=10, return_mode='median')
+        except Exception as e:
+            print(f' [no graph: {type(e).__name__}]', end='', flush=True)
+            torch.cuda.synchronize()
+        return math.nan if graph and strict else do_bench(f, warmup=10, rep=60, return_mode='median')
 
     def rand(*s):
-        return torch.randn(*s, device='cuda', dtype=torch.bfloat16).requires_grad_()
+        return torch.randn(*s, device='cuda', dtype=torch.bfloat16, generator=dice).requires_grad_()
 
-    def both(fn, inputs):
-        """ms of the forward, ms of forward + backward."""
-        out = fn()
-        out = [o for o in (out if isinstance(out, tuple) else (out,))]
-        grads = [torch.randn_like(o) for o in out]
-        with torch.no_grad():
-            fwd = ms(fn)
-
-        def go():
-            o = fn()
-            torch.autograd.grad(o if isinstance(o, tuple) else (o,), inputs, grads)
-        return fwd, ms(go)
-
+    def both(fn, inputs, **how):
+        """ms of the forward (gradients on: torch.compile would compile another one without), ms of forward + backward."""
+        listed = lambda out: out if isinstance(out, tuple) else (out,)
+        grads = [torch.randn(o.shape, dtype=o.dtype, device='cuda', generator=dice) for o in listed(fn())]
+        return ms(fn, **how), ms(lambda: torch.autograd.grad(listed(fn()), inputs, grads), **how)
+    big = torch.randn(1 << 30, device='cuda', dtype=torch.bfloat16, generator=dice)
+    into = torch.empty_like(big)
+    copy = 2 * big.nbytes / ms(lambda: into.copy_(big)) / 1e6
+    a = torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16, generator=dice)
+    matmul = 2 * 8192 ** 3 / ms(lambda: a @ a) / 1e9
+    del big, into, a
+    print(f'{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s, bf16 matmul {matmul:.0f} TFLOP/s; bf16 below, median ms', flush=True)
     K.use('triton')
-    _kernels_cuda_memory(copy, rand, both)
-    _kernels_cuda_linear(rand, both)
-    _kernels_cuda_attention(ms, rand, both, copy)
+    _kernels_cuda_memory(copy, rand, both, end)
+    _kernels_cuda_attention(rand, both)
+    _kernels_cuda_paged(ms, rand, copy)
+    _kernels_cuda_linear(ms, rand, both)
 
 
-def _kernels_cuda_memory(copy, rand, both):
+def _kernels_cuda_memory(copy, rand, both, end):
     """Kernels that memory bounds: the share is of the copy bandwidth measured above."""
     import torch
     import torch.nn.functional as F
@@ -749,12 +755,18 @@ def _kernels_cuda_memory(copy, rand, both):
 
     def memory(name, nbytes, nbytes_back, fn, eager, inputs):
         """nbytes: the fewest that the forward must move; nbytes_back: the backward."""
-        line = f'  {name:30s}'
+        print(f'  {name:24s}', end='', flush=True)
         for how, f in (('ours', fn), ('eager', eager), ('compile', torch.compile(eager))):
-            t, tt = both(f, inputs)
-            line += f'   {how} {t:.3f} / {tt:.3f} ms, {nbytes / t / 1e6:.0f} GB/s {100 * nbytes / t / 1e6 / copy:.0f} %'
-            line += f' (back {100 * nbytes_back / max(tt - t, 1e-6) / 1e6 / copy:.0f} %)'
-        print(line, flush=True)
+            if how == 'compile' and time.perf_counter() > end:
+                print('   compile left out: no time', end='')
+                continue
+            try:
+                t, tt = both(f, inputs, strict=how == 'compile')
+                print(f'   {how} {t:.3f} / {tt:.3f} ms, {nbytes / t / 1e6:.0f} GB/s {100 * nbytes / t / 1e6 / copy:.0f} %'
+                      f' (back {100 * nbytes_back / max(tt - t, 1e-6) / 1e6 / copy:.0f} %)', end='', flush=True)
+            except Exception as e:  # one side less, not the end of the table
+                print(f'   {how} failed: {type(e).__name__}', end='', flush=True)
+        print(flush=True)
     N, C, I = 16384, 4096, 12288
     x, r, w, b = rand(N, C), rand(N, C), rand(C), rand(C)
     S = x.nbytes
@@ -766,14 +778,14 @@ def _kernels_cuda_memory(copy, rand, both):
     memory('rms_norm', 2 * S, 3 * S, lambda: K.rms_norm(x, w, 1e-6), lambda: F.rms_norm(x, (C,), w, 1e-6), (x, w))
     memory('layer_norm', 2 * S, 3 * S, lambda: K.layer_norm(x, w, b, 1e-5), lambda: F.layer_norm(x, (C,), w, b, 1e-5), (x, w, b))
     q, k = rand(4, 4096, 32, 128), rand(4, 4096, 8, 128)
-    angle = torch.rand(4096, 64, device='cuda')
+    angle = torch.linspace(0, 100, 4096 * 64, device='cuda').view(4096, 64)
     cos, sin = angle.cos(), angle.sin()
     memory('rope', 2 * (q.nbytes + k.nbytes), 2 * (q.nbytes + k.nbytes), lambda: K.rope(q, k, cos, sin),
            lambda: (K._rotate(q, cos, sin, False), K._rotate(k, cos, sin, False)), (q, k))
     g, u = rand(N, I), rand(N, I)
     memory('swiglu', 3 * g.nbytes, 5 * g.nbytes, lambda: K.swiglu(g, u), lambda: F.silu(g) * u, (g, u))
     memory('gelu', 2 * g.nbytes, 3 * g.nbytes, lambda: K.gelu(g), lambda: F.gelu(g, approximate='tanh'), (g,))
-    z, y = rand(8192, 131072), torch.randint(0, 131072, (8192,), device='cuda')
+    z, y = rand(8192, 131072), torch.arange(8192, device='cuda') * 16
 
     def eager_ce():
         logp = F.log_softmax(z.float(), -1)
@@ -781,54 +793,69 @@ def _kernels_cuda_memory(copy, rand, both):
     memory('cross_entropy + entropy', z.nbytes, 2 * z.nbytes, lambda: K.cross_entropy(z, y), eager_ce, (z,))
 
 
-def _kernels_cuda_linear(rand, both):
+def _kernels_cuda_attention(rand, both):
+    import inspect
     import torch
     import torch.nn.functional as F
     import kernels as K
-    print('  linear + softmax, C=4096, V=131072: ms forward / forward + backward, TFLOP/s of the forward, peak GB')
-    for N in (4096, 8192):
-        x, w, y = rand(N, 4096), (rand(131072, 4096).detach() / 64).requires_grad_(), torch.randint(0, 131072, (N,), device='cuda')
-        sides = {'linear_logprobs': lambda: K.linear_logprobs(x, w, y)[0].mean(), 'linear_cross_entropy': lambda: K.linear_cross_entropy(x, w, y),
-                 'eager': lambda: F.cross_entropy((x @ w.t()).float(), y)}
-        if hasattr(torch.nn, 'LinearCrossEntropyOptions'):
-            sides['F.linear_cross_entropy'] = lambda: F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
-        for name, f in sides.items():
-            torch.cuda.reset_peak_memory_stats()
-            base = torch.cuda.memory_allocated()
-            t, tt = both(f, (x, w))
-            print(f'    N={N} {name:24s} {t:.2f} / {tt:.2f} ms, {2 * N * 4096 * 131072 / t / 1e9:.0f} TFLOP/s, {(torch.cuda.max_memory_allocated() - base) / 1e9:.2f} GB', flush=True)
-        del x, w
-
-
-def _kernels_cuda_attention(ms, rand, both, copy):
-    import torch
-    import torch.nn.functional as F
-    import kernels as K
-    print('  attention, causal, 16 documents of 2048, 32 heads on 8, hs 128 / 64: TFLOP/s forward, forward + backward')
+    print('  attention, causal, 16 documents of 2048, 32 heads on 8, hs 128 / 64: TFLOP/s forward, forward + backward', flush=True)
     for hs in (128, 64):
         q, k, v = rand(32768, 32, hs), rand(32768, 8, hs), rand(32768, 8, hs)
         cu = torch.arange(17, device='cuda', dtype=torch.int32) * 2048
-        sides = {'ours, packed': lambda: K.flash_attention(q, k, v, cu),
-                 'SDPA, dense': lambda: F.scaled_dot_product_attention(*(t.view(16, 2048, -1, hs).transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)}
+        ours = lambda: K._Flash.apply(q, k, v, cu, cu, (2048, 2048), True, 0, hs ** -0.5)  # flash_attention, its one host sync done
+        dense = lambda: F.scaled_dot_product_attention(*(t.view(16, 2048, -1, hs).transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
+        sides = {'ours, packed': (ours, (q, k, v)), 'SDPA, dense': (dense, (q, k, v))}
         try:
             from torch.nn.attention.varlen import varlen_attn
-            packed = lambda: varlen_attn(q, k, v, cu, cu, 2048, 2048, window_size=(-1, 0), enable_gqa=True)
-            packed()
-            sides['varlen_attn'] = packed
-        except (ImportError, TypeError, RuntimeError) as e:
-            print(f'    varlen_attn left out: {type(e).__name__}: {str(e)[:80]}')
+            takes = inspect.signature(varlen_attn).parameters  # they differ from version to version
+            how = {**({'window_size': (-1, 0)} if 'window_size' in takes else {'is_causal': True}), **({'enable_gqa': True} if 'enable_gqa' in takes else {})}
+            kk, vv = (t if 'enable_gqa' in takes else t.detach().repeat_interleave(4, 1).requires_grad_() for t in (k, v))
+            sides['varlen_attn' if kk is k else 'varlen_attn, keys repeated'] = (lambda: varlen_attn(q, kk, vv, cu, cu, 2048, 2048, **how), (q, kk, vv))
+        except ImportError as e:
+            print(f'    varlen_attn left out: {e}', flush=True)
         flop = 4 * 16 * 32 * hs * 2048 * 2048 / 2
-        for name, f in sides.items():
-            t, tt = both(f, (q, k, v))
-            print(f'    hs={hs} {name:30s} {t:.2f} / {tt:.2f} ms, {flop / t / 1e9:.0f} / {3.5 * flop / tt / 1e9:.0f} TFLOP/s', flush=True)
-    print('  paged decode, block 16, 32 heads on 8, hs 128')
+        for name, (f, inputs) in sides.items():
+            try:
+                t, tt = both(f, inputs)
+                print(f'    hs={hs} {name:28s} {t:.2f} / {tt:.2f} ms, {flop / t / 1e9:.0f} / {3.5 * flop / tt / 1e9:.0f} TFLOP/s', flush=True)
+            except Exception as e:
+                print(f'    hs={hs} {name} failed: {type(e).__name__}: {str(e)[:80]}', flush=True)
+
+
+def _kernels_cuda_paged(ms, rand, copy):
+    import torch
+    import kernels as K
+    print('  paged decode, block 16, 32 heads on 8, hs 128', flush=True)
     for B, ctx in ((64, 4096), (256, 1024), (1, 32768)):
         blocks = B * ctx // 16
-        kc, vc = (torch.randn(blocks, 16, 8, 128, device='cuda', dtype=torch.bfloat16) for _ in range(2))
-        table, lens = torch.randperm(blocks, device='cuda').int().view(B, -1), torch.full((B,), ctx, device='cuda', dtype=torch.int32)
+        kc, vc = (rand(blocks, 16, 8, 128).detach() for _ in range(2))
+        table, lens = torch.rand(blocks).argsort().int().view(B, -1).cuda(), torch.full((B,), ctx, device='cuda', dtype=torch.int32)
         q = rand(B, 32, 128).detach()
         t = ms(lambda: K.paged_attention(q, kc, vc, table, lens))
         print(f'    B={B} context {ctx}: {t:.3f} ms, {2 * kc.nbytes / t / 1e6:.0f} GB/s, {100 * 2 * kc.nbytes / t / 1e6 / copy:.0f} % of copy', flush=True)
+
+
+def _kernels_cuda_linear(ms, rand, both):
+    """No graphs: leaving ignored tokens out asks the device how many they are, and beside products of 6 ms a launch is nothing."""
+    import torch
+    import torch.nn.functional as F
+    import kernels as K
+    N, C, V = 4096, 4096, 131072
+    print(f'  linear + softmax, N={N}, C={C}, V={V}: ms forward / forward + backward, TFLOP/s of the forward, peak GB', flush=True)
+    x, w, y = rand(N, C), (rand(V, C).detach() / 64).requires_grad_(), torch.arange(N, device='cuda') * 32
+    sides = {'linear_logprobs': lambda: K.linear_logprobs(x, w, y)[0].mean(), 'linear_logprobs, no gradient': torch.no_grad()(lambda: K.linear_logprobs(x, w, y)[0]),
+             'linear_cross_entropy': lambda: K.linear_cross_entropy(x, w, y), 'eager': lambda: F.cross_entropy((x @ w.t()).float(), y)}
+    if hasattr(torch.nn, 'LinearCrossEntropyOptions'):
+        sides['F.linear_cross_entropy'] = lambda: F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
+    for name, f in sides.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        try:
+            t, tt = (ms(f, graph=False), math.nan) if 'no gradient' in name else both(f, (x, w), graph=False)
+            print(f'    {name:28s} {t:.2f} / {tt:.2f} ms, {2 * N * C * V / t / 1e9:.0f} TFLOP/s, {(torch.cuda.max_memory_allocated() - base) / 1e9:.2f} GB', flush=True)
+        except Exception as e:
+            print(f'    {name} failed: {type(e).__name__}: {str(e)[:80]}', flush=True)
 
 
 def bench_kernels(args):
