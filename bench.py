@@ -710,7 +710,7 @@ def _kernels_cuda():
     import torch
     import kernels as K
     from triton.testing import do_bench, do_bench_cudagraph
-    end = time.perf_counter() + 35  # torch.compile takes 5 s a kernel: its sides stop here, so that what follows is measured too
+    end = time.perf_counter() + 30  # torch.compile takes 5 s a kernel: its sides stop here, so that what follows is measured too
     dice = torch.Generator('cuda').manual_seed(0)  # a capture that fails leaves torch's own generator unusable
 
     def ms(f, graph=True, strict=False):
