@@ -659,12 +659,12 @@ def _parts(z):
     n = len(z) if z.is_cuda else max(1, (1 << 20) // (4 * z.size(1)))
     return [slice(i, min(i + n, len(z))) for i in range(0, len(z), max(n, 1))]
 
-def _library_forward(x, grad):
+def _library_forward(x):
     """Does the forward too take its logits from the library, in blocks, as the backward does? H200, bf16, 4096 rows of 4096, V=131072: the library's
     product takes 6.6 ms with float32 out, and with the pass over its logits 7.2; _linear_stats takes 8.9, since what it saves, reading and
-    writing 2 GB, costs less than its slower product. It stays for float32, and where no gradient is asked for, as when a reference scores:
-    that needs no memory for logits at all."""
-    return grad and x.element_size() == 2
+    writing 2 GB, costs less than its slower product. It stays for float32. subtle: with and without gradients alike, or the ratios of PPO's first
+    update, whose old log-probs come without, would not be 1 to the bit."""
+    return x.element_size() == 2
 
 class _LinearLogprobs(torch.autograd.Function):
     """Logits come and go in blocks. The backward computes them again (4 matmuls for 3), unless all of them fit into one block: that is held, as
@@ -673,7 +673,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature, grad):
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.triton, held = temperature, takes(x), None
-        if ctx.triton and not _library_forward(x, grad):
+        if ctx.triton and not _library_forward(x):
             logp, entropy, stats = _run_linear_stats(x, weight, targets, temperature)
         else:
             logp, entropy, *stats = (torch.empty(len(x), dtype=_wide(x.dtype), device=x.device) for _ in range(4))
