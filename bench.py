@@ -1063,6 +1063,7 @@ def _infer_cuda():
     n = sum(len(x.token_ids) for x in engine.generate(prompts, params))
     dt = time.perf_counter() - t
     print(f'nano-vllm bench on {torch.cuda.get_device_name()}: {n} tokens in {dt:.1f} s: {n / dt:.0f} tok/s; {engine!r}')
+    engine.blocks.forget()
     a = torch.empty(1 << 30, dtype=torch.uint8, device='cuda')
     b = torch.empty_like(a)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -483,8 +483,9 @@ if __name__ == '__main__':
     engine = infer.Engine(sampler_model, tok, max_num_seqs=64) if sampler_model is not None else None
     frozen_bytes = sum(p.nbytes for p in frozen.parameters()) if frozen is not None else 0
     longest = max(len(p) + sum(map(len, a)) for p, a, _ in items)
+    tokens = min(max(micro_tokens, longest), batch_size * longest) // tp
     planned = memory_plan(dict(weights=weights, reference=frozen_bytes, grads=grads, adam=moments,
-                               activations=activation_bytes(policy.config, min(max(micro_tokens, longest), batch_size * longest) // tp, T)))
+                               activations=activation_bytes(policy.config, tokens, T), logits=K.logits_bytes(device, tokens, policy.config.vocab_size)))
     way = 'none' if not needs_ref else 'precomputed' if precompute_ref else 'adapter disabled' if use_adapter else 'frozen copy'
     print(f'{n_params / 1e6:.2f} M parameters ({trains:,} trained), reference: {way}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 

@@ -515,17 +515,19 @@ class PagedCache:
     def plan(self, decode, chunks, pos, net=0):
         """As RowCache.plan."""
         owners = decode + [r for r, _, n in chunks for _ in range(n)]
-        up = lambda a: torch.from_numpy(a).to(self.device, non_blocking=True)
+        up = lambda a: _upload(torch.from_numpy(a), self.device)
         D = len(decode)
         slots, table, lens = up(self.slots(owners, pos)), up(self.tables(decode)), up(pos[:D].astype(np.int32) + 1)
         fresh, later, at = [], [], D
         for r, start, n in chunks:
             (later if start else fresh).append((r, at, start, n))
             at += n
-        # fresh prompts first among the chunks or not: their tokens are gathered, packed, and attend each to its own
-        cu, longest = up(np.cumsum([0] + [n for *_, n in fresh]).astype(np.int32)), max((n for *_, n in fresh), default=0)
-        rows = up(np.concatenate([np.arange(a, a + n) for _, a, _, n in fresh])) if fresh else None
-        tables = [up(np.array(r.blocks[:-(-(start + n) // self.block_size)])) for r, _, start, n in later]
+        cu = lambda counts: up(np.cumsum([0, *counts]).astype(np.int32))
+        packed = lambda chunks: (up(np.concatenate([np.arange(a, a + n) for _, a, _, n in chunks])), cu([n for *_, n in chunks]), max(n for *_, n in chunks)) if chunks else None
+        fresh, rest = packed(fresh), packed(later)  # prompts from their beginning attend to what is computed here, the others to what lies in the cache, too
+        if later:
+            keys = up(np.concatenate([(np.array(r.blocks)[:, None] * self.block_size + np.arange(self.block_size)).reshape(-1)[:start + n] for r, _, start, n in later]))
+            cu_keys, most = cu([start + n for *_, start, n in later]), max(start + n for *_, start, n in later)
 
         def attend(layer, q, k, v):
             N, nh, hs = q.shape
@@ -537,10 +539,12 @@ class PagedCache:
             if D:
                 out[:D] = K.paged_attention(q[:D], kc, vc, table, lens).reshape(D, nh * hs)
             if fresh:
+                rows, cu, longest = fresh
                 out[rows] = K.flash_attention(q[rows], k[rows], v[rows], cu_seqlens=cu, longest=longest).reshape(-1, nh * hs)
-            for (r, at, start, n), blocks in zip(later, tables):
-                a, b = (c[blocks].flatten(0, 1)[:start + n].transpose(0, 1) for c in (kc, vc))
-                out[at:at + n] = _attend_chunk(q[at:at + n], a, b, None)
+            if rest:
+                rows, cu, longest = rest
+                a, b = (c.flatten(0, 1)[keys] for c in (kc, vc))
+                out[rows] = K.flash_attention(q[rows], a, b, cu_seqlens=cu, longest=(longest, most), cu_keys=cu_keys).reshape(-1, nh * hs)
             return out
         return attend
 

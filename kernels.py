@@ -56,8 +56,8 @@ def which():
 
 
 def takes(x):
-    """Does a Triton kernel take this tensor? float64 and empty tensors are the PyTorch twin's. (A stage asks too: its own lines are a twin.)"""
-    if _mode == 'torch' or triton is None or not (x.is_cuda or INTERPRET) or x.numel() == 0 or x.dtype == torch.float64:
+    """Does a Triton kernel take this tensor? float64, empty tensors and what torch.compile makes kernels of itself are the PyTorch twin's. (A stage asks too: its own lines are a twin.)"""
+    if _mode == 'torch' or triton is None or not (x.is_cuda or INTERPRET) or x.numel() == 0 or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return False
     if INTERPRET and x.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or unset TRITON_INTERPRET")
@@ -174,8 +174,9 @@ def _norm_sizes(N, C):
 
 def _norm_programs(tile):
     """(programs of the backward for each multiprocessor, stages of its loads); tile: bytes of ROWS x BLOCK. The next tiles of dy, h and the
-    residual's gradient wait in shared memory, stages - 1 of each: 3 * 8 KB in bf16 at C=4096. 128 registers a thread allow two programs."""
-    return 2, 2 if tile <= 16384 else 1
+    residual's gradient wait in shared memory, stages - 1 of each: 6 * 8 KB in bf16 at C=4096. 128 registers a thread allow two programs. H200, (16384,
+    4096): 86 % of its copy bandwidth for RMSNorm with (2, 3), 75 with one stage, 72 with two, 87 with (1, 4), 75 with (4, 3)."""
+    return 2, 3 if tile <= 16384 else 1
 
 class _Norm(torch.autograd.Function):
     @staticmethod
@@ -649,10 +650,17 @@ def _product(a, b):
         return torch.mm(a, b.t(), out_dtype=torch.float32)
     return matmul_t(a, b).to(_wide(a.dtype))
 
+def _budget(device):
+    return min(2 << 30, torch.cuda.get_device_properties(device).total_memory // 32) if device.type == 'cuda' else CHUNK_BYTES
+
 def _fits(x, other, least):
     """How many rows (or columns) of float32 logits fit into a block, when a row (or column) has `other` of them."""
-    budget = min(2 << 30, torch.cuda.get_device_properties(x.device).total_memory // 32) if x.is_cuda else CHUNK_BYTES
-    return max(least, budget // (4 * max(other, 1)))
+    return max(least, _budget(x.device) // (4 * max(other, 1)))
+
+def logits_bytes(device, rows, words):
+    """What the block of logits, float32, and its gradient, 16 bits, take on a GPU at most; a CPU's 32 MB are not worth a line in a plan: 0.
+    16,384 rows of 50,257 words on an H200: 2 GiB and half as much = 3.2 GB."""
+    return min(_budget(device), 4 * rows * words) * 3 // 2 if device.type == 'cuda' else 0
 
 def _parts(z):
     """Row slices of a block that the cache holds, 1 MiB on CPU: softmax and gradient read each number several times."""
@@ -1002,7 +1010,9 @@ class _Flash(torch.autograd.Function):
                 docs, *rest, **size)
         return dq, dk, dv, None, None, None, None, None, None
 
-def _flash_triton(q, k, v, cu_seqlens, causal, window, scale, longest):
+def _flash_triton(q, k, v, cu_seqlens, causal, window, scale, longest, cu_keys):
+    if cu_keys is not None:
+        return _Flash.apply(q, k, v, cu_seqlens.int(), cu_keys.int(), longest or [int(cu.diff().max()) for cu in (cu_seqlens, cu_keys)], causal, window, scale)
     if cu_seqlens is not None:
         cu = cu_seqlens.int()
         longest = longest or (int((cu[1:] - cu[:-1]).max()) if len(cu) > 1 else 0)  # the one host sync
@@ -1026,25 +1036,27 @@ def _attend(q, k, v, causal, window, scale):
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain and causal, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
 
-def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None, longest=0):
+def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None, longest=0, cu_keys=None):
     """softmax(q k' * scale) v. q (B, T, nh, hs), k and v (B, Tk, nkv, hs), nh a multiple of nkv; or packed (N, nh, hs) with
     cu_seqlens (n+1,) int: document d is rows cu[d]:cu[d+1] and sees itself only, rows behind the last one are 0. Tk > T: the
     queries are the last T positions. window w > 0: only the last w keys, the own one among them. scale: hs^-0.5. longest: of the documents, where it is
-    known: a GPU need not be waited for then. -> like q. T=1: the output is v."""
+    known: a GPU need not be waited for then. cu_keys (n+1,): document d's keys are other rows than its queries, cu_keys[d]:cu_keys[d+1], at whose end the
+    queries stand; longest is then (queries, keys). -> like q. T=1: the output is v."""
     if q.size(-2) % k.size(-2) or q.dim() != (4 if cu_seqlens is None else 3):
         raise ValueError(f'flash_attention: got q {tuple(q.shape)}, k {tuple(k.shape)}; expected (B, T, heads, hs), or (N, heads, hs) with cu_seqlens, '
                          'query heads a multiple of key heads')
     scale = q.size(-1) ** -0.5 if scale is None else float(scale)
     if takes(q) and k.numel() and (cu_seqlens is not None or window or _mode == 'triton' or INTERPRET):  # dense on CUDA: torch's is faster
-        return _flash_triton(q, k, v, cu_seqlens, causal, window, scale, longest)
+        return _flash_triton(q, k, v, cu_seqlens, causal, window, scale, longest, cu_keys)
     if cu_seqlens is None:
         return _attend(q, k, v, causal, window, scale)
-    if causal and not window and docs_in_c(q):
+    if causal and not window and cu_keys is None and docs_in_c(q):
         cu = cu_seqlens.long()
         n = len(cu) - 1
         return doc_attention(q, k, v, torch.arange(int(cu[-1])), cu, torch.zeros(n, dtype=torch.long), torch.arange(n + 1), int(cu.diff().max()) if n else 0, scale)
     cu = cu_seqlens.tolist()
-    parts = [_attend(q[None, a:b], k[None, a:b], v[None, a:b], causal, window, scale)[0] for a, b in zip(cu, cu[1:]) if b > a]
+    ck = cu if cu_keys is None else cu_keys.tolist()
+    parts = [_attend(q[None, a:b], k[None, c:d], v[None, c:d], causal, window, scale)[0] for a, b, c, d in zip(cu, cu[1:], ck, ck[1:]) if b > a]
     if cu[-1] < len(q):
         parts.append(torch.zeros_like(q[cu[-1]:]))
     return torch.cat(parts) if parts else torch.zeros_like(q)

@@ -252,7 +252,8 @@ if __name__ == '__main__':
             sampler.load_state_dict(ckpt['data'])
     log = RunLog(out_dir, config, ckpt, mesh.master)
     tokens = min(micro_tokens, batch_size * T) // (tp * cp)
-    planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, tokens, T)))
+    planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, tokens, T),
+                               logits=K.logits_bytes(device, tokens, model.config.vocab_size)))
     print(f'{n_params / 1e6:.2f} M parameters ({trains / 1e6:.2f} M trained) on {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
     if compile:
         model.compile_blocks()

@@ -69,11 +69,11 @@ def test_a_stage_on_a_gpu(world, case):
         logs[kernels] = log_rows(world / out)
         c = torch.load(world / out / 'ckpt.pt', map_location='cpu', weights_only=True)
         assert all(v.isfinite().all() for v in c['model'].values()) and len(logs[kernels]) == c['iter']
-    names = [k for k in ('loss', 'pg', 'vf', 'score', 'len', 'kl', 'entropy', 'accuracy', 'margin', 'chosen_logp', 'mismatch') if k in logs['triton'][0]]
+    names = [k for k in ('loss', 'pg', 'vf', 'score', 'len', 'kl', 'entropy', 'margin', 'chosen_logp', 'mismatch') if k in logs['triton'][0]]
     a, b, c = ({k: logs[kernels][0][k] for k in names} for kernels in ('triton', 'torch', 'auto'))
     assert a == pytest.approx(b, rel=1e-4, abs=1e-4), case
     if script in ('sft', 'reward', 'dpo'):
-        assert {k: v for k, v in c.items() if k != 'accuracy'} == pytest.approx({k: v for k, v in b.items() if k != 'accuracy'}, rel=3e-2, abs=3e-2), case
+        assert c == pytest.approx(b, rel=3e-2, abs=3e-2), case
     else:  # other tokens were drawn: the sampler computes in bfloat16
         assert c['mismatch'] < 0.05 and 0 <= c['len'] <= 12, c
 
@@ -119,4 +119,4 @@ def test_async_rollouts_share_the_gpu(world, script):
 def test_text_from_the_command_line_on_a_gpu(world):
     stage('sft.py', *BASE['sft'], '--init_from=qwen3', '--out_dir=out-text', cwd=world)
     said = stage('infer.py', '--init_from=out-text', '--start=Q: Say a', '--max_new_tokens=20', '--num_samples=2', cwd=world)
-    assert 'tok/s' in said, said
+    assert said.count('Q: Say a') >= 1 and '---------------' in said and len(said) > 50, said
