@@ -506,6 +506,12 @@ class PagedCache:
         size = self.block_size
         return np.array([r.blocks[p // size] * size + p % size for r, p in zip(requests, pos.tolist())], np.int64)
 
+    def span(self, r, start, n):
+        """Flat cache slots of r's positions start to start + n."""
+        first = start // self.block_size
+        blocks = np.array(r.blocks[first:-(-(start + n) // self.block_size)], np.int64)
+        return (blocks[:, None] * self.block_size + np.arange(self.block_size)).reshape(-1)[start - first * self.block_size:][:n]
+
     def tables(self, decode):
         table = np.zeros((len(decode), max((len(r.blocks) for r in decode), default=1)), np.int32)
         for row, r in zip(table, decode):
@@ -514,10 +520,10 @@ class PagedCache:
 
     def plan(self, decode, chunks, pos, net=0):
         """As RowCache.plan."""
-        owners = decode + [r for r, _, n in chunks for _ in range(n)]
         up = lambda a: _upload(torch.from_numpy(a), self.device)
         D = len(decode)
-        slots, table, lens = up(self.slots(owners, pos)), up(self.tables(decode)), up(pos[:D].astype(np.int32) + 1)
+        slots = up(np.concatenate([self.slots(decode, pos[:D]), *(self.span(*chunk) for chunk in chunks)]))
+        table, lens = up(self.tables(decode)), up(pos[:D].astype(np.int32) + 1)
         fresh, later, at = [], [], D
         for r, start, n in chunks:
             (later if start else fresh).append((r, at, start, n))
@@ -526,7 +532,7 @@ class PagedCache:
         packed = lambda chunks: (up(np.concatenate([np.arange(a, a + n) for _, a, _, n in chunks])), cu([n for *_, n in chunks]), max(n for *_, n in chunks)) if chunks else None
         fresh, rest = packed(fresh), packed(later)  # prompts from their beginning attend to what is computed here, the others to what lies in the cache, too
         if later:
-            keys = up(np.concatenate([(np.array(r.blocks)[:, None] * self.block_size + np.arange(self.block_size)).reshape(-1)[:start + n] for r, _, start, n in later]))
+            keys = up(np.concatenate([self.span(r, 0, start + n) for r, _, start, n in later]))
             cu_keys, most = cu([start + n for *_, start, n in later]), max(start + n for *_, start, n in later)
 
         def attend(layer, q, k, v):
@@ -929,6 +935,24 @@ class Drawn:
 # 5. the engine
 
 
+class Inputs:
+    """Pinned memory (from any other a copy to the GPU would wait for it) behind a graph's positions, slots, lengths and block tables. A table is
+    written where it has grown, anew when another list of blocks stands in its row."""
+
+    def __init__(self, like):
+        self.tensors = [torch.zeros(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for t in like]
+        self.arrays, self.lists, self.counts = [t.numpy() for t in self.tensors], [None] * len(like[0]), [0] * len(like[0])
+
+    def fill(self, rows, pos, slots):
+        (to_pos, to_slots, to_lens, table), n = self.arrays, len(rows)
+        to_pos[:n], to_slots[:n], to_slots[n:], to_lens[:n], to_lens[n:] = pos, slots, -1, pos + 1, 0
+        for i, r in enumerate(rows):
+            known = self.counts[i] if self.lists[i] is r.blocks else 0
+            if known < len(r.blocks):
+                table[i, known:len(r.blocks)] = r.blocks[known:]
+                self.lists[i], self.counts[i] = r.blocks, len(r.blocks)
+
+
 class Tempo:
     """One thread or two for steps of a few milliseconds? Two are up to 1.7 times faster on an idle machine and several times slower where another program
     holds a core (they wait for each other in every layer), so it is tried while it runs: now and then a few decode steps are made the other way,
@@ -1184,8 +1208,8 @@ class Engine:
         n, cache = max(1, 1 << (len(ids) - 1).bit_length()), self.cache
         if n not in self.graphs:
             z = lambda *shape, dtype=torch.int64, fill=0: torch.full(shape, fill, dtype=dtype, device=self.device)
-            box = [z(n), z(n), z(n, fill=-1), z(n, cache.width, dtype=torch.int32), z(n, dtype=torch.int32)]
-            attend = cache.graph_attend(*box[2:])
+            box = [z(n), z(n), z(n, fill=-1), z(n, dtype=torch.int32), z(n, cache.width, dtype=torch.int32)]
+            attend = cache.graph_attend(box[2], box[4], box[3])
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # kernels compile outside the capture
@@ -1195,16 +1219,13 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 out = self.net.hidden(box[0], box[1], attend)
-            self.graphs[n] = graph, box, out
-        graph, box, out = self.graphs[n]
-        table = np.zeros((n, cache.width), np.int32)
-        for row, r in zip(table, decode):
-            row[:len(r.blocks)] = r.blocks
-        pad = n - len(ids)
-        values = np.pad(pos, (0, pad)), np.pad(cache.slots(decode, pos), (0, pad), constant_values=-1), table, np.pad(pos.astype(np.int32) + 1, (0, pad))
-        box[0][:len(ids)].copy_(ids if torch.is_tensor(ids) else torch.tensor(ids).pin_memory(), non_blocking=True)
-        for buffer, value in zip(box[1:], values):
-            buffer.copy_(torch.from_numpy(value).pin_memory(), non_blocking=True)  # from other memory the copy would wait for the GPU
+            self.graphs[n] = graph, box, [Inputs(box[1:]) for _ in range(2)], out
+        graph, box, inputs, out = self.graphs[n]
+        inputs.reverse()  # two take turns: what was copied for the last step may still be on its way
+        inputs[0].fill(decode, pos, cache.slots(decode, pos))
+        box[0][:len(ids)].copy_(ids if torch.is_tensor(ids) else torch.tensor(ids), non_blocking=True)
+        for buffer, value in zip(box[1:], inputs[0].tensors):
+            buffer.copy_(value, non_blocking=True)
         graph.replay()
         return out[:len(ids)]
 

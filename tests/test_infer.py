@@ -641,6 +641,29 @@ def test_load_weights_between_tokens():
     assert idle(engine)
 
 
+def test_inputs_of_a_graph_hold_the_tables_of_now():
+    """Rows come, go, grow, change places and lose their blocks (a request thrown out and let in again): what is copied to the GPU is always theirs."""
+    rng, rows = random.Random(SEED), []
+    inputs = infer.Inputs([torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int32), torch.zeros(8, 12, dtype=torch.int32)])
+    for _ in range(400):
+        if len(rows) < 8 and (not rows or rng.random() < 0.3):
+            rows.append(infer.Request(0, 0, [1], SamplingParams(), 0, 9, False, None, 0))
+        if len(rows) > 1 and rng.random() < 0.2:
+            rows.pop(rng.randrange(len(rows)))
+        if rng.random() < 0.1:
+            rng.shuffle(rows)
+        for r in rows:
+            if not r.blocks or rng.random() < 0.1:
+                r.blocks = [rng.randrange(99) for _ in range(rng.randint(1, 12))]
+            elif len(r.blocks) < 12 and rng.random() < 0.5:
+                r.blocks.append(rng.randrange(99))
+        pos = np.array([len(r.blocks) * 4 - rng.randint(1, 4) for r in rows])
+        inputs.fill(rows, pos, pos + 100)
+        n, (to_pos, slots, lens, table) = len(rows), [t.tolist() for t in inputs.tensors]
+        assert to_pos[:n] == pos.tolist() and slots == (pos + 100).tolist() + [-1] * (8 - n) and lens == (pos + 1).tolist() + [0] * (8 - n)
+        assert all(row[:len(r.blocks)] == r.blocks for row, r in zip(table, rows))
+
+
 @pytest.mark.parametrize('when', range(1, 12))
 def test_a_step_started_ahead_changes_no_token(monkeypatch, when):
     """Every decode step starts before the one before it is read, as on CUDA. Ends by an end token, a stop token and the limit, an abort, new weights
