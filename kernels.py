@@ -1558,23 +1558,28 @@ static void finish(const float *z, const float *b, float *y, int act) {  // one 
 
 static void linear(const float *x, int64_t sx, const float *w, const float *b, int64_t K, int64_t columns, float *y, int64_t sy, int64_t n, int act) {
     int64_t wide = act == GATED ? 16 : 32, panels = (columns + wide - 1) / wide, blocks = (n + 95) / 96;  // 96 rows of x stay in the cache
-    #pragma omp for schedule(static) nowait
-    for (int64_t job = 0; job < blocks * panels; job++) {
-        int64_t j = job % panels, i = job / panels * 96, end = i + 96 < n ? i + 96 : n, R, step = 4 * TILE / ((end - i + ROWS - 1) / ROWS);
-        const char *next = (const char *)(w + (job + 1) % panels * K * 32);
-        for (; i < end; i += R, next += 32 / TILE * K * step) {
-            const float *from = x + i * sx, *panel = w + j * K * 32;
-            float z[ROWS][32];
-            int64_t tiles = (end - i + ROWS - 1) / ROWS;
-            switch (R = (end - i + tiles - 1) / tiles) {
-                #define CASE(R) case R: tile(R, from, sx, panel, K, z, next, step); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-                #ifdef __AVX512F__
-                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-                #endif
+    int64_t part = act == SET || act == ADD ? 1024 : K, jobs = blocks * panels, id = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (int64_t from = jobs * id / threads, to, last = jobs * (id + 1) / threads; from < last; from = to) {
+        int64_t first = from / panels * 96, end = first + 96 < n ? first + 96 : n, R, step = 4 * TILE / ((end - first + ROWS - 1) / ROWS);
+        to = (from / panels + 1) * panels < last ? (from / panels + 1) * panels : last;
+        for (int64_t k = 0; k < K; k += part)  // 1024 columns of them, where sums can be put together in y
+            for (int64_t job = from; job < to; job++) {
+                int64_t j = job % panels, wise = k + part < K ? part : K - k;
+                const char *next = (const char *)(w + ((j + 1) % panels * K + k) * 32);
+                for (int64_t i = first; i < end; i += R, next += 32 / TILE * wise * step) {
+                    const float *rows = x + i * sx + k, *panel = w + (j * K + k) * 32;
+                    float z[ROWS][32];
+                    int64_t tiles = (end - i + ROWS - 1) / ROWS;
+                    switch (R = (end - i + tiles - 1) / tiles) {
+                        #define CASE(R) case R: tile(R, rows, sx, panel, wise, z, next, step); break;
+                        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+                        #ifdef __AVX512F__
+                        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+                        #endif
+                    }
+                    for (int r = 0; r < R; r++) finish(z[r], b && !k ? b + 32 * j : NULL, y + (i + r) * sy + j * wide, k ? ADD : act);
+                }
             }
-            for (int r = 0; r < R; r++) finish(z[r], b ? b + 32 * j : NULL, y + (i + r) * sy + j * wide, act);
-        }
     }
 }
 
