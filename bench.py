@@ -1055,7 +1055,8 @@ def _infer_cuda():
     params = [SamplingParams(max_tokens=rng.randint(100, 1024), temperature=0.6, ignore_eos=True) for _ in prompts]
     engine = Engine(model, None, max_num_seqs=256, max_num_batched_tokens=16384, block_size=16)
     t = time.perf_counter()
-    engine.generate([[i % 100] * 600 for i in range(256)], [SamplingParams(max_tokens=1 + i, ignore_eos=True) for i in range(256)])  # every size of batch: kernels compile, graphs are captured
+    short = [SamplingParams(max_tokens=1 + i, ignore_eos=True) for i in range(256)]  # every size of batch: kernels compile, graphs are captured
+    engine.generate([[i % 100] * 600 for i in range(256)], short)
     engine.blocks.forget()
     torch.cuda.synchronize()
     print(f'first use: {time.perf_counter() - t:.1f} s')

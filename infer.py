@@ -16,8 +16,9 @@ One step of the engine, in the order of this file:
  4. Sampler       one batch, every request with its own settings. One random number per request and position, from a counter:
     a sample depends on its seed only, never on the batch that it happened to run in.
  5. Engine        the scheduler (who runs, who waits, who is thrown out when memory ends) and the verbs of RL: load_weights,
-    pause, resume. Speculation: drafts are checked in one forward; since token t is always drawn from the model with the
-    random number of position t, and a draft is kept where it equals that draw, the output is the very same as without.
+    pause, resume. On CUDA a decode step is a captured graph, started before the one before it is read. Speculation: drafts are checked in one
+    forward; since token t is always drawn from the model with the random number of position t, and a draft is kept where it equals that draw, the
+    output is the very same as without.
 """
 import bisect
 import contextlib
@@ -529,7 +530,8 @@ class PagedCache:
             (later if start else fresh).append((r, at, start, n))
             at += n
         cu = lambda counts: up(np.cumsum([0, *counts]).astype(np.int32))
-        packed = lambda chunks: (up(np.concatenate([np.arange(a, a + n) for _, a, _, n in chunks])), cu([n for *_, n in chunks]), max(n for *_, n in chunks)) if chunks else None
+        rows_of = lambda chunks: up(np.concatenate([np.arange(a, a + n) for _, a, _, n in chunks]))
+        packed = lambda chunks: (rows_of(chunks), cu([n for *_, n in chunks]), max(n for *_, n in chunks)) if chunks else None
         fresh, rest = packed(fresh), packed(later)  # prompts from their beginning attend to what is computed here, the others to what lies in the cache, too
         if later:
             keys = up(np.concatenate([self.span(r, 0, start + n) for r, _, start, n in later]))

@@ -56,7 +56,7 @@ def which():
 
 
 def takes(x):
-    """Does a Triton kernel take this tensor? float64, empty tensors and what torch.compile makes kernels of itself are the PyTorch twin's. (A stage asks too: its own lines are a twin.)"""
+    """Does a Triton kernel take this tensor? float64, empty tensors and what torch.compile makes kernels of are the PyTorch twin's. (A stage asks too: its own lines are a twin.)"""
     if _mode == 'torch' or triton is None or not (x.is_cuda or INTERPRET) or x.numel() == 0 or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return False
     if INTERPRET and x.dtype == torch.bfloat16:
