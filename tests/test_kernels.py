@@ -712,7 +712,7 @@ from model import ARCHS, GPT, GPTConfig
 K.use('triton')
 for arch in ('gpt2', 'qwen3'):
     kw = dict(n_kv_head=2, n_inner=48, head_size=16, tie=True, **ARCHS['qwen3']) if arch == 'qwen3' else {}
-    model = GPT(GPTConfig(arch=arch, n_layer=2, n_head=4, n_embd=32, vocab_size=257, block_size=128, **kw))
+    model = GPT(GPTConfig(arch=arch, n_layer=1, n_head=4, n_embd=32, vocab_size=257, block_size=128, **kw))
     idx, targets, doc = torch.randint(0, 257, (2, 24)), torch.randint(0, 257, (2, 24)), torch.arange(24).div(9, rounding_mode='floor').expand(2, 24)
     grads = []
     for compiled in (False, True):
