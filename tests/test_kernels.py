@@ -547,7 +547,7 @@ def test_numpy_lines():
     np_code = {'np': np}
     exec('\n'.join(re.findall(r'^#\| ?(.*)$', open(os.path.join(ROOT, 'kernels.py')).read(), re.M)), np_code)
     P = {k: v for k, v in np_code.items() if callable(v)}
-    assert set(P) >= {'norm', 'norm_backward', 'rope', 'swiglu', 'gelu', 'online_softmax', 'linear_logprobs', 'flash_row', 'attention_backward', 'merge', 'token_loss'}
+    assert set(P) >= {'norm', 'norm_backward', 'rope', 'swiglu', 'gelu', 'online_softmax', 'linear_logprobs', 'flash_row', 'attention_backward', 'merge', 'token_loss', 'draw'}
     x, w, b, dy = (draw(*s, dtype=torch.float64).requires_grad_() for s in ((5, 7), (7,), (7,), (5, 7)))
 
     def close(a, t):
@@ -586,6 +586,8 @@ def test_numpy_lines():
     got = P['token_loss'](logp.detach().numpy(), old.numpy(), adv.numpy(), mask.numpy(), 0.2, 0.2)
     close(got[0], loss)
     close(got[1], torch.autograd.grad(loss, logp)[0])
+    z, u = draw(20, 10, dtype=torch.float64), torch.rand(20, dtype=torch.float64)
+    assert [P['draw'](x, a, 0.7) for x, a in zip(z.numpy(), u.numpy())] == K.draw(z, u, torch.full((20,), 0.7, dtype=torch.float64))[0].tolist()
 
 
 @pytest.mark.slow
