@@ -556,7 +556,7 @@ class PagedCache:
             return out
         return attend
 
-    def graph_attend(self, slots, table, lens, net=0):
+    def graph_attend(self, slots, lens, table, net=0):
         """The attention of decode rows over fixed buffers, for a captured graph."""
         def attend(layer, q, k, v):
             kc, vc = self.kv[net][0, layer], self.kv[net][1, layer]
@@ -756,8 +756,8 @@ class Net:
         """x (N, C) as hidden or run gave it; at: a list of its rows, None = all -> (n, V), float32 or float64, valid until the next call"""
         if self.code is None:
             y, (w, b, _) = self.norm(x if at is None else x[at], self.ln_f), self.head
-            if self.device.type == 'cuda' and y.element_size() == 2:  # a bfloat16 logit of 20 is off by 0.06
-                y = torch.mm(y, w.t(), out_dtype=torch.float32)
+            if self.device.type == 'cuda' and y.element_size() == 2:
+                y = K.product(y, w)
                 return y if b is None else y.add_(b)
             y = self.lin(y, self.head)
             return y if y.dtype == torch.float64 else y.float()
@@ -1017,7 +1017,8 @@ class Engine:
         self.weight_version, self.counter, self.settings, self.settings_of = 0, itertools.count(), None, None
         self.lock, self.go, self.admitting = threading.RLock(), threading.Event(), True
         self.go.set()
-        self.graphs = {} if K.which() == 'triton (CUDA)' and self.device.type == 'cuda' and kind is PagedCache and self.tp.size == 1 else None  # a twin waits for the GPU
+        captured = self.device.type == 'cuda' and kind is PagedCache and self.tp.size == 1 and K.which() == 'triton (CUDA)'  # a twin waits for the GPU
+        self.graphs = {} if captured else None
         self.ahead, self.flight = self.graphs is not None, None  # see _ahead
         self.counts = dict(steps=0, output_tokens=0, prompt_tokens=0, cached_tokens=0, preemptions=0, drafted=0, accepted=0)
 
@@ -1168,9 +1169,9 @@ class Engine:
             raise
 
     def _ahead(self, drawn):
-        """CUDA: the decode step behind `drawn`, started before its tokens are known here: they go from one step to the next on the GPU, which thus
-        never waits for this program's bookkeeping. None when it hangs on more than them: on who is admitted, or thrown out, next. A row that turns
-        out to have ended, by an end token or a stop string, is computed once more for nothing and left out when that step is read (_land)."""
+        """Asynchronous scheduling (CUDA): the decode step behind `drawn`, started before its tokens are known here: they go from one step to the next
+        on the GPU, which thus never waits for this program's bookkeeping. None when it hangs on more than them: on who is admitted, or thrown out,
+        next. A row that turns out to have ended, by an end token or a stop string, is computed once more for nothing and left out by _land."""
         if self.waiting and self.admitting and len(self.running) < self.max_num_seqs:
             return None
         keep = [i for i, r in enumerate(drawn.rows) if r.finish_reason is None and len(r.tokens) + 1 < r.limit]
@@ -1211,7 +1212,7 @@ class Engine:
         if n not in self.graphs:
             z = lambda *shape, dtype=torch.int64, fill=0: torch.full(shape, fill, dtype=dtype, device=self.device)
             box = [z(n), z(n), z(n, fill=-1), z(n, dtype=torch.int32), z(n, cache.width, dtype=torch.int32)]
-            attend = cache.graph_attend(box[2], box[4], box[3])
+            attend = cache.graph_attend(*box[2:])
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # kernels compile outside the capture

@@ -644,8 +644,8 @@ def _run_linear_stats(x, weight, targets, temperature):
     s, a = (s * keep).sum(0), (a * keep).sum(0)
     return z_y.sum(0) - top - s.log(), top - a / s + s.log(), (top, s.log())
 
-def _product(a, b):
-    """a @ b.T, float32 out of 16-bit operands: a bfloat16 logit of 20 is off by 0.06, and a PPO ratio with it."""
+def product(a, b):
+    """a @ b.T in float32 (float64 stays), of 16-bit operands too: a bfloat16 logit of 20 is off by 0.06, and a PPO ratio with it."""
     if a.is_cuda and a.element_size() == 2:
         return torch.mm(a, b.t(), out_dtype=torch.float32)
     return matmul_t(a, b).to(_wide(a.dtype))
@@ -687,7 +687,7 @@ class _LinearLogprobs(torch.autograd.Function):
             logp, entropy, *stats = (torch.empty(len(x), dtype=_wide(x.dtype), device=x.device) for _ in range(4))
             n = _fits(x, len(weight), 64)
             for i in range(0, len(x), n):
-                z = _product(x[i:i + n], weight)
+                z = product(x[i:i + n], weight)
                 if ctx.triton:
                     rows, held = slice(i, i + n), z if grad and len(x) <= n else None
                     logp[rows], entropy[rows], (stats[0][rows], stats[1][rows]) = _run_ce_fwd(z, targets[rows], temperature)
@@ -712,7 +712,7 @@ class _LinearLogprobs(torch.autograd.Function):
         n = len(weight) if held is not None else _fits(x, len(x), 256)
         for v in range(0, len(weight), n):
             w = weight[v:v + n]
-            z = _product(x, w) if held is None else held if ctx.triton else torch.empty_like(held)
+            z = product(x, w) if held is None else held if ctx.triton else torch.empty_like(held)
             if ctx.triton:
                 d = _run_ce_bwd(z, targets, stats, entropy, g_logp, g_entropy, x.dtype, v, T)
             else:
@@ -721,9 +721,9 @@ class _LinearLogprobs(torch.autograd.Function):
                     _softmax_grad(p, targets[s] - v, entropy[s], g_logp[s] / T, None if g_entropy is None else g_entropy[s] / T, z[s])
                 d = z.to(x.dtype)
             if need_x:
-                dx += _product(d, w.t())
+                dx += product(d, w.t())
             if need_w:
-                dw[v:v + n] = _product(d.t(), x.t())
+                dw[v:v + n] = product(d.t(), x.t())
         return None if dx is None else dx.to(x.dtype), dw, None, None, None
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -737,7 +737,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n = _fits(x, len(weight), 64)
         for i in range(0, len(x), n):
             xs, y = x[i:i + n], targets[i:i + n]
-            z = _product(xs, weight)
+            z = product(xs, weight)
             if kernel:
                 logp, entropy, stats = _run_ce_fwd(z, y)
                 loss -= logp.sum()
@@ -750,9 +750,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         z[s] = p.scatter_add_(1, y[s, None], p.new_full((len(p), 1), -1.0)).div_(len(x))
                 d = z.to(x.dtype)
             if dx is not None:
-                dx[i:i + n] = _product(d, weight.t())
+                dx[i:i + n] = product(d, weight.t())
             if dw is not None:
-                dw.addmm_(d.t(), xs) if len(x) > n and d.dtype == wide else dw.add_(_product(d.t(), xs.t()))
+                dw.addmm_(d.t(), xs) if len(x) > n and d.dtype == wide else dw.add_(product(d.t(), xs.t()))
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
         return loss / max(1, len(x))
 
@@ -1564,14 +1564,14 @@ static void linear(const float *x, int64_t sx, const float *w, const float *b, i
         to = (from / panels + 1) * panels < last ? (from / panels + 1) * panels : last;
         for (int64_t k = 0; k < K; k += part)  // 1024 columns of them, where sums can be put together in y
             for (int64_t job = from; job < to; job++) {
-                int64_t j = job % panels, wise = k + part < K ? part : K - k;
+                int64_t j = job % panels, depth = k + part < K ? part : K - k;
                 const char *next = (const char *)(w + ((j + 1) % panels * K + k) * 32);
-                for (int64_t i = first; i < end; i += R, next += 32 / TILE * wise * step) {
+                for (int64_t i = first; i < end; i += R, next += 32 / TILE * depth * step) {
                     const float *rows = x + i * sx + k, *panel = w + (j * K + k) * 32;
                     float z[ROWS][32];
                     int64_t tiles = (end - i + ROWS - 1) / ROWS;
                     switch (R = (end - i + tiles - 1) / tiles) {
-                        #define CASE(R) case R: tile(R, rows, sx, panel, wise, z, next, step); break;
+                        #define CASE(R) case R: tile(R, rows, sx, panel, depth, z, next, step); break;
                         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                         #ifdef __AVX512F__
                         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)

@@ -135,11 +135,13 @@ class Layout:
         asked = torch.ones_like(rows, dtype=torch.bool) if self.slot is None else self.slot[rows] == torch.arange(len(rows))
         asked_before = F.pad(asked.long().cumsum(0), (1, 0))
         first = cu.diff() - asked_before[cu].diff()  # the shared part is in front
-        return rows, cu, first, F.pad((first == 0).nonzero()[:, 0], (0, 1), value=len(cu) - 1), int(cu.diff().max()) if len(cu) > 1 else 0
+        return rows, cu, first, F.pad((first == 0).nonzero()[:, 0], (0, 1), value=len(cu) - 1), self.longest
 
     @functools.cached_property
     def longest(self):
         """Tokens of the longest segment; a GPU is waited for once a batch."""
+        if self.cu_seqlens is None:
+            return self.T if self.B else 0
         return int(self.cu_seqlens.diff().max()) if len(self.cu_seqlens) > 1 else 0
 
     @functools.cached_property

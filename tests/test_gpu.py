@@ -44,7 +44,7 @@ CASES = {
     'sft': [], 'sft-dropout': ['--dropout=0.1'], 'sft-lora': ['--lora_r=4'], 'sft-compile': ['--compile=True'], 'sft-qwen3': ['--init_from=qwen3'],
     'reward': [], 'reward-qwen3': ['--init_from=qwen3'],
     'ppo': ['--reward=letters.py', '--value=policy'], 'ppo-rm': ['--reward=out-rm'], 'ppo-lora': ['--reward=out-rm', '--lora_r=4'], 'ppo-compile': ['--reward=letters.py', '--compile=True'],
-    'dpo': [], 'dpo-qwen3': ['--init_from=qwen3'], 'dpo-disk': ['--precompute_ref=True'], 'dpo-lora': ['--lora_r=4'], 'dpo-kto': ['--loss_type=apo_zero'],
+    'dpo': [], 'dpo-qwen3': ['--init_from=qwen3'], 'dpo-disk': ['--precompute_ref=True'], 'dpo-lora': ['--lora_r=4'], 'dpo-apo': ['--loss_type=apo_zero'],
     'grpo': [], 'grpo-qwen3': ['--init_from=qwen3'], 'grpo-gspo': ['--loss_type=gspo'], 'grpo-lora': ['--lora_r=4'], 'grpo-nokl': ['--track_kl=False', '--tis_cap=2.0'],
 }
 

@@ -256,7 +256,7 @@ def test_linear_logprobs_both_forwards(side, dtype, library, monkeypatch):
     assert K._library_forward(torch.empty(1, dtype=dtype)) == (dtype != torch.float32)
     monkeypatch.setattr(K, '_library_forward', lambda x: library)
     seen, fits = [], K._fits
-    for name in ('_run_linear_stats', '_run_ce_fwd', '_product'):
+    for name in ('_run_linear_stats', '_run_ce_fwd', 'product'):
         monkeypatch.setattr(K, name, lambda *a, name=name, f=getattr(K, name): seen.append((name, len(a[0]))) or f(*a))
     for most in (32, 12):  # rows (or columns) of a block; 16 tokens count
         monkeypatch.setattr(K, '_fits', lambda x, other, least: min(fits(x, other, least), most))
@@ -273,7 +273,7 @@ def test_linear_logprobs_both_forwards(side, dtype, library, monkeypatch):
         assert blocks == ([] if not library else [16] if most == 32 else [12, 4])
         assert (('_run_linear_stats', 16) in seen) == (not library)
         columns = 1 if most == 32 else 3  # blocks of the vocabulary in the backward: 3 products each, or 2 where the logits are held
-        assert sum(name == '_product' for name, _ in seen) == len(blocks) + columns * (2 if blocks == [16] else 3)
+        assert sum(name == 'product' for name, _ in seen) == len(blocks) + columns * (2 if blocks == [16] else 3)
 
 
 @cases
