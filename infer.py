@@ -1183,11 +1183,16 @@ class Engine:
         self.counts['steps'] += 1
         return self._draw(rows, None, self.net.logits(self._forward(0, rows, [], tokens)), 1)
 
+    @torch.inference_mode()
     def _settle(self):
         """Reads the step that is still on its way, if there is one; its events come with the next step()."""
         if self.flight is not None:
             drawn, self.flight = self.flight, None
-            self.undelivered += self._land(drawn)
+            try:
+                self.undelivered += self._land(drawn)
+            except FloatingPointError:
+                self._reset()
+                raise
 
     def _forward(self, net, decode, chunks, drawn=None):
         """The last token of each of decode, then those of the chunks [(request, start, n)], through net `net` -> (N, C). drawn: instead of the last
@@ -1525,6 +1530,7 @@ class Engine:
             if want != got:
                 raise ValueError(f'load_weights: these are another model\'s: {k} is {got} there and {want} here')
         with self.lock, torch.no_grad():
+            self._settle()
             for k in state:
                 own[k].copy_(state[k])
             self.weights_changed(version, recompute)
@@ -1534,8 +1540,8 @@ class Engine:
         keys and values (made by the old weights) and go on under the new ones; their tokens carry the version. recompute: keys and values of
         what runs are made anew (AReaL's way), so that each token comes from one set of weights exactly. Returns the version."""
         with self.lock:
+            self._settle()
             with torch.inference_mode():
-                self._settle()
                 while recompute and self.running:
                     self._evict()
             for i, net in enumerate(self.nets):

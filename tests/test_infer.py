@@ -802,6 +802,25 @@ def test_logits_that_are_not_finite_stop_the_run():
     assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0))[0].token_ids == good
 
 
+def test_a_step_on_its_way_that_is_not_finite_stops_new_weights_too():
+    model = tiny(dtype=torch.float32)
+    state, engine = {k: v.clone() for k, v in model.state_dict().items()}, Engine(model, None, cache='paged')
+    engine.ahead = True
+    good = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=9, temperature=0))[0].token_ids
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=9, temperature=0))
+    seen = []
+    while len(seen) < 3:
+        seen += [t for e in engine.step() for t in e['token_ids']]
+    with torch.no_grad():
+        model.ln_f.weight.mul_(float('nan'))
+    engine.step()  # reads a good step, starts one that is not
+    with pytest.raises(FloatingPointError, match='1 of 1'):
+        engine.load_weights(state)
+    assert seen == good[:3] and idle(engine) and engine.weight_version == 0 and model.ln_f.weight.isnan().all()
+    engine.load_weights(state)
+    assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=9, temperature=0))[0].token_ids == good
+
+
 # ---- speculation ----
 
 
