@@ -1156,7 +1156,7 @@ class Engine:
             if not rows:
                 return []
             drawn = self._draw(rows, extra, self.net.logits(x, at))
-            if self.ahead and not chunks and len(decode) == len(self.running) and drawn.settings.static:
+            if self.ahead and not chunks and len(decode) == len(self.running) and drawn.settings.static and not self.num_draft:
                 self.flight = drawn
                 return []
             events = self._land(drawn)
@@ -1171,7 +1171,8 @@ class Engine:
     def _ahead(self, drawn):
         """Asynchronous scheduling (CUDA): the decode step behind `drawn`, started before its tokens are known here: they go from one step to the next
         on the GPU, which thus never waits for this program's bookkeeping. None when it hangs on more than them: on who is admitted, or thrown out,
-        next. A row that turns out to have ended, by an end token or a stop string, is computed once more for nothing and left out by _land."""
+        next; an engine with drafts, which hang on every token, never comes here. A row that turns out to have ended, by an end token or a stop string,
+        is computed once more for nothing and left out by _land."""
         if self.waiting and self.admitting and len(self.running) < self.max_num_seqs:
             return None
         keep = [i for i, r in enumerate(drawn.rows) if r.finish_reason is None and len(r.tokens) + 1 < r.limit]

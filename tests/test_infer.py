@@ -1,4 +1,5 @@
 """The engine against dense forwards: same log-probs, same tokens whatever the schedule; sampling against plain formulas."""
+import contextlib
 import copy
 import ctypes
 import math
@@ -6,6 +7,7 @@ import os
 import random
 import shutil
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -108,15 +110,20 @@ def truth():
     return out
 
 
-def schedule(model, rows, rng, **over):
-    """One random schedule of random requests through a random engine; every sample must be what the dense forward says."""
+def schedule(model, rows, rng, cuda=None, **over):
+    """One random schedule of random requests through a random engine; every sample must be what the dense forward says. cuda: see graphs."""
     kw = dict(cache=rng.choice(['rows', 'rows', 'paged']), block_size=rng.choice([1, 2, 3, 4, 8, 16]), max_num_seqs=rng.choice([1, 2, 3, 5, 16]),
               max_num_batched_tokens=rng.choice([1, 2, 5, 16, 64, 500]), prefix_caching=rng.random() < 0.7, ngram=rng.choice([0, 0, 0, 1, 2]))
     kw.update(over)
     kw['num_blocks'] = kw.get('num_blocks') or -(-64 // kw['block_size']) + rng.choice([0, 1, 3, 20, 200])
+    if cuda:
+        kw['cache'], kw['ngram'] = 'paged', kw['ngram'] * (rng.random() < 0.5)
     engine = Engine(model, None, **kw)
-    if kw['cache'] == 'paged' and not kw.get('draft') and rng.random() < 0.6:  # as on CUDA: each step starts before the one before it is read
-        engine.ahead, engine.ngram, engine.num_draft = True, 0, 0
+    if cuda:
+        cuda.on(engine)
+    elif kw['cache'] == 'paged' and not kw.get('draft') and rng.random() < 0.6:  # as on CUDA: each step starts before the one before it is read
+        engine.ahead = True
+    if engine.ahead:
         rows = [x for x in rows if not any((x[1].repetition_penalty != 1, x[1].presence_penalty, x[1].frequency_penalty)) or rng.random() < 0.1]
     todo, got, gone = [rng.choice(rows) for _ in range(rng.randint(1, 8))], {}, set()
     arrivals, checked = list(enumerate(todo)), 0
@@ -144,6 +151,59 @@ def schedule(model, rows, rng, **over):
                 checked += 1
     assert idle(engine)
     return checked, engine.counts
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA's graphs played on a CPU: a replay makes the captured calls anew over the buffers of the capture, and what was to be copied there may be
+    read as late as the step is."""
+    seen = types.SimpleNamespace(engine=None, replays=0, copied=[])
+
+    class Graph:
+        def replay(self):
+            box, inputs, out = next(rest for graph, *rest in seen.engine.graphs.values() if graph is self)
+            seen.replays, seen.copied = seen.replays + 1, [(t, t.clone()) for t in inputs[0].tensors]
+            out.copy_(seen.engine.net.hidden(box[0], box[1], seen.engine.cache.graph_attend(*box[2:])))
+
+    def on(engine):
+        seen.engine, engine.graphs, engine.ahead = engine, {}, True
+        return engine
+    seen.on, init, read = on, infer.Drawn.__init__, infer.Drawn.read
+
+    def drawn(self, *a):
+        init(self, *a)
+        self.copied, seen.copied = seen.copied, []
+
+    def late(self):
+        assert all(torch.equal(now, then) for now, then in self.copied)
+        return read(self)
+    monkeypatch.setattr(infer.Drawn, '__init__', drawn)
+    monkeypatch.setattr(infer.Drawn, 'read', late)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in dict(CUDAGraph=Graph, graph=lambda g: contextlib.nullcontext(), Stream=lambda: stream, current_stream=lambda: stream,
+                           stream=lambda s: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return seen
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_any_schedule_on_graphs(truth, graphs, arch):
+    """The program of a CUDA engine: a graph for each power of two of rows, its inputs in memory that is written anew for every other step."""
+    rng, seen = random.Random(SEED + 3), dict(steps=0, accepted=0, preemptions=0)
+    checked = 0
+    for _ in range(25):
+        n, counts = schedule(*truth[arch], rng, cuda=graphs)
+        checked, seen = checked + n, {k: v + counts[k] for k, v in seen.items()}
+    assert checked > 10 and graphs.replays > seen['steps'] / 4, (SEED, graphs.replays, seen)
+
+
+def test_lookup_goes_on_after_a_step_without_a_draft(graphs):
+    """A text without repetition at first: steps without a draft must not end the looking."""
+    model = tiny()
+    engine = graphs.on(Engine(model, None, cache='paged', ngram=1, num_draft=3))
+    p = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    out = engine.generate([list(range(9))], p)[0]
+    assert out.token_ids == dense(model, list(range(9)), p)[0] and engine.counts['accepted'] > 0 and graphs.replays > 0, engine.counts
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -665,7 +725,7 @@ def test_inputs_of_a_graph_hold_the_tables_of_now():
 
 
 @pytest.mark.parametrize('when', range(1, 7))
-def test_a_step_started_ahead_changes_no_token(monkeypatch, when):
+def test_a_step_started_ahead_changes_no_token(monkeypatch, graphs, when):
     """Every decode step starts before the one before it is read, as on CUDA. Ends by an end token, a stop token and the limit, an abort, new weights
     and a pause in between: tokens, versions and blocks are those of an engine that waits."""
     rng, started = random.Random(SEED + when), []
@@ -676,7 +736,8 @@ def test_a_step_started_ahead_changes_no_token(monkeypatch, when):
     events, versions = [], []
     for waits in (True, False):
         engine = Engine(tiny(seed=0), None, cache='paged', block_size=4, num_blocks=70)
-        engine.ahead = not waits
+        if not waits:
+            graphs.on(engine)
         for i, (x, p) in enumerate(zip(prompts, params)):
             engine.add_request(x, p, request_id=i)
         seen = {}
@@ -828,8 +889,8 @@ def test_lookup():
     assert infer._lookup([5, 6, 7, 8, 5, 6], 2, 2) == [7, 8] and infer._lookup([1, 1, 1], 1, 5) == [1] and infer._lookup([1, 2], 2, 3) == []
 
 
-@pytest.mark.parametrize('cache', ['rows', 'paged'])
-def test_a_draft_model_changes_nothing_but_the_number_of_steps(cache):
+@pytest.mark.parametrize('cache, on_graphs', [('rows', False), ('paged', False), ('paged', True)])
+def test_a_draft_model_changes_nothing_but_the_number_of_steps(graphs, cache, on_graphs):
     model, rng = tiny('llama'), random.Random(SEED)
     prompts = [[rng.randrange(23) for _ in range(rng.randint(1, 30))] for _ in range(9)]
     params = [SamplingParams(max_tokens=25, seed=i, **CASES[i]) for i in range(9)]
@@ -837,6 +898,8 @@ def test_a_draft_model_changes_nothing_but_the_number_of_steps(cache):
     want = plain.generate(prompts, params)
     for draft in (tiny('llama'), tiny('gpt2', seed=3)):  # the model itself: nearly all drafts are right; another one: few
         spec = Engine(model, None, cache=cache, draft=draft, num_draft=3, max_num_seqs=5, num_blocks=15)
+        if on_graphs:
+            graphs.on(spec)
         got = spec.generate(prompts, params)
         assert [c.token_ids for c in got] == [c.token_ids for c in want], SEED
         assert [c.logprobs for c in got] == [pytest.approx(c.logprobs, abs=1e-8) for c in want] and idle(spec)
