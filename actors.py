@@ -451,6 +451,14 @@ def _admit(sock, token):
     return True
 
 
+def _poll(*socks):
+    """-> told(seconds=None): the set of their file numbers that can be read by then. (select.select takes no number above 1,023.)"""
+    p = select.poll()
+    for sock in socks:
+        p.register(sock, select.POLLIN)
+    return lambda seconds=None: {fd for fd, _ in p.poll(None if seconds is None else 1000 * seconds)}
+
+
 def _connect(address, token):
     """Client's half -> a connected socket whose other end knows the token. ConnectionError, AuthenticationError."""
     host, _, port = address.rpartition(':')
@@ -1676,8 +1684,9 @@ class _Remote(_Session):
                 self.broken(RaySystemError(f'the head is gone: {e}'))
     def read(self):
         """Whole messages until the connection ends. Woken once a second, to report refs that went while nothing else was said."""
+        told = _poll(self.sock)
         while True:
-            if not select.select([self.sock], [], [], 1.0)[0]:
+            if not told(1.0):
                 if self.events:
                     self.post(('beat', 0))
                 continue
@@ -1912,8 +1921,9 @@ def _zygote(fd, capacity, fds):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
+    told = _poll(sock, heard)
     while True:
-        ready, _, _ = select.select([sock, heard], [], [])
+        ready = told()
         if heard in ready:
             os.read(heard, 4096)
             while children:
@@ -1922,7 +1932,7 @@ def _zygote(fd, capacity, fds):
                     break
                 code = os.waitstatus_to_exitcode(status)
                 _zygote_send(sock, (children.pop(pid), f'exit code {code}' if code >= 0 else f'killed by {signal.Signals(-code).name}'))
-        if sock not in ready:
+        if sock.fileno() not in ready:
             continue
         try:
             flag, passed, _, _ = socket.recv_fds(sock, 1, 1)
@@ -2606,19 +2616,20 @@ def _serve_node(address, machine):
     print(f'actors: node {link.node[:8]} of {address}, pid {os.getpid()}, {resources}', flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     beat = heard = time.monotonic()
+    told = _poll(sock, nursery.sock)
     try:
         while True:
-            ready, _, _ = select.select([sock, nursery.sock], [], [], BEAT)
+            ready = told(BEAT)
             if time.monotonic() - beat > BEAT:
                 beat = time.monotonic()
                 link.post(('beat', 0))
-            if nursery.sock in ready:
+            if nursery.sock.fileno() in ready:
                 exits = nursery.read()
                 if exits is None:
                     raise RaySystemError('the worker zygote died')
                 for wid, why in exits:
                     link.post(('exited', 0, wid, why))
-            if sock in ready:
+            if sock.fileno() in ready:
                 heard = time.monotonic()
                 data = sock.recv(1 << 20)
                 if not data:

@@ -31,13 +31,13 @@ import json
 import os
 import queue
 import runpy
-import select
 import socket
 import sys
 import threading
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait as readable  # select.select takes no descriptor above 1,023
 
 import numpy as np
 import torch
@@ -2178,7 +2178,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 e = box.get(timeout=0.5)
             except queue.Empty:
-                if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                if readable([self.connection], 0) and not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionResetError from None
                 if not self.server_state.alive:
                     raise BadRequest('The server is shutting down.', 503) from None

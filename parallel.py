@@ -60,7 +60,8 @@ class Watch:
     thread sits in C++ at that moment and would never say where."""
     EVERY = 0.5
 
-    def __init__(self, store, coords, timeout):
+    def __init__(self, store, coords, timeout, groups):
+        self.groups = groups  # the mesh's, made and to be made
         self.store, self.coords, self.timeout, self.calls, self.what, self.since = store, coords, timeout, 0, 'starting', time.time()
         self.rank, self.world, self.checkpoint = dist.get_rank(), dist.get_world_size(), 'none yet'
         self.pipe = os.pipe()
@@ -81,15 +82,27 @@ class Watch:
             sys.stderr.flush()
             os._exit(1)
         if leave and gloo and dist.is_initialized():
-            dist.destroy_process_group()
+            self.part()
         if self.what != 'closed':
             self.what = 'closed'
             os.write(self.pipe[1], b'\0')
             self.thread.join()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.set_wakeup_fd(-1)
+            for end in self.pipe:
+                os.close(end)
+
+    def part(self):
+        """Leaves every group. subtle: gloo's threads live as long as somebody holds a group, and one that still lets go of the last collective's tensor
+        when Python ends aborts the process (seen under load, rarely)."""
+        for group in self.groups.values():
+            group.pg = None
+        dist.destroy_process_group()
 
     def _beat(self):
+        told = select.poll()  # not select, which takes no descriptor above 1,023
+        told.register(self.pipe[0], select.POLLIN)
         while self.what != 'closed':
             try:
                 self.store.set(f'beat{self.rank}', json.dumps([socket.gethostname(), os.getpid(), time.time(), self.calls, self.what, self.since]))
@@ -98,7 +111,7 @@ class Watch:
             if self.calls and self.what not in ('computing', 'closed') and time.time() - self.since > self.timeout + 10:  # the collective's own timeout should have come
                 print(self.failure(TimeoutError('given up by the watch')), file=sys.stderr, flush=True)
                 os._exit(1)
-            if select.select([self.pipe[0]], [], [], self.EVERY)[0] and signal.SIGTERM in os.read(self.pipe[0], 64):
+            if told.poll(1000 * self.EVERY) and signal.SIGTERM in os.read(self.pipe[0], 64):
                 print(f'{self._me()} was told to end (SIGTERM) while in {self.what}: another rank failed, '
                       f'or the job was stopped. {self._advice()}', file=sys.stderr, flush=True)
                 os._exit(143)
@@ -251,7 +264,7 @@ class Mesh:
             self.rank = dist.get_rank()
             store = dist.PrefixStore('plain', dist.distributed_c10d._get_default_store())
             coords = {int(r): ' '.join(f'{a} {int((self.grid == r).nonzero()[0][i])}' for i, a in enumerate(self.AXES)) for r in self.grid.view(-1)}
-            self.watch = Watch(store, coords, dist_timeout)
+            self.watch = Watch(store, coords, dist_timeout, self._made)
         self.tp, self.cp, self.data = self.group('tp'), self.group('cp'), self.group('dp', 'cp')
         self.replicas, self.inside = self.group('dp'), self.group('pp', 'tp')
         self.pp, self.pp_back = self.group('pp'), self.group('pp', tag='back')  # one channel per direction: no order to get wrong
@@ -389,7 +402,7 @@ class Mesh:
         if self.world > 1:
             self.barrier()
             self.watch.stop()
-            dist.destroy_process_group()
+            self.watch.part()
 
 
 def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, quiet=False):

@@ -624,6 +624,15 @@ def test_a_worker_returns_large_things_and_its_threads_are_its_own(local):
     assert a.sum() == 7 << 20 and not a.flags.writeable and (t1, t2) == (1, 2) and r1 != r2
 
 
+def test_many_open_files(crowded, alone):
+    actors.init(num_cpus=2)
+    counter = Counter.remote(1)
+    assert actors.get([echo.remote(3), counter.add.remote()], timeout=30) == [3, 2]
+    actors.kill(counter)
+    raises(actors.RayActorError, counter.add.remote())
+    actors.shutdown()
+
+
 def test_nothing_of_a_session_outlives_it(alone):
     actors.init(num_cpus=2)
     ref = echo.remote(1)

@@ -231,6 +231,12 @@ def cluster(monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_program_with_many_open_files_joins(crowded, cluster):
+    for _ in range(3):  # its thread that reads lives on
+        assert actors.get([node_of.remote() for _ in range(4)], timeout=30)
+
+
+@pytest.mark.slow
 def test_nodes_share_work_and_objects_and_one_may_be_lost(cluster, tmp_path):
     ids = {n['NodeID'] for n in actors.nodes()}
     assert actors.cluster_resources()['CPU'] == 5

@@ -204,6 +204,30 @@ def test_clients_at_once_some_leave_some_send_nonsense(server):
     assert load(server, 40, seed=random.randrange(1 << 30)) > 10
 
 
+def test_a_client_that_waits_behind_many_open_files(crowded):
+    """The server looks twice a second whether its clients are still there: one is, one is not."""
+    s, got = make(), []
+
+    def until(n, seconds):
+        end = time.time() + seconds
+        while len(s.engine.requests) != n and time.time() < end:
+            time.sleep(0.01)
+        return len(s.engine.requests) == n
+    try:
+        s.engine.pause()
+        waits = threading.Thread(target=lambda: got.append(call(s, '/v1/completions', dict(prompt='hello', max_tokens=9, temperature=0))))
+        waits.start()
+        assert until(1, 20)
+        hang_up(s, stream=False)
+        until(2, 5)
+        assert until(1, 20) and not got
+        s.engine.resume()
+        waits.join(30)
+        assert got[0][0] == 200 and got[0][1]['choices'][0]['text'] == s.engine.generate(['hello'], SamplingParams(max_tokens=9, temperature=0))[0].text and settle(s)
+    finally:
+        s.close()
+
+
 @pytest.mark.slow
 def test_two_hundred_clients_at_once():
     s = make()
