@@ -677,6 +677,8 @@ for hs in (64, 128, 256):
     for window in (0, 128):
         q, k, v = d(256, 4, hs), d(256, 2, hs), d(256, 2, hs)
         back(K.flash_attention(q, k, v, torch.tensor([0, 128, 256], dtype=torch.int32), window=window))
+    with torch.no_grad():  # a prompt that goes on from a cache
+        K.flash_attention(q[:100], k, v, torch.tensor([0, 28, 100], dtype=torch.int32), cu_keys=torch.tensor([0, 128, 256], dtype=torch.int32), longest=(72, 128))
     cache, table = torch.zeros(8, 16, 2, hs, dtype=torch.bfloat16), torch.zeros(4, 40, dtype=torch.int32)
     K.paged_attention(q[:4].detach(), cache, cache, table, table[:, 0])
     K.kv_write(k[:4].detach(), v[:4].detach(), cache, cache, torch.arange(4))
