@@ -15,15 +15,15 @@ import torch
 import infer
 from dataset import get_tokenizer
 from infer import Engine, SamplingParams, Server
-from test_infer import idle, tiny
+from test_infer import graphs, idle, tiny  # noqa: F401 (a fixture)
 
 ROOT = os.path.dirname(os.path.abspath(infer.__file__))
 
 
-def make(name='tiny', **kw):
+def make(name='tiny', on=lambda engine: engine, cache='auto', **kw):
     tok = get_tokenizer('byte')
     model = tiny('llama', torch.float32, vocab=tok.vocab_size, block_size=256)
-    return Server(Engine(model, tok, max_num_seqs=32, threads=1), name, port=0, **kw).start()
+    return Server(on(Engine(model, tok, max_num_seqs=32, threads=1, cache=cache)), name, port=0, **kw).start()
 
 
 @pytest.fixture(scope='module')
@@ -202,6 +202,15 @@ def load(server, clients, seed):
 
 def test_clients_at_once_some_leave_some_send_nonsense(server):
     assert load(server, 40, seed=random.randrange(1 << 30)) > 10
+
+
+def test_clients_at_once_on_graphs(graphs):
+    """As on CUDA: a client that hangs up while the step behind its last token is on its way takes nothing from the others."""
+    s = make(on=graphs.on, cache='paged')
+    try:
+        assert load(s, 40, seed=random.randrange(1 << 30)) > 10 and graphs.replays > 50
+    finally:
+        s.close()
 
 
 def test_a_client_that_waits_behind_many_open_files(crowded):
