@@ -388,18 +388,25 @@ def gelu(x):
 # Cross entropy: loss and entropy of each row of logits in one pass
 #
 #         V ->                                    a program: one row, walked in blocks. Running maximum m, sum s of e^(z-m) and sum a
-#      +------+------+------+------+              of e^(z-m) z are rescaled by e^(m - m') when the maximum grows to m':
-#    N | blk0 > blk1 > blk2 > blk3 |  -> m, s, a      lse = m + log s,   log p = z[y] - lse,   entropy = lse - a / s
+#      +------+------+------+------+              of e^(z-m) (z-m) are rescaled by e^(m - m') when the maximum grows to m':
+#    N | blk0 > blk1 > blk2 > blk3 |  -> m, s, a      lse = m + log s,   log p = z[y] - lse,   entropy = log s - a / s
 #      +------+------+------+------+              Backward: dz = g_l (1[y] - p) - g_H p (log p + H), every block by itself.
 #    Each thread keeps m, s and a of the 16 bytes that it loads at once, and they are joined at the row's end: the walk along the row needs no
 #    word between threads, 11 instructions a number for 14 with sums over the block, and few enough registers that 64 warps fit a multiprocessor.
 #| def online_softmax(z, y, block=3):
-#|     m, s, a = -np.inf, 0.0, 0.0
+#|     m, s, a = -1e38, 0.0, 0.0
 #|     for v in range(0, len(z), block):
 #|         new = max(m, z[v:v + block].max())
-#|         e = np.exp(z[v:v + block] - new)
-#|         m, s, a = new, s * np.exp(m - new) + e.sum(), a * np.exp(m - new) + (e * z[v:v + block]).sum()
-#|     return z[y] - m - np.log(s), m + np.log(s) - a / s   # log p(y), entropy
+#|         d, keep = z[v:v + block] - new, np.exp(m - new)
+#|         m, s, a = new, s * keep + np.exp(d).sum(), (a + s * (m - new)) * keep + (np.exp(d) * d).sum()
+#|     return z[y] - m - np.log(s), np.log(s) - a / s       # log p(y), entropy: of z in the place of z - m, a / s would carry m's rounding
+
+@jit
+def _move(m, s, a, base, by):
+    """s and a over a new maximum, `base`."""
+    d = m - base
+    keep = tl.exp2(d * by)
+    return s * keep, (a + s * tl.maximum(d, -1e38)) * keep
 
 @jit
 def _softmax_block(z, m, s, a, by):
@@ -407,9 +414,10 @@ def _softmax_block(z, m, s, a, by):
     of z itself: so the scale costs nothing, as e^x is 2^(x log2 e) anyway."""
     new = tl.maximum(m, tl.max(z, 1))
     base = tl.where(new == float('-inf'), 0.0, new)  # subtle: -inf - -inf is nan; a row that is -inf so far adds exactly 0
-    e = tl.exp2((z - base[:, None]) * by)
-    keep = tl.exp2((m - base) * by)
-    return new, s * keep + tl.sum(e, 1), a * keep + tl.sum(e * tl.maximum(z, -1e38), 1)  # 0 * -1e38 = 0 where z is -inf
+    d = z - base[:, None]
+    e = tl.exp2(d * by)
+    s, a = _move(m, s, a, base, by)
+    return new, s + tl.sum(e, 1), a + tl.sum(e * tl.maximum(d, -1e38), 1)  # 0 * -1e38 = 0 where z is -inf
 
 @jit
 def _ce_fwd(Z, Y, LOGP, MAX, LOGS, ENT, V, sz, scale, BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr):
@@ -425,14 +433,14 @@ def _ce_fwd(Z, Y, LOGP, MAX, LOGS, ENT, V, sz, scale, BLOCK: tl.constexpr, LANE:
     top = tl.max(m, 0)
     dead = top == float('-inf')  # nothing but -inf
     top = tl.where(dead, 0.0, top)
-    keep = tl.exp2((m - top) * by)
-    s = tl.where(dead, 1.0, tl.sum(s * keep, 0))
-    top, a, logs = top * scale, tl.sum(a * keep, 0) * scale, tl.log(s)
+    s, a = _move(m, s, a, top, by)
+    s = tl.where(dead, 1.0, tl.sum(s, 0))
+    top, a, logs = top * scale, tl.sum(a, 0) * scale, tl.log(s)
     z_y = tl.load(Z + row * sz + tl.load(Y + row)).to(tl.float32) * scale
     tl.store(LOGP + row, z_y - top - logs)
     tl.store(MAX + row, top)
     tl.store(LOGS + row, logs)
-    tl.store(ENT + row, top - a / s + logs)
+    tl.store(ENT + row, logs - a / s)
 
 @jit
 def _ce_bwd(Z, Y, MAX, LOGS, ENT, GL, GH, D, V, sz, sd, v0, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
@@ -507,6 +515,7 @@ class _CrossEntropy(torch.autograd.Function):
             logp, entropy, stats = _run_ce_fwd(logits, safe)
         else:
             z, stats = logits.to(_wide(logits.dtype)), ()
+            z = z - z.amax(1, keepdim=True)
             logp = z - z.logsumexp(1, keepdim=True)
             entropy, logp = -_plogp(logp.exp()).sum(1), logp.gather(1, safe[:, None])[:, 0]
             dead = torch.isnan(entropy)  # nothing but -inf: loss inf, entropy 0
@@ -641,8 +650,8 @@ def _run_linear_stats(x, weight, targets, temperature):
     m, s, a, z_y = out.unbind(1)
     top = m.amax(0)
     keep = (m - top).exp()
-    s, a = (s * keep).sum(0), (a * keep).sum(0)
-    return z_y.sum(0) - top - s.log(), top - a / s + s.log(), (top, s.log())
+    s, a = (s * keep).sum(0), ((a + s * (m - top)) * keep).sum(0)
+    return z_y.sum(0) - top - s.log(), s.log() - a / s, (top, s.log())
 
 def product(a, b):
     """a @ b.T in float32 (float64 stays), of 16-bit operands too: a bfloat16 logit of 20 is off by 0.06, and a PPO ratio with it."""

@@ -225,6 +225,14 @@ def test_cross_entropy_minus_inf(side, dtype):
     assert torch.isfinite(x.grad).all() and (x.grad[[3, 4]] == 0).all() and (x.grad[0, 10:] == 0).all()
 
 
+@cases
+def test_cross_entropy_far_from_zero(side, dtype):
+    """Logits around 512: the entropy is that of their differences."""
+    z, y = draw(6, 200, side=side, dtype=dtype, scale=3) + 512, torch.arange(6).to(dev(side))
+    (loss, entropy), (want, h) = K.cross_entropy(z, y), stats_ref(z.double(), y)
+    assert (entropy - h).abs().max() < 2e-6 and (loss + want).abs().max() < 2e-6
+
+
 def linear_ref(x, w, y, T):
     z = x @ w.t() / T
     return tuple(o.to(_out(None, x)) for o in stats_ref(z.to(_out(None, x)), y))
