@@ -452,7 +452,8 @@ def _admit(sock, token):
 
 
 def _poll(*socks):
-    """-> told(seconds=None): the set of their file numbers that can be read by then. (select.select takes no number above 1,023.)"""
+    """-> told(seconds=None): the set of their file numbers that can be read by then. select.select takes no number above 1,023, and
+    multiprocessing.connection.wait registers anew in each call."""
     p = select.poll()
     for sock in socks:
         p.register(sock, select.POLLIN)

@@ -402,7 +402,7 @@ def gelu(x):
 #|     return z[y] - m - np.log(s), np.log(s) - a / s       # log p(y), entropy: of z in the place of z - m, a / s would carry m's rounding
 
 @jit
-def _move(m, s, a, base, by):
+def _rescale(m, s, a, base, by):
     """s and a over a new maximum, `base`."""
     d = m - base
     keep = tl.exp2(d * by)
@@ -416,7 +416,7 @@ def _softmax_block(z, m, s, a, by):
     base = tl.where(new == float('-inf'), 0.0, new)  # subtle: -inf - -inf is nan; a row that is -inf so far adds exactly 0
     d = z - base[:, None]
     e = tl.exp2(d * by)
-    s, a = _move(m, s, a, base, by)
+    s, a = _rescale(m, s, a, base, by)
     return new, s + tl.sum(e, 1), a + tl.sum(e * tl.maximum(d, -1e38), 1)  # 0 * -1e38 = 0 where z is -inf
 
 @jit
@@ -433,7 +433,7 @@ def _ce_fwd(Z, Y, LOGP, MAX, LOGS, ENT, V, sz, scale, BLOCK: tl.constexpr, LANE:
     top = tl.max(m, 0)
     dead = top == float('-inf')  # nothing but -inf
     top = tl.where(dead, 0.0, top)
-    s, a = _move(m, s, a, top, by)
+    s, a = _rescale(m, s, a, top, by)
     s = tl.where(dead, 1.0, tl.sum(s, 0))
     top, a, logs = top * scale, tl.sum(a, 0) * scale, tl.log(s)
     z_y = tl.load(Z + row * sz + tl.load(Y + row)).to(tl.float32) * scale
@@ -516,7 +516,7 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             z, stats = logits.to(_wide(logits.dtype)), ()
             z = z - z.amax(1, keepdim=True)
-            logp = z - z.logsumexp(1, keepdim=True)
+            logp = z - z.exp().sum(1, keepdim=True).log()  # not log_softmax: see _softmax_stats
             entropy, logp = -_plogp(logp.exp()).sum(1), logp.gather(1, safe[:, None])[:, 0]
             dead = torch.isnan(entropy)  # nothing but -inf: loss inf, entropy 0
             entropy, logp = entropy.masked_fill(dead, 0), logp.masked_fill(dead, -torch.inf)

@@ -33,8 +33,9 @@ Everything that a Parameter needs to know is in its `Part`: which piece of which
 What is accepted is what tests run: see `accept` (the stages) and `_check_fit` (the models); both refuse with the nearest that works.
     python parallel.py merge out-sft             # per-rank files of --sharded_ckpt -> ckpt.pt; needs no torchrun
 """
-import atexit, collections, contextlib, copy, dataclasses, json, math, os, select, signal, socket, sys, threading, time
+import atexit, collections, contextlib, copy, dataclasses, json, math, os, signal, socket, sys, threading, time
 from datetime import timedelta
+from multiprocessing.connection import wait as readable  # select.select takes no descriptor above 1,023
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,7 @@ class Watch:
             sys.stderr.flush()
             os._exit(1)
         if leave and gloo and dist.is_initialized():
-            self.part()
+            self.destroy_groups()
         if self.what != 'closed':
             self.what = 'closed'
             os.write(self.pipe[1], b'\0')
@@ -93,16 +94,14 @@ class Watch:
             for end in self.pipe:
                 os.close(end)
 
-    def part(self):
-        """Leaves every group. subtle: gloo's threads live as long as somebody holds a group, and one that still lets go of the last collective's tensor
-        when Python ends aborts the process (seen under load, rarely)."""
+    def destroy_groups(self):
+        """subtle: gloo's threads live as long as somebody holds a group, and one that still lets go of the last collective's tensor
+        when Python ends can abort the process."""
         for group in self.groups.values():
             group.pg = None
         dist.destroy_process_group()
 
     def _beat(self):
-        told = select.poll()  # not select, which takes no descriptor above 1,023
-        told.register(self.pipe[0], select.POLLIN)
         while self.what != 'closed':
             try:
                 self.store.set(f'beat{self.rank}', json.dumps([socket.gethostname(), os.getpid(), time.time(), self.calls, self.what, self.since]))
@@ -111,7 +110,7 @@ class Watch:
             if self.calls and self.what not in ('computing', 'closed') and time.time() - self.since > self.timeout + 10:  # the collective's own timeout should have come
                 print(self.failure(TimeoutError('given up by the watch')), file=sys.stderr, flush=True)
                 os._exit(1)
-            if told.poll(1000 * self.EVERY) and signal.SIGTERM in os.read(self.pipe[0], 64):
+            if readable([self.pipe[0]], self.EVERY) and signal.SIGTERM in os.read(self.pipe[0], 64):
                 print(f'{self._me()} was told to end (SIGTERM) while in {self.what}: another rank failed, '
                       f'or the job was stopped. {self._advice()}', file=sys.stderr, flush=True)
                 os._exit(143)
@@ -402,7 +401,7 @@ class Mesh:
         if self.world > 1:
             self.barrier()
             self.watch.stop()
-            self.watch.part()
+            self.watch.destroy_groups()
 
 
 def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, quiet=False):
