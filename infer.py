@@ -2242,8 +2242,9 @@ def load_reward(path):
     return space['reward']
 
 
-def _stream(engine, prompt, params):
-    """One prompt, printed as it comes -> (text of sample 0, tokens, seconds). Samples after the first are printed whole."""
+def _stream(engine, prompt, params, lead=''):
+    """One prompt, printed as it comes, behind `lead` -> (text of sample 0, tokens, seconds). Samples after the first are printed whole."""
+    print(lead, end='', flush=True)
     engine.add_request(prompt, params, 'cli')
     texts, count, t0 = [''] * params.n, 0, time.time()
     try:
@@ -2256,7 +2257,7 @@ def _stream(engine, prompt, params):
     finally:
         engine.abort('cli')
     for text in texts[1:]:
-        print('\n---------------\n' + text, end='')
+        print('\n---------------\n' + lead + text, end='')
     print(flush=True)
     return texts[0], count, time.time() - t0
 
@@ -2266,9 +2267,8 @@ def run_sample(engine, params):
     if start.startswith('FILE:'):
         with open(start[5:], encoding='utf-8') as f:
             text = f.read()
-    print(text, end='', flush=True)
     prompt = encode_prompt(text, engine.tokenizer) or [t for t in (engine.eot,) if t is not None]  # --start= begins where texts begin
-    _, count, dt = _stream(engine, prompt, params)
+    _, count, dt = _stream(engine, prompt, params, text)
     print(f'---------------\n{count} tokens in {dt:.2f} s: {count / dt:.1f} tok/s', file=sys.stderr)
 
 

@@ -275,6 +275,8 @@ def test_command_samples_and_evaluates(folder):
     r = run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1')
     assert r.returncode == 0 and r.stdout.startswith('abc') and 'tok/s' in r.stderr, r.stderr
     assert r.stdout == run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1', '--max_num_seqs=1', '--ngram=1').stdout
+    several = run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1', '--num_samples=3').stdout.split('\n---------------\n')
+    assert len(several) == 3 and all(text.startswith('abc') for text in several) and len(set(several)) > 1  # each with its prompt, as nanoGPT prints them
     r = run(folder, f'--eval_file={folder / "rows.jsonl"}', f'--reward={folder / "reward.py"}', '--num_samples=2', '--max_new_tokens=12')
     rows = [json.loads(line) for line in (folder / 'm' / 'eval.jsonl').read_text().splitlines()]
     assert r.returncode == 0 and 'accuracy' in r.stdout and 'pass@2' in r.stdout, r.stderr
