@@ -122,10 +122,10 @@ class SamplingParams:
         for ok, what in ((self.max_tokens >= 1, 'max_tokens must be at least 1'), (self.n >= 1, 'n must be at least 1'),
                          (0 <= self.temperature < float('inf'), 'temperature must be 0 (greedy) or more'), (0 < self.top_p <= 1, 'top_p must be in (0, 1]'),
                          (0 <= self.min_p <= 1, 'min_p must be in [0, 1]'), (self.repetition_penalty > 0, 'repetition_penalty must be above 0'),
-                         (self.min_tokens <= self.max_tokens, 'min_tokens must not exceed max_tokens'), (self.logprobs >= 0, 'logprobs must be 0 or more'),
+                         (self.min_tokens <= self.max_tokens, f'min_tokens must not exceed max_tokens {self.max_tokens}'), (self.logprobs >= 0, 'logprobs must be 0 or more'),
                          (all(isinstance(s, str) and s for s in self.stop), 'stop must be non-empty strings')):
             if not ok:
-                raise ValueError(f'SamplingParams: {what}, got {self}')
+                raise ValueError(f'SamplingParams: {what}, got {getattr(self, what.split()[0])!r}')
         self.simple = not (self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 

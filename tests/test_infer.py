@@ -652,8 +652,9 @@ def test_what_can_never_run_is_refused(byte_engine):
         with pytest.raises(ValueError, match=word):
             engine.generate([[1], prompt], SamplingParams(**p))
     for bad in (dict(max_tokens=0), dict(temperature=-1), dict(temperature=float('nan')), dict(top_p=0), dict(top_p=1.1), dict(min_p=2), dict(n=0), dict(stop=''), dict(min_tokens=99)):
-        with pytest.raises(ValueError, match='SamplingParams'):
+        with pytest.raises(ValueError, match='SamplingParams') as e:
             SamplingParams(**bad)
+        assert next(iter(bad)) in str(e.value) and str(e.value).endswith(f'got {[""] if "stop" in bad else next(iter(bad.values()))!r}')
     with pytest.raises(ValueError, match='list'):
         engine.generate('text')
     with pytest.raises(ValueError, match='2 prompts'):
