@@ -19,7 +19,7 @@ import pytest
 
 from conftest import ROOT
 
-TOY = os.path.join(ROOT, 'data', 'toy')
+TOY, STUDY = os.path.join(ROOT, 'data', 'toy'), os.path.join(ROOT, 'experiments', 'study.py')
 
 
 def load(path):
@@ -30,8 +30,11 @@ def load(path):
     return module
 
 
-E, X = load('data/evaluate.py'), load('data/toy/experiments.py')
-F = load('data/toy/figures.py')
+import evaluate as E
+import figures as F
+import runs as X
+import study
+
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ def test_diversity_and_signs_of_collapse():
 def test_best_of_n_weights_by_enumeration():
     for total, n in ((3, 2), (6, 1), (6, 4), (7, 7)):
         best = [max(s) for s in itertools.combinations(range(total), n)]
-        assert X.best_weights(total, n) == pytest.approx([best.count(i) / len(best) for i in range(total)])
+        assert study.best_weights(total, n) == pytest.approx([best.count(i) / len(best) for i in range(total)])
 
 
 @pytest.mark.parametrize('form', ['rl', 'bon'])
@@ -111,7 +114,7 @@ def keys_of(script):
 def test_every_run_has_keys_of_its_stage_and_runs_that_it_needs(name):
     script, config, keys, needs = X.RUNS[name]
     known = keys_of(f'{X.stage_of(name)}.py')
-    assert set(needs) <= set(X.RUNS) and os.path.exists(os.path.join(ROOT, script)) and os.path.exists(os.path.join(ROOT, f'config/{config}.py'))
+    assert set(needs) <= set(X.RUNS) and os.path.exists(os.path.join(ROOT, script)) and os.path.exists(os.path.join(ROOT, X.config_of(name)))
     for key, value in keys.items():
         assert key in known and (type(value) is type(known[key]) or (type(value) is int and type(known[key]) is float)), key
     assert all(n in X.RUNS for runs in X.QUESTIONS.values() for n in runs)
@@ -132,8 +135,8 @@ def test_a_failure_is_one_wrong_line_of_todays_stage(name, monkeypatch):
 
 
 def test_mistakes_of_the_command_line_are_one_line():
-    for args, says in ((['z'], 'expected one or more questions'), (['a', '--sead=1'], "unknown option '--sead=1'"), ([], 'expected one or more questions')):
-        r = subprocess.run([sys.executable, os.path.join(TOY, 'experiments.py'), *args], capture_output=True, text=True, timeout=60)
+    for args, says in ((['z'], 'expected questions of a b'), (['a', '--sead=1'], "unknown option '--sead=1'")):
+        r = subprocess.run([sys.executable, STUDY, *args], capture_output=True, text=True, timeout=60)
         assert r.returncode == 2 and says in r.stderr and r.stderr.count('\n') == 1
 
 
@@ -157,7 +160,7 @@ def world(tmp_path_factory):
 
 
 def evaluate(world, *args, code=0):
-    r = subprocess.run([sys.executable, os.path.join(ROOT, 'data/evaluate.py'), f'--init_from={world}/a', '--device=cpu', '--bootstrap=50', '--max_new_tokens=8', *args],
+    r = subprocess.run([sys.executable, os.path.join(ROOT, 'evaluate.py'), f'--init_from={world}/a', '--device=cpu', '--bootstrap=50', '--max_new_tokens=8', *args],
                        capture_output=True, text=True, timeout=120, cwd=world, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert r.returncode == code, r.stderr[-1500:]
     return r.stderr if code else json.load(open(world / 'a' / 'eval.json'))
@@ -229,7 +232,7 @@ def test_evaluation_mistakes(world, args, says, capsys, monkeypatch):
 def test_the_runner_trains_judges_draws_and_skips_what_is_done(tmp_path):
     if not os.path.exists(os.path.join(TOY, 'prompts_test.jsonl')):
         subprocess.run([sys.executable, os.path.join(TOY, 'prepare.py')], check=True, timeout=120)
-    command = [sys.executable, os.path.join(TOY, 'experiments.py'), 'a', 'g', f'--out={tmp_path}/o', f'--assets={tmp_path}/assets', '--seeds=5', '--quick=True']
+    command = [sys.executable, STUDY, 'a', 'g', f'--out={tmp_path}/o', f'--assets={tmp_path}/assets', '--seeds=5', '--quick=True']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     first = subprocess.run([*command, '--minutes=0.01'], capture_output=True, text=True, timeout=600, env=env)
     assert first.returncode == 75 and 'the same command goes on' in first.stdout

@@ -1,6 +1,6 @@
-"""Pictures and tables of data/toy/experiments.py, from the rows of out-exp/results.jsonl and the logs of the runs; trains nothing.
+"""Pictures and tables of experiments/study.py, from the rows of out-exp/results.jsonl and the logs of the runs; trains nothing.
 
-    python data/toy/figures.py a b c --out=out-exp --assets=assets        # assets/exp_a.png, assets/exp_a.md ...; and the blocks of EXPERIMENTS.md
+    python experiments/figures.py a b c --out=out-exp --assets=assets        # assets/exp_a.png, assets/exp_a.md ...; and the blocks of EXPERIMENTS.md
 
 Every number is median (smallest to largest) over the seeds, every band and bar the same range.
 """
@@ -10,12 +10,9 @@ import os
 import re
 import sys
 
-_here = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.dirname(os.path.dirname(_here)), _here]
-
 import numpy as np
 
-import experiments as X
+import runs as X
 
 RED, BLUE, GREEN, GREY, ORANGE, PURPLE = '#cb181d', '#08519c', '#238b45', '#737373', '#d94801', '#6a51a3'
 COLOURS = (RED, BLUE, GREEN, ORANGE, PURPLE, GREY, '#17becf', '#bcbd22', '#e377c2')
@@ -31,7 +28,7 @@ class Rows:
     def values(self, name, key, **where):
         found = [r[key] for s in self.seeds for r in self.rows if r['name'] == name and r['seed'] == s and all(r[k] == v for k, v in where.items())]
         if len(found) != len(self.seeds):
-            raise ValueError(f'{self.out}/results.jsonl: {len(found)} of {len(self.seeds)} seeds of {name!r} are there: python data/toy/experiments.py trains the others')
+            raise ValueError(f'{self.out}/results.jsonl: {len(found)} of {len(self.seeds)} seeds of {name!r} are there: python experiments/study.py trains the others')
         return found
 
     def span(self, name, key, **where):
@@ -356,7 +353,7 @@ def write(question, out, assets, seeds):
     fig.tight_layout()
     fig.savefig(os.path.join(assets, f'exp_{question}.png'))
     more = '' if seeds == X.SEEDS else ' --seeds=' + ','.join(map(str, seeds))
-    made = f'`bash experiments.sh {question}{more}`: median (smallest to largest) of {len(seeds)} seeds\n\n{block}'
+    made = f'`python experiments/study.py {question}{more}`: median (smallest to largest) of {len(seeds)} seeds\n\n{block}'
     with open(os.path.join(assets, f'exp_{question}.md'), 'w') as f:
         f.write(made + '\n')
     insert(os.path.join(os.path.dirname(os.path.abspath(assets)), 'EXPERIMENTS.md'), question, made)

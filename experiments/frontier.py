@@ -1,7 +1,7 @@
 """Every method on the exact reward-KL frontier of a tiny vocabulary: assets/exp_oracle.png and exp_oracle.md.
 
-    python data/toy/frontier.py --assets=assets --seeds=1,2,3
-tests/oracle.py enumerates all sequences of 3 tokens over a vocabulary of 3, so expected reward and KL of a policy are sums, and the most reward that any policy
+    python experiments/frontier.py --assets=assets --seeds=1,2,3
+experiments/oracle.py enumerates all sequences of 3 tokens over a vocabulary of 3, so expected reward and KL of a policy are sums, and the most reward that any policy
 can have at a given KL is known. The equations are those of ppo.py, grpo.py and dpo.py, the policies are tables; everything is sampled as in a real run:
     PPO          KL in the reward, token by token, a learned value table, GAE 0.95       GRPO, RLOO, Dr. GRPO     KL in the reward, groups of 8
     GRPO, k3     the published form: k3 in the loss, whose gradient pulls another way    DPO                      20,000 pairs of the reference's own samples,
@@ -10,9 +10,7 @@ can have at a given KL is known. The equations are those of ppo.py, grpo.py and 
 import os
 import sys
 
-_here = os.path.dirname(os.path.abspath(__file__))
-_root = os.path.dirname(os.path.dirname(_here))
-sys.path[:0] = [_root, _here, os.path.join(_root, 'tests')]
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import torch
@@ -135,10 +133,17 @@ def draw(world, found, assets):
     fig.tight_layout()
     os.makedirs(assets, exist_ok=True)
     fig.savefig(os.path.join(assets, 'exp_oracle.png'))
-    block = '`python data/toy/frontier.py`: median (smallest to largest) of the seeds\n\n' + F.table(['method', 'setting', 'KL, nats', 'expected reward', 'below the frontier'], lines)
+    block = '`python experiments/frontier.py`: median (smallest to largest) of the seeds\n\n' + F.table(['method', 'setting', 'KL, nats', 'expected reward', 'below the frontier'], lines)
     with open(os.path.join(assets, 'exp_oracle.md'), 'w') as f:
         f.write(block + '\n')
     F.insert(os.path.join(os.path.dirname(os.path.abspath(assets)), 'EXPERIMENTS.md'), 'oracle', block)
+
+
+def main(seeds, assets):
+    torch.set_num_threads(1)
+    tiny = World(3, 3)
+    draw(tiny, measure(tiny, seeds), assets)
+    print(f'{assets}/exp_oracle.png, {assets}/exp_oracle.md')
 
 
 if __name__ == '__main__':
@@ -149,7 +154,4 @@ if __name__ == '__main__':
             print(f'error: unknown option {a!r}; known: ' + ' '.join(f'--{k}={v}' for k, v in given.items()), file=sys.stderr)
             raise SystemExit(2)
         given[key] = value
-    torch.set_num_threads(1)
-    tiny = World(3, 3)
-    draw(tiny, measure(tiny, tuple(map(int, given['seeds'].split(',')))), given['assets'])
-    print(f'{given["assets"]}/exp_oracle.png, {given["assets"]}/exp_oracle.md')
+    main(tuple(map(int, given['seeds'].split(','))), given['assets'])

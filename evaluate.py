@@ -1,9 +1,9 @@
 """Evaluation as a user expects it: right answers, win rate against another model, perplexity, and signs of collapse. Every sample is written.
 
-    python data/evaluate.py config/eval_gsm8k.py --init_from=out-grpo-gsm8k                     # pass@1, pass@k, maj@k
-    python data/evaluate.py config/eval_toy.py --init_from=out-ppo --against=out-sft            # held-out win rate by the gold scorer
-    python data/evaluate.py --init_from=out-dpo --eval_file=prompts.jsonl --against=answers.jsonl --judge=http://127.0.0.1:8000/v1
-    python data/evaluate.py --init_from=out-sft --perplexity=data/toy/sft_val.jsonl
+    python evaluate.py config/eval_gsm8k.py --init_from=out-grpo-gsm8k                     # pass@1, pass@k, maj@k
+    python evaluate.py config/eval_toy.py --init_from=out-ppo --against=out-sft            # held-out win rate by the gold scorer
+    python evaluate.py --init_from=out-dpo --eval_file=prompts.jsonl --against=answers.jsonl --judge=http://127.0.0.1:8000/v1
+    python evaluate.py --init_from=out-sft --perplexity=data/toy/sft_val.jsonl
 One run of the model answers every row of eval_file num_samples times; then, as far as they are asked for:
   1. reward: a Python file, the one that training used, so its extraction of the answer is the same. accuracy = pass@1; pass@k without bias (Chen et al. 2021,
      2107.03374 eq. 1); maj@k: the answer that most of k samples give (Wang et al. 2022, 2203.11171), ties shared
@@ -17,12 +17,8 @@ import json
 import math
 import os
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-
-_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, _root)
 
 import numpy as np
 import torch
@@ -58,7 +54,7 @@ device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
 config = {k: globals()[k] for k in config_keys} # will be useful for logging
 
 
@@ -347,5 +343,4 @@ def main():
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()
