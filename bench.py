@@ -417,7 +417,8 @@ def _parallel_config(name):
 def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), measure_memory=False):
     """Trains `steps` steps of `micros` microbatches of B x T tokens a replica. -> {overlap: [seconds a step]}, metrics, bytes, planned."""
     import gc, time, torch, parallel
-    from model import GPT, activation_bytes
+    from model import GPT
+    from run import activation_bytes
     idx = torch.randint(0, 4096, (B, T + 1), generator=torch.Generator().manual_seed(0))
     loss_of = lambda model, mb: (model(mb[:, :-1], mb[:, 1:])[1], {})
     torch.manual_seed(0)
@@ -522,7 +523,8 @@ def _parallel_predict(c, P, layout, dp, S, T, m, chip):
 def _parallel_simulate():
     """Predicted step time and memory for GPUs that are not here, best layouts first."""
     import torch, parallel
-    from model import GPT, activation_bytes
+    from model import GPT
+    from run import activation_bytes
     chip = dict(flops=989e12 * 0.45, node=8, node_link=400e9, link=45e9, latency=15e-6, w=2, overlap=1.0, memory=141e9, memory_speed=4.3e12)
     print(PARALLEL_FORMULA)
     print('H200: 989 TFLOP/s bf16 at 45 % use, 141 GB at 4.3 TB/s; NVLink 400 GB/s and one 400 Gbit/s InfiniBand card (45 GB/s) a GPU, one way, as achieved; 15 us.')

@@ -34,8 +34,9 @@ import kernels as K
 import lora
 import parallel
 from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
-from model import (Layout, RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run, pick_device,
-                   pick_threads, training_bytes)
+from model import Layout
+from run import (activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
+                 memory_plan, open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -359,7 +360,7 @@ if __name__ == '__main__':
     if init_from == 'scratch':
         raise ValueError('GRPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
-    policy, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, 0.0, lora_targets)
+    policy, tokenizer = open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, 0.0, lora_targets)
     tok = get_tokenizer(tokenizer)
     if tok.vocab_size > policy.config.vocab_size:
         raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {policy.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
@@ -552,7 +553,7 @@ if __name__ == '__main__':
             if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
                 data |= dict(batch=-(-pool.position // need), position=pool.position)
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                     sharded=sharded_ckpt, **lora.checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best, data=data,
+                                     sharded=sharded_ckpt, **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best, data=data,
                                      time=log.elapsed(), **(dict(past=past) if simulate_staleness else {}))
         if it == max_iters:
             break

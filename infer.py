@@ -46,7 +46,8 @@ import torch.nn.functional as F
 import kernels as K
 import parallel
 from dataset import encode_prompt, get_tokenizer, load_dataset
-from model import kv_cache_bytes, load_model, rope_frequencies
+from model import rope_frequencies
+from run import kv_cache_bytes, load_model
 
 # -----------------------------------------------------------------------------
 # what to run: one of sample (default), chat, eval_file, serve

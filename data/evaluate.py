@@ -30,7 +30,7 @@ import torch
 import infer
 import kernels as K
 from dataset import encode_prompt, encode_row, get_tokenizer, load_dataset, pack
-from model import load_model, pick_device, pick_threads
+from run import load_model, pick_device, pick_threads
 
 # what
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name

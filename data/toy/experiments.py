@@ -213,7 +213,7 @@ class Judge:
 
     def model(self, name, seed, head='lm'):
         from dataset import get_tokenizer
-        from model import load_model
+        from run import load_model
         if (name, seed) not in self.models:
             net, tok = load_model(folder(name, seed, self.out), head=head)
             self.models[name, seed] = net.eval(), get_tokenizer(tok)

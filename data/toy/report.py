@@ -22,7 +22,7 @@ import torch
 import gold
 import infer
 from dataset import get_tokenizer, load_dataset, pad
-from model import load_model
+from run import load_model
 from reward import reward_of
 
 COLUMNS = ('gold', 'reward', 'kl', 'length', 'valid', 'sums', 'sums T=1', 'tok/s', 'seconds')
