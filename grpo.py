@@ -37,6 +37,7 @@ from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, p
 from model import Layout
 from run import (activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
                  memory_plan, open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
+from rollout import Rollouts, load_reward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -373,7 +374,7 @@ if __name__ == '__main__':
     sources = []  # (name, weight, function or None, model, its tokenizer or None where the ids are the same)
     for name, w in zip(names, reward_w):
         if name.endswith('.py'):
-            sources.append((name, w, infer.load_reward(name), None, None))
+            sources.append((name, w, load_reward(name), None, None))
         else:
             m, t = load_model(name, device, head='scalar')
             t = get_tokenizer(t)
@@ -422,7 +423,7 @@ if __name__ == '__main__':
     team, pool, past = tp if rollout_tp else 1, None, ckpt.get('past', []) if ckpt else []
     if mode == 'async' and not simulate_staleness and not eval_only:
         position = ckpt['data'].get('position', ckpt['data']['batch'] * need) if ckpt else 0
-        pool = infer.Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, need, max_staleness, rollout_workers,
+        pool = Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, need, max_staleness, rollout_workers,
                               [name for name, _, fn, *_ in sources if fn is not None], reward_workers, reward_timeout, reward_retries, runtime, position, device,
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:

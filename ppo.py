@@ -38,6 +38,7 @@ import parallel
 from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
 from run import (activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
                  memory_plan, open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
+from rollout import Rollouts, load_reward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -340,7 +341,7 @@ if __name__ == '__main__':
     use_adapter = bool(lora.adapted(policy))
     reference = None if use_adapter else parallel.shard(load_model(config['init_from'], device)[0].requires_grad_(False).eval(), mesh)  # eval: no dropout
     if reward.endswith('.py'):
-        reward_fn, reward_model, reward_tok = infer.load_reward(reward), None, None
+        reward_fn, reward_model, reward_tok = load_reward(reward), None, None
     else:
         reward_model, reward_tok = load_model(reward, device, head='scalar')
         reward_model.requires_grad_(False).eval()
@@ -408,7 +409,7 @@ if __name__ == '__main__':
     team, pool, past = tp if rollout_tp else 1, None, ckpt.get('past', []) if ckpt else []
     if mode == 'async' and not simulate_staleness and not eval_only:
         position = ckpt['data'].get('position', ckpt['data']['batch'] * batch_size) if ckpt else 0
-        pool = infer.Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, batch_size, max_staleness, rollout_workers,
+        pool = Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, batch_size, max_staleness, rollout_workers,
                               [reward] if reward_model is None else [], reward_workers, reward_timeout, reward_retries, runtime, position, device,
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
