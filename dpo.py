@@ -35,7 +35,8 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_completion, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
+from dataset import Sampler, load_dataset, pack
+from tokenizer import encode_completion, encode_pair, encode_prompt, get_tokenizer
 from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, load_safetensors, memory_now, memory_plan, open_run, pick_device,
                    pick_threads, save_safetensors, training_bytes)
 

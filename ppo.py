@@ -35,7 +35,8 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
+from dataset import Sampler, load_dataset, pack, pad
+from tokenizer import encode_prompt, get_tokenizer
 from model import (RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run,
                    pick_device, pick_threads, training_bytes)
 

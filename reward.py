@@ -28,7 +28,8 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_pair, get_tokenizer, load_dataset, pack
+from dataset import Sampler, load_dataset, pack
+from tokenizer import encode_pair, get_tokenizer
 from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
                    training_bytes, write_json)
 

@@ -26,7 +26,8 @@ import torch
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, collate_packed, encode_row, get_tokenizer, load_dataset, pack, show_masks as coloured
+from dataset import Sampler, collate_packed, load_dataset, pack
+from tokenizer import encode_row, get_tokenizer, show_masks as coloured
 from model import (GPTConfig, RunLog, activation_bytes, check_finite, eta, memory_now, memory_plan, open_run, peak_flops,
                    pick_device, pick_threads, training_bytes)
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import grpo
 import model as M
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 from model import GPT
 from oracle import central_difference, gradient
 from test_dpo import jsonl, log_rows, stage, tiny_model
