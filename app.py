@@ -44,7 +44,9 @@ import infer
 import lora
 import ppo
 import reward as rm
-from dataset import encode_row, get_tokenizer, lint, load_dataset
+from data.lint import lint
+from dataset import load_dataset
+from tokenizer import encode_row, get_tokenizer
 from model import GPT, GPTConfig
 from run import load_model, open_model
 

@@ -1100,7 +1100,7 @@ def _train_world(folder, model):
     import json
     import random
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    from dataset import get_tokenizer
+    from tokenizer import get_tokenizer
     from model import GPT, GPTConfig
     r = random.Random(0)
     text = lambda lo, hi: ''.join(r.choice('etaoin shrdlu') for _ in range(r.randrange(lo, hi)))

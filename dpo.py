@@ -35,7 +35,8 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_completion, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
+from dataset import Sampler, load_dataset, pack
+from tokenizer import encode_completion, encode_pair, encode_prompt, get_tokenizer
 from model import Layout, load_safetensors, save_safetensors
 from run import (activation_bytes, check_finite, checkpoint_keys, eta, load_model, memory_now, memory_plan,
                  open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)

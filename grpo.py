@@ -33,7 +33,8 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
+from dataset import Sampler, load_dataset, pack, pad
+from tokenizer import encode_prompt, get_tokenizer
 from model import Layout
 from run import (activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
                  memory_plan, open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)

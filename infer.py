@@ -39,7 +39,8 @@ import torch.nn.functional as F
 
 import kernels as K
 import parallel
-from dataset import encode_prompt, get_tokenizer, load_dataset
+from dataset import load_dataset
+from tokenizer import encode_prompt, get_tokenizer
 from model import rope_frequencies
 from run import kv_cache_bytes, load_model
 

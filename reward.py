@@ -27,7 +27,8 @@ from torch.nn import functional as F
 import infer
 import kernels as K
 import parallel
-from dataset import Sampler, encode_pair, get_tokenizer, load_dataset, pack
+from dataset import Sampler, load_dataset, pack
+from tokenizer import encode_pair, get_tokenizer
 from model import Layout, write_json
 from run import (activation_bytes, check_finite, checkpoint_keys, eta, load_model, memory_now, memory_plan,
                  open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)

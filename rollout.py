@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 from infer import Engine
 
 

@@ -17,7 +17,7 @@ from multiprocessing.connection import wait as readable  # select.select takes n
 import torch
 
 import kernels as K
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 from infer import Engine, SamplingParams
 from run import load_model
 

@@ -25,7 +25,8 @@ import torch
 
 import kernels as K
 import parallel
-from dataset import Sampler, collate_packed, encode_row, get_tokenizer, load_dataset, pack, show_masks as coloured
+from dataset import Sampler, collate_packed, load_dataset, pack
+from tokenizer import encode_row, get_tokenizer, show_masks as coloured
 from model import GPTConfig
 from run import (activation_bytes, check_finite, checkpoint_keys, eta, memory_now, memory_plan, open_model,
                  open_run, peak_flops, pick_device, pick_threads, RunLog, training_bytes)

@@ -29,7 +29,8 @@ import torch
 
 import infer
 import kernels as K
-from dataset import encode_prompt, encode_row, get_tokenizer, load_dataset, pack
+from dataset import load_dataset, pack
+from tokenizer import encode_prompt, encode_row, get_tokenizer
 from run import load_model, pick_device, pick_threads
 from rollout import load_reward
 

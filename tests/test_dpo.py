@@ -18,7 +18,7 @@ import dpo
 import grpo
 import run
 import parallel
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 from model import ARCHS, GPT, GPTConfig
 from oracle import World, central_difference, gradient
 

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 
 import grpo
+from tokenizer import get_tokenizer
 import run
-from dataset import get_tokenizer
 from model import GPT
 from oracle import central_difference, gradient
 from test_dpo import jsonl, log_rows, stage, tiny_model

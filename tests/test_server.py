@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import infer
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 from infer import Engine, SamplingParams
 from serve import Server
 from test_infer import graphs, idle, tiny  # noqa: F401 (a fixture)

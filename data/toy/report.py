@@ -21,7 +21,8 @@ import torch
 
 import gold
 import infer
-from dataset import get_tokenizer, load_dataset, pad
+from dataset import load_dataset, pad
+from tokenizer import get_tokenizer
 from run import load_model
 from reward import reward_of
 from rollout import load_reward
