@@ -432,8 +432,8 @@ def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), me
     seconds, metrics, optimizer = {o: [] for o in overlap}, {}, parallel.Optimizer(model, mesh, 1e-4)
     if measure_memory:  # a first step makes the moments; then the high-water mark is set back
         import ctypes
-        parallel.accumulate(model, optimizer, [idx], loss_of)
-        optimizer.step(1e-4, 1.0)
+        parallel.forward_backward(model, optimizer, [idx], loss_of)
+        parallel.clip_and_step([optimizer], [1e-4], 1.0)
         gc.collect()
         ctypes.CDLL('libc.so.6').malloc_trim(0)
         with open('/proc/self/clear_refs', 'w') as f:
@@ -442,8 +442,8 @@ def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), me
         optimizer.overlap = overlap[step % len(overlap)]  # the sides take turns
         mesh.barrier()
         t = time.perf_counter()
-        metrics = parallel.accumulate(model, optimizer, [idx] * micros, loss_of)
-        optimizer.step(1e-4, 1.0)
+        metrics = parallel.forward_backward(model, optimizer, [idx] * micros, loss_of)
+        parallel.clip_and_step([optimizer], [1e-4], 1.0)
         seconds[optimizer.overlap].append(time.perf_counter() - t)
     now = _parallel_resident()
     mesh.close()

@@ -419,7 +419,7 @@ if __name__ == '__main__':
             found.append((losses.detach().float().cpu(), rewards.float().cpu(), logps.float().cpu()))
             return losses.sum() / n, {}
         if train:
-            parallel.accumulate(policy, optimizer, bins, loss_of, summed=True)
+            parallel.forward_backward(policy, optimizer, bins, loss_of, summed=True)
         else:
             parallel.evaluate(policy, bins, lambda policy, bin: loss_of(policy, bin)[0])
         found, bins = mesh.collect(found), mesh.collect(bins)
@@ -519,7 +519,7 @@ if __name__ == '__main__':
         batch = [items[i] for i in picked]
         stats = run_batch(batch, None if ref_logps is None else ref_logps[picked], train=True)
         check_finite(it, out_dir, loss=stats['loss'])
-        norm = optimizer.step(lr, grad_clip)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
         dt, tokens = time.time() - t0, sum(len(p) + len(a) for p, answers, _ in batch for a in answers[:1 if unpaired else 2])
         log.row(it, 'train', grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt, pairs_per_s=batch_size / dt, **stats)
         if it % 10 == 0:

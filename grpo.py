@@ -614,10 +614,10 @@ if __name__ == '__main__':
                                          loss_type, max_new_tokens, weights if tis_cap and decoupled else None, denom)
                     share = own.sum().item() / tokens
                     return loss, {k: x.item() if k.endswith('_max') else x.item() * share for k, x in dict(**ps, **ts, entropy=masked_mean(entropy, own)).items()}
-                step_stats = parallel.accumulate(policy, optimizer, micros, loss_of, summed=True)
+                step_stats = parallel.forward_backward(policy, optimizer, micros, loss_of, summed=True)
                 step_stats['pg'] = step_stats.pop('loss')
                 check_finite(it, out_dir, pg=step_stats['pg'])
-                norm = optimizer.step(lr, grad_clip)
+                norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
                 if not checked:
                     checked = True
                     print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, loss {step_stats['pg']:.1e}, gradient norm {norm:.2f}"

@@ -606,9 +606,9 @@ if __name__ == '__main__':
             for mb in (order[i:i + minibatch_size] for i in range(0, batch_size, minibatch_size)):
                 micros = micro_batches(mb, lengths)
                 tokens = [resp[m].sum().item() for m in micros]
-                step_stats = parallel.accumulate(policy, optimizer, micros, policy_loss_of, tokens)
+                step_stats = parallel.forward_backward(policy, optimizer, micros, policy_loss_of, tokens)
                 if start_value != 'trunk':  # two networks: one's activations are gone before the other's come
-                    step_stats |= parallel.accumulate(value_net, value_optimizer, micros, value_loss_of, tokens)
+                    step_stats |= parallel.forward_backward(value_net, value_optimizer, micros, value_loss_of, tokens)
                 step_stats.pop('loss')
                 check_finite(it, out_dir, pg=step_stats['pg'], vf=step_stats['vf'])
                 if not checked:  # the invariant of every correct PPO: before the first step nothing has moved
@@ -616,7 +616,7 @@ if __name__ == '__main__':
                     print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, approx KL = {step_stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
                     if step_stats['ratio_max'] > 1e-3 and decoupled:
                         raise ValueError(f"first update: |ratio - 1| is {step_stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
-                norm = parallel.step([optimizer, value_optimizer], [lr, v_lr], grad_clip)  # clipped by the norm over both
+                norm = parallel.clip_and_step([optimizer, value_optimizer], [lr, v_lr], grad_clip)  # clipped by the norm over both
                 steps += 1
                 for k, x in {**step_stats, 'grad_norm': norm}.items():
                     stats[k] = stats.get(k, 0.0) + x

@@ -319,10 +319,10 @@ if __name__ == '__main__':
         batch = [pairs[i] for i in next(sampler)]
         lengths = [len(p[0]) + len(p[1]) for p in batch]
         micros = [[batch[i] for i in bin] for bin in mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)]
-        found = parallel.accumulate(model, optimizer, micros, loss_of, summed=True)
+        found = parallel.forward_backward(model, optimizer, micros, loss_of, summed=True)
         loss, accuracy, margin, tokens = found['loss'], found['right'] / pairs_a_step, found['margin'] / pairs_a_step, sum(lengths)
         check_finite(it, out_dir, loss=loss)
-        norm = optimizer.step(lr, grad_clip)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
         dt = time.time() - t0
         log.row(it, 'train', loss=loss, accuracy=accuracy, margin=margin, grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt)
         if it % 10 == 0:

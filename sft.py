@@ -279,9 +279,9 @@ if __name__ == '__main__':
         t0 = time.time()
         lr = cosine_lr(it, learning_rate, min_lr, warmup_iters, max_iters) if decay_lr else learning_rate
         micro = training_batch(it)
-        loss = parallel.accumulate(model, optimizer, micro, loss_of, [int((y >= 0).sum()) for _, y, _ in micro])['loss']  # a mean over trained tokens
+        loss = parallel.forward_backward(model, optimizer, micro, loss_of, [int((y >= 0).sum()) for _, y, _ in micro])['loss']  # a mean over trained tokens
         check_finite(it, out_dir, loss=loss)
-        norm = optimizer.step(lr, grad_clip)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
         dt, n = time.time() - t0, sum(mesh.collect([x.numel() for x, _, _ in micro]))
         rates.append(n / dt)
         log.row(it, 'train', loss=loss, grad_norm=norm, lr=lr, tokens=n, tok_per_s=n / dt)
