@@ -37,13 +37,13 @@ try:
 except ImportError:  # Windows: launch() refuses there, the rest works
     fcntl = None
 
-import requests
 import torch
 
 import infer
 import lora
 import ppo
 import reward as rm
+from data.judge import ask_judge
 from data.lint import lint
 from dataset import load_dataset
 from tokenizer import encode_row, get_tokenizer
@@ -629,40 +629,6 @@ def agreement(m, journal):
     return sum(a > b for a, b in zip(r[::2], r[1::2])), len(rows)
 
 
-def ask_judge(url, name, key, prompt, a, b):
-    """('a' | 'b' | 'tie' | None, what was said) of an OpenAI-compatible endpoint, asked both ways round: two different verdicts are a tie, None
-    is no verdict on this pair (other words, or 400: too long for the judge). ValueError, in words, where the endpoint cannot be asked."""
-    if not re.match(r'https?://', url):
-        raise ValueError('the judge is an address such as http://127.0.0.1:8000/v1')
-    said, where = [], f'judge {url}'
-    for x, y in ((a, b), (b, a)):
-        text = f'Question:\n{prompt}\n\nAnswer A:\n{x}\n\nAnswer B:\n{y}\n\nWhich answer is better? Reply with one letter, A or B, or with TIE.'
-        try:
-            r = requests.post(url.rstrip('/') + '/chat/completions', timeout=60, headers={'Authorization': f'Bearer {key}'} if key else {},
-                              json=dict(model=name, messages=[dict(role='user', content=text)], temperature=0, max_tokens=8), allow_redirects=False)
-        except requests.Timeout:
-            raise ValueError(f'{where}: no answer within 60 s') from None
-        except (requests.RequestException, ValueError) as e:  # ValueError: a key or an address that no header can hold
-            raise ValueError(f'{where}: cannot be reached ({type(e).__name__}); is the server up, and the address right as far as /v1?') from None
-        try:
-            got = r.json()
-        except ValueError:
-            got = None
-        try:
-            error = '' if r.status_code == 200 else f"{r.status_code}: {str(got['error']['message'])[:200]}"
-            if r.status_code in (400, 413, 422):
-                return None, error
-            if error:
-                raise ValueError(f'{where}: refused with {error}; are key and name of the model right?')
-            said.append(str(got['choices'][0]['message']['content']).strip())
-        except (LookupError, TypeError):
-            raise ValueError(f'{where}: expected a chat completion with choices[0].message.content, got {r.status_code} with {r.text[:80]!r}') from None
-    first, second = (re.match(r'\W*(A|B|TIE)\b', s.upper()) for s in said)
-    if not first or not second:
-        return None, f'{said[0][:60]!r} and {said[1][:60]!r}'
-    return {('A', 'B'): 'a', ('B', 'A'): 'b'}.get((first[1], second[1]), 'tie'), ''
-
-
 def judge_all(models, journal, judge, url='', key='', limit=200):
     """Labels the open pairs by a reward model of the folder, or by a model at an endpoint; yields (labels made, pairs asked, of). A pair without
     a verdict stays open; three such in a row: ValueError."""
@@ -676,7 +642,8 @@ def judge_all(models, journal, judge, url='', key='', limit=200):
         yield len(todo), len(todo), len(todo)
         return
     for i, p in enumerate(todo):
-        label, said = ask_judge(url, judge, key, p['prompt'], p['a'], p['b'])
+        verdicts, said = ask_judge(url, p['prompt'], p['a'], p['b'], model=judge, key=key, tries=2, max_tokens=64)
+        label = None if None in verdicts else {('A', 'B'): 'a', ('B', 'A'): 'b'}.get(verdicts, 'tie')
         if label:
             journal.label(p['id'], label, by)  # one by one: what has been paid for is kept when the endpoint goes away
         made, mute = (made + 1, 0) if label else (made, mute + 1)

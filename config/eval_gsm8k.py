@@ -8,4 +8,5 @@ num_samples = 8
 ks = '1,4,8'
 temperature = 0.7
 max_new_tokens = 1024
+stop = 'Question:' # a base model goes on with a question of its own
 max_num_seqs = 256
