@@ -295,15 +295,16 @@ def test_an_endpoint_is_asked_again_as_it_says_and_its_answers_are_not_taken_for
         def ask(key='secret', **how):
             return ask_judge(judge.url, 'p', 'x', 'y', model='m', key=key, **how)
         replies[:] = [(429, {}, {'Retry-After': '2'}), (500, {}, {}), 'A', (503, {}, {}), 'B']
-        assert ask() == (('A', 'B'), "'A' and 'B'") and waits == [2, 2, 1]  # as told, else 1, 2, 4 s by the try
+        assert ask() == (('A', 'B'), "'A' and 'B'") and waits == [2, 2, 1]
+        # waited as told, else 1, 2, 4 s by the try
         assert judge.keys[-1] == 'Bearer secret' and judge.asked[-1]['model'] == 'm'
-        for status, words in ((429, 'refused with 429: quota'), (401, 'refused with 401: quota; are key and name')):
+        for status, words in ((429, 'refused with 429: quota'), (401, 'refused with 401: quota; are key')):
             replies[:] = [(status, refused, {})] * 3
             with pytest.raises(ValueError, match=words) as e:
                 ask(tries=3)
             assert 'secret' not in str(e.value)
-        for status, reply in ((200, [1]), (200, {'choices': []}), (200, {'choices': [{'message': None}]}), (302, {}),
-                              (200, 'words'), (404, {'error': 'no'}), (500, 'boom')):
+        for status, reply in ((200, [1]), (200, {'choices': []}), (200, {'choices': [{'message': None}]}),
+                              (302, {}), (200, 'words'), (404, {'error': 'no'}), (500, 'boom')):
             replies[:] = [(status, reply, {})] * 2
             with pytest.raises(ValueError, match=rf'expected a chat completion with .*, got {status} with'):
                 ask(tries=2)

@@ -111,8 +111,8 @@ def test_mistakes_of_the_command_line_are_one_line():
 def test_the_runner_trains_judges_draws_and_skips_what_is_done(tmp_path):
     if not os.path.exists(os.path.join(TOY, 'prompts_test.jsonl')):
         subprocess.run([sys.executable, os.path.join(TOY, 'prepare.py')], check=True, timeout=120)
-    command = [sys.executable, STUDY, 'a', 'g', f'--out={tmp_path}/o', f'--assets={tmp_path}/assets', '--seeds=5',
-               '--quick=True']
+    command = [sys.executable, STUDY, 'a', 'g', f'--out={tmp_path}/o', f'--assets={tmp_path}/assets',
+               '--seeds=5', '--quick=True']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     first = subprocess.run([*command, '--minutes=0.01'], capture_output=True, text=True, timeout=600, env=env)
     assert first.returncode == 75 and 'the same command goes on' in first.stdout
