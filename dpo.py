@@ -35,9 +35,11 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_completion, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
-from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, load_safetensors, memory_now, memory_plan, open_run, pick_device,
-                   pick_threads, save_safetensors, training_bytes)
+from dataset import Sampler, load_dataset, pack
+from tokenizer import encode_completion, encode_pair, encode_prompt, get_tokenizer
+from model import Layout, load_safetensors, save_safetensors
+from run import (activation_bytes, check_finite, checkpoint_keys, eta, load_model, memory_now, memory_plan,
+                 open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -313,7 +315,7 @@ if __name__ == '__main__':
     if init_from == 'scratch':
         raise ValueError('DPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
-    policy, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
+    policy, tokenizer = open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
     tok = get_tokenizer(tokenizer)
     if tok.vocab_size > policy.config.vocab_size:
         raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {policy.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
@@ -417,7 +419,7 @@ if __name__ == '__main__':
             found.append((losses.detach().float().cpu(), rewards.float().cpu(), logps.float().cpu()))
             return losses.sum() / n, {}
         if train:
-            parallel.accumulate(policy, optimizer, bins, loss_of, summed=True)
+            parallel.forward_backward(policy, optimizer, bins, loss_of, summed=True)
         else:
             parallel.evaluate(policy, bins, lambda policy, bin: loss_of(policy, bin)[0])
         found, bins = mesh.collect(found), mesh.collect(bins)
@@ -507,7 +509,7 @@ if __name__ == '__main__':
                 break
             better, best = seen['loss'] < best, min(best, seen['loss'])
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                     sharded=sharded_ckpt, **lora.checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best,
+                                     sharded=sharded_ckpt, **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best,
                                      first_logp=first_logp, data=sampler.state_dict(), time=log.elapsed())
         if it == max_iters:
             break
@@ -517,7 +519,7 @@ if __name__ == '__main__':
         batch = [items[i] for i in picked]
         stats = run_batch(batch, None if ref_logps is None else ref_logps[picked], train=True)
         check_finite(it, out_dir, loss=stats['loss'])
-        norm = optimizer.step(lr, grad_clip)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
         dt, tokens = time.time() - t0, sum(len(p) + len(a) for p, answers, _ in batch for a in answers[:1 if unpaired else 2])
         log.row(it, 'train', grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt, pairs_per_s=batch_size / dt, **stats)
         if it % 10 == 0:

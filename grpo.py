@@ -33,9 +33,12 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
-from model import (Layout, RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run, pick_device,
-                   pick_threads, training_bytes)
+from dataset import Sampler, load_dataset, pack, pad
+from tokenizer import encode_prompt, get_tokenizer
+from model import Layout
+from run import (activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
+                 memory_plan, open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
+from rollout import Rollouts, load_reward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -359,7 +362,7 @@ if __name__ == '__main__':
     if init_from == 'scratch':
         raise ValueError('GRPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
-    policy, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, 0.0, lora_targets)
+    policy, tokenizer = open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, 0.0, lora_targets)
     tok = get_tokenizer(tokenizer)
     if tok.vocab_size > policy.config.vocab_size:
         raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {policy.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
@@ -372,7 +375,7 @@ if __name__ == '__main__':
     sources = []  # (name, weight, function or None, model, its tokenizer or None where the ids are the same)
     for name, w in zip(names, reward_w):
         if name.endswith('.py'):
-            sources.append((name, w, infer.load_reward(name), None, None))
+            sources.append((name, w, load_reward(name), None, None))
         else:
             m, t = load_model(name, device, head='scalar')
             t = get_tokenizer(t)
@@ -421,7 +424,7 @@ if __name__ == '__main__':
     team, pool, past = tp if rollout_tp else 1, None, ckpt.get('past', []) if ckpt else []
     if mode == 'async' and not simulate_staleness and not eval_only:
         position = ckpt['data'].get('position', ckpt['data']['batch'] * need) if ckpt else 0
-        pool = infer.Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, need, max_staleness, rollout_workers,
+        pool = Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, need, max_staleness, rollout_workers,
                               [name for name, _, fn, *_ in sources if fn is not None], reward_workers, reward_timeout, reward_retries, runtime, position, device,
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
@@ -552,7 +555,7 @@ if __name__ == '__main__':
             if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
                 data |= dict(batch=-(-pool.position // need), position=pool.position)
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                     sharded=sharded_ckpt, **lora.checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best, data=data,
+                                     sharded=sharded_ckpt, **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best, data=data,
                                      time=log.elapsed(), **(dict(past=past) if simulate_staleness else {}))
         if it == max_iters:
             break
@@ -611,10 +614,10 @@ if __name__ == '__main__':
                                          loss_type, max_new_tokens, weights if tis_cap and decoupled else None, denom)
                     share = own.sum().item() / tokens
                     return loss, {k: x.item() if k.endswith('_max') else x.item() * share for k, x in dict(**ps, **ts, entropy=masked_mean(entropy, own)).items()}
-                step_stats = parallel.accumulate(policy, optimizer, micros, loss_of, summed=True)
+                step_stats = parallel.forward_backward(policy, optimizer, micros, loss_of, summed=True)
                 step_stats['pg'] = step_stats.pop('loss')
                 check_finite(it, out_dir, pg=step_stats['pg'])
-                norm = optimizer.step(lr, grad_clip)
+                norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
                 if not checked:
                     checked = True
                     print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, loss {step_stats['pg']:.1e}, gradient norm {norm:.2f}"

@@ -35,9 +35,11 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_prompt, get_tokenizer, load_dataset, pack, pad
-from model import (RunLog, activation_bytes, check_finite, eta, kv_cache_bytes, load_model, memory_now, memory_plan, open_run,
-                   pick_device, pick_threads, training_bytes)
+from dataset import Sampler, load_dataset, pack, pad
+from tokenizer import encode_prompt, get_tokenizer
+from run import (activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
+                 memory_plan, open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
+from rollout import Rollouts, load_reward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -329,7 +331,7 @@ if __name__ == '__main__':
     if init_from == 'scratch':
         raise ValueError('PPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
-    policy, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, 0.0, lora_targets)
+    policy, tokenizer = open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, 0.0, lora_targets)
     tok = get_tokenizer(tokenizer)
     if tok.vocab_size > policy.config.vocab_size:
         raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {policy.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
@@ -340,7 +342,7 @@ if __name__ == '__main__':
     use_adapter = bool(lora.adapted(policy))
     reference = None if use_adapter else parallel.shard(load_model(config['init_from'], device)[0].requires_grad_(False).eval(), mesh)  # eval: no dropout
     if reward.endswith('.py'):
-        reward_fn, reward_model, reward_tok = infer.load_reward(reward), None, None
+        reward_fn, reward_model, reward_tok = load_reward(reward), None, None
     else:
         reward_model, reward_tok = load_model(reward, device, head='scalar')
         reward_model.requires_grad_(False).eval()
@@ -408,7 +410,7 @@ if __name__ == '__main__':
     team, pool, past = tp if rollout_tp else 1, None, ckpt.get('past', []) if ckpt else []
     if mode == 'async' and not simulate_staleness and not eval_only:
         position = ckpt['data'].get('position', ckpt['data']['batch'] * batch_size) if ckpt else 0
-        pool = infer.Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, batch_size, max_staleness, rollout_workers,
+        pool = Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, batch_size, max_staleness, rollout_workers,
                               [reward] if reward_model is None else [], reward_workers, reward_timeout, reward_retries, runtime, position, device,
                               max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
@@ -547,7 +549,7 @@ if __name__ == '__main__':
             if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
                 data |= dict(batch=-(-pool.position // batch_size), position=pool.position)
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, value_net, value_optimizer,
-                                     also=os.path.join(out_dir, 'ckpt_best.pt') if better else None, sharded=sharded_ckpt, **lora.checkpoint_keys(policy),
+                                     also=os.path.join(out_dir, 'ckpt_best.pt') if better else None, sharded=sharded_ckpt, **checkpoint_keys(policy),
                                      value_kind=start_value, config=config, tokenizer=tokenizer, iter=it, best=best, beta=beta, data=data,
                                      time=log.elapsed(), **(dict(past=past) if simulate_staleness else {}))
         if it == max_iters:
@@ -604,9 +606,9 @@ if __name__ == '__main__':
             for mb in (order[i:i + minibatch_size] for i in range(0, batch_size, minibatch_size)):
                 micros = micro_batches(mb, lengths)
                 tokens = [resp[m].sum().item() for m in micros]
-                step_stats = parallel.accumulate(policy, optimizer, micros, policy_loss_of, tokens)
+                step_stats = parallel.forward_backward(policy, optimizer, micros, policy_loss_of, tokens)
                 if start_value != 'trunk':  # two networks: one's activations are gone before the other's come
-                    step_stats |= parallel.accumulate(value_net, value_optimizer, micros, value_loss_of, tokens)
+                    step_stats |= parallel.forward_backward(value_net, value_optimizer, micros, value_loss_of, tokens)
                 step_stats.pop('loss')
                 check_finite(it, out_dir, pg=step_stats['pg'], vf=step_stats['vf'])
                 if not checked:  # the invariant of every correct PPO: before the first step nothing has moved
@@ -614,7 +616,7 @@ if __name__ == '__main__':
                     print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, approx KL = {step_stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
                     if step_stats['ratio_max'] > 1e-3 and decoupled:
                         raise ValueError(f"first update: |ratio - 1| is {step_stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
-                norm = parallel.step([optimizer, value_optimizer], [lr, v_lr], grad_clip)  # clipped by the norm over both
+                norm = parallel.clip_and_step([optimizer, value_optimizer], [lr, v_lr], grad_clip)  # clipped by the norm over both
                 steps += 1
                 for k, x in {**step_stats, 'grad_norm': norm}.items():
                     stats[k] = stats.get(k, 0.0) + x

@@ -26,11 +26,12 @@ from torch.nn import functional as F
 
 import infer
 import kernels as K
-import lora
 import parallel
-from dataset import Sampler, encode_pair, get_tokenizer, load_dataset, pack
-from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
-                   training_bytes, write_json)
+from dataset import Sampler, load_dataset, pack
+from tokenizer import encode_pair, get_tokenizer
+from model import Layout, write_json
+from run import (activation_bytes, check_finite, checkpoint_keys, eta, load_model, memory_now, memory_plan,
+                 open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -224,7 +225,7 @@ if __name__ == '__main__':
     ckpt = open_run(out_dir, init_from, overwrite, 'reward', mesh)
     if init_from == 'scratch':
         raise ValueError('a reward model starts from a language model: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
-    model, tokenizer = lora.open_model(init_from, ckpt, 'scalar', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
+    model, tokenizer = open_model(init_from, ckpt, 'scalar', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
     tok = get_tokenizer(tokenizer)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {model.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
@@ -285,7 +286,7 @@ if __name__ == '__main__':
 
     def checkpoint(it, raw, better=False):
         parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, model, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                 sharded=sharded_ckpt, **lora.checkpoint_keys(model), raw_score=raw.cpu(), config=config, tokenizer=tokenizer, iter=it,
+                                 sharded=sharded_ckpt, **checkpoint_keys(model), raw_score=raw.cpu(), config=config, tokenizer=tokenizer, iter=it,
                                  best=best, data=sampler.state_dict(), time=log.elapsed())
 
     def loss_of(model, mine):
@@ -318,10 +319,10 @@ if __name__ == '__main__':
         batch = [pairs[i] for i in next(sampler)]
         lengths = [len(p[0]) + len(p[1]) for p in batch]
         micros = [[batch[i] for i in bin] for bin in mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)]
-        found = parallel.accumulate(model, optimizer, micros, loss_of, summed=True)
+        found = parallel.forward_backward(model, optimizer, micros, loss_of, summed=True)
         loss, accuracy, margin, tokens = found['loss'], found['right'] / pairs_a_step, found['margin'] / pairs_a_step, sum(lengths)
         check_finite(it, out_dir, loss=loss)
-        norm = optimizer.step(lr, grad_clip)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
         dt = time.time() - t0
         log.row(it, 'train', loss=loss, accuracy=accuracy, margin=margin, grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt)
         if it % 10 == 0:

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 
 import kernels as K
-import lora
 import parallel
-from dataset import Sampler, collate_packed, encode_row, get_tokenizer, load_dataset, pack, show_masks as coloured
-from model import (GPTConfig, RunLog, activation_bytes, check_finite, eta, memory_now, memory_plan, open_run, peak_flops,
-                   pick_device, pick_threads, training_bytes)
+from dataset import Sampler, collate_packed, load_dataset, pack
+from tokenizer import encode_row, get_tokenizer, show_masks as coloured
+from model import GPTConfig
+from run import (activation_bytes, check_finite, checkpoint_keys, eta, memory_now, memory_plan, open_model,
+                 open_run, peak_flops, pick_device, pick_threads, RunLog, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -174,7 +175,7 @@ if __name__ == '__main__':
         biases = dict(bias=bias, qkv_bias=bias, attn_out_bias=bias) if arch == 'gpt2' else {}
         scratch = GPTConfig.of(arch, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=tok.vocab_size,
                                bos_token_id=tok.eot, eos_token_id=tok.eot, **biases)
-    model, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, scratch, lora_r, lora_alpha, dropout, lora_targets)
+    model, tokenizer = open_model(init_from, ckpt, 'lm', tokenizer, scratch, lora_r, lora_alpha, dropout, lora_targets)
     tok = get_tokenizer(tokenizer)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {model.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
@@ -271,16 +272,16 @@ if __name__ == '__main__':
                 break
             better, best = val < best, min(val, best)
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, model, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                     sharded=sharded_ckpt, **lora.checkpoint_keys(model), config=config, tokenizer=tokenizer, iter=it, best=best,
+                                     sharded=sharded_ckpt, **checkpoint_keys(model), config=config, tokenizer=tokenizer, iter=it, best=best,
                                      data=None if text else sampler.state_dict(), time=log.elapsed())
         if it == max_iters:
             break
         t0 = time.time()
         lr = cosine_lr(it, learning_rate, min_lr, warmup_iters, max_iters) if decay_lr else learning_rate
         micro = training_batch(it)
-        loss = parallel.accumulate(model, optimizer, micro, loss_of, [int((y >= 0).sum()) for _, y, _ in micro])['loss']  # a mean over trained tokens
+        loss = parallel.forward_backward(model, optimizer, micro, loss_of, [int((y >= 0).sum()) for _, y, _ in micro])['loss']  # a mean over trained tokens
         check_finite(it, out_dir, loss=loss)
-        norm = optimizer.step(lr, grad_clip)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
         dt, n = time.time() - t0, sum(mesh.collect([x.numel() for x, _, _ in micro]))
         rates.append(n / dt)
         log.row(it, 'train', loss=loss, grad_norm=norm, lr=lr, tokens=n, tok_per_s=n / dt)

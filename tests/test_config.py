@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = [f for f in ('sft.py', 'reward.py', 'ppo.py', 'dpo.py', 'grpo.py', 'infer.py', 'app.py') if os.path.exists(os.path.join(ROOT, f))]
+SCRIPTS = [f for f in ('sft.py', 'reward.py', 'ppo.py', 'dpo.py', 'grpo.py', 'infer.py', 'serve.py', 'app.py') if os.path.exists(os.path.join(ROOT, f))]
 SCRIPT = '''"""What it does."""
 import os
 learning_rate = 1e-3 # peak

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import infer
 import kernels
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 from infer import BlockManager, Engine, SamplingParams, uniform
 from model import ARCHS, GPT, GPTConfig
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from dataset import encode_pair, encode_prompt, encode_row, get_tokenizer, load_dataset
+from dataset import load_dataset
+from tokenizer import encode_pair, encode_prompt, encode_row, get_tokenizer
 
 sys.path.insert(0, os.path.join(ROOT, 'data'))
 import download

@@ -23,7 +23,7 @@ URL = 'https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_d
 
 
 def main():
-    from dataset import alpaca_prompt
+    from tokenizer import alpaca_prompt
     from download import fetch, find, rows_of, write_rows
     files = find(src, r'alpaca_?(data)?[^/]*\.jsonl?(\.gz)?$') if src else [fetch(URL, os.path.join(out_dir, 'alpaca_data.json'))]
     rows = [{k: row.get(k) or '' for k in ('instruction', 'input', 'output')} for f in files for row in rows_of(f, 'instruction', 'output')]

@@ -31,7 +31,7 @@ KNOWN = {('helpful-base', 'train'): (16200131, '518a5bf288456fc9f3b7c980c54116fb
 
 
 def main():
-    from dataset import split_pair
+    from tokenizer import split_pair
     from download import fetch, find, rows_of, write_rows
     wanted = [s for s in subsets.split(',') if s]
     if src:

@@ -22,7 +22,7 @@ SIZE, SHA256 = 1115394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57
 
 
 def main():
-    from dataset import get_tokenizer
+    from tokenizer import get_tokenizer
     from download import fetch, find, read_text, write_tokens
     tok = get_tokenizer(tokenizer)
     text = '\n\n'.join(map(read_text, find(src, r'shakespeare.*\.txt$'))) if src else read_text(fetch(URL, os.path.join(out_dir, 'input.txt'), SIZE, SHA256))
