@@ -62,8 +62,9 @@ seed = 1337
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16'
 threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
-config_keys = [k for k,v in globals().items()
+config_keys = [k for k, v in globals().items()
                if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+# overrides from the command line or a config file
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: globals()[k] for k in config_keys} # will be useful for logging
 

@@ -23,9 +23,10 @@ grader = '' # reward file; '' = data/gsm8k/reward.py for references with ####, d
 limit = 0 # the first so many references; 0 = all
 show = False # print each pair that is judged otherwise than expected
 seed = 1 # of the changes
-config_keys = [k for k,v in globals().items()
+config_keys = [k for k, v in globals().items()
                if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+# overrides from the command line or a config file
+exec(open(os.path.join(_root, 'configurator.py')).read())
 
 
 def load(path):

@@ -7,7 +7,6 @@ runs; trains nothing.
 Every number is median (smallest to largest) over the seeds, every band and bar the same range.
 """
 
-import json
 import math
 import os
 import re
@@ -55,7 +54,7 @@ class Rows:
         """(steps, values (seeds, steps)) of a key of log.jsonl."""
         tables = []
         for s in self.seeds:
-            rows = [json.loads(line) for line in open(os.path.join(X.folder(name, s, self.out), 'log.jsonl'))]
+            rows = X.read_rows(X.folder(name, s, self.out), 'log.jsonl')
             tables.append({r['step']: r[key] for r in rows if r['split'] == split and key in r})
         steps = sorted(set.intersection(*map(set, tables)))
         return steps, np.array([[t[s] for s in steps] for t in tables])
@@ -152,10 +151,7 @@ def judged(rows, names, columns=JUDGED):
 def samples(rows, names, prompts=3):
     """The same test questions answered by several models of the first seed."""
     said = {
-        label: [
-            json.loads(line)
-            for line in open(os.path.join(X.folder(n, rows.seeds[0], rows.out), 'judged.jsonl'))
-        ]
+        label: X.read_rows(X.folder(n, rows.seeds[0], rows.out), 'judged.jsonl')
         for label, n in names.items()
     }
     first, picked = next(iter(said.values())), []
@@ -461,7 +457,8 @@ def draw_g(rows):
         )
     for r in order:
         name = X.RANKS[r]
-        said = open(os.path.join(X.folder(name, rows.seeds[0], rows.out), 'stdout.txt')).read()
+        console = os.path.join(X.folder(name, rows.seeds[0], rows.out), 'stdout.txt')
+        said = open(console, encoding='utf-8').read()
         last = lambda key: tuple(np.quantile(rows.logs(name, key)[1][:, -1], (0, 0.5, 1)))
         lines.append(
             [
@@ -588,12 +585,12 @@ def insert(path, key, block):
     """The part of a Markdown file between <!-- key --> and <!-- /key --> becomes the block; a file or a mark
     that is not there is left alone."""
     if os.path.exists(path):
-        old = open(path).read()
+        old = open(path, encoding='utf-8').read()
         new = re.sub(
             rf'(<!-- {key} -->\n).*?(<!-- /{key} -->)', lambda m: m[1] + block + '\n' + m[2], old, flags=re.S
         )
         if new != old:
-            with open(path + '.tmp', 'w') as f:
+            with open(path + '.tmp', 'w', encoding='utf-8') as f:
                 f.write(new)
             os.replace(path + '.tmp', path)
 
@@ -607,7 +604,7 @@ def write(question, out, assets, seeds):
     more = '' if seeds == X.SEEDS else ' --seeds=' + ','.join(map(str, seeds))
     command = f'python experiments/study.py {question}{more}'
     made = f'`{command}`: median (smallest to largest) of {len(seeds)} seeds\n\n{block}'
-    with open(os.path.join(assets, f'exp_{question}.md'), 'w') as f:
+    with open(os.path.join(assets, f'exp_{question}.md'), 'w', encoding='utf-8') as f:
         f.write(made + '\n')
     insert(os.path.join(os.path.dirname(os.path.abspath(assets)), 'EXPERIMENTS.md'), question, made)
     print(f'{assets}/exp_{question}.png, {assets}/exp_{question}.md')

@@ -184,7 +184,7 @@ def draw(world, found, assets):
     block = '`python experiments/frontier.py`: median (smallest to largest) of the seeds\n\n' + F.table(
         ['method', 'setting', 'KL, nats', 'expected reward', 'below the frontier'], lines
     )
-    with open(os.path.join(assets, 'exp_oracle.md'), 'w') as f:
+    with open(os.path.join(assets, 'exp_oracle.md'), 'w', encoding='utf-8') as f:
         f.write(block + '\n')
     F.insert(os.path.join(os.path.dirname(os.path.abspath(assets)), 'EXPERIMENTS.md'), 'oracle', block)
 

@@ -152,6 +152,12 @@ QUICK = {
 BON, BON_PROMPTS = 64, 40  # answers of the SFT model to each of the first so many test prompts, for best-of-n
 
 
+def read_rows(*path):
+    """The rows of a .jsonl file."""
+    with open(os.path.join(*path), encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
+
+
 def folder(name, seed, out):
     return os.path.join(out, f'{name}-s{seed}')
 
@@ -210,11 +216,11 @@ def trajectory(name, seed, out):
 
     rows = {r['prompt']: r for r in load_dataset(os.path.join(TOY, 'prompts_val.jsonl'))}
     at = {}
-    for s in map(json.loads, open(os.path.join(folder(name, seed, out), 'samples.jsonl'))):
+    for s in read_rows(folder(name, seed, out), 'samples.jsonl'):
         at.setdefault(s['step'], []).append(s)
     seen = {
         r['step']: r
-        for r in map(json.loads, open(os.path.join(folder(name, seed, out), 'log.jsonl')))
+        for r in read_rows(folder(name, seed, out), 'log.jsonl')
         if r['split'] == 'eval'
     }
     found = []
@@ -235,12 +241,11 @@ def trajectory(name, seed, out):
 
 
 def results(out):
-    path = os.path.join(out, 'results.jsonl')
-    return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+    return read_rows(out, 'results.jsonl') if os.path.exists(os.path.join(out, 'results.jsonl')) else []
 
 
 def record(out, rows):
-    with open(os.path.join(out, 'results.jsonl'), 'a') as f:
+    with open(os.path.join(out, 'results.jsonl'), 'a', encoding='utf-8') as f:
         f.writelines(json.dumps(r) + '\n' for r in rows)
 
 

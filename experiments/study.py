@@ -35,7 +35,7 @@ import sys
 import time
 
 from runs import BON, BON_PROMPTS, QUESTIONS, ROOT, RUNS, SEEDS, TOY
-from runs import arguments, command, folder, record, results, text_metrics
+from runs import arguments, command, folder, read_rows, record, results, text_metrics
 
 # --------------------------------------------------------------------------------------------------
 # the runs
@@ -66,7 +66,7 @@ def preferences(out):
             {'prompt': row['prompt'], 'chosen': good, 'rejected': bad, 'margin': abs(gap) / 4}
         )
     for name, rows in made.items():
-        with open(os.path.join(out, f'pref_{name}.jsonl.tmp'), 'w') as f:
+        with open(os.path.join(out, f'pref_{name}.jsonl.tmp'), 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(r) + '\n' for r in rows)
         os.replace(os.path.join(out, f'pref_{name}.jsonl.tmp'), os.path.join(out, f'pref_{name}.jsonl'))
 
@@ -78,7 +78,7 @@ def train(name, seed, out, quick):
     here = folder(name, seed, out)
     os.makedirs(here, exist_ok=True)
     with open(
-        os.path.join(here, 'lock'), 'w'
+        os.path.join(here, 'lock'), 'w', encoding='utf-8'
     ) as lock:  # several of these commands may share a folder of runs: each run is trained by one of them
         fcntl.flock(lock, fcntl.LOCK_EX)
         return train_alone(name, seed, out, quick, here) or worked
@@ -92,11 +92,11 @@ def train_alone(name, seed, out, quick, here):
         argv = [*argv, '--init_from=resume']
     print('$ ' + ' '.join(argv), flush=True)
     before = (
-        json.load(open(os.path.join(here, 'cost.json')))
+        json.load(open(os.path.join(here, 'cost.json'), encoding='utf-8'))
         if os.path.exists(os.path.join(here, 'cost.json'))
         else {'cpu_s': 0.0, 'rss_mb': 0.0}
     )
-    with open(os.path.join(here, 'stdout.txt'), 'a') as log:
+    with open(os.path.join(here, 'stdout.txt'), 'a', encoding='utf-8') as log:
         child = subprocess.Popen([sys.executable, *argv[1:]], cwd=ROOT, stdout=log, stderr=log)
         _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -104,14 +104,14 @@ def train_alone(name, seed, out, quick, here):
         'cpu_s': before['cpu_s'] + used.ru_utime + used.ru_stime,
         'rss_mb': max(before['rss_mb'], used.ru_maxrss / 1024),
     }
-    with open(os.path.join(here, 'cost.json'), 'w') as f:
+    with open(os.path.join(here, 'cost.json'), 'w', encoding='utf-8') as f:
         json.dump(cost, f)
     if child.returncode:
-        said = open(os.path.join(here, 'stdout.txt')).read().splitlines()[-3:]
+        said = open(os.path.join(here, 'stdout.txt'), encoding='utf-8').read().splitlines()[-3:]
         raise ValueError(
             f'{" ".join(argv)} ended with code {child.returncode}; its last lines: {" / ".join(said)}'
         )
-    open(os.path.join(here, 'finished'), 'w').close()
+    open(os.path.join(here, 'finished'), 'w', encoding='utf-8').close()
     return True
 
 
@@ -165,9 +165,10 @@ class Judge:
     def judge(self, name, seed):
         """One row of results.jsonl; for a reward model, its report."""
         script = RUNS[name][0]
-        cost = json.load(open(os.path.join(folder(name, seed, self.out), 'cost.json')))
+        here = folder(name, seed, self.out)
+        cost = json.load(open(os.path.join(here, 'cost.json'), encoding='utf-8'))
         if script == 'reward.py':
-            seen = json.load(open(os.path.join(folder(name, seed, self.out), 'report.json')))
+            seen = json.load(open(os.path.join(here, 'report.json'), encoding='utf-8'))
             return {
                 'name': name,
                 'seed': seed,
@@ -187,7 +188,7 @@ class Judge:
             [gold.score(t, r) for t, r in zip(texts, self.rows)],
             self.proxy('rm', seed, [p + r for p, r in zip(prompts, replies)]).tolist(),
         )
-        with open(os.path.join(folder(name, seed, self.out), 'judged.jsonl'), 'w') as f:
+        with open(os.path.join(folder(name, seed, self.out), 'judged.jsonl'), 'w', encoding='utf-8') as f:
             for r, t, g, p in zip(self.rows, texts, marks, paid):
                 f.write(json.dumps({'prompt': r['prompt'], 'completion': t, 'gold': g, 'proxy': p}) + '\n')
         del self.models[name, seed]  # the SFT model comes back when asked for
@@ -240,10 +241,10 @@ class Judge:
         asked = self.rows[:BON_PROMPTS]
         if not os.path.exists(path):
             prompts, done = self.answers('sft', seed, 8 if self.n_new == 16 else BON, BON_PROMPTS)
-            with open(f'{path}.{os.getpid()}', 'w') as f:
+            with open(f'{path}.{os.getpid()}', 'w', encoding='utf-8') as f:
                 f.writelines(json.dumps([p, c.text, c.token_ids]) + '\n' for p, c in zip(prompts, done))
             os.replace(f'{path}.{os.getpid()}', path)
-        rows = [json.loads(line) for line in open(path)]
+        rows = read_rows(path)
         return (
             [p for p, _, _ in rows],
             [infer.Completion(text, ids, [], [], [], [], '') for _, text, ids in rows],

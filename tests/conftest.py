@@ -1,4 +1,4 @@
-"""Shared by all tests: the project root on sys.path, one thread (tiny tensors; see DESIGN's word on threads), no CUDA."""
+"""Shared by all tests: the root and experiments/ on sys.path, one thread (tiny tensors), no CUDA."""
 import contextlib
 import os
 import sys

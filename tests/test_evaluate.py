@@ -123,8 +123,8 @@ def evaluate(world, monkeypatch):
         for key, value in given.items():
             monkeypatch.setattr(E, key, value)
         E.main()
-        samples = [json.loads(line) for line in open(world / 'a' / 'eval.jsonl')]
-        return json.load(open(world / 'a' / 'eval.json')), samples
+        samples = [json.loads(line) for line in open(world / 'a' / 'eval.jsonl', encoding='utf-8')]
+        return json.load(open(world / 'a' / 'eval.json', encoding='utf-8')), samples
     monkeypatch.chdir(world)
     return go
 
@@ -265,7 +265,8 @@ def test_answers_are_written_before_a_judge_fails(evaluate, world):
     with Judge(lambda a, b, _: (401, {'error': {'message': 'no key'}}, {})) as judge:
         with pytest.raises(ValueError, match='refused with 401: no key.*the answers are in .*eval.jsonl'):
             evaluate(eval_file='rows.jsonl', against='given.jsonl', judge=judge.url)
-    assert len([json.loads(line)['completions'] for line in open(world / 'a' / 'eval.jsonl')]) == 6
+    rows = map(json.loads, open(world / 'a' / 'eval.jsonl', encoding='utf-8'))
+    assert len([row['completions'] for row in rows]) == 6
 
 
 def test_words_that_cannot_be_read_are_counted_and_refused_where_most_are(evaluate):

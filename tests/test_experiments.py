@@ -61,7 +61,7 @@ def test_the_block_of_a_markdown_file_is_replaced_alone(tmp_path):
 # ---- the table of runs, and the failures ----
 
 def keys_of(script):
-    head = open(os.path.join(ROOT, script)).read().partition('config_keys =')[0]
+    head = open(os.path.join(ROOT, script), encoding='utf-8').read().partition('config_keys =')[0]
     keys = {}
     for n in ast.parse(head).body:
         if isinstance(n, ast.Assign) and isinstance(n.value, (ast.Constant, ast.UnaryOp)):
@@ -90,7 +90,7 @@ def test_a_failure_is_one_wrong_line_of_todays_stage(name, monkeypatch):
     monkeypatch.setitem(sys.modules, 'stage', types.SimpleNamespace(run=lambda *a: seen.append(a)))
     runpy.run_path(os.path.join(ROOT, 'failures', name))
     (script, *edits), = seen
-    wrong, right = stage.broken(script, *edits), open(os.path.join(ROOT, script)).read()
+    wrong, right = stage.broken(script, *edits), open(os.path.join(ROOT, script), encoding='utf-8').read()
     ast.parse(wrong)
     changed = [i for i, (a, b) in enumerate(zip(right.splitlines(), wrong.splitlines())) if a != b]
     assert len(changed) == len(edits) == 1 and len(right.splitlines()) == len(wrong.splitlines())
@@ -118,7 +118,7 @@ def test_the_runner_trains_judges_draws_and_skips_what_is_done(tmp_path):
     assert first.returncode == 75 and 'the same command goes on' in first.stdout
     whole = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert whole.returncode == 0, whole.stderr[-1500:]
-    rows = [json.loads(line) for line in open(tmp_path / 'o' / 'results.jsonl')]
+    rows = [json.loads(line) for line in open(tmp_path / 'o' / 'results.jsonl', encoding='utf-8')]
     names = [n for q in 'ag' for n in X.QUESTIONS[q]]
     assert sorted(r['name'] for r in rows) == sorted(set(names))
     assert all(r['cpu_s'] > 0 and 0 <= r['gold'] <= 10 for r in rows)
