@@ -45,8 +45,8 @@ TEXTS = re.compile(
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 
-class Refused(Exception):
-    """Why a download cannot go on. resolve and fetch add what it was, and the way that always works."""
+class Refused(ValueError):
+    """Why a download cannot go on. resolve, fetch and listing add what it was, and the way that always works."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,9 +226,12 @@ def _facts(url):
 def listing(name, kind='models', revision='main'):
     """(commit, names of the files) of a repository of the hub. What a server says may become a path here, so a commit is 40
     hexadecimal digits and a name is relative and stays below the folder. Refused if not, or if the hub does not know it."""
+    if offline():
+        raise Refused('HF_HUB_OFFLINE is set')
     url = f'{_endpoint()}/api/{kind}/{name}/revision/{quote(revision, safe="")}'
+    answer = _ask('GET', url, stay=True)
     try:
-        said = _ask('GET', url, stay=True).json()
+        said = answer.json()
         commit, names = said['sha'], [sibling['rfilename'] for sibling in said['siblings']]
         odd = [commit] if not re.fullmatch('[0-9a-f]{40}', commit) else []
         odd += [text for text in names if not re.fullmatch(r'(?!.*(^|/)\.{1,2}(/|$))[^/\\]+(/[^/\\]+)*', text)]
@@ -389,8 +392,6 @@ def resolve(name, weights=True):
     if _has_model(folder, weights) and _has_tokenizer(folder):
         return folder
     try:
-        if offline():
-            raise Refused('not all of it is in the cache, and HF_HUB_OFFLINE is set')
         return _download(name, repo, weights)
     except Refused as error:
         if weights and _has_model(folder, weights):

@@ -41,7 +41,9 @@ class Hub:
             server.server_close()
 
     def files(self, name):
-        return self.repos.get(name) or (self.repos['me/plain'] if name.startswith('me/') else {})
+        """Of all branches: the names of the files tell them apart."""
+        known = [files for repo, files in self.repos.items() if (repo + '/').startswith(name + '/')]
+        return {f: b for files in known for f, b in files.items()} or (self.repos['me/plain'] if name.startswith('me/') else {})
 
     def asked(self, method=None, path='', host=None):
         return [s for s in self.seen if method in (None, s[1]) and path in s[2] and host in (None, s[0])]
@@ -73,8 +75,8 @@ class Hub:
                 if host == 'cdn':
                     if self.command == 'HEAD' or 'Authorization' in self.headers:
                         return self.answer(400)
-                    name, file = path[1:].rsplit('/', 1)
-                    return self.serve(name.rsplit('/', 1)[1], hub.files(name)[file])
+                    owner, name, file = path[1:].split('/', 2)
+                    return self.serve(name, hub.files(f'{owner}/{name}')[file])
                 parts = path.strip('/').split('/')
                 if parts[:2] == ['api', 'resolve-cache']:
                     name, file = '/'.join(parts[3:5]), '/'.join(parts[6:])
@@ -101,7 +103,8 @@ class Hub:
                     return self.answer(CODES[what])
                 if what in ('html', 'list'):
                     return self.answer(200, {'html': b'<html>log in</html>', 'list': b'[1]'}[what])
-                files = hub.files('/'.join([name, *rest[1:]]) if '/'.join([name, *rest[1:]]) in hub.repos else name)
+                branch = '/'.join([name, *rest[1:]])
+                files = hub.repos.get(branch) or hub.repos.get(name) or hub.files(name)
                 if rest[:1] == ['tree']:
                     rows = [dict(type='file', path=f, size=len(b), oid=git_sha1(b), **(
                         {'lfs': dict(oid=hashlib.sha256(b).hexdigest(), size=len(b), pointerSize=130)} if f.endswith('.safetensors') else {}))
