@@ -22,8 +22,8 @@ config_keys = [k for k,v in globals().items() if not k.startswith('_') and isins
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl'
-KNOWN = {'train': (4166206, '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465'),
-         'test': (749738, '3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14')}
+KNOWN = {'train': '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465',
+         'test': '3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14'}
 ASK = 'Think step by step and put the final number after "####".'
 
 
@@ -51,7 +51,7 @@ def read(split):
     if src:
         path = find(src, rf'(^|/)(gsm8k_)?{split}(-\d+-of-\d+)?\.(jsonl?(\.gz)?|parquet)$')[0]
     else:
-        path = fetch(URL.format(split), os.path.join(out_dir, f'origin_{split}.jsonl'), *KNOWN[split])
+        path = fetch(URL.format(split), os.path.join(out_dir, f'origin_{split}.jsonl'), KNOWN[split])
     return list(rows_of(path, 'question', 'answer'))
 
 

@@ -27,9 +27,9 @@ config_keys = [k for k,v in globals().items() if not k.startswith('_') and isins
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{}/{}.jsonl.gz'
-KNOWN = {('helpful-base', 'train'): (16200131, '518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4'),
-         ('helpful-base', 'test'): (875191, '8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b')}
-# (the hub itself says the size and hash of the others)
+KNOWN = {('helpful-base', 'train'): '518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4',
+         ('helpful-base', 'test'): '8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b'}
+# (the hub itself says the hash of the others)
 
 
 def sources():
@@ -40,7 +40,7 @@ def sources():
         names = '|'.join(re.escape(s).replace(r'\-', '[-_]') for s in wanted)
         return find(src, rf'({names}).*\.(jsonl(\.gz)?|parquet)$')
     pairs = [(subset, part) for subset in wanted for part in ('train', 'test')]
-    return [fetch(URL.format(*pair), os.path.join(out_dir, '{}-{}.jsonl.gz'.format(*pair)), *KNOWN.get(pair, ()))
+    return [fetch(URL.format(*pair), os.path.join(out_dir, '{}-{}.jsonl.gz'.format(*pair)), KNOWN.get(pair, ''))
             for pair in pairs]
 
 

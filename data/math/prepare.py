@@ -34,8 +34,8 @@ config_keys = [k for k,v in globals().items() if not k.startswith('_') and isins
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/{}.jsonl'
-KNOWN = {'train': (10896985, '90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076'),
-         'test': (446564, '35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132')}
+KNOWN = {'train': '90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076',
+         'test': '35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132'}
 ASK = 'Please reason step by step, and put your final answer within \\boxed{}.'  # what the model cards of Qwen ask with
 
 
@@ -116,7 +116,7 @@ def sources(given, split):
     from rows import find
     if given:
         return find(given, rf'(^|/)[^/]*{split}[^/]*\.(jsonl?(\.gz)?|parquet)$')
-    return [fetch(URL.format(split), os.path.join(out_dir, f'origin_{split}.jsonl'), *KNOWN[split])]
+    return [fetch(URL.format(split), os.path.join(out_dir, f'origin_{split}.jsonl'), KNOWN[split])]
 
 
 def main():

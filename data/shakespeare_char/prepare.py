@@ -18,7 +18,7 @@ config_keys = [k for k,v in globals().items() if not k.startswith('_') and isins
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SIZE, SHA256 = 1115394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def main():
@@ -28,7 +28,7 @@ def main():
     if src:
         paths = find(src, r'(shakespeare|(^|/)input).*\.(txt|jsonl)(\.gz)?$')
     else:
-        paths = [fetch(URL, os.path.join(out_dir, 'input.txt'), SIZE, SHA256)]
+        paths = [fetch(URL, os.path.join(out_dir, 'input.txt'), SHA256)]
     text = '\n\n'.join(map(read_text, paths))
     chars, n = ''.join(sorted(set(text))), int(len(text) * (1 - val))
     meta = os.path.join(out_dir, 'meta.json')
