@@ -30,6 +30,8 @@ import infer
 import kernels
 from data.judge import ask_judge
 from dataset import load_dataset
+from files import replaced
+from grpo import pass_at_k
 from reward import reward_of, wilson
 from rollout import load_reward
 from run import load_model, pick_device, pick_threads
@@ -71,14 +73,6 @@ config = {k: globals()[k] for k in config_keys} # will be useful for logging
 
 # --------------------------------------------------------------------------------------------------
 # the numbers
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of k samples is right, of n of which c are: 1 - C(n - c, k) / C(n, k).
-    n=4, c=1: k=1 0.25, k=2 0.5, k=4 1."""
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f'pass@{k} of {n} samples, {c} right: k must be between 1 and num_samples')
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def classes_of(answers: list, right: list, equal=None) -> list:
@@ -136,21 +130,21 @@ def share(flags) -> float:
     return float(np.mean(list(flags)))
 
 
+def grams(words: list, n: int) -> list:
+    return list(zip(*(words[i:] for i in range(n))))
+
+
 def diversity(texts: list, run: int = 4) -> dict:
     """distinct-n = different word n-grams / all of them, n = 1, 2, 3 (Li et al. 2016, 1510.03055); repeats =
-    share of texts that hold a run of `run` words twice; same = share of texts that another one equals. ['a
-    b', 'a b'] -> 0.5, 0.5, 0; 0; 1."""
-    out = {}
-    for n in (1, 2, 3, run):
-        grams = []
-        for text in texts:
-            words = re.findall(r'\w+|[^\w\s]', text.lower())
-            grams.append(list(zip(*(words[i:] for i in range(n)))))
-        every = sum(grams, [])
+    share of texts that hold a run of `run` words twice; same = share of texts that another one equals.
+    ['a b', 'a b'] -> 0.5, 0.5, 0; 0; 1."""
+    said = [re.findall(r'\w+|[^\w\s]', text.lower()) for text in texts]
+    out, counts = {}, Counter(texts)
+    for n in (1, 2, 3):
+        every = [gram for words in said for gram in grams(words, n)]
         out[f'distinct-{n}'] = len(set(every)) / max(1, len(every))
-    del out[f'distinct-{run}']
-    out['repeats'] = share(len(set(of_text)) < len(of_text) for of_text in grams)
-    out['same'] = share(texts.count(text) > 1 for text in texts)
+    out['repeats'] = share(len(set(grams(words, run))) < len(grams(words, run)) for words in said)
+    out['same'] = share(counts[text] > 1 for text in texts)
     return out
 
 
@@ -313,7 +307,7 @@ def accuracy(rows: list, ours: Answers, samples: list, wanted: list) -> dict:
     right = ours.of_rows(mark > 0.5 for mark in marks)
     out = {'score': interval([np.mean(group) for group in scores], as_share=False)}
     for k in wanted:
-        out[f'pass@{k}'] = interval([pass_at_k(num_samples, sum(group), k) for group in right])
+        out[f'pass@{k}'] = interval([pass_at_k(torch.tensor(group), num_samples, k) for group in right])
     names = load_reward(reward).__globals__
     if 'extract_answer' in names:
         answers = ours.of_rows(map(names['extract_answer'], ours.texts))
@@ -381,9 +375,8 @@ def check_config() -> list:
 
 
 def write_rows(path: str, rows: list):
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+    with replaced(path, 'w') as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-    os.replace(path + '.tmp', path)
 
 
 def evaluate_rows(wanted: list, path: str) -> dict:

@@ -38,7 +38,7 @@ def load(path):
 
 def references(path, math):
     """The distinct reference answers of a file."""
-    from download import rows_of
+    from rows import rows_of
     found = {}
     for row in rows_of(path):
         try:
@@ -91,7 +91,7 @@ def changed(answer, rng):
 
 
 def main():
-    from download import find
+    from rows import find
     math, gsm8k = load(grader or 'data/math/reward.py'), load(grader or 'data/gsm8k/reward.py')
     rng, start, slowest = random.Random(seed), time.process_time(), 0.0
     counts = {}
@@ -117,5 +117,4 @@ def main():
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()

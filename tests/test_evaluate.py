@@ -21,16 +21,6 @@ from data.judge import ask_judge, verdict_of
 # ---- the numbers ----
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_hit():
-    for n, c in itertools.product(range(1, 7), range(7)):
-        if c <= n:
-            for k in range(1, n + 1):
-                subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-                assert E.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    with pytest.raises(ValueError, match='between 1 and num_samples'):
-        E.pass_at_k(4, 1, 5)
-
-
 def test_majority_vote():
     assert E.vote(['right', 'right', '3']) == 1 and E.vote(['right', '3']) == 0.5 and E.vote([None]) == 0
     assert E.vote([None, None, 'right']) == 1 and E.vote(['3', '3', 'right']) == 0  # no answer is no vote
