@@ -40,7 +40,7 @@ from tokenizer import _row_args, alpaca_prompt, encode_prompt, encode_row, get_t
 # what
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
 eval_file = '' # rows {"prompt" or "question" or "instruction", ...}; '' only with perplexity
-limit = 0 # the first so many rows; 0 = all
+limit = 0 # >= 0: the first so many rows; 0 = all
 reward = '' # file with reward(prompt, completion, row) -> float; right means above 0.5
 ks = '1' # of pass@k and maj@k, by comma, none above num_samples; majority where the file has extract_answer
 against = '' # a model, or a .jsonl with {"prompt", "completion"} or what this script wrote
@@ -48,22 +48,22 @@ judge = '' # who compares: a reward file, a reward model (out_dir, directory), o
 judge_model = 'gpt-4o-mini' # the model's name at an http judge
 # name of the environment variable with the key of an http judge; unset: none is sent
 judge_key = 'JUDGE_API_KEY'
-judge_tokens = 512 # tokens that an http judge may say: it may think first
-tie = 0.0 # scores that differ by no more are a tie
+judge_tokens = 512 # >= 1: tokens that an http judge may say: it may think first
+tie = 0.0 # >= 0: scores that differ by no more are a tie
 perplexity = '' # rows for perplexity: {"messages"}, {"prompt", "completion"}, {"text"} ...
 out_dir = '' # for eval.jsonl and eval.json; '' = init_from if it is a folder, else here
 # sampling
-num_samples = 1 # answers a prompt
-max_new_tokens = 256
-temperature = 0.0 # 0 = greedy; pass@k and maj@k want 0.6 to 1
-top_p = 1.0
+num_samples = 1 # >= 1: answers a prompt
+max_new_tokens = 256 # >= 1: tokens an answer at most
+temperature = 0.0 # >= 0: 0 = greedy; pass@k and maj@k want 0.6 to 1
+top_p = 1.0 # in (0, 1]: of the likeliest tokens, so much of the probability
 stop = '' # a string that ends an answer: a base model goes on with 'Question:'
-max_num_seqs = 64 # answers generated at once
+max_num_seqs = 64 # >= 1: answers generated at once
 # system
-seed = 1337
+seed = 1337 # >= 0: of the samples
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16'
-threads = 0 # CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = 1 for models under 5 M parameters, else torch's choice
 config_keys = [k for k, v in globals().items()
                if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 # overrides from the command line or a config file
@@ -102,12 +102,12 @@ def vote(classes: list) -> float:
 def maj_at_k(classes: list, k: int, draws: int = 256) -> float:
     """Mean of vote() over the subsets of k samples: all of them where there are at most `draws`, else that
     many drawn with a fixed seed. ['right', 'right', '3'], k=1 -> 2/3; k=3 -> 1."""
-    if math.comb(len(classes), k) <= draws:
-        subsets = itertools.combinations(classes, k)
-    else:
+    subsets = itertools.combinations(classes, k)
+    if math.comb(len(classes), k) > draws:
         rng = random.Random(0)
-        subsets = [rng.sample(classes, k) for _ in range(draws)]
-    return float(np.mean(list(map(vote, subsets))))
+        subsets = (rng.sample(classes, k) for _ in range(draws))
+    votes = [vote(subset) for subset in subsets]
+    return sum(votes) / len(votes)
 
 
 def interval(values, weights=None, as_share: bool = True) -> tuple:
@@ -152,24 +152,20 @@ def diversity(texts: list, run: int = 4) -> dict:
 # rows and answers
 
 
-def prompt_of(row: dict, where: str):
-    """A row's own prompt, a string or messages, as training reads it; the reward and the judge are shown it
-    whole."""
-    for key in ('prompt', 'question'):
-        if row.get(key):
-            return row[key]
-    if row.get('instruction'):
-        return alpaca_prompt(row)
-    raise ValueError(f'{where}: "prompt", "question" or "instruction" is wanted, got {", ".join(row)}')
-
-
 def read_rows(path: str) -> list:
-    """Rows of a file, each with its own "prompt"."""
-    rows = [dict(row) for row in load_dataset(path)]
+    """Rows of a file, each with its own "prompt", a string or messages, as training reads it."""
+    rows = []
+    for i, row in enumerate(load_dataset(path), 1):
+        prompt = row.get('prompt') or row.get('question')
+        if not prompt and row.get('instruction'):
+            prompt = alpaca_prompt(row)
+        if not prompt:
+            raise ValueError(f'{path}, row {i}: "prompt", "question" or "instruction" is wanted, '
+                             f'got {", ".join(row)}')
+        rows.append(dict(row, prompt=prompt))
     if not rows:
-        raise ValueError(f'{path}: it is empty; rows with "prompt", "question" or "instruction" are wanted')
-    prompts = [prompt_of(row, f'{path}, row {i}') for i, row in enumerate(rows, 1)]
-    return [dict(row, prompt=prompt) for row, prompt in zip(rows, prompts)]
+        raise ValueError(f'{path}: it is empty')
+    return rows
 
 
 def opened(name: str, head: str = 'lm', half: bool = False) -> tuple:
@@ -208,8 +204,10 @@ def generate(name: str, rows: list) -> Answers:
     # two values of seed share no noise, not even on prompts that are alike
     params = [infer.SamplingParams(seed=seed * 1_000_003 + i, **ways) for i in range(len(rows))]
     done = infer.Engine(model, tok, max_num_seqs=max_num_seqs).generate(prompts, params)
-    tokens = np.mean([len(c.token_ids) for c in done])
-    return Answers([c.text for c in done], [c.finish_reason == 'stop' for c in done], float(tokens))
+    return Answers(
+        texts=[c.text for c in done],
+        ended=[c.finish_reason == 'stop' for c in done],
+        tokens=float(np.mean([len(c.token_ids) for c in done])))
 
 
 def said_in(row: dict) -> list:
@@ -229,16 +227,13 @@ def answers_of(path: str, rows: list) -> Answers:
     twice gets its answers in order, and so do samples; one that is missing is an error."""
     def key(row):
         return json.dumps([row['prompt'], _row_args(row, {})], sort_keys=True)
-    found = defaultdict(list)
+    found, texts = defaultdict(list), []
     for row in read_rows(path):
         found[key(row)].append(said_in(row))
-    missing = [row['prompt'] for row in rows if key(row) not in found]
-    if missing:
-        raise ValueError(f'{path}: no answer to {len(missing)} of {len(rows)} prompts, '
-                         f'the first is {str(missing[0])[:80]!r}')
     turns = {k: itertools.cycle(answers) for k, answers in found.items()}
-    texts = []
-    for row in rows:
+    for i, row in enumerate(rows, 1):
+        if key(row) not in turns:
+            raise ValueError(f'{path}: no answer to row {i} of {eval_file}, {str(row["prompt"])[:80]!r}')
         said = itertools.cycle(next(turns[key(row)]))
         texts += [next(said) for _ in range(num_samples)]
     return Answers(texts, [True] * len(texts), 0.0)
@@ -281,7 +276,10 @@ def ask_endpoint(url: str, triples: list) -> list:
         raise ValueError(f'judge {url}: no verdict in {len(unread)} of {len(triples)} pairs, '
                          f'expected A, B or TIE, got {unread[0]}; one that thinks needs more --judge_tokens')
     names = {('A', 'B'): 'wins', ('B', 'A'): 'losses', ('A', 'A'): 'flipped', ('B', 'B'): 'flipped'}
-    return ['unread' if None in verdicts else names.get(verdicts, 'ties') for verdicts, _ in found]
+    out = []
+    for verdicts, _ in found:
+        out.append('unread' if None in verdicts else names.get(verdicts, 'ties'))
+    return out
 
 
 def compare(by: str, rows: list, ours: Answers, theirs: Answers) -> list:
@@ -307,7 +305,8 @@ def accuracy(rows: list, ours: Answers, samples: list, wanted: list) -> dict:
     right = ours.of_rows(mark > 0.5 for mark in marks)
     out = {'score': interval([np.mean(group) for group in scores], as_share=False)}
     for k in wanted:
-        out[f'pass@{k}'] = interval([pass_at_k(torch.tensor(group), num_samples, k) for group in right])
+        hits = [pass_at_k(torch.tensor(group), num_samples, k) for group in right]
+        out[f'pass@{k}'] = interval(hits)
     names = load_reward(reward).__globals__
     if 'extract_answer' in names:
         answers = ours.of_rows(map(names['extract_answer'], ours.texts))
@@ -320,13 +319,16 @@ def accuracy(rows: list, ours: Answers, samples: list, wanted: list) -> dict:
     return out
 
 
-def win_rate(rows: list, ours: Answers, samples: list) -> dict:
+def win_rate(rows: list, ours: Answers, theirs: Answers, samples: list) -> dict:
     """Wins + half the ties, flipped ones too; what the other said and who won go to the samples, too."""
-    theirs = answers_of(against, rows) if against.endswith('.jsonl') else generate(against, rows)
     outcomes = compare(judge or reward, rows, ours, theirs)
     worth = {'wins': 1.0, 'losses': 0.0, 'ties': 0.5, 'flipped': 0.5}
-    told = [[worth[name] for name in group if name in worth] for group in ours.of_rows(outcomes)]
-    out = {'win rate': interval([np.mean(group) for group in told if group])}
+    rates = []
+    for group in ours.of_rows(outcomes):
+        told = [worth[name] for name in group if name in worth]
+        if told:
+            rates.append(np.mean(told))
+    out = {'win rate': interval(rates)}
     for name in (*worth, 'unread'):
         out[name] = share(outcome == name for outcome in outcomes)
     for sample, texts, names in zip(samples, ours.of_rows(theirs.texts), ours.of_rows(outcomes)):
@@ -383,6 +385,10 @@ def evaluate_rows(wanted: list, path: str) -> dict:
     """All that is measured on eval_file. The samples go to `path` before anybody marks them: answers are
     dear."""
     rows = read_rows(eval_file)[:limit or None]
+    given = answers_of(against, rows) if against.endswith('.jsonl') else None
+    for name in (reward, judge):
+        if name.endswith('.py'):
+            load_reward(name)  # a slip in it is told before the answers are made
     ours = generate(init_from, rows)
     samples = []
     for row, texts, ended in zip(rows, ours.of_rows(ours.texts), ours.of_rows(ours.ended)):
@@ -393,7 +399,7 @@ def evaluate_rows(wanted: list, path: str) -> dict:
         if reward:
             out |= accuracy(rows, ours, samples, wanted)
         if against:
-            out |= win_rate(rows, ours, samples)
+            out |= win_rate(rows, ours, given or generate(against, rows), samples)
     except ValueError as e:
         raise ValueError(f'{e}; the answers are in {path}') from e
     write_rows(path, samples)
@@ -414,8 +420,10 @@ def main():
     for key, value in out.items():
         if isinstance(value, tuple):
             value = '{:.4f}   95 %: {:.4f} to {:.4f}'.format(*value)
-        print(f'{key:>18}  {value:.4f}' if isinstance(value, float) else f'{key:>18}  {value}')
-    print(f'written: {here}/eval.json' + (f', samples in {here}/eval.jsonl' if eval_file else ''))
+        elif isinstance(value, float):
+            value = f'{value:.4f}'
+        print(f'{key:>18}  {value}')
+    print(f'written: {here}/eval.json', f'and {here}/eval.jsonl' if eval_file else '')
 
 
 if __name__ == '__main__':

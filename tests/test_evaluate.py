@@ -329,8 +329,9 @@ def test_an_answer_cannot_play_the_question():
     (dict(eval_file='rows.jsonl', against='given.jsonl', judge='nan.py'), 'returned nan'),
     (dict(eval_file='long.jsonl'), 'long.jsonl, row 2: the prompt has 600 tokens, the context of .* is 512'),
     (dict(eval_file='keys.jsonl'), 'keys.jsonl, row 2: "prompt", "question" or "instruction" .*, got .*text'),
-    (dict(eval_file='rows.jsonl', against='few.jsonl', judge='long.py'), 'no answer to 5 of 6 prompts'),
+    (dict(eval_file='rows.jsonl', against='few.jsonl', judge='long.py'), 'no answer to row 2 of .*Q: 1'),
     (dict(eval_file='rows.jsonl', against='odd.jsonl', judge='long.py'), 'a text or one message'),
+    (dict(eval_file='rows.jsonl', reward='none.py'), r'^reward none.py: no such file.*float$'),
     (dict(perplexity='untrained.jsonl'), 'no row with a trained token')])
 def test_mistakes_are_named(evaluate, world, keys, says):
     put(world / 'long.jsonl', [{'prompt': 'x'}, {'prompt': 'x' * 600}])
