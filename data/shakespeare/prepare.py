@@ -1,8 +1,8 @@
-"""Tiny Shakespeare in GPT-2's tokens, for finetuning GPT-2: train.bin and val.bin (uint16, 90 % and 10 % of the text), as nanoGPT's.
+"""Tiny Shakespeare in GPT-2's tokens, for finetuning GPT-2: train.bin and val.bin (uint16), as nanoGPT's.
 
-    python data/shakespeare/prepare.py                      # fetches 1.1 MB and, once, GPT-2's vocabulary
-    python data/shakespeare/prepare.py --src=my.txt --tokenizer=DIR      # a folder with encoder.json + vocab.bpe or tokenizer.json
-301,966 training and 36,059 validation tokens.
+    python data/shakespeare/prepare.py          # fetches 1.1 MB and, once, GPT-2's vocabulary
+    python data/shakespeare/prepare.py --src=my.txt --tokenizer=DIR
+90 % and 10 % of the text: 301,966 training and 36,059 validation tokens.
 """
 import os
 import sys
@@ -35,8 +35,8 @@ def main():
     write_tokens(out_dir, {'train.bin': [tok.encode(text[:n])], 'val.bin': [tok.encode(text[n:])]}, tok)
     ids = tok.encode(text[:60])
     print(f'sample: {text[:60]!r} -> {ids[:12]}')
-    print(f'next: python sft.py --dataset={os.path.relpath(out_dir)} --tokenizer={tokenizer} --init_from=gpt2 '
-          '--block_size=1024 --learning_rate=3e-5')
+    print(f'next: python sft.py --dataset={os.path.relpath(out_dir)} --tokenizer={tokenizer} '
+          '--init_from=gpt2 --block_size=1024 --learning_rate=3e-5')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
-"""Tiny Shakespeare by characters, nanoGPT's first job: train.bin, val.bin (uint16, 90 % and 10 % of the text) and meta.json.
+"""Tiny Shakespeare by characters, nanoGPT's first job: train.bin, val.bin (uint16) and meta.json.
 
-    python data/shakespeare_char/prepare.py                 # fetches 1.1 MB; --src=FILE.txt takes any text of your own
-1,115,394 characters, 65 distinct: 1,003,854 training and 111,540 validation tokens. meta.json is {"vocab_size", "chars"}:
-id i is chars[i], sorted as nanoGPT sorts them, so the ids are nanoGPT's (its meta.pkl is a pickle: code; ours is data).
+    python data/shakespeare_char/prepare.py     # fetches 1.1 MB; --src=FILE.txt takes any text of your own
+1,115,394 characters, 65 distinct; 90 % and 10 % are 1,003,854 training and 111,540 validation tokens.
+meta.json is {"vocab_size", "chars"}: id i is chars[i], sorted as nanoGPT sorts them, so the ids are nanoGPT's
+(its meta.pkl is a pickle: code; ours is data).
 """
 import json
 import os
