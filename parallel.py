@@ -13,9 +13,9 @@ A stage has the same lines for one process and for many; with one, every operati
         bins = mesh.deal(pack(lengths, n), lengths)     # of the global batch's microbatches this replica's; tp, pp and cp ranks see the same
         micros = [...]                                  # made of them: whatever loss_of takes; as many on every rank
         def loss_of(model, mb): ...; return loss, dict(clip_frac=...)    # mean over the microbatch; calls model ONCE (needed by pp only)
-        metrics = parallel.accumulate(model, optimizer, micros, loss_of, weights)  # weights: counted tokens (or pairs) of each microbatch
-        norm = optimizer.step(lr, grad_clip)            # global gradient norm, clipped across all axes; gradients are gone after it
-                                                        # (parallel.step([a, b], [lr_a, lr_b], clip): two networks under one norm)
+        metrics = parallel.forward_backward(model, optimizer, micros, loss_of, weights)  # weights: counted tokens (or pairs) of each microbatch
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)  # global gradient norm, clipped across all axes; gradients are gone after it
+                                                        # (parallel.clip_and_step([a, b], [lr_a, lr_b], clip): two networks under one norm)
         outputs = parallel.evaluate(model, micros, fn)  # [fn(model, mb)] without gradients, on every rank of the replica
         state = parallel.full_state(model)              # plain state dict on every rank: HF export, a rollout engine's load_weights
         parallel.save_checkpoint(path, mesh, model, optimizer, config=..., iter=..., data=..., best=...)   # one file whatever the layout
@@ -752,7 +752,7 @@ class _Handoff(Exception):
     """Carries a stage's activations out of the loss function, which goes no further than model.hidden on this rank."""
 
     def __init__(self, x):
-        super().__init__('with pp > 1 the model runs inside parallel.accumulate or parallel.evaluate')
+        super().__init__('with pp > 1 the model runs inside parallel.forward_backward or parallel.evaluate')
         self.x = x
 
 
@@ -765,7 +765,7 @@ class _Receive(nn.Module):
 
     def forward(self, idx):
         if self.x is not None:
-            raise ValueError('the loss function called the model twice on one microbatch; with pp > 1 once is all: call accumulate twice')
+            raise ValueError('the loss function called the model twice on one microbatch; with pp > 1 once is all: call forward_backward twice')
         x = torch.empty(len(idx) // self.mesh.tp.size, self.width, dtype=self.dtype, device=idx.device)
         self.x = self.mesh.pp.recv(x, self.mesh.pp.rank - 1, 'activations').requires_grad_(torch.is_grad_enabled())
         return self.x
@@ -918,7 +918,7 @@ class Sharded(nn.Module):
         rows, cp ranks their zig-zag share; on earlier pipeline stages _Handoff leaves from here."""
         mesh, body, at = self.mesh, self.body, self.body.layout(idx, mask, doc)
         if mesh.pp.size > 1 and not self.running:
-            raise RuntimeError('with pp > 1 call the model inside parallel.accumulate or parallel.evaluate')
+            raise RuntimeError('with pp > 1 call the model inside parallel.forward_backward or parallel.evaluate')
         n, padded, cp = len(at.pos), len(at.pos) + at.extra, mesh.cp.size
         rest = -padded % (mesh.tp.size * (2 * cp if cp > 1 else 1))
         ids, pos = (F.pad(t, (0, at.extra + rest)) for t in (at.pick(idx), at.pos))  # dummies: segments of one token, nobody sees them
@@ -943,7 +943,7 @@ class Sharded(nn.Module):
             raise ValueError(f'cp {self.mesh.cp.size}: answers that share their prompt cannot be cut along the context; the nearest that works is --cp=1 '
                              f'with --tp or a smaller micro_tokens')
         if self.mesh.pp.size > 1 and not self.running:
-            raise RuntimeError('with pp > 1 call the model inside parallel.accumulate or parallel.evaluate')
+            raise RuntimeError('with pp > 1 call the model inside parallel.forward_backward or parallel.evaluate')
         rest = -n % tp
         padded = attend if not rest else lambda layer, q, k, v: F.pad(attend(layer, q[:n], k[:n], v[:n]), (0, 0, 0, 0, 0, rest))
         x = self.body.hidden(F.pad(ids, (0, rest)), F.pad(pos, (0, rest)), padded)
@@ -1251,11 +1251,7 @@ class Optimizer:
             b.in_backward = False
             b.release()
 
-    # ---- the step
-    def step(self, lr, grad_clip=0.0):
-        """One update; see the function `step`. Returns the norm of the gradient before clipping."""
-        return step([self], [lr], grad_clip)
-
+    # ---- the step: its parts, which clip_and_step puts together
     def _ready(self):
         """The gradients where AdamW looks for them -> [those that there are]."""
         for b in self.buckets:
@@ -1339,7 +1335,7 @@ class Optimizer:
 
 
 @torch.no_grad()
-def step(optimizers, lrs, grad_clip=0.0):
+def clip_and_step(optimizers, lrs, grad_clip=0.0):
     """One update of one network or several (policy and value), clipped by ONE global norm over all of them; returns that norm before
     clipping (float). grad_clip 0 = off. A norm that is not finite raises ValueError and leaves the weights as they were.
     g = (3, 4), clip 1 -> returns 5, g becomes (0.6, 0.8)."""
@@ -1364,8 +1360,8 @@ def step(optimizers, lrs, grad_clip=0.0):
 # one optimizer step's worth of microbatches
 
 
-def accumulate(model, optimizer, micros, loss_of, weights=None, summed=False):
-    """Forward and backward of all microbatches of this replica; then optimizer.step. Returns {'loss': ..., stats ...} as floats over
+def forward_backward(model, optimizer, micros, loss_of, weights=None, summed=False):
+    """Forward and backward of all microbatches of this replica (loss.backward() on each); then clip_and_step. Returns {'loss': ..., stats ...} as floats over
     all microbatches of all replicas, the same on every rank (a name that ends in _max: the largest); with pp also 'bubble', the share of
     the time that this rank waited for another stage, beside the schedule's own 'bubble_ideal' = (pp - 1) / (m + pp - 1).
 

@@ -29,8 +29,10 @@ import torch
 
 import infer
 import kernels as K
-from dataset import encode_prompt, encode_row, get_tokenizer, load_dataset, pack
-from model import load_model, pick_device, pick_threads
+from dataset import load_dataset, pack
+from tokenizer import encode_prompt, encode_row, get_tokenizer
+from run import load_model, pick_device, pick_threads
+from rollout import load_reward
 
 # what
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
@@ -199,7 +201,7 @@ def from_file(path, asked):
 def score_all(spec, rows, asked, answers):
     """Scores [[float]] of every answer by a reward file or a reward model."""
     if spec.endswith('.py'):
-        fn = infer.load_reward(spec)
+        fn = load_reward(spec)
         return [[float(fn(shown(p), t, r)) for t in texts] for r, p, texts in zip(rows, asked, answers.texts)]
     kind = pick_device(device, dtype)
     model, tokenizer = load_model(spec, kind[0], head='scalar')
@@ -284,7 +286,7 @@ def measure_perplexity(path):
 
 def accuracy(rows, asked, ours, wanted, out):
     """pass@k and maj@k of our answers into out; returns the scores [[float]]."""
-    fn = infer.load_reward(reward)
+    fn = load_reward(reward)
     extract, equal = fn.__globals__.get('extract_answer'), fn.__globals__.get('equal')
     scores = [[float(fn(shown(p), t, r)) for t in texts] for r, p, texts in zip(rows, asked, ours.texts)]
     right = [[s > 0.5 for s in x] for x in scores]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import model as M
+import run
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -229,16 +230,16 @@ def test_optimizer_groups_and_flops():
 
 def test_freed_heap_goes_back():
     """Blocks below malloc's mmap threshold, every other one freed: the heap cannot shrink by itself, trim_heap can."""
-    if M._malloc_trim is None:
+    if run._malloc_trim is None:
         pytest.skip('no glibc')
-    M._heap = None
-    assert M.trim_heap() == 0 and M._heap > 0 and M.trim_heap() == 0  # the first call measures, the second sees no growth
+    run._heap = None
+    assert run.trim_heap() == 0 and run._heap > 0 and run.trim_heap() == 0  # the first call measures, the second sees no growth
     blocks = [torch.ones(12_000) for _ in range(8000)]  # 48 kB each
     held = blocks[::2]
     del blocks
-    grown = M.memory_now(torch.device('cpu'))
-    M._heap = grown // 2
-    assert M.trim_heap() > 100e6 and M._heap is None and M.memory_now(torch.device('cpu')) < grown - 100e6 and len(held) == 4000
+    grown = run.memory_now(torch.device('cpu'))
+    run._heap = grown // 2
+    assert run.trim_heap() > 100e6 and run._heap is None and run.memory_now(torch.device('cpu')) < grown - 100e6 and len(held) == 4000
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from dataset import encode_pair, encode_prompt, encode_row, get_tokenizer, load_dataset
+from dataset import load_dataset
+from tokenizer import encode_pair, encode_prompt, encode_row, get_tokenizer
 
 from hub import Hub
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import infer
-from dataset import get_tokenizer
-from infer import Engine, SamplingParams, Server
+from tokenizer import get_tokenizer
+from infer import Engine, SamplingParams
+from serve import Server
 from test_infer import graphs, idle, tiny  # noqa: F401 (a fixture)
 
 ROOT = os.path.dirname(os.path.abspath(infer.__file__))

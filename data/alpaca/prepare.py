@@ -24,7 +24,7 @@ URL = 'https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_d
 
 
 def main():
-    from dataset import alpaca_prompt
+    from tokenizer import alpaca_prompt
     from files import fetch
     from rows import find, rows_of, write_rows
     if src:

@@ -47,7 +47,7 @@ def sources():
 
 
 def main():
-    from dataset import split_pair
+    from tokenizer import split_pair
     from rows import rows_of, write_rows
     sides, left_out, read = {'train': [], 'val': []}, {}, 0
     for path in sources():

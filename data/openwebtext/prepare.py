@@ -91,7 +91,7 @@ def documents(path):
 
 
 def main():
-    from dataset import get_tokenizer
+    from tokenizer import get_tokenizer
     from rows import write_tokens
     tok, rng = get_tokenizer(tokenizer), random.Random(seed)
     if tok.eot is None:

@@ -23,7 +23,7 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def main():
-    from dataset import get_tokenizer
+    from tokenizer import get_tokenizer
     from files import fetch, replaced
     from rows import find, read_text, write_tokens
     if src:

@@ -212,8 +212,8 @@ class Judge:
         self.rows = list(load_dataset(os.path.join(_here, 'prompts_test.jsonl')))[:8 if quick else None]
 
     def model(self, name, seed, head='lm'):
-        from dataset import get_tokenizer
-        from model import load_model
+        from tokenizer import get_tokenizer
+        from run import load_model
         if (name, seed) not in self.models:
             net, tok = load_model(folder(name, seed, self.out), head=head)
             self.models[name, seed] = net.eval(), get_tokenizer(tok)
