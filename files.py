@@ -86,7 +86,7 @@ def replaced(path, mode='wb'):
 def _sweep(path):
     """Removes what killed writers left: who still writes holds a lock, or has only just begun."""
     for left in glob.glob(glob.escape(str(path)) + '.????????.tmp'):
-        with suppress(OSError), open(left) as f:
+        with suppress(OSError), open(left, 'rb') as f:
             _flock(f, wait=False)
             if time.time() - getmtime(left) > GRACE:
                 os.remove(left)
@@ -113,7 +113,7 @@ def locked(path, wait=True):
     lock. wait=False: a BlockingIOError if another holds it. Two calls in one process exclude each other,
     too."""
     os.makedirs(dirname(path) or '.', exist_ok=True)
-    f = open(path, 'a+')
+    f = open(path, 'a+', encoding='utf-8')
     _flock(f, wait)
     return f
 

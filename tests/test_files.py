@@ -12,9 +12,9 @@ import torch
 
 import files
 from conftest import ROOT
-from dataset import get_tokenizer
 from hub import COMMIT, Hub
 from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
 
 WEIGHTS = 'model.safetensors'
 
@@ -423,9 +423,9 @@ def test_writers_at_once_and_what_a_killed_one_left(tmp_path, monkeypatch):
     slow.communicate()
     with files.replaced(path, 'w') as f:
         f.write('mine again')
-    assert everything(tmp_path) == ['file'] and open(path).read() == 'mine again'
+    assert everything(tmp_path) == ['file'] and (tmp_path / 'file').read_text() == 'mine again'
     many = [python(writer.format(50, letter)) for letter in 'abc']
-    assert [p.wait(60) for p in many] == [0] * 3 and len(set(open(path).read())) == 1
+    assert [p.wait(60) for p in many] == [0] * 3 and len(set((tmp_path / 'file').read_text())) == 1
     assert everything(tmp_path) == ['file']
     assert [p.communicate() for p in many]
 

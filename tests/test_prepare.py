@@ -53,7 +53,7 @@ def test_shakespeare_char(tmp_path, monkeypatch, capsys):
     train, val = (np.fromfile(tmp_path / 'out' / f, np.uint16) for f in ('train.bin', 'val.bin'))
     assert tok.decode(train.tolist()) + tok.decode(val.tolist()) == text
     assert len(train) == int(len(text) * 0.9)
-    meta = json.load(open(tmp_path / 'out' / 'meta.json'))
+    meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
     assert meta == {'vocab_size': len(set(text)),
                     'chars': ''.join(sorted(set(text)))} and train.max() < meta['vocab_size']
     assert 'next: python sft.py' in capsys.readouterr().out
@@ -157,11 +157,12 @@ def test_hh_train_and_test_files_share_no_prompt(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('form', ['text', 'chat'])
 def test_gsm8k(tmp_path, monkeypatch, form):
-    problems = lambda n: [{'question': f'What is {i} + 1000? ',
-                           'answer': f'{i}+1000 = <<{i}+1000={i + 1000}>>{i + 1000}\n#### {i + 1000:,}'}
-                           for i in range(n)] + [{'question': 'x', 'answer': 'no number'}]
-    jsonl(tmp_path / 'gsm8k_train.jsonl', problems(40))
-    jsonl(tmp_path / 'gsm8k_test.jsonl', problems(10))
+    problems = [{'question': f'What is {i} + 1000? ',
+                 'answer': f'{i}+1000 = <<{i}+1000={i + 1000}>>{i + 1000}\n#### {i + 1000:,}'}
+                for i in range(40)]
+    odd = {'question': 'x', 'answer': 'no number'}
+    jsonl(tmp_path / 'gsm8k_train.jsonl', [*problems, odd])
+    jsonl(tmp_path / 'gsm8k_test.jsonl', [*problems[:10], odd])
     prepare('gsm8k', monkeypatch, src=tmp_path, out_dir=tmp_path / 'out', form=form)
     reward = runpy.run_path(os.path.join(ROOT, 'data', 'gsm8k', 'reward.py'))['reward']
     rows, tok = {f: list(load_dataset(str(tmp_path / 'out' / f'{f}.jsonl'))) for f in ('train', 'test',
@@ -183,8 +184,8 @@ def test_the_same_seed_makes_the_same_files(tmp_path, monkeypatch):
                                                    'rejected': dialogue(i, 'b')} for i in range(50)])
     for d in ('a', 'b', 'c'):
         prepare('hh', monkeypatch, src=src, out_dir=tmp_path / d, seed=2 if d == 'c' else 1)
-    read = lambda d: (tmp_path / d / 'pref_train.jsonl').read_bytes()
-    assert read('a') == read('b') != read('c')
+    a, b, c = ((tmp_path / d / 'pref_train.jsonl').read_bytes() for d in 'abc')
+    assert a == b != c
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
@@ -198,7 +199,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
                                  ('hh', {'src': tmp_path / 'broken.jsonl'}, '2'),
                                  ('hh', {'src': wrong}, 'expected'), ('alpaca', {'src': wrong}, 'expected'),
                                  ('gsm8k', {'src': wrong}, 'expected'),
-                                 ('gsm8k', {'src': wrong, 'form': 'x'}, 'text or chat'),
+                                 ('gsm8k', {'src': wrong, 'form': 'x'}, "expected one of 'text', 'chat'"),
                                  ('shakespeare_char', {'src': tmp_path / 'latin.txt'}, 'not UTF-8 at byte 3'),
                                  ('shakespeare', {'src': wrong, 'tokenizer': 'nothing'}, 'name of the hub'),
                                  ('openwebtext', {'src': wrong, 'tokenizer': 'byte'}, 'expected'),

@@ -15,10 +15,10 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
 src = '' # rows (.json, .jsonl, .gz, .parquet), or a folder with alpaca*.json or train-*.parquet; '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-val = 0.02 # share of the rows kept for validation
+val = 0.02 # in [0, 1): share of the rows kept for validation
 seed = 1337 # of the shuffle
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json'
 

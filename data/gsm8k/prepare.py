@@ -17,11 +17,11 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
 src = '' # folder with (gsm8k_)train, test .jsonl or .parquet, or one file (a tenth becomes test); '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-form = 'text' # 'text': 'Question: ...\nAnswer:' verbatim; 'chat': [{"role": "user", ...}]
-val = 0.05 # share of train kept for validation of SFT
+form = 'text' # one of 'text', 'chat': 'Question: ...\nAnswer:' verbatim, or [{"role": "user", ...}]
+val = 0.05 # in [0, 1): share of train kept for validation of SFT
 seed = 1337 # of the draws
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl'
 KNOWN = {'train': '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465',
@@ -62,8 +62,6 @@ def read(split):
 
 def main():
     from rows import rows_of, write_rows
-    if form not in ('text', 'chat'):
-        raise ValueError(f'form is {form!r}, expected text or chat')
     if src and os.path.isfile(src):
         rows = list(rows_of(src, 'question', 'answer'))
         random.Random(seed).shuffle(rows)

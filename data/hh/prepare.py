@@ -21,11 +21,11 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 src = '' # .jsonl(.gz) with "chosen" and "rejected", or a folder of such; '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
 subsets = 'helpful-base,harmless-base' # also: helpful-online, helpful-rejection-sampled; in a folder too
-val = 0.05 # share of the prompts held out where there is no test file
+val = 0.05 # in [0, 1): share of the prompts held out where there is no test file
 seed = 1337 # of that draw and of the shuffle
-max_chars = 0 # leave out rows whose prompt and longer answer have more characters; 0 = keep all
+max_chars = 0 # >= 0: leave out rows whose prompt and longer answer have more characters; 0 = keep all
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{}/{}.jsonl.gz'
 KNOWN = {('helpful-base', 'train'): '518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4',

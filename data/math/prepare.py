@@ -26,13 +26,13 @@ _checker = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)
 src = '' # training files (.jsonl, .gz, .json, .parquet) or a folder with *train*, by comma; '' fetches MATH
 test = '' # test files or a folder with *test*, likewise; '' fetches MATH-500, or takes a share of src aside
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-form = 'chat' # 'chat': messages with the instruction below; 'text': 'Problem: ...\nSolution:'; 'asis'
+form = 'chat' # one of 'chat', 'text', 'asis': messages with ASK, 'Problem: ...\nSolution:', or as it is
 levels = '' # '1,2,3' keeps the problems of these levels (rows that have one); '' = all
-max_chars = 0 # leave out problems with more characters; 0 = keep all
-val = 0.05 # share kept aside: of src for test where no test is given, of train for the validation of SFT
+max_chars = 0 # >= 0: leave out problems with more characters; 0 = keep all
+val = 0.05 # in [0, 1): share kept aside: of src for test if none is given, of train for the validation of SFT
 seed = 1337 # of the draws
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/{}.jsonl'
 KNOWN = {'train': '90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076',
@@ -129,8 +129,6 @@ def sources(given, split):
 
 def main():
     from rows import write_rows
-    if form not in ('chat', 'text', 'asis'):
-        raise ValueError(f'form is {form!r}, expected chat, text or asis')
     counts = dict.fromkeys(('read', 'without problem or answer', 'of another level, or too long',
                             'standing twice'), 0)
     rows = read(sources(src, 'train'), counts)

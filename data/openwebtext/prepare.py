@@ -20,11 +20,11 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 src = '' # file or folder: .tar, .parquet, rows with "text" (.jsonl, .json, .gz), .txt; '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
 subsets = 0 # >= 0: how many of the hub's files to fetch (21 archives, or some 80 of parquet); 0 = all
-val = 0.0005 # share of the documents kept for validation
+val = 0.0005 # in (0, 1): share of the documents kept for validation
 seed = 2357 # of that draw
 tokenizer = 'gpt2' # 'gpt2', 'byte', or a tokenizer's directory; at most 65,536 tokens
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 NAME = 'Skylion007/openwebtext'
 
@@ -96,8 +96,6 @@ def main():
     tok, rng = get_tokenizer(tokenizer), random.Random(seed)
     if tok.eot is None:
         raise ValueError(f'tokenizer {tokenizer!r} has no end token to put between documents')
-    if subsets < 0:
-        raise ValueError(f'subsets is {subsets}, expected 0 (all) or how many of the files')
     paths, held, seen = sources(), [], 0
 
     def train():

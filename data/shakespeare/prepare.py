@@ -12,10 +12,10 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
 src = '' # text file (.txt, .jsonl with "text", .gz) or a folder with one; '' fetches tiny Shakespeare
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-val = 0.1 # share of the text, from its end, kept for validation
+val = 0.1 # in (0, 1): share of the text, from its end, kept for validation
 tokenizer = 'gpt2' # 'gpt2', 'byte', or a tokenizer's directory; at most 65,536 tokens
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

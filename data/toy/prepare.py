@@ -37,7 +37,7 @@ out_dir = _here # where the files go
 seed = 1337 # of everything
 scale = 1.0 # > 0: of all row counts; tests use 0.02
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 # rows of train; val and test are a sixteenth each
 ROWS = {'text': 9000, 'sft': 10000, 'pref': 6000, 'prompts': 4000, 'arith': 4000}
@@ -253,8 +253,6 @@ def arith_row(rng, split):
 
 
 def main():
-    if not scale > 0:
-        raise ValueError(f'scale is {scale}, expected more than 0')
     makers = {'sft': sft_row, 'pref': pref_row, 'prompts': prompt_row, 'arith': arith_row}
     rng = random.Random(f'{seed} text')
     write_rows(out_dir, 'text.jsonl', [{'text': thread(rng, 'train')}
