@@ -351,12 +351,13 @@ def resolve(name, weights=True):
         raise ValueError(f'{name}: no such file or directory, and not a name of the hub')
     repo = join(cache(), 'models--' + name.replace('/', '--'))
     folder = join(repo, 'snapshots', basename(_text(join(repo, 'refs', 'main'))) or '-')
-    if not _lacks(folder, weights):
+    whole = not weights or _has_model(folder)
+    if whole and _has_tokenizer(folder):
         return folder
     try:
         return _download(name, repo, weights)
     except Refused as error:
-        if weights and not _lacks(folder, weights, tokenizer=False):
+        if weights and whole:
             return folder  # only the tokenizer is missing: it may never have had one
         raise ValueError(f'{name}: no such folder here, and from the hub: {error}; `hf download {name}` '
                          f'fills the same cache ({cache()}), or give a directory that you have') from None
@@ -373,29 +374,27 @@ def _shards(folder):
     return sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', _text(join(folder, INDEX)))))
 
 
-def _lacks(folder, weights, tokenizer=True):
-    """Does a snapshot lack something of the model, or of a tokenizer?"""
-    model = not weights or _has(folder, 'config.json', *_shards(folder) or '-')
-    words = _has(folder, 'tokenizer.json') or _has(folder, 'vocab.json', 'merges.txt')
-    return not (model and (words or not tokenizer))
+def _has_model(folder):
+    return _has(folder, 'config.json', *_shards(folder) or '-')
+
+
+def _has_tokenizer(folder):
+    return _has(folder, 'tokenizer.json') or _has(folder, 'vocab.json', 'merges.txt')
 
 
 def _download(name, repo, weights):
-    """The files that are wanted and missing -> blobs/HASH, linked into snapshots/COMMIT; then refs/main names
-    the commit."""
+    """What is wanted and missing -> blobs/HASH, linked into snapshots/COMMIT, which refs/main then names."""
     commit, names = listing(name)
     folder = join(repo, 'snapshots', commit)
-
-    def bring(wanted):
-        for file in wanted:
-            if not _has(folder, file):
-                _bring(f'{_endpoint()}/{name}/resolve/{commit}/{file}', repo, join(folder, file))
-
-    bring(filter(TEXTS.fullmatch, names))
+    wanted = [file for file in names if TEXTS.fullmatch(file)]
     if weights:
-        bring([file for file in (SINGLE, INDEX) if file in names][:1])
-        bring(_shards(folder))
-    if _lacks(folder, weights, tokenizer=False):
+        wanted += [file for file in (INDEX, SINGLE) if file in names][-1:]
+    for file in wanted:
+        if not _has(folder, file):
+            _bring(f'{_endpoint()}/{name}/resolve/{commit}/{file}', repo, join(folder, file))
+        if file == INDEX:
+            wanted += _shards(folder)  # the loop goes on with them
+    if weights and not _has_model(folder):
         raise Refused('no config.json with safetensors; pickled weights are not read: they can run code')
     os.makedirs(join(repo, 'refs'), exist_ok=True)
     with replaced(join(repo, 'refs', 'main'), 'w') as f:
@@ -404,20 +403,18 @@ def _download(name, repo, weights):
 
 
 def _bring(url, repo, link):
-    """One file into the cache. Its lock is huggingface_hub's, so that its programs and ours wait for each
-    other."""
+    """One file into the cache. Its lock is huggingface_hub's: its programs and ours wait for each other."""
     tag = _hash(url)
     if not tag:
         raise Refused(f'no checksum in the answer for {url}')
-    above, folder = os.path.split(repo)
     blob = join(repo, 'blobs', tag)
-    for made in (blob, link):
-        os.makedirs(dirname(made), exist_ok=True)
-    with locked(join(above, '.locks', folder, tag + '.lock')):
-        _complete(url, blob, blob + '.incomplete', tag)
+    beside = f'{link}.{secrets.token_hex(4)}.tmp'
+    for path in (blob, link):
+        os.makedirs(dirname(path), exist_ok=True)
+    with locked(join(cache(), '.locks', basename(repo), tag + '.lock')):
         if exists(link):
             return
-        beside = f'{link}.{secrets.token_hex(4)}.tmp'
+        _complete(url, blob, blob + '.incomplete', tag)
         try:
             if _says('HF_HUB_DISABLE_SYMLINKS'):
                 raise OSError('no links wanted')
