@@ -85,7 +85,7 @@ def replaced(path, mode='wb'):
 
 def _sweep(path):
     """Removes what killed writers left: who still writes holds a lock, or has only just begun."""
-    for left in glob.glob(glob.escape(str(path)) + '.????????.tmp'):
+    for left in glob.glob(glob.escape(str(path)) + '.' + '[0-9a-f]' * 8 + '.tmp'):
         with suppress(OSError), open(left, 'rb') as f:
             _flock(f, wait=False)
             if time.time() - getmtime(left) > GRACE:

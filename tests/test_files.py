@@ -412,6 +412,10 @@ def test_what_fails_in_the_block_is_not_blamed_on_the_disk(tmp_path):
 def test_writers_at_once_and_what_a_killed_one_left(tmp_path, monkeypatch):
     monkeypatch.setattr(files, 'GRACE', 0)
     path = str(tmp_path / 'file')
+    (tmp_path / 'file.previous.tmp').write_text('of somebody else')
+    with files.replaced(path, 'w') as f:
+        f.write('first')
+    (tmp_path / 'file.previous.tmp').unlink()  # it is still there
     writer = 'import files, time\nfor i in range({}):\n  '
     writer += f'with files.replaced({path!r}, "w") as f:\n    f.write({{!r}} * 99999)'
     slow = python(writer.format(1, 'x') + '; f.flush(); print("on", flush=True); time.sleep(60)')
