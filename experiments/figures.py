@@ -15,6 +15,7 @@ import sys
 import numpy as np
 
 import runs as X
+from files import replaced
 
 RED, BLUE, GREEN, GREY, ORANGE, PURPLE = '#cb181d', '#08519c', '#238b45', '#737373', '#d94801', '#6a51a3'
 COLOURS = (RED, BLUE, GREEN, ORANGE, PURPLE, GREY, '#17becf', '#bcbd22', '#e377c2')
@@ -590,9 +591,8 @@ def insert(path, key, block):
             rf'(<!-- {key} -->\n).*?(<!-- /{key} -->)', lambda m: m[1] + block + '\n' + m[2], old, flags=re.S
         )
         if new != old:
-            with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            with replaced(path, 'w') as f:
                 f.write(new)
-            os.replace(path + '.tmp', path)
 
 
 def write(question, out, assets, seeds):

@@ -25,7 +25,6 @@ with fixed seeds; the answers lie in judged.jsonl of its folder, the numbers in 
 two iterations each, to see it work.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -36,6 +35,7 @@ import time
 
 from runs import BON, BON_PROMPTS, QUESTIONS, ROOT, RUNS, SEEDS, TOY
 from runs import arguments, command, folder, read_rows, record, results, text_metrics
+from files import locked, replaced  # runs.py has put the root on the path
 
 # --------------------------------------------------------------------------------------------------
 # the runs
@@ -66,9 +66,8 @@ def preferences(out):
             {'prompt': row['prompt'], 'chosen': good, 'rejected': bad, 'margin': abs(gap) / 4}
         )
     for name, rows in made.items():
-        with open(os.path.join(out, f'pref_{name}.jsonl.tmp'), 'w', encoding='utf-8') as f:
+        with replaced(os.path.join(out, f'pref_{name}.jsonl'), 'w') as f:
             f.writelines(json.dumps(r) + '\n' for r in rows)
-        os.replace(os.path.join(out, f'pref_{name}.jsonl.tmp'), os.path.join(out, f'pref_{name}.jsonl'))
 
 
 def train(name, seed, out, quick):
@@ -76,11 +75,7 @@ def train(name, seed, out, quick):
     goes to cost.json."""
     worked = any([train(need, seed, out, quick) for need in RUNS[name][3]])
     here = folder(name, seed, out)
-    os.makedirs(here, exist_ok=True)
-    with open(
-        os.path.join(here, 'lock'), 'w', encoding='utf-8'
-    ) as lock:  # several of these commands may share a folder of runs: each run is trained by one of them
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(os.path.join(here, 'lock')):  # commands may share a folder of runs: one of them trains each run
         return train_alone(name, seed, out, quick, here) or worked
 
 
@@ -241,9 +236,8 @@ class Judge:
         asked = self.rows[:BON_PROMPTS]
         if not os.path.exists(path):
             prompts, done = self.answers('sft', seed, 8 if self.n_new == 16 else BON, BON_PROMPTS)
-            with open(f'{path}.{os.getpid()}', 'w', encoding='utf-8') as f:
+            with replaced(path, 'w') as f:
                 f.writelines(json.dumps([p, c.text, c.token_ids]) + '\n' for p, c in zip(prompts, done))
-            os.replace(f'{path}.{os.getpid()}', path)
         rows = read_rows(path)
         return (
             [p for p, _, _ in rows],
