@@ -75,7 +75,7 @@ def train(name, seed, out, quick):
     goes to cost.json."""
     worked = any([train(need, seed, out, quick) for need in RUNS[name][3]])
     here = folder(name, seed, out)
-    with locked(os.path.join(here, 'lock')):  # commands may share a folder of runs: one of them trains each run
+    with locked(os.path.join(here, 'lock')):  # commands may share a folder of runs: one trains each run
         return train_alone(name, seed, out, quick, here) or worked
 
 

@@ -249,11 +249,3 @@ def test_prepare_the_forms_of_others(tmp_path, monkeypatch):
     prepare('math', monkeypatch, src=src, test=test, out_dir=tmp_path / 'q', form='asis')
     left = rows(tmp_path / 'q', 'train')
     assert len(left) == 3  # the two that stand in the test inside an instruction of their own are gone
-
-
-@pytest.mark.parametrize('options, says', [
-    (dict(form='x'), 'expected chat, text or asis'), (dict(src='nothere.jsonl'), 'no such file')])
-def test_prepare_mistakes(options, says, monkeypatch, tmp_path):
-    options = {'src': jsonl(tmp_path / 'a.jsonl', MATH), **options}
-    with pytest.raises(ValueError, match=says):
-        prepare('math', monkeypatch, out_dir=tmp_path, **options)
