@@ -1,7 +1,7 @@
 """Whole files or none: whatever is downloaded or written here, no reader ever meets half of it.
 
-    folder = files.resolve('gpt2')                 # a model of the hub: its folder in the usual Hugging Face
-    cache path = files.fetch(url, path, size, sha256)    # any file of the web
+    folder = files.resolve('gpt2')                 # a model of the hub: its folder in the usual cache
+    path = files.fetch(url, path, sha256)          # any file of the web
     with files.replaced('out/ckpt.pt') as f:       # written beside it, then renamed over it
     with files.locked('out/.lock'):                # the kernel gives the lock back, however the process ends
 
@@ -11,7 +11,8 @@ round. Of its environment we follow HF_HOME, XDG_CACHE_HOME, HF_HUB_CACHE, HUGGI
 HF_TOKEN, HUGGING_FACE_HUB_TOKEN, HF_TOKEN_PATH (`hf auth login`), HF_HUB_DISABLE_IMPLICIT_TOKEN,
 HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE, HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT,
 HF_HUB_DISABLE_PROGRESS_BARS and HF_HUB_DISABLE_SYMLINKS. The others are about Xet, telemetry, logging and
-OIDC, which are not used here. """
+OIDC, which are not used here.
+"""
 import errno
 import glob
 import hashlib
