@@ -359,8 +359,8 @@ if __name__ == '__main__':
             run.evaluated(it, seen, seen['loss'], shown, lower=True)
             if -seen['chosen_logp_change'] > 0.05 * abs(first_logp):
                 fell = -seen['chosen_logp_change']
-                print(f'  the chosen log-prob has fallen by {fell:.2f} nats since step 0: DPO widens the margin '
-                      f'by pushing both down; sft_coef, a larger beta or fewer steps hold it')
+                print(f'  the chosen log-prob has fallen by {fell:.2f} nats since step 0: DPO widens the '
+                      f'margin by pushing both down; sft_coef, a larger beta or fewer steps hold it')
         if it == max_iters or eval_only:
             break
 

@@ -659,7 +659,7 @@ class Net:
         at = lambda x: 0 if x is None else x.data_ptr()
         cos, sin = self.rope or (None, None)
         self.c_net = K.native.Net(layers=self.table.ctypes.data, wte=at(self.wte), wpe=at(self.wpe), cos=at(cos), sin=at(sin), nf=at(self.ln_f[0]), nfb=at(self.ln_f[1]),
-                          head=table[-1, 'head'], headb=table[-1, 'headb'], C=c.n_embd, inner=c.n_inner, V=c.vocab_size, act=K.native.ACTS[self.act], rms=c.norm == 'rms',
+                          head=table[-1, 'head'], headb=table[-1, 'headb'], C=c.n_embd, inner=c.n_inner, V=c.vocab_size, positions=c.block_size, act=K.native.ACTS[self.act], rms=c.norm == 'rms',
                           eps=c.norm_eps, scale=c.head_size ** -0.5)
         self.rows = 0
         return False
@@ -668,7 +668,7 @@ class Net:
         """hidden in C: ids, pos (N,) int64 NumPy arrays, the rest from RowCache.tables -> (N, C), valid until the next forward."""
         n, C, (L, nkv, hs) = len(ids), self.c.n_embd, self.shape
         if n > self.rows:
-            self.rows = max(n, 2 * self.rows, 64)
+            self.rows = self.c_net.rows = max(n, 2 * self.rows, 64)
             line = lambda n: -(-n // 32) * 32 + 16  # rows a power of two apart would fall on the same lines of the CPU's cache
             widths = dict(x=C, y=C, qkv=self.heads * hs, att=self.c.n_head * hs, mid=self.c.n_inner)
             self.work = {name: torch.zeros(self.rows, line(width)) for name, width in widths.items()}
@@ -758,7 +758,9 @@ class Net:
         n, V = len(at), self.c.vocab_size
         if len(self.z) < n:
             self.z = torch.empty(max(n, 2 * len(self.z)), -(-V // 32) * 32)
-        self.code.logits(ctypes.byref(self.c_net), at.ctypes.data, n, self.z.data_ptr(), self.z.stride(0))
+        for i in range(0, n, self.rows):  # n samples of one prompt are more rows than the step had tokens
+            part, z = at[i:i + self.rows], self.z[i:]
+            self.code.logits(ctypes.byref(self.c_net), part.ctypes.data, len(part), z.data_ptr(), len(z), z.stride(0))
         return self.z[:n, :V]
 
 

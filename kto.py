@@ -181,7 +181,7 @@ def with_other_answers(items, T):
     return out
 
 
-def answer_logps(model, items, which, average):
+def answers_logp(model, items, which, average):
     """log pi(answer | prompt) (B, len(which)); which: (1,) the own answer, (3,) another one, (1, 3) both."""
     logp, _, mask = answer_logprobs(model, [(item[0], [item[k] for k in which]) for item in items])
     return sequence_logp(logp, mask, average).view(-1, len(which))
@@ -192,7 +192,7 @@ def logps_in_order(run, model, items, which, average):
     lengths = [len(item[0]) + sum(len(item[k]) for k in which) for item in items]
 
     def logps(net, rows):
-        return answer_logps(net, [items[i] for i in rows], which, average)
+        return answers_logp(net, [items[i] for i in rows], which, average)
     return torch.stack(run.each(model, lengths, logps)).float()
 
 
@@ -203,7 +203,7 @@ COLUMNS = ('loss', 'accuracy', 'good', 'bad',
 def judge(model, items, ref_logp, z, beta, desirable_weight, undesirable_weight, average):
     """(losses (B,) with gradient, COLUMNS of each answer (B, 8) without); 0 in the columns of the side that
     it is not on. ref_logp (B,), z a float."""
-    logp = answer_logps(model, items, (1,), average)[:, 0]
+    logp = answers_logp(model, items, (1,), average)[:, 0]
     label = torch.tensor([item[2] for item in items], device=logp.device)
     ref_logp = ref_logp.to(logp.device)
     losses, rewards = kto_loss(logp, ref_logp, label, z, beta, desirable_weight, undesirable_weight)

@@ -71,7 +71,7 @@ def _compiler():
 
 @functools.lru_cache(None)
 def library(part, **sizes):
-    """One part of native.c ('DOCS', 'FORWARD', 'DRAW') for these sizes; None, and a line says why, without it."""
+    """One part of native.c ('DOCS', 'FORWARD', 'DRAW') for these sizes; else None, and a line says why."""
     if _compiler() is None:
         return _say('no C compiler: install gcc or clang')
     # A folder of our own: nobody can leave a library there for us. Windows cannot remove a loaded one.
@@ -85,8 +85,14 @@ def library(part, **sizes):
             return _say(f'native.c does not load ({e}; TMPDIR may name a folder from which it does)')
 
 
-def _declare(function, *arguments):
-    function.argtypes, function.restype = arguments, None
+def _check(fault, function, arguments):
+    if fault:
+        raise RuntimeError(f'native.c: {function.__name__} needs {fault.decode()}')
+
+
+def _declared(function, *arguments):
+    function.argtypes, function.restype, function.errcheck = arguments, ctypes.c_char_p, _check
+    return function
 
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -103,49 +109,53 @@ def _fields(pointers, ints, floats):
 
 class Docs(ctypes.Structure):
     """docs in native.c."""
-    _fields_ = _fields('q k v rows cu first tasks out lse', 'sq sk sv n_tasks longest nkv group', 'scale')
+    _fields_ = _fields('q k v rows cu first tasks out lse dout dq dk dv',
+                       'sq sk sv N M docs n_tasks longest nkv group', 'scale')
 
     @staticmethod
-    def of(q, k, v, out, lse, layout, scale):
-        """Tensors as DocAttention keeps them -> what C reads. The tensors must outlive it."""
-        rows, cu, first, tasks, longest = layout
-        tensors = dict(q=q, k=k, v=v, rows=rows, cu=cu, first=first, tasks=tasks, out=out, lse=lse)
-        sizes = dict(n_tasks=len(tasks) - 1, longest=longest, nkv=k.shape[1], group=q.shape[1] // k.shape[1])
+    def of(tensors, longest, scale):
+        """tensors: by their names in C; they must outlive what this returns."""
+        q, k, v, cu, first = (tensors[name] for name in ('q', 'k', 'v', 'cu', 'first'))
         strides = dict(sq=q.stride(0), sk=k.stride(0), sv=v.stride(0))
-        return Docs(**{name: t.data_ptr() for name, t in tensors.items()}, **sizes, **strides, scale=scale)
+        counts = dict(N=len(q), M=len(tensors['rows']), docs=min(len(cu) - 1, len(first)))
+        counts.update(n_tasks=len(tensors['tasks']) - 1, nkv=k.shape[1], group=q.shape[1] // k.shape[1])
+        places = {name: t.data_ptr() for name, t in tensors.items()}
+        return Docs(**places, **strides, **counts, longest=longest, scale=scale)
 
 
 @functools.lru_cache(None)
 def docs(head_size):
-    """The library for heads of this size, a multiple of 16; None without one."""
+    """attend(Docs) for heads of this size, a multiple of 16; None without a library."""
     lib = library('DOCS', HS=head_size)
-    if lib is not None:
-        _declare(lib.attend, POINTER)
-        _declare(lib.attend_backward, *[POINTER] * 5)
-    return lib
+    return lib and _declared(lib.attend, POINTER)
 
 
 class DocAttention(torch.autograd.Function):
-    """kernels.doc_attention; layout: (rows, cu, first, tasks, longest)."""
+    """kernels.doc_attention; layout: rows, cu, first, tasks, longest."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale, *layout):
+        if q.shape[::2] != k.shape[::2] or k.shape != v.shape or q.shape[1] % k.shape[1]:
+            raise ValueError(f'q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together')
         dense = [x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] for x in (q, k, v)]
         q, k, v = (x if ok else x.contiguous() for x, ok in zip((q, k, v), dense))
         out, lse = torch.zeros(q.shape), torch.empty(q.shape[:2])
-        docs(q.shape[-1]).attend(ctypes.byref(Docs.of(q, k, v, out, lse, layout, scale)))
-        ctx.save_for_backward(q, k, v, out, lse, *layout[:-1])
-        ctx.longest, ctx.scale = layout[-1], scale
+        *places, longest = layout
+        ctx.tensors = dict(zip(('rows', 'cu', 'first', 'tasks'), (t.long().contiguous() for t in places)))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.longest, ctx.scale = longest, scale
+        m = Docs.of(dict(ctx.tensors, q=q, k=k, v=v, out=out, lse=lse), longest, scale)
+        docs(q.shape[-1])(ctypes.byref(m))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        q, k, v, out, lse, *layout = ctx.saved_tensors
-        grads = [torch.zeros(x.shape) for x in (q, k, v)]
-        m = Docs.of(q, k, v, out, lse, (*layout, ctx.longest), ctx.scale)
-        docs(q.shape[-1]).attend_backward(ctypes.byref(m), *(t.data_ptr() for t in (g.contiguous(), *grads)))
-        return *grads, *[None] * 6
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+        tensors = dict(ctx.tensors, q=q, k=k, v=v, out=out, lse=lse, dout=g.contiguous(), dq=dq, dk=dk, dv=dv)
+        docs(q.shape[-1])(ctypes.byref(Docs.of(tensors, ctx.longest, ctx.scale)))
+        return dq, dk, dv, *[None] * 6
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -158,7 +168,7 @@ ACTS = dict(relu=2, gelu_tanh=3, gated=4)
 class Net(ctypes.Structure):
     """net in native.c: addresses of float32 weights (0: there is none) and of buffers, sizes, strides."""
     _fields_ = _fields('layers wte wpe cos sin nf nfb head headb x y qkv att mid',
-                       'C inner V sx sq sa sm act rms', 'eps scale')
+                       'C inner V positions rows sx sq sa sm act rms', 'eps scale')
 
 
 def panels(w, gate=None):
@@ -176,11 +186,12 @@ def forward(nkv, group, head_size):
     and writes net.att; rows, int64: address of the keys of the token's row in layer 0 (nkv, cap, head_size
     padded to 16), floats from keys to values, cap % 16 = 0, floats from layer to layer; width: the longest
     row, a multiple of 16.
-    logits(net, at (n,) rows of x or NULL, n, z (n, stride), stride)."""
+    logits(net, at (n,) rows of x, n, z (rows, stride), rows, stride): n at most net.rows. RuntimeError where
+    more rows are asked for than a buffer has."""
     lib = library('FORWARD', NKV=nkv, G=group, D=head_size)
     if lib is not None:
-        _declare(lib.forward, POINTER, INT, INT, POINTER, POINTER, POINTER, INT, POINTER, INT, INT)
-        _declare(lib.logits, POINTER, POINTER, INT, POINTER, INT)
+        _declared(lib.forward, POINTER, INT, INT, POINTER, POINTER, POINTER, INT, POINTER, INT, INT)
+        _declared(lib.logits, POINTER, POINTER, INT, POINTER, INT, INT)
     return lib
 
 
@@ -192,8 +203,9 @@ def draw(z, u, temperature):
     lib = library('DRAW')
     if lib is None:
         return None
-    _declare(lib.draw, POINTER, INT, INT, INT, *[POINTER] * 5)
     n, V = z.shape
     token, logp, raw = torch.empty(n, dtype=torch.long), torch.empty(n), torch.empty(n)
-    lib.draw(z.data_ptr(), z.stride(0), n, V, *(x.data_ptr() for x in (u, temperature, token, logp, raw)))
+    numbers = [u.double().contiguous(), temperature.float().contiguous(), token, logp, raw]
+    fn = _declared(lib.draw, POINTER, INT, INT, INT, INT, *[POINTER] * 5)
+    fn(z.data_ptr(), z.stride(0), n, V, min(map(len, numbers)), *(t.data_ptr() for t in numbers))
     return token, logp, raw

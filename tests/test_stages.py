@@ -116,6 +116,7 @@ def test_kill_9_of_the_real_command(world):
     assert [r['step'] for r in log_rows(world / 'out-shot')] == list(range(saved + 3))
 
 
+@pytest.mark.filterwarnings('ignore:invalid value:RuntimeWarning')
 @pytest.mark.parametrize('name', OFFLINE)
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(world, name):
     refused('last good checkpoint', name, 'out-bad', '--learning_rate=1e30', '--grad_clip=0.0', '--eval_interval=1',
@@ -359,7 +360,7 @@ def test_every_mistake_is_named(world, tmp_path):
     fails('equal', 'reward', *data('equal.jsonl'))
     fails("LoRA targets 'q_proj': this gpt2 model offers c_attn", 'sft', '--lora_r=4', '--lora_targets=c_attn,q_proj')
     for name in STAGES:
-        fails('run the stage that writes it first', name, init='out-none')
+        fails('first run the stage that writes it', name, init='out-none')
         if name != 'sft':
             fails('starts from a model that can answer', name, init='scratch')
     with pytest.raises(ValueError, match='is a run of reward.py'):
