@@ -770,7 +770,7 @@ def _check_fit(c, mesh, model, layers):
                          f'and together they are {c.n_layer}; the nearest that works is --pp={min(pp, c.n_layer)}')
 
 
-STAGES = dict(sft='tp pp cp', reward='tp pp cp', dpo='tp pp', ppo='tp pp cp', grpo='tp pp')
+STAGES = dict(sft='tp pp cp', reward='tp pp cp', dpo='tp pp', kto='tp pp', ppo='tp pp cp', grpo='tp pp')
 
 
 def accept(stage, tp=1, pp=1, cp=1, compile=False, mode='sync', value='', rollout_tp=False):

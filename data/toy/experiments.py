@@ -219,8 +219,8 @@ class Judge:
 
     def proxy(self, name, seed, sequences):
         import torch
-        from reward import reward_of
-        return reward_of(self.model(name, seed, 'scalar')[0], sequences, torch.device('cpu'), 8192)
+        from model import all_rewards
+        return all_rewards(self.model(name, seed, 'scalar')[0], sequences)
 
     def answers(self, name, seed, n=1, limit=None):
         """(prompt ids [n a prompt], Completions), n a prompt, temperature 1, seeds 0, 1, ..."""
