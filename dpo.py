@@ -99,7 +99,6 @@ pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iterati
 cp = 1 # >= 1: context parallel: not here, where two answers share their prompt's tokens
 zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
 dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
-sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -509,7 +508,7 @@ if __name__ == '__main__':
                 break
             better, best = seen['loss'] < best, min(best, seen['loss'])
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                     sharded=sharded_ckpt, **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best,
+                                     **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best,
                                      first_logp=first_logp, data=sampler.state_dict(), time=log.elapsed())
         if it == max_iters:
             break

@@ -119,7 +119,6 @@ cp = 1 # >= 1: context parallel: the tokens of a micro-batch shared out, for lon
 rollout_tp = False # with tp: False = each rank gathers the whole policy and answers its share of the prompts | True = each keeps its part, a tp group answers together
 zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
 dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
-sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -546,7 +545,7 @@ if __name__ == '__main__':
             if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
                 data |= dict(batch=-(-pool.position // batch_size), position=pool.position)
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, value_net, value_optimizer,
-                                     also=os.path.join(out_dir, 'ckpt_best.pt') if better else None, sharded=sharded_ckpt, **checkpoint_keys(policy),
+                                     also=os.path.join(out_dir, 'ckpt_best.pt') if better else None, **checkpoint_keys(policy),
                                      value_kind=start_value, config=config, tokenizer=tokenizer, iter=it, best=best, beta=beta, data=data,
                                      time=log.elapsed(), **(dict(past=past) if simulate_staleness else {}))
         if it == max_iters:

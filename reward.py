@@ -85,7 +85,6 @@ pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iterati
 cp = 1 # >= 1: context parallel: the tokens of a micro-batch shared out, for long ones
 zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
 dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
-sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -286,7 +285,7 @@ if __name__ == '__main__':
 
     def checkpoint(it, raw, better=False):
         parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, model, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                 sharded=sharded_ckpt, **checkpoint_keys(model), raw_score=raw.cpu(), config=config, tokenizer=tokenizer, iter=it,
+                                 **checkpoint_keys(model), raw_score=raw.cpu(), config=config, tokenizer=tokenizer, iter=it,
                                  best=best, data=sampler.state_dict(), time=log.elapsed())
 
     def loss_of(model, mine):

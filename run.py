@@ -25,10 +25,12 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 
@@ -57,12 +59,8 @@ def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
             return _from_peft(init_from, device, dtype, head)
         folder = files.resolve(init_from)
         return GPT.from_pretrained(folder, head, dtype).to(device), folder
-    try:
-        ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-        config, state = GPTConfig(**ckpt['model_args']), ckpt['model']
-    except (RuntimeError, KeyError, TypeError, EOFError) as e:
-        why = f'{type(e).__name__}: {str(e).splitlines()[0][:80]}'
-        raise ValueError(f'{file}: not a checkpoint of ours ({why})') from None
+    ckpt = parallel.read_checkpoint(file, mmap=True)
+    config, state = GPTConfig(**ckpt['model_args']), ckpt['model']
     if ckpt.get('lora'):
         own_head = 'scalar' if 'score.weight' in state else 'lm'
         base, _ = load_model(ckpt['lora']['base'], 'cpu', dtype, own_head)
@@ -221,12 +219,21 @@ def trim_heap(grown=1.25):
 
 def pick_device(device, dtype):
     """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights stay float32;
-    dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling), float32 on CPU."""
+    dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling), float32 on CPU. The device
+    becomes torch's current one: streams, events and graphs are made on it. ValueError names what is here."""
+    here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    here += ['mps'] * torch.backends.mps.is_available()
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        unused = next((f for f in ('/dev/nvidia0', '/dev/dxg', '/dev/kfd') if os.path.exists(f)), None)
+        if device == 'cpu' and unused:
+            print(f'{unused} is there, but this torch ({torch.__version__}, CUDA {torch.version.cuda}) sees no GPU: it runs on the '
+                  f'CPU. Install the torch build that fits your driver.', file=sys.stderr)
+    if device not in here and (device != 'cuda' or 'cuda:0' not in here):
+        raise ValueError(f'device {device!r}: not here; this torch sees {", ".join(here)}')
     device = torch.device(device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: this torch sees no GPU; --device=cpu runs here")
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     if dtype not in ('float32', 'bfloat16'):
@@ -247,6 +254,24 @@ def stage_of(config):
     return 'kto' if config.get('loss_type') == 'kto' else config['stage']
 
 
+owned = {}  # folder -> its lock file, open as long as this process lives
+
+
+def own_folder(out_dir, mesh):
+    """One run writes a folder at a time. The kernel holds the lock and gives it back however the process ends, so a
+    killed run blocks nobody; children made by fork do not keep it. ValueError where another process has it."""
+    name = os.path.realpath(out_dir)
+    taken = False
+    if mesh.master and name not in owned:
+        try:
+            owned[name] = lock = files.locked(os.path.join(name, '.lock'), wait=False)
+            os.register_at_fork(after_in_child=lock.close)
+        except BlockingIOError:
+            taken = True
+    if mesh.everyone.share_object(taken, 0, 'lock of the folder'):
+        raise ValueError(f'{out_dir} is being written by a run right now: stop that one, or give another --out_dir')
+
+
 def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
     """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never overwritten
     unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells what to do."""
@@ -256,12 +281,9 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
     if init_from == 'resume':
         if not os.path.exists(file):
             raise ValueError(f'{file}: nothing to resume from; start without --init_from=resume')
-        try:
-            ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=mesh.world > 1)  # ranks share its pages
-            theirs = stage_of(ckpt['config'])
-        except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as e:
-            raise ValueError(f'{file}: not a checkpoint of ours ({type(e).__name__}); {out_dir}/ckpt_best.pt may still be '
-                             f'good') from None
+        own_folder(out_dir, mesh)
+        ckpt = parallel.read_checkpoint(file, mmap=mesh.world > 1)  # ranks share its pages
+        theirs = stage_of(ckpt['config'])
         if theirs != stage:
             raise ValueError(f'{out_dir} is a run of {theirs}.py, this is {stage}.py: give another --out_dir')
         mesh.mark(out_dir)
@@ -270,7 +292,7 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
     if os.path.exists(file) and not overwrite:
         raise ValueError(f'{out_dir} already holds a run: --init_from=resume continues it, --out_dir=... starts another, '
                          f'--overwrite=True replaces it')
-    os.makedirs(out_dir, exist_ok=True)
+    own_folder(out_dir, mesh)
     mesh.barrier()  # all have looked
     if mesh.torchrun and mesh.master and os.path.exists(file):
         os.remove(file)  # or torchrun, starting us again before the first checkpoint, would go on with the old run
@@ -408,7 +430,8 @@ class Run:
 
     def __init__(self, stage, config, folder=True):
         config['stage'] = stage
-        self.config, self.out_dir = config, config['out_dir']
+        self.config, self.out_dir, self.planned = config, config['out_dir'], 0
+        sys.excepthook = functools.partial(self.failed, sys.excepthook)
         device, self.dtype = pick_device(config['device'], config['dtype'])
         kernels.use(config['kernels'])
         tp, pp, cp = config['tp'], config['pp'], config['cp']
@@ -429,6 +452,17 @@ class Run:
 
     def amp(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def failed(self, otherwise, kind, error, tb):
+        """Python's last word on an error: running out of memory, the most certain one of all, gets one line of its own."""
+        if kind.__name__ != 'OutOfMemoryError' and not issubclass(kind, MemoryError) and 'DefaultCPUAllocator' not in str(error):
+            return otherwise(kind, error, tb)
+        asked = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.I)
+        savers = ('micro_tokens', 'checkpointing', 'max_num_seqs', 'lora_r', 'batch_size')
+        keys = ', '.join(f'{key} (now {self.config[key]})' for key in savers if key in self.config)
+        print(f'error: out of memory{": " + asked[0] if asked else ""}; the plan was {self.planned / 1e9:.2f} GB. What helps, '
+              f'the cheapest first: {keys}', file=sys.stderr)
+        sys.exit(2)
 
     # ---- models and rows
 
@@ -539,13 +573,20 @@ class Run:
         if self.ckpt:
             self.mesh.set_rng_state(self.ckpt['rng'])
         self.log_file = RunLog(self.out_dir, self.config, self.ckpt, self.mesh.master)
+        self.mesh.listen()  # from here on the first Ctrl-C or SIGTERM lets the iteration end
         self.saved = time.time()
         for it in range(self.start, max_iters + 1):
             self.clock = time.time()
             yield it
             minutes = self.mesh.everyone.share_object((time.time() - self.saved) / 60, 0, 'clock')
-            if 0 < self.config['save_minutes'] < minutes:
+            signal = self.mesh.interrupted()
+            if signal or 0 < self.config['save_minutes'] < minutes:
                 self.save(it + 1, evaluated=False)
+            if signal:
+                print(f'stopped after iteration {it}, which {self.out_dir}/ckpt.pt holds: the same command with '
+                      f'--init_from=resume continues it')
+                self.mesh.close()
+                sys.exit(128 + signal)  # as a shell counts
 
     def due(self, it):
         """Is it time to evaluate? Not where a checkpoint that holds this very evaluation was resumed."""

@@ -404,7 +404,6 @@ def checkpoints(rank, folder):
         name = str(dtype)[6:]
         _, (mesh, model, opt) = run_layout('lm', GPT2, dtype, dict(tp=2, zero=1), steps=2)
         parallel.save_checkpoint(path(f'{name}-a'), mesh, model, opt, iter=2, config={'seed': 1})
-        parallel.save_checkpoint(path(f'{name}-s'), mesh, model, opt, sharded=True, iter=2, config={'seed': 1})
         mesh.watch.stop()
         draw = torch.rand(1)  # the state after the checkpoint, on the layout that wrote it
         mesh = parallel.init(pp=2, cp=2, zero=3, device='cpu')
@@ -448,11 +447,6 @@ def test_four_ranks(tmp_path):
         assert set(a) == {'model', 'optimizer', 'iter', 'config', 'rng'} and len(a['rng']) == 4
         for k in ('model', 'optimizer'):
             equal(a[k], b[k], k)
-        merged = subprocess.run([sys.executable, os.path.join(conftest.ROOT, 'parallel.py'), 'merge', str(tmp_path / f'{name}-s')], capture_output=True, text=True)
-        assert merged.returncode == 0 and 'wrote' in merged.stdout, merged.stderr
-        c = read(f'{name}-s')
-        for k in ('model', 'optimizer', 'iter', 'config'):
-            equal(a[k], c[k], k)
     assert 'master' in read('bfloat16-a')['optimizer'] and 'master' not in read('float64-a')['optimizer']
     # one process reads it, trains on, and arrives where four ranks and where torch alone arrive
     mesh = parallel.init(device='cpu')
@@ -473,8 +467,6 @@ def test_four_ranks(tmp_path):
 
 def test_checkpoint_refusals(tmp_path):
     mesh, model = parallel.init(device='cpu'), make(GPT2)
-    with pytest.raises(ValueError, match='no ckpt.shards.json'):
-        parallel.merge(str(tmp_path))
     (tmp_path / 'ckpt.pt').write_bytes(b'garbage')
     with pytest.raises(ValueError, match='not a checkpoint of ours'):
         parallel.load_checkpoint(str(tmp_path / 'ckpt.pt'), mesh, model)
