@@ -688,7 +688,8 @@ def _softmax_grad(p, targets, entropy, g_logp, g_entropy, out):
 
 def _logits_grad(ctx, z, v, g_logp, g_entropy):
     """The gradient of the logits of words v, v + 1 ..., in x's dtype, from those of _Logprobs' outputs."""
-    x, _, targets, held, *stats = ctx.saved_tensors
+    x, _, targets = ctx.saved_tensors[:3]
+    held, *stats = ctx.saved_tensors[3:]
     T = ctx.temperature
     if ctx.triton:
         return _run_ce_bwd(z, targets, stats, g_logp, g_entropy, x.dtype, v, T)
@@ -734,12 +735,13 @@ class _Logprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp, g_entropy):
-        x, weight, targets, held, *stats = ctx.saved_tensors
-        need_x, need_w, *_ = ctx.needs_input_grad
-        g_logp = torch.zeros_like(stats[0]) if g_logp is None else g_logp
+        x, weight, targets = ctx.saved_tensors[:3]
+        held, entropy = ctx.saved_tensors[3:5]
+        need_x, need_w = ctx.needs_input_grad[:2]
+        g_logp = torch.zeros_like(entropy) if g_logp is None else g_logp
         if weight is None:
             return _logits_grad(ctx, x, 0, g_logp, g_entropy), None, None, None, None
-        dx = torch.zeros(x.shape, dtype=stats[0].dtype, device=x.device) if need_x else None
+        dx = torch.zeros(x.shape, dtype=entropy.dtype, device=x.device) if need_x else None
         dw = torch.empty_like(weight) if need_w else None
         n = len(weight) if held is not None else _fits(x, len(x), 256)
         for v in range(0, len(weight), n):
@@ -762,8 +764,8 @@ def _counted(name, x, weight, targets, ignore_index):
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     rows = (targets != ignore_index).nonzero()[:, 0]
     if len(rows) == len(targets):
-        return x.to(dtype), weight.to(dtype), targets, None
-    return x.index_select(0, rows).to(dtype), weight.to(dtype), targets[rows], rows
+        return (x.to(dtype), weight.to(dtype), targets), None
+    return (x.index_select(0, rows).to(dtype), weight.to(dtype), targets[rows]), rows
 
 def _logprobs(x, weight, targets, temperature):
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -773,19 +775,20 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-1):
     """Mean over the counted tokens of -log softmax(x @ weight.T)[target], without holding the (N, V) logits.
     x (..., C), weight (V, C), targets (...) int64 -> float32 scalar; 0 when every target is ignored. x=0,
     V=50257 -> log 50257 = 10.825."""
-    x, weight, targets, _ = _counted('linear_cross_entropy', x, weight, targets, ignore_index)
-    return -_logprobs(x, weight, targets, 1.0)[0].sum() / max(1, len(targets))
+    counted, _ = _counted('linear_cross_entropy', x, weight, targets, ignore_index)
+    logp, _ = _logprobs(*counted, 1.0)
+    return -logp.sum() / max(1, len(logp))
 
 def linear_logprobs(x, weight, targets, temperature=1.0, ignore_index=-1):
     """Log-probability of each target and the entropy of its distribution, softmax(x @ weight.T /
     temperature), without holding the (N, V) logits; both differentiable. x (..., C), weight (V, C), targets
     (...) int64 -> (logp, entropy), (...) float32, both 0 where targets == ignore_index. x=0, V=4 -> logp -log
     4 = -1.386, entropy 1.386."""
-    flat, weight, y, rows = _counted('linear_logprobs', x, weight, targets, ignore_index)
+    counted, rows = _counted('linear_logprobs', x, weight, targets, ignore_index)
     if not temperature > 0:
         raise ValueError(f'linear_logprobs: temperature {temperature}, expected above 0 (greedy text is '
                          'scored at the temperature it was sampled at)')
-    outs = _logprobs(flat, weight, y, temperature)
+    outs = _logprobs(*counted, temperature)
     if rows is not None:
         outs = [o.new_zeros(targets.numel()).index_copy(0, rows, o) for o in outs]
     return tuple(o.view(targets.shape) for o in outs)
@@ -853,10 +856,10 @@ def _attn_steps(acc, m, l, q, K, V, base, lo, hi, i, Tq, Tk, k_stride, v_stride,
     return acc, m, l
 
 @jit
-def _document(CUQ, CUK, doc):
-    """First row and number of rows of a document's queries, and of its keys."""
-    qa, ka = tl.load(CUQ + doc), tl.load(CUK + doc)
-    return qa, tl.load(CUQ + doc + 1) - qa, ka, tl.load(CUK + doc + 1) - ka
+def _document(CU, doc):
+    """First row and number of rows of a document."""
+    first = tl.load(CU + doc)
+    return first, tl.load(CU + doc + 1) - first
 
 @jit
 def _attn_fwd(Q, K, V, O, LSE, CUQ, CUK, N, q_stride, k_stride, v_stride, heads, group, docs,
@@ -864,7 +867,8 @@ def _attn_fwd(Q, K, V, O, LSE, CUQ, CUK, N, q_stride, k_stride, v_stride, heads,
     pid = tl.program_id(0)
     start = (blocks - 1 - pid // (docs * heads)) * BM  # the longest rows of tiles first: they take longest
     h = (pid % heads).to(tl.int64)
-    qa, Tq, ka, Tk = _document(CUQ, CUK, pid % (docs * heads) // heads)
+    qa, Tq = _document(CUQ, pid % (docs * heads) // heads)
+    ka, Tk = _document(CUK, pid % (docs * heads) // heads)
     if start < Tq:
         i, d = start + tl.arange(0, BM), tl.arange(0, BD)
         K += h // group * HS
@@ -891,7 +895,8 @@ def _attn_dq(Q, K, V, O, DO, LSE, DELTA, DQ, CUQ, CUK, N, q_stride, k_stride, v_
     pid = tl.program_id(0)
     start = (blocks - 1 - pid // (docs * heads)) * BM
     h = (pid % heads).to(tl.int64)
-    qa, Tq, ka, Tk = _document(CUQ, CUK, pid % (docs * heads) // heads)
+    qa, Tq = _document(CUQ, pid % (docs * heads) // heads)
+    ka, Tk = _document(CUK, pid % (docs * heads) // heads)
     if start < Tq:
         i, d = start + tl.arange(0, BM), tl.arange(0, BD)
         K += h // group * HS
@@ -919,7 +924,8 @@ def _attn_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, CUQ, CUK, N, q_stride, k_stride,
     pid = tl.program_id(0)
     start = pid // (docs * kv_heads) * BN
     kvh = (pid % kv_heads).to(tl.int64)
-    qa, Tq, ka, Tk = _document(CUQ, CUK, pid % (docs * kv_heads) // kv_heads)
+    qa, Tq = _document(CUQ, pid % (docs * kv_heads) // kv_heads)
+    ka, Tk = _document(CUK, pid % (docs * kv_heads) // kv_heads)
     if start < Tk:
         j, d = start + tl.arange(0, BN), tl.arange(0, BD)
         k = _rows(K + kvh * HS, ka, j, Tk, k_stride, d, HS)
@@ -986,12 +992,13 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        q, k, v, o, lse, cu_q, cu_k = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors[:3]
+        o, lse, *borders = ctx.saved_tensors[3:]
         do, delta = _heads(do), torch.empty_like(lse)
-        (N, nh, _), nkv, docs = q.shape, k.size(1), len(cu_q) - 1
+        (N, nh, _), nkv, docs = q.shape, k.size(1), len(borders[0]) - 1
         size, scales = _attn_sizes(q, True), (ctx.scale * LOG2E, ctx.scale)
         dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        where = cu_q, cu_k, N, *(t.stride(0) for t in (q, k, v, do))
+        where = *borders, N, *(t.stride(0) for t in (q, k, v, do))
         blocks, columns = _cdiv(ctx.longest[0], size['BM']), _cdiv(ctx.longest[1], size['BN'])
         _launch(_attn_dq, (blocks * docs * nh,), q, k, v, o, do, lse, delta, dq, *where, nh, nh // nkv, docs,
                 blocks, *scales, **size)

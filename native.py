@@ -61,7 +61,7 @@ def _compiler():
     command = found[:1]
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, 'program.c')
-        with open(file, 'w', encoding='utf-8') as f:
+        with open(file, 'w') as f:
             f.write(PROGRAM)
         for flags in (MACHINE, OPENMP):
             trial = [*command, '-shared', '-fPIC', file, '-o', file + '.so']
@@ -136,8 +136,7 @@ class DocAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, *layout):
         if q.shape[::2] != k.shape[::2] or k.shape != v.shape or q.shape[1] % k.shape[1]:
-            shapes = [tuple(x.shape) for x in (q, k, v)]
-            raise ValueError(f'attention: q, k, v of shapes {shapes} do not fit together')
+            raise ValueError(f'q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together')
         dense = [x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] for x in (q, k, v)]
         q, k, v = (x if ok else x.contiguous() for x, ok in zip((q, k, v), dense))
         out, lse = torch.zeros(q.shape), torch.empty(q.shape[:2])
@@ -173,10 +172,10 @@ class Net(ctypes.Structure):
 
 
 def panels(w, gate=None):
-    """w (columns, K) -> (ceil(columns / 32), K, 32), the order in which C multiplies, zeros behind the last row; with a
-    gate (columns, K): 16 rows of the gate, then 16 of w. A bias is w with K = 1."""
-    (columns, K), wide = w.shape, 32 if gate is None else 16
-    parts = [F.pad(x, (0, 0, 0, -columns % wide)).view(-1, wide, K) for x in (gate, w) if x is not None]
+    """w (O, K) -> (ceil(O / 32), K, 32), the order in which C multiplies, zeros behind the last row; with a
+    gate (O, K): 16 rows of the gate, then 16 of w. A bias is w with K = 1."""
+    (O, K), wide = w.shape, 32 if gate is None else 16
+    parts = [F.pad(x, (0, 0, 0, -O % wide)).view(-1, wide, K) for x in (gate, w) if x is not None]
     return torch.cat(parts, 1).transpose(1, 2).contiguous()
 
 
