@@ -179,9 +179,6 @@ def policy_loss(logp, old_logp, advantages, mask, clip, weights=None):
     logp - old_logp = ln 2, A = 1, clip 0.2 -> loss -1.2, clip_frac 1."""
     d = torch.where(mask, logp - old_logp, 0.0)
     advantages = advantages if weights is None else advantages * weights
-    if K.takes(logp):  # the lines below and their gradient in one Triton kernel
-        loss, clip_frac, approx_kl = K.token_loss(logp, old_logp, advantages, mask, clip, clip)
-        return loss, dict(clip_frac=clip_frac, approx_kl=approx_kl, ratio_max=(d.detach().exp() - 1).abs().max())
     ratio, a = d.exp(), torch.where(mask, advantages, 0.0)
     plain, clipped = -a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)
     with torch.no_grad():
