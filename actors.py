@@ -1454,8 +1454,8 @@ class _Session:
         self.node, self.arena, self.is_worker = node, arena, False
         self.prefix, self.count = secrets.token_bytes(8), itertools.count(1)
         self.boxes, self.exported, self.error = {}, {}, None  # boxes: request -> where its answer is put
-        self.events = deque()  # (id, +1 or -1) of refs that came and went here. __del__ only appends:
-                                           # it may run anywhere, under any lock
+        self.events = deque()  # (id, +1 or -1) of refs that came and went here; __del__ only appends to it,
+                               # for it may run anywhere, under any lock
 
     def new_id(self):
         return self.prefix + next(self.count).to_bytes(6, 'big')
@@ -2148,6 +2148,7 @@ def _exit_actor():
 _COMMON = {'num_cpus', 'num_gpus', 'resources', 'name', 'scheduling_strategy', 'runtime_env'}
 _TASK = _COMMON | {'num_returns', 'max_retries', 'retry_exceptions'}
 _ACTOR = _COMMON | {'max_restarts', 'max_task_retries', 'max_concurrency', 'get_if_exists'}
+
 
 def _check_options(options, known, what):
     for key, value in options.items():
