@@ -44,11 +44,14 @@ import infer
 import lora
 import ppo
 import reward as rm
-from dataset import encode_row, get_tokenizer, lint, load_dataset
-from model import GPT, GPTConfig, load_model
+from data.lint import lint
+from dataset import load_dataset
+from tokenizer import encode_row, get_tokenizer
+from model import GPT, GPTConfig
+from run import load_model, open_model
 
 # ---------------------------------------------------------------------------------------------------------------------
-port = 7860
+port = 7860 # in [0, 65535]: of the server
 host = '127.0.0.1' # loopback: other machines cannot connect; any other host wants auth
 share = False # a public address through Gradio's tunnel; wants auth
 auth = '' # user:password
@@ -1412,7 +1415,7 @@ def export_model(root, name):
     _, head, base, tokenizer = checkpoint_info(file)
     if base:
         ckpt = torch.load(file, map_location='cpu', weights_only=True)
-        model, _ = lora.open_model('', ckpt, head)
+        model, _ = open_model('', ckpt, head)
         lora.save_lora(model, path + '-adapter', base=base)
         said.append(f'{name}-adapter (PEFT)')
     load_model(path, head=head)[0].save_pretrained(path + '-export')

@@ -417,7 +417,8 @@ def _parallel_config(name):
 def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), measure_memory=False):
     """Trains `steps` steps of `micros` microbatches of B x T tokens a replica. -> {overlap: [seconds a step]}, metrics, bytes, planned."""
     import gc, time, torch, parallel
-    from model import GPT, activation_bytes
+    from model import GPT
+    from run import activation_bytes
     idx = torch.randint(0, 4096, (B, T + 1), generator=torch.Generator().manual_seed(0))
     loss_of = lambda model, mb: (model(mb[:, :-1], mb[:, 1:])[1], {})
     torch.manual_seed(0)
@@ -431,8 +432,8 @@ def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), me
     seconds, metrics, optimizer = {o: [] for o in overlap}, {}, parallel.Optimizer(model, mesh, 1e-4)
     if measure_memory:  # a first step makes the moments; then the high-water mark is set back
         import ctypes
-        parallel.accumulate(model, optimizer, [idx], loss_of)
-        optimizer.step(1e-4, 1.0)
+        parallel.forward_backward(model, optimizer, [idx], loss_of)
+        parallel.clip_and_step([optimizer], [1e-4], 1.0)
         gc.collect()
         ctypes.CDLL('libc.so.6').malloc_trim(0)
         with open('/proc/self/clear_refs', 'w') as f:
@@ -441,8 +442,8 @@ def _parallel_steps(rank, name, layout, B, T, micros, steps, overlap=(True,), me
         optimizer.overlap = overlap[step % len(overlap)]  # the sides take turns
         mesh.barrier()
         t = time.perf_counter()
-        metrics = parallel.accumulate(model, optimizer, [idx] * micros, loss_of)
-        optimizer.step(1e-4, 1.0)
+        metrics = parallel.forward_backward(model, optimizer, [idx] * micros, loss_of)
+        parallel.clip_and_step([optimizer], [1e-4], 1.0)
         seconds[optimizer.overlap].append(time.perf_counter() - t)
     now = _parallel_resident()
     mesh.close()
@@ -522,7 +523,8 @@ def _parallel_predict(c, P, layout, dp, S, T, m, chip):
 def _parallel_simulate():
     """Predicted step time and memory for GPUs that are not here, best layouts first."""
     import torch, parallel
-    from model import GPT, activation_bytes
+    from model import GPT
+    from run import activation_bytes
     chip = dict(flops=989e12 * 0.45, node=8, node_link=400e9, link=45e9, latency=15e-6, w=2, overlap=1.0, memory=141e9, memory_speed=4.3e12)
     print(PARALLEL_FORMULA)
     print('H200: 989 TFLOP/s bf16 at 45 % use, 141 GB at 4.3 TB/s; NVLink 400 GB/s and one 400 Gbit/s InfiniBand card (45 GB/s) a GPU, one way, as achieved; 15 us.')
@@ -1098,7 +1100,7 @@ def _train_world(folder, model):
     import json
     import random
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    from dataset import get_tokenizer
+    from tokenizer import get_tokenizer
     from model import GPT, GPTConfig
     r = random.Random(0)
     text = lambda lo, hi: ''.join(r.choice('etaoin shrdlu') for _ in range(r.randrange(lo, hi)))
@@ -1245,7 +1247,7 @@ def _train_nano(folder, source, rounds):
 
 def bench_train(args):
     """Stages against TRL's trainers and nanoGPT's train.py: python bench.py train [model=tiny|gpt2] [stages=sft,dpo] [rounds=3]
-    [ppo_python=PYTHON of an environment with trl==0.24.0, the newer ones have no PPO] [nanogpt=FOLDER of its checkout]."""
+    [ppo_python=PYTHON of an environment with trl==0.24.0, the newest have no PPO, 1.12 still has one] [nanogpt=FOLDER of its checkout]."""
     import tempfile
     given = dict(a.split('=', 1) for a in args)
     model, rounds = given.get('model', 'tiny'), int(given.get('rounds', 3))

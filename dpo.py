@@ -35,69 +35,70 @@ import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, encode_completion, encode_pair, encode_prompt, get_tokenizer, load_dataset, pack
-from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, load_safetensors, memory_now, memory_plan, open_run, pick_device,
-                   pick_threads, save_safetensors, training_bytes)
+from dataset import Sampler, load_dataset, pack
+from tokenizer import encode_completion, encode_pair, encode_prompt, get_tokenizer
+from model import Layout, load_safetensors, save_safetensors
+from run import (activation_bytes, check_finite, checkpoint_keys, eta, load_model, memory_now, memory_plan,
+                 open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
 out_dir = 'out-dpo'
 init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: where the policy starts
 overwrite = False # start anew in an out_dir that already holds a run
-eval_interval = 100 # iterations between evaluations; a checkpoint is written at each
-eval_iters = 0 # batches an evaluation; 0 = the whole validation set
+eval_interval = 100 # >= 1: iterations between evaluations; a checkpoint is written at each
+eval_iters = 0 # >= 0: batches an evaluation; 0 = the whole validation set
 eval_only = False # evaluate once and stop
 # data
 dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}; kto also {"prompt", "completion", "label": true}
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
-block_size = 0 # tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
-max_rows = 0 # train on the first so many rows; 0 = all
+block_size = 0 # >= 0: tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
+max_rows = 0 # >= 0: train on the first so many rows; 0 = all
 seed = 1337
 # algorithm
 loss_type = 'sigmoid' # 'sigmoid' | 'robust' | 'ipo' | 'hinge' | 'apo_zero' | 'simpo' | 'orpo' | 'kto'
-beta = 0.1 # strength of the pull to the reference; simpo wants 2.0 to 2.5, orpo 0.1
-label_smoothing = 0.0 # share of swapped labels that is expected (sigmoid, robust, simpo)
+beta = 0.1 # > 0: strength of the pull to the reference; simpo wants 2.0 to 2.5, orpo 0.1
+label_smoothing = 0.0 # in [0, 0.5): share of swapped labels that is expected (sigmoid, robust, simpo)
 length_norm = False # mean instead of sum of the token log-probs (simpo and orpo: always); TRL's ipo has it
-gamma = 1.0 # the margin that simpo asks for
-sft_coef = 0.0 # adds so much SFT loss on the chosen answer (2404.19733); 0 = off
-desirable_weight = 1.0 # of good answers in kto
-undesirable_weight = 1.0 # of bad answers in kto
+gamma = 1.0 # >= 0: the margin that simpo asks for
+sft_coef = 0.0 # >= 0: adds so much SFT loss on the chosen answer (2404.19733); 0 = off
+desirable_weight = 1.0 # >= 0: of good answers in kto
+undesirable_weight = 1.0 # >= 0: of bad answers in kto
 ref = '' # reference model; '' = init_from itself
 precompute_ref = False # its log-probs once, to out_dir/ref_*.safetensors: no second model in memory
-eval_samples = 64 # held-out prompts answered at each evaluation for the KL to the reference; 0 = none
-max_new_tokens = 64 # of those answers
-temperature = 1.0 # of those answers
+eval_samples = 64 # >= 0: held-out prompts answered at each evaluation for the KL to the reference; 0 = none
+max_new_tokens = 64 # >= 1: of those answers
+temperature = 1.0 # > 0: of those answers
 # LoRA (2106.09685)
-lora_r = 0 # rank; 0 = train all weights
-lora_alpha = 16.0 # the adapter is scaled by alpha / r
-lora_dropout = 0.0
+lora_r = 0 # >= 0: rank; 0 = train all weights
+lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
+lora_dropout = 0.0 # in [0, 1): on the adapter's input
 lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
 # optimizer
-epochs = 1.0 # passes over the rows; ignored when max_iters is set
-max_iters = 0 # 0 = as many as epochs says
-batch_size = 64 # pairs (kto: answers) an iteration, over all processes
-micro_tokens = 8192 # tokens a forward pass sees at most
-learning_rate = 5e-7 # linear to 0; 5e-7 for billions of parameters, 5e-6 for GPT-2, 1e-4 for tiny ones
-warmup_iters = 10
-weight_decay = 0.0
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-8
-grad_clip = 1.0 # global norm; 0 = off
+epochs = 1.0 # > 0: passes over the rows; ignored when max_iters is set
+max_iters = 0 # >= 0: 0 = as many as epochs says
+batch_size = 64 # >= 1: pairs (kto: answers) an iteration, over all processes
+micro_tokens = 8192 # >= 1: tokens a forward pass sees at most
+learning_rate = 5e-7 # >= 0: linear to 0; 5e-7 for billions of parameters, 5e-6 for GPT-2, 1e-4 for tiny ones
+warmup_iters = 10 # >= 0: iterations of linear warm-up
+weight_decay = 0.0 # >= 0: AdamW's, of matrices only
+beta1 = 0.9 # in [0, 1): decay of Adam's first moment
+beta2 = 0.999 # in [0, 1): decay of Adam's second moment
+adam_eps = 1e-8 # > 0: Adam's epsilon
+grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the blocks; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
-pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
-cp = 1 # context parallel: not here, where two answers share their prompt's tokens
-zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
-sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # >= 1: context parallel: not here, where two answers share their prompt's tokens
+zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -313,7 +314,7 @@ if __name__ == '__main__':
     if init_from == 'scratch':
         raise ValueError('DPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
     config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
-    policy, tokenizer = lora.open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
+    policy, tokenizer = open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
     tok = get_tokenizer(tokenizer)
     if tok.vocab_size > policy.config.vocab_size:
         raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {policy.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
@@ -417,7 +418,7 @@ if __name__ == '__main__':
             found.append((losses.detach().float().cpu(), rewards.float().cpu(), logps.float().cpu()))
             return losses.sum() / n, {}
         if train:
-            parallel.accumulate(policy, optimizer, bins, loss_of, summed=True)
+            parallel.forward_backward(policy, optimizer, bins, loss_of, summed=True)
         else:
             parallel.evaluate(policy, bins, lambda policy, bin: loss_of(policy, bin)[0])
         found, bins = mesh.collect(found), mesh.collect(bins)
@@ -507,7 +508,7 @@ if __name__ == '__main__':
                 break
             better, best = seen['loss'] < best, min(best, seen['loss'])
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                     sharded=sharded_ckpt, **lora.checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best,
+                                     **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best,
                                      first_logp=first_logp, data=sampler.state_dict(), time=log.elapsed())
         if it == max_iters:
             break
@@ -517,7 +518,7 @@ if __name__ == '__main__':
         batch = [items[i] for i in picked]
         stats = run_batch(batch, None if ref_logps is None else ref_logps[picked], train=True)
         check_finite(it, out_dir, loss=stats['loss'])
-        norm = optimizer.step(lr, grad_clip)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
         dt, tokens = time.time() - t0, sum(len(p) + len(a) for p, answers, _ in batch for a in answers[:1 if unpaired else 2])
         log.row(it, 'train', grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt, pairs_per_s=batch_size / dt, **stats)
         if it % 10 == 0:

@@ -3,7 +3,7 @@
     python infer.py --init_from=out-sft --start="Once upon a time"       # sample, tokens stream as they come
     python infer.py --init_from=out-sft --chat                           # talk to it in the terminal
     python infer.py --init_from=out-grpo --eval_file=data/gsm8k/test.jsonl --reward=data/gsm8k/reward.py
-    python infer.py --init_from=out-sft --serve --port=8000              # OpenAI's HTTP API
+    (OpenAI's HTTP API: python serve.py; rewards and rollouts ahead of the trainer: rollout.py)
 
 One step of the engine, in the order of this file:
  1. BlockManager  memory is handed out in blocks of 16 tokens. Full blocks are named by a hash of all tokens up to their end
@@ -12,7 +12,7 @@ One step of the engine, in the order of this file:
     (2309.06180). RowCache (CPU): a row of consecutive memory per running request, because a CPU multiplies long rows
     several times faster than it gathers pages; blocks are then the unit of account, and cached blocks are copies.
  3. Net           the forward over the flat tokens of all requests: decoding ones (one token) and prompts (a chunk) together. On CPU in
-    float32 it is one call of C (kernels.c_forward), and a request's numbers are the same to the bit whatever is beside it.
+    float32 it is one call of C (native.forward), and a request's numbers are the same to the bit whatever is beside it.
  4. Sampler       one batch, every request with its own settings. One random number per request and position, from a counter:
     a sample depends on its seed only, never on the batch that it happened to run in.
  5. Engine        the scheduler (who runs, who waits, who is thrown out when memory ends) and the verbs of RL: load_weights,
@@ -24,20 +24,14 @@ import bisect
 import contextlib
 import ctypes
 import hashlib
-import hmac
-import http.server
 import itertools
 import json
 import os
-import queue
-import runpy
-import socket
 import sys
 import threading
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import wait as readable  # select.select takes no descriptor above 1,023
 
 import numpy as np
 import torch
@@ -45,46 +39,45 @@ import torch.nn.functional as F
 
 import kernels as K
 import parallel
-from dataset import encode_prompt, get_tokenizer, load_dataset
-from model import kv_cache_bytes, load_model, rope_frequencies
+from dataset import load_dataset
+from tokenizer import encode_prompt, get_tokenizer
+from model import rope_frequencies
+from run import kv_cache_bytes, load_model
 
 # -----------------------------------------------------------------------------
-# what to run: one of sample (default), chat, eval_file, serve
+# what to run: one of sample (default), chat, eval_file
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
 start = '\n' # the prompt of a sample; FILE:prompt.txt reads a file
-num_samples = 1 # samples of that prompt
+num_samples = 1 # >= 1: samples of that prompt
 chat = False # a chat in the terminal
 system = '' # system prompt of chat
 eval_file = '' # rows {"prompt" or "question", ...} to answer and score
 reward = '' # file with reward(prompt, completion, row) -> float; correct means reward > 0.5
 out_file = '' # eval: samples as JSONL; '' = beside init_from, eval.jsonl
-eval_limit = 0 # eval: the first so many rows; 0 = all
-serve = False # OpenAI's HTTP API
-host = '127.0.0.1' # loopback: other machines cannot connect
-port = 8000
-api_key = '' # clients must send it when set
+eval_limit = 0 # >= 0: eval: the first so many rows; 0 = all
+serve = False # moved: python serve.py --init_from=... --port=8000
 # sampling
-max_new_tokens = 256 # tokens a completion at most
-temperature = 0.8 # 0 = greedy
-top_k = 0 # 0 = off
-top_p = 1.0
-min_p = 0.0
-repetition_penalty = 1.0
+max_new_tokens = 256 # >= 1: tokens a completion at most
+temperature = 0.8 # >= 0: 0 = greedy
+top_k = 0 # >= -1: 0 = off
+top_p = 1.0 # in (0, 1]: 1 = off
+min_p = 0.0 # in [0, 1]: 0 = off
+repetition_penalty = 1.0 # > 0: 1 = off
 stop = '' # a string that ends the completion
 # engine
-max_num_seqs = 256 # requests that run together
-max_num_batched_tokens = 2048 # tokens of one step: longer prompts are prefilled in chunks
-block_size = 16 # tokens of a KV block
-num_blocks = 0 # 0 = what max_num_seqs full contexts need, within the memory at hand
+max_num_seqs = 256 # >= 1: requests that run together
+max_num_batched_tokens = 2048 # >= 1: tokens of one step: longer prompts are prefilled in chunks
+block_size = 16 # >= 1: tokens of a KV block
+num_blocks = 0 # >= 0: 0 = what max_num_seqs full contexts need, within the memory at hand
 prefix_caching = True # requests that begin alike share what they begin with
 draft_from = '' # a smaller model with the same tokenizer proposes tokens
-ngram = 0 # or: propose what followed the last ngram tokens before; 0 = off
-num_draft = 4 # tokens proposed at a time
+ngram = 0 # >= 0: or: propose what followed the last ngram tokens before; 0 = off
+num_draft = 4 # >= 1: tokens proposed at a time
 # system
 seed = 1337
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 dtype = 'bfloat16' if torch.cuda.is_available() else 'float32' # 'float32', 'bfloat16', 'float16', 'float64'
-threads = 0 # CPU threads; 0 = one or two for tiny models, whichever is faster at the time (class Tempo), else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = one or two for tiny models, whichever is faster at the time (class Tempo), else torch's choice
 compile = False # torch.compile of the blocks
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -442,7 +435,7 @@ class RowCache:
         return out
 
     def tables(self, decode, chunks, pos, net):
-        """plan, for the forward in C: -> rows (N, 4), who (n,), width (see kernels.c_forward), prompts: None, or prompts(layer, q, k, v, out), which attends
+        """plan, for the forward in C: -> rows (N, 4), who (n,), width (see native.forward), prompts: None, or prompts(layer, q, k, v, out), which attends
         for chunks of more than 256 tokens, by matrix products."""
         if (self.moves, net, decode) == self.known[:3] and not chunks:  # nobody came, went or outgrew its row
             rows = self.known[3]
@@ -571,7 +564,7 @@ class PagedCache:
 
 class Net:
     """The model's weights as inference wants them, in one of two forms. code (float32 on CPU where a C compiler is): every matrix is copied in the
-    order in which kernels.c_forward multiplies, and a forward is one call of it. Else PyTorch: weights shared with the model, but for the query, key
+    order in which native.forward multiplies, and a forward is one call of it. Else PyTorch: weights shared with the model, but for the query, key
     and value matrices of the rotary models, which are joined; on CPU products go to oneDNN with a copy of each matrix in its own order, which
     multiplies 64 rows twice as fast as MKL does on the AMD machine that this was measured on. `refresh` reads the model again: after an
     optimizer step, or under LoRA, whose merged weight is what runs."""
@@ -581,8 +574,8 @@ class Net:
         c = replace(model.config, n_head=a.n_head, n_kv_head=a.n_kv_head)  # of a tensor-parallel rank: its own
         self.model, self.c, self.dtype, self.device = model, c, w.dtype, w.device
         cpu, self.act = w.device.type == 'cpu' and not compile, 'gated' if c.gated else c.act  # what is compiled are plain operations; packed matrices are closed to it
-        known = rows and cpu and w.dtype == torch.float32 and self.act in K.CNet.ACTS
-        self.code = K.c_forward(c.n_kv_head, c.n_head // c.n_kv_head, c.head_size) if known else None
+        known = rows and cpu and K.in_c(w) and self.act in K.native.ACTS
+        self.code = K.native.forward(c.n_kv_head, c.n_head // c.n_kv_head, c.head_size) if known else None
         takes = w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # bfloat16 wants AVX-512 or AVX-NE-CONVERT
         self.onednn = cpu and self.code is None and torch.backends.mkldnn.is_available() and takes
         if compile:  # one graph each for all layers: weights are arguments
@@ -650,8 +643,8 @@ class Net:
 
         def put(i, name, w, b, gate=(None, None), rows=lambda w: w, columns=lambda w: w):
             col = lambda x: None if x is None else x[:, None]
-            table[i, name] = self.keep((i, name), K.panels(columns(rows(w)), gate[0])).data_ptr()
-            table[i, name + 'b'] = 0 if b is None else self.keep((i, name + 'b'), K.panels(rows(col(b)), col(gate[1]))).data_ptr()
+            table[i, name] = self.keep((i, name), K.native.panels(columns(rows(w)), gate[0])).data_ptr()
+            table[i, name + 'b'] = 0 if b is None else self.keep((i, name + 'b'), K.native.panels(rows(col(b)), col(gate[1]))).data_ptr()
         for i, block in enumerate(self.model.h):
             qkv, out, up, down, gate, norm = self.parts(block)
             put(i, 'qkv', *qkv, rows=pad)
@@ -662,11 +655,11 @@ class Net:
                 table[i, name], table[i, name + 'b'] = (0 if x is None else x.data_ptr() for x in pair)
             table[i, 'qn'], table[i, 'kn'] = (0, 0) if norm is None else (x.data_ptr() for x in norm)
         put(-1, 'head', *self.own(self.model.lm_head))
-        self.table = np.array([[table[i, name] for name in K.LAYER] for i in range(L)], np.int64)
+        self.table = np.array([[table[i, name] for name in K.native.LAYER] for i in range(L)], np.int64)
         at = lambda x: 0 if x is None else x.data_ptr()
         cos, sin = self.rope or (None, None)
-        self.c_net = K.CNet(layers=self.table.ctypes.data, wte=at(self.wte), wpe=at(self.wpe), cos=at(cos), sin=at(sin), nf=at(self.ln_f[0]), nfb=at(self.ln_f[1]),
-                          head=table[-1, 'head'], headb=table[-1, 'headb'], C=c.n_embd, inner=c.n_inner, V=c.vocab_size, act=K.CNet.ACTS[self.act], rms=c.norm == 'rms',
+        self.c_net = K.native.Net(layers=self.table.ctypes.data, wte=at(self.wte), wpe=at(self.wpe), cos=at(cos), sin=at(sin), nf=at(self.ln_f[0]), nfb=at(self.ln_f[1]),
+                          head=table[-1, 'head'], headb=table[-1, 'headb'], C=c.n_embd, inner=c.n_inner, V=c.vocab_size, positions=c.block_size, act=K.native.ACTS[self.act], rms=c.norm == 'rms',
                           eps=c.norm_eps, scale=c.head_size ** -0.5)
         self.rows = 0
         return False
@@ -675,7 +668,7 @@ class Net:
         """hidden in C: ids, pos (N,) int64 NumPy arrays, the rest from RowCache.tables -> (N, C), valid until the next forward."""
         n, C, (L, nkv, hs) = len(ids), self.c.n_embd, self.shape
         if n > self.rows:
-            self.rows = max(n, 2 * self.rows, 64)
+            self.rows = self.c_net.rows = max(n, 2 * self.rows, 64)
             line = lambda n: -(-n // 32) * 32 + 16  # rows a power of two apart would fall on the same lines of the CPU's cache
             widths = dict(x=C, y=C, qkv=self.heads * hs, att=self.c.n_head * hs, mid=self.c.n_inner)
             self.work = {name: torch.zeros(self.rows, line(width)) for name, width in widths.items()}
@@ -765,7 +758,9 @@ class Net:
         n, V = len(at), self.c.vocab_size
         if len(self.z) < n:
             self.z = torch.empty(max(n, 2 * len(self.z)), -(-V // 32) * 32)
-        self.code.logits(ctypes.byref(self.c_net), at.ctypes.data, n, self.z.data_ptr(), self.z.stride(0))
+        for i in range(0, n, self.rows):  # n samples of one prompt are more rows than the step had tokens
+            part, z = at[i:i + self.rows], self.z[i:]
+            self.code.logits(ctypes.byref(self.c_net), part.ctypes.data, len(part), z.data_ptr(), len(z), z.stride(0))
         return self.z[:n, :V]
 
 
@@ -1607,639 +1602,7 @@ def _lookup(tokens, ngram, k):
 
 
 # -----------------------------------------------------------------------------
-# 6. rollouts ahead of the trainer (AReaL, 2505.24298): engines in actors; an asynchronous stage takes its batches from here
-#
-#     jobs (prompts in order) --capacity--> RolloutWorker x n --finished groups--> Scorer x m --> done --take()--> trainer
-#                                                 ^                                                                   |
-#                                                 +-------- weights, one object in the store, a version --- publish() +
-
-SLICE = 0.05     # seconds that a worker samples before it looks for new prompts and weights
-START = 300.0    # seconds that a worker may take to start
-SILENCE = 120.0  # seconds without an answer after which a worker is taken for dead
-DEATHS = 8       # replacements of one worker that did nothing in between: not bad luck any more, the run ends
-
-
-@dataclass
-class Rollout:
-    """All answers to one prompt. id: its place in the order of prompts, `index`: its row. answers: [(token ids, log-probs they were sampled
-    with, weight version of each, ended by itself)]. scores: {reward file: [float]}, of reward files only."""
-    id: int
-    index: int
-    answers: list
-    scores: dict
-
-
-class RolloutWorker:
-    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of an answer: what is in flight is
-    interrupted, its keys and values are made anew, and it goes on under the new weights; every token knows its version."""
-
-    def __init__(self, model, eot, device, **options):
-        torch.set_num_threads(1)
-        self.engine, self.open = Engine(model.to(device), **options), {}
-        self.engine.eot = eot
-
-    def ready(self):
-        """Answers once the process is up."""
-
-    def run(self, jobs, version, weights, seconds):
-        """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids, SamplingParams)], samples for `seconds` or until all
-        is done. -> [(id, answers as in Rollout)] of the finished ones."""
-        if weights is not None:
-            self.engine.load_weights(weights, version, recompute=True)
-        for id, prompt, params in jobs:
-            left = [params.n]
-            self.open[id] = left, self.engine._add(self.engine._check(prompt, params), params, left=left)
-        until = time.monotonic() + seconds
-        while self.engine.has_unfinished() and time.monotonic() < until:
-            with self.engine.lock:
-                self.engine._step()
-        done = [id for id, (left, _) in self.open.items() if not left[0]]
-        out = [(id, [self.engine._completion(r) for r in self.open.pop(id)[1]]) for id in done]
-        return [(id, [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in group]) for id, group in out]
-
-
-class Scorer:
-    """Reward files in an actor: what they do there (hang, raise, kill the process) stays there."""
-
-    def __init__(self, files, tokenizer):
-        """files {name in the log: path}, a path that holds in any process of any node."""
-        self.fns, self.tok = {name: load_reward(path) for name, path in files.items()}, get_tokenizer(tokenizer)
-
-    def ready(self):
-        """Answers once the process is up: from then on reward_timeout counts."""
-
-    def score(self, row, prompt, answers):
-        """{file: [float]} for the token ids of each answer. ValueError for a score that is not finite."""
-        asked, texts = self.tok.decode(prompt), [self.tok.decode([t for t in a if t != self.tok.eot]) for a in answers]
-        out = {file: [float(fn(asked, text, row)) for text in texts] for file, fn in self.fns.items()}
-        for file, scores in out.items():
-            if not np.isfinite(scores).all():
-                raise ValueError(f'reward {file} returned {scores[int(np.argmin(np.isfinite(scores)))]}: rewards must be finite')
-        return out
-
-
-class _Hand:
-    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it has; version = its weights';
-    deaths = how often it was replaced since it last did something."""
-
-    def __init__(self, hire):
-        self.hire, self.deaths = hire, 0
-        self.start()
-
-    def start(self):
-        self.actor, self.work, self.version, self.up = self.hire(), [], None, False
-        self.go(self.actor.ready.remote(), START)
-
-    def go(self, ref, seconds):
-        self.call, self.deadline, self.seconds = ref, time.monotonic() + seconds, seconds
-
-
-class Rollouts:
-    """A stream of answered and scored prompts, for a trainer that does not wait for them.
-
-    jobs(k) -> iterator of (row number, row, prompt ids, SamplingParams) from prompt k on, endless; `batch` of them are an update's.
-    publish(state_dict, version) once before each update: the workers go on with these weights. take(n) -> the next n Rollouts, in the
-    ORDER OF THE PROMPTS, so that a batch holds what it would hold in sync mode (first come, first trained would prefer short answers),
-    and `position`, the id behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is left out.
-    Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch at each publish, so no token that is
-    taken is older than max_staleness versions; 0 = the workers sample with the weights of the update itself, as in sync mode.
-    Faults: a worker that dies, or is silent for SILENCE seconds, is replaced and its unfinished prompts begin anew (`restarts`); a
-    reward that raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries times more, then
-    the whole group is left out and the next one takes its place (`dropped`). runtime: 'local', 'ray', or 'HOST:PORT' of a cluster."""
-
-    def __init__(self, model, tokenizer, eot, jobs, batch, max_staleness=1, workers=1, rewards=(), reward_workers=1, reward_timeout=30.0,
-                 reward_retries=2, runtime='local', position=0, device='cpu', **engine):
-        for name, value, least in (('max_staleness', max_staleness, 0), ('rollout_workers', workers, 1), ('reward_workers', reward_workers, 1), ('reward_retries', reward_retries, 0)):
-            if value < least:
-                raise ValueError(f'{name} must be at least {least}, got {value}')
-        if reward_timeout <= 0:
-            raise ValueError(f'reward_timeout must be above 0 seconds, got {reward_timeout}')
-        import actors  # here: a synchronous stage starts nothing and imports nothing of it
-        self.actors, self.batch, self.max_staleness, self.reward_timeout, self.retries = actors, batch, max_staleness, reward_timeout, reward_retries
-        self.position = self.next = position
-        self.dropped = self.restarts = self.taken = self.limit = 0  # limit: prompts handed out and not dropped, at most
-        self.jobs, self.work, self.pending, self.unscored, self.done = jobs(position), {}, [], deque(), {}
-        self.tries, self.in_a_row = {}, 0
-        self.version = self.weights = self.error = None
-        self.cv, self.closed, self.own = threading.Condition(), False, not actors.is_initialized()
-        if not torch.cuda.is_available() and 'infer' not in actors.PRELOAD:  # imported once for all workers; with a GPU it would start CUDA before the fork
-            actors.PRELOAD.append('infer')
-        gpus = self._init(runtime, workers + (reward_workers if rewards else 0), device)
-        first, options = actors.put(model), dict(eot=eot, device='cuda' if gpus else str(device), **engine)
-        worker = actors.remote(RolloutWorker).options(num_cpus=1, **(dict(num_gpus=min(1, gpus / workers)) if gpus else {}))
-        scorer = actors.remote(Scorer).options(num_cpus=1)
-        self.rollers = [_Hand(lambda: worker.remote(first, **options)) for _ in range(workers)]
-        files = {f: os.path.abspath(f) for f in rewards}  # a node has a working directory of its own
-        tokenizer = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer
-        self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(reward_workers if rewards else 0)]
-        self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
-        self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
-        self.thread.start()
-
-    def _init(self, runtime, processes, device):
-        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there are several, else they share it."""
-        gpus = torch.cuda.device_count() if str(device).startswith('cuda') else 0
-        seen, mine = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
-        if gpus > 1:
-            ids = seen.split(',') if seen else [str(i) for i in range(gpus)]
-            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])  # read by the runtime; torch here has its device already
-        try:
-            if not self.own:
-                return gpus - (gpus > 1)
-            if runtime == 'local':
-                self.actors.init(num_cpus=processes)
-            elif runtime == 'ray':
-                cluster = os.environ.get('RAY_ADDRESS')  # a cluster has its own CPUs
-                self.actors.init(backend='ray', include_dashboard=False, **({} if cluster else dict(num_cpus=processes)))
-            elif ':' in runtime:
-                self.actors.init(address=runtime)
-            else:
-                raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py --head=True")
-        finally:
-            if gpus > 1:
-                os.environ.pop('CUDA_VISIBLE_DEVICES') if seen is None else os.environ.update(CUDA_VISIBLE_DEVICES=seen)
-        return gpus - (gpus > 1)
-
-    # ---- the trainer's side --------------------------------------------------------------------------------------
-
-    def publish(self, state, version):
-        """New weights (a state dict) for all that is sampled from now on, answers in flight included."""
-        weights = self.actors.put({k: v.detach().cpu() for k, v in state.items()})
-        with self.cv:
-            self.version, self.weights, self.limit = version, weights, self.taken + (self.max_staleness + 1) * self.batch
-            self.cv.notify_all()
-
-    def take(self, n):
-        """Waits for the next n Rollouts. Raises what went wrong with the workers."""
-        out = []
-        with self.cv:
-            self.limit = max(self.limit, self.taken + n)  # a second helping within one update (dynamic sampling)
-            self.cv.notify_all()
-            while len(out) < n:
-                if self.error is not None:
-                    raise self.error
-                if self.position in self.done:
-                    group = self.done.pop(self.position)
-                    if group is not None:
-                        out.append(group)
-                        del self.work[self.position]
-                        self.taken += 1
-                    self.position += 1
-                else:
-                    self.cv.wait(1.0)
-        return out
-
-    def close(self):
-        """Ends the workers, and the runtime if it was started here."""
-        if self.closed:
-            return
-        with self.cv:
-            self.closed = True
-            self.cv.notify_all()
-        self.thread.join(30)
-        for hand in self.hands:
-            self.actors.kill(hand.actor)
-        if self.own:
-            self.actors.shutdown()
-
-    # ---- the thread that keeps the workers busy ------------------------------------------------------------------
-
-    def _pump(self):
-        try:
-            while not self.closed:
-                self._issue()
-                calls = {hand.call: hand for hand in self.hands if hand.call is not None}
-                if not calls:
-                    with self.cv:
-                        if not self.closed and not self._may_issue():
-                            self.cv.wait(0.5)
-                    continue
-                wait = min(hand.deadline for hand in calls.values()) - time.monotonic()
-                ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=min(0.1, max(0.0, wait)))
-                for ref in ready:
-                    self._collect(calls[ref])
-                for hand in self.hands:
-                    if hand.call is not None and hand.call not in ready and time.monotonic() > hand.deadline:
-                        self._replace(hand, f'no answer for {hand.seconds:g} s')
-        except BaseException as e:
-            with self.cv:
-                self.error = e
-                self.cv.notify_all()
-
-    def _may_issue(self):
-        return self.weights is not None and self.taken + len(self.work) < self.limit
-
-    def _issue(self):
-        """Hands out prompts within the capacity, lowest id first, and gives every idle worker its next call."""
-        with self.cv:
-            while self._may_issue():
-                self.work[self.next] = next(self.jobs)
-                self.pending.append(self.next)
-                self.next += 1
-            version, weights = self.version, self.weights
-        for hand in self.rollers:
-            if hand.call is None and (hand.work or self.pending):
-                share = -(-(len(self.pending) + sum(len(h.work) for h in self.rollers)) // len(self.rollers))
-                room = min(share, max(1, self.size // self.work[(hand.work or self.pending)[0]][3].n)) - len(hand.work)
-                new, self.pending = self.pending[:max(0, room)], self.pending[max(0, room):]
-                hand.work += new
-                fresh = (version, weights if hand.version != version else None)
-                hand.version = version
-                hand.go(hand.actor.run.remote([(id, *self.work[id][2:]) for id in new], *fresh, SLICE), SILENCE)
-        for hand in self.scorers:
-            if hand.call is None and self.unscored:
-                hand.work = [self.unscored.popleft()]
-                id, answers = hand.work[0]
-                _, row, prompt, _ = self.work[id]
-                hand.go(hand.actor.score.remote(row, prompt, [a[0] for a in answers]), self.reward_timeout)
-
-    def _collect(self, hand):
-        """What a call came to."""
-        ref = hand.call
-        try:
-            result = self.actors.get(ref, timeout=SILENCE)
-        except self.actors.exceptions.RayActorError as e:
-            return self._replace(hand, str(e).strip().splitlines()[-1])
-        except Exception as e:
-            if hand in self.rollers or not hand.work:
-                raise
-            hand.call = None
-            return self._again(hand.work.pop(), str(e).strip().splitlines()[-1])
-        hand.call = None
-        if not hand.up:
-            hand.up = True
-            return
-        hand.deaths = 0
-        if hand in self.scorers:
-            id, answers = hand.work.pop()
-            return self._finish(id, Rollout(id, self.work[id][0], answers, result))
-        for id, answers in result:
-            hand.work.remove(id)
-            if self.scorers:
-                self.unscored.append((id, answers))
-            else:
-                self._finish(id, Rollout(id, self.work[id][0], answers, {}))
-
-    def _finish(self, id, group):
-        """A group is ready, or dropped (None). From here on it is the trainer's."""
-        with self.cv:
-            self.in_a_row = 0 if group is not None else self.in_a_row + 1
-            self.tries.pop(id, None)
-            self.done[id] = group
-            if group is None:
-                del self.work[id]
-                self.dropped += 1
-            self.cv.notify_all()
-
-    def _again(self, work, why):
-        """A reward failed: once more at the end of the line, or the group is dropped."""
-        id = work[0]
-        self.tries[id] = self.tries.get(id, 0) + 1
-        if self.tries[id] <= self.retries:
-            return self.unscored.append(work)
-        print(f'rollouts: prompt {id} (row {self.work[id][0] + 1}) is dropped, its reward failed {self.tries[id]} times: {why[:200]}', flush=True)
-        self._finish(id, None)
-        if self.in_a_row >= max(16, self.batch):
-            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last with: {why[:200]}')
-
-    def _replace(self, hand, why):
-        """Another actor takes the place of one that died or fell silent, and its work."""
-        self.actors.kill(hand.actor)
-        work = hand.work
-        hand.start()
-        if hand in self.scorers and work:
-            return self._again(work[0], why)
-        hand.deaths += 1
-        if hand.deaths >= DEATHS:
-            raise RuntimeError(f'a {"rollout" if hand in self.rollers else "reward"} worker died {hand.deaths} times before it did anything, at last: {why}')
-        self.restarts += 1
-        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts begin anew', flush=True)
-        self.pending = sorted(work + self.pending)
-
-
-# -----------------------------------------------------------------------------
-# 7. OpenAI's HTTP API. One thread makes the engine's steps; each connection has a thread that waits on a queue of its own
-
-
-class BadRequest(Exception):
-    """What a client did wrong, in OpenAI's form."""
-
-    def __init__(self, message, status=400, code=None, param=None):
-        super().__init__(message)
-        kind = 'authentication_error' if status == 401 else 'server_error' if status >= 500 else 'invalid_request_error'
-        self.status, self.body = status, dict(error=dict(message=message, type=kind, param=param, code=code))
-
-
-_NUMBER = (int, float)
-_OPTIONS = {  # field: (types, lowest, highest)
-    'max_tokens': ((int,), 1, 1 << 30), 'max_completion_tokens': ((int,), 1, 1 << 30), 'temperature': (_NUMBER, 0, 100), 'top_p': (_NUMBER, 0, 1), 'top_k': ((int,), -1, 1 << 30),
-    'min_p': (_NUMBER, 0, 1), 'n': ((int,), 1, 128), 'presence_penalty': (_NUMBER, -2, 2), 'frequency_penalty': (_NUMBER, -2, 2), 'repetition_penalty': (_NUMBER, 1e-3, 100),
-    'seed': ((int,), -(1 << 63), 1 << 63), 'min_tokens': ((int,), 0, 1 << 30), 'top_logprobs': ((int,), 0, 20), 'stream': ((bool,), None, None), 'ignore_eos': ((bool,), None, None),
-    'stream_options': ((dict,), None, None), 'stop': ((str, list), None, None), 'stop_token_ids': ((list,), None, None), 'logit_bias': ((dict,), None, None), 'model': ((str,), None, None)}
-_REFUSED = dict(best_of=1, echo=False, suffix=None, tools=None, functions=None, response_format={'type': 'text'}, audio=None, prediction=None)
-
-
-class Server:
-    """HTTP in front of an engine: Server(engine, name, port=0).start(); .url; .close(). A host that is not loopback needs an api_key."""
-
-    def __init__(self, engine, name='model', host='127.0.0.1', port=8000, api_key='', max_body=8 << 20):
-        if not api_key and host not in ('127.0.0.1', 'localhost', '::1'):
-            raise ValueError(f'--host={host} lets other machines in: set --api_key=..., or serve on 127.0.0.1')
-        self.engine, self.name, self.api_key, self.max_body = engine, name, api_key, max_body
-        self.inbox, self.open, self.alive, self.created = queue.SimpleQueue(), {}, True, int(time.time())
-        kind = type('HTTP', (http.server.ThreadingHTTPServer,), dict(request_queue_size=1024, daemon_threads=True))
-        self.http = kind((host, port), type('Handler', (Handler,), dict(server_state=self)))
-        self.url = f'http://{host}:{self.http.server_address[1]}'
-        self.threads = [threading.Thread(target=f, daemon=True) for f in (self._work, self.http.serve_forever)]
-
-    def start(self):
-        for t in self.threads:
-            t.start()
-        return self
-
-    def close(self):
-        self.alive = False
-        self.http.shutdown()
-        self.http.server_close()
-        self.inbox.put(None)
-        self.threads[0].join(10)
-
-    def _work(self):
-        """Requests and hang-ups in, one step, events out; sleeps on the inbox when there is nothing to do."""
-        while self.alive:
-            while self.alive and not (self.inbox.empty() and self.engine.has_unfinished()):
-                job = self.inbox.get()
-                if job is not None:
-                    self._take(*job)
-            try:
-                events = self.engine.step()
-            except Exception as e:  # the engine has dropped all requests: their clients hear why, the server lives on
-                print(f'engine: {type(e).__name__}: {e}', file=sys.stderr, flush=True)
-                for request_id in list(self.open):
-                    self.engine.abort(request_id)
-                    self.open.pop(request_id).put(BadRequest(f'the engine failed: {e}', 500))
-                continue
-            for e in events:
-                out = self.open.get(e['request_id'])
-                if out is not None:
-                    out.put(e)
-
-    def _take(self, verb, request_id, prompt=None, params=None, out=None):
-        if verb == 'abort':
-            self.engine.abort(request_id)
-            self.open.pop(request_id, None)
-            return
-        try:
-            self.open[request_id] = out
-            self.engine.add_request(prompt, params, request_id)
-        except ValueError as e:
-            del self.open[request_id]
-            out.put(BadRequest(str(e)))
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version, timeout, server_state = 'HTTP/1.1', 60, None  # timeout: seconds that a silent or unread connection lives
-
-    def log_message(self, *args):
-        """Nothing: prompts are the users' own."""
-        return None
-
-    # ---- plumbing ----
-
-    def reply(self, status, body):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header('Content-Type', 'application/json')
-        self.send_header('Content-Length', str(len(data)))
-        if self.close_connection:
-            self.send_header('Connection', 'close')  # said, else a client that keeps connections sends its next request into a closed one
-        self.end_headers()
-        self.wfile.write(data)
-
-    def guarded(self, work):
-        """Runs a request; every mistake of the client becomes an answer, a client that is gone becomes nothing."""
-        self.streaming = False
-        try:
-            if self.server_state.api_key and not hmac.compare_digest(self.headers.get('Authorization', '').encode(), f'Bearer {self.server_state.api_key}'.encode()):
-                raise BadRequest('Incorrect API key provided.', 401, 'invalid_api_key')
-            work()
-        except BadRequest as e:
-            if self.streaming:
-                self.chunk(e.body)
-                self.end_stream()
-            else:
-                self.close_connection = True  # a body that was not read would be taken for the next request
-                self.reply(e.status, e.body)
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
-
-    def do_GET(self):
-        self.guarded(self.get)
-
-    def do_POST(self):
-        self.guarded(self.post)
-
-    def get(self):
-        s, path = self.server_state, self.path.split('?')[0]
-        card = dict(id=s.name, object='model', created=s.created, owned_by='plainrlhf', max_model_len=s.engine.max_len)
-        if path == '/v1/models':
-            return self.reply(200, dict(object='list', data=[card]))
-        if path == '/health':
-            return self.reply(200, dict(status='ok', **s.engine.stats()))
-        if path == '/v1/models/' + s.name:
-            return self.reply(200, card)
-        raise BadRequest(f'There is no {path} here.', 404, 'not_found')
-
-    def post(self):
-        kinds = {'/v1/completions': self.completion, '/v1/chat/completions': self.chat}
-        path = self.path.split('?')[0]
-        if path not in kinds:
-            raise BadRequest(f'There is no {path} here: /v1/completions, /v1/chat/completions and /v1/models are.', 404, 'not_found')
-        length = self.headers.get('Content-Length', '')
-        if not length.isdecimal() or self.headers.get('Transfer-Encoding'):
-            raise BadRequest('A body with a Content-Length is needed.', 411)
-        if int(length) > self.server_state.max_body:
-            raise BadRequest(f'The body has {length} bytes, the limit is {self.server_state.max_body}.', 413)
-        data = self.rfile.read(int(length))
-        if len(data) < int(length):
-            raise ConnectionResetError
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError) as e:
-            raise BadRequest(f'The body is not JSON: {type(e).__name__} {e}') from None
-        if not isinstance(body, dict):
-            raise BadRequest(f'The body is a JSON {type(body).__name__}, expected an object.')
-        if 'model' in body and body['model'] != self.server_state.name:
-            raise BadRequest(f"The model {body['model']!r} does not exist; this server has {self.server_state.name!r}.", 404, 'model_not_found', 'model')
-        kinds[path]({k: v for k, v in body.items() if v is not None})
-
-    def params(self, body, default_max, logprobs):
-        """SamplingParams of a request, every type and range checked."""
-        for name, (types, low, high) in _OPTIONS.items():
-            v = body.get(name)
-            if v is None:
-                continue
-            if type(v) not in types:
-                raise BadRequest(f"'{name}' is a {type(v).__name__}, expected {' or '.join(t.__name__ for t in types)}.", param=name)
-            if low is not None and not low <= v <= high:
-                raise BadRequest(f"'{name}' is {v}, expected {low} to {high}.", param=name)
-        for name, fine in _REFUSED.items():
-            if body.get(name) not in (None, fine, []):
-                raise BadRequest(f"'{name}' is not supported by this server.", param=name)
-        names = ('temperature', 'top_p', 'top_k', 'min_p', 'presence_penalty', 'frequency_penalty', 'repetition_penalty', 'seed', 'n', 'stop', 'stop_token_ids', 'min_tokens', 'ignore_eos')
-        try:
-            bias = {int(k): max(-100.0, min(100.0, float(v))) for k, v in body.get('logit_bias', {}).items()}
-            if not all(type(t) is int for t in body.get('stop_token_ids', ())):
-                raise ValueError('stop_token_ids must be integers')
-            return SamplingParams(max_tokens=body.get('max_completion_tokens', body.get('max_tokens', default_max)), logprobs=logprobs, logit_bias=bias,
-                                  **{k: body[k] for k in names if k in body})
-        except (ValueError, TypeError) as e:
-            raise BadRequest(str(e).split(', got SamplingParams')[0]) from None
-
-    # ---- the two endpoints ----
-
-    def completion(self, body):
-        prompt, top = body.get('prompt'), body.get('logprobs')
-        if type(top) not in (int, type(None)) or not 0 <= (top or 0) <= 20:
-            raise BadRequest("'logprobs' is expected to be an integer from 0 to 20.", param='logprobs')
-        whole = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(t) is int for t in prompt))
-        prompts = [prompt] if whole else prompt
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or (isinstance(p, list) and p and all(type(t) is int for t in p)) for p in prompts):
-            raise BadRequest("'prompt' is expected to be a non-empty string, list of strings, list of token ids, or list of those.", param='prompt')
-        self.answer(body, prompts, self.params(body, 16, top or 0), None if top is None else self.old_logprobs, chat=False)
-
-    def chat(self, body):
-        messages, e = body.get('messages'), self.server_state.engine
-        if not isinstance(messages, list) or not messages:
-            raise BadRequest("'messages' is expected to be a non-empty list.", param='messages')
-        plain = []
-        for m in messages:
-            content = m.get('content') if isinstance(m, dict) else None
-            if isinstance(content, list) and all(isinstance(x, dict) and x.get('type') == 'text' and isinstance(x.get('text'), str) for x in content):
-                content = ''.join(x['text'] for x in content)
-            if not isinstance(content, str) or not isinstance(m.get('role'), str):
-                raise BadRequest("each of 'messages' is expected to be {'role': string, 'content': string}.", param='messages')
-            plain.append(dict(role=m['role'], content=content))
-        if type(body.get('logprobs', False)) is not bool:
-            raise BadRequest("'logprobs' is expected to be true or false.", param='logprobs')
-        try:
-            prompt = e.tokenizer.apply_chat_template(plain, add_generation_prompt=True)
-        except ValueError as error:
-            raise BadRequest(str(error), param='messages') from None
-        params = self.params(body, max(1, e.max_len - len(prompt)), body.get('top_logprobs', 0))
-        self.answer(body, [prompt], params, self.new_logprobs if body.get('logprobs') else None, chat=True)
-
-    def answer(self, body, prompts, params, logprobs, chat):
-        s, name = self.server_state, ('chat.completion' if chat else 'text_completion')
-        try:
-            ids = [s.engine._check(p, params) for p in prompts]
-        except ValueError as e:
-            raise BadRequest(str(e), code='context_length_exceeded' if 'context' in str(e) else None, param='messages' if chat else 'prompt') from None
-        head = dict(id=('chatcmpl-' if chat else 'cmpl-') + os.urandom(12).hex(), object=name, created=int(time.time()), model=s.name)
-        stream = body.get('stream', False)
-        want_usage, total, done, box = (body.get('stream_options') or {}).get('include_usage', False), len(ids) * params.n, 0, queue.SimpleQueue()
-        texts, reasons, count, probs = [''] * total, [None] * total, 0, [[] for _ in range(total)]
-        jobs = {f"{head['id']}-{i}": i for i in range(len(ids))}
-        for request_id, i in jobs.items():
-            s.inbox.put(('add', request_id, ids[i], params, box))
-        try:
-            if stream:
-                self.begin_stream()
-                if chat:
-                    for k in range(total):
-                        self.chunk(dict(head, object=name + '.chunk', choices=[dict(index=k, delta=dict(role='assistant', content=''), logprobs=None, finish_reason=None)]))
-            while done < total:
-                e = self.next_event(box)
-                k = jobs[e['request_id']] * params.n + e['index']
-                texts[k] += e['text']
-                reasons[k], done, count = e['finish_reason'], done + e['finished'], count + len(e['token_ids'])
-                if logprobs is not None:
-                    probs[k] += zip(e['token_ids'], e['raw_logprobs'], e['top_logprobs'] or [{}] * len(e['token_ids']))
-                if stream and (e['text'] or e['finished'] or logprobs is not None):
-                    piece = dict(delta=dict(content=e['text']) if e['text'] else {}) if chat else dict(text=e['text'])
-                    new, probs[k] = (None if logprobs is None else logprobs(probs[k])), []
-                    self.chunk(dict(head, object=name + '.chunk' * chat, choices=[dict(index=k, **piece, logprobs=new, finish_reason=e['finish_reason'])]))
-        finally:  # also when the client has hung up, or one of several prompts was refused
-            for request_id in jobs:
-                s.inbox.put(('abort', request_id))
-        prompt_tokens = sum(map(len, ids))
-        usage = dict(prompt_tokens=prompt_tokens, completion_tokens=count, total_tokens=prompt_tokens + count)
-        if stream:
-            if want_usage:
-                self.chunk(dict(head, object=name + '.chunk' * chat, choices=[], usage=usage))
-            return self.end_stream()
-        choices = [dict(index=k, logprobs=None if logprobs is None else logprobs(probs[k]), finish_reason=reasons[k],
-                        **(dict(message=dict(role='assistant', content=texts[k], refusal=None)) if chat else dict(text=texts[k]))) for k in range(total)]
-        self.reply(200, dict(head, choices=choices, usage=usage))
-
-    def next_event(self, box):
-        """Waits for the engine, and looks twice a second whether the client is still there."""
-        while True:
-            try:
-                e = box.get(timeout=0.5)
-            except queue.Empty:
-                if readable([self.connection], 0) and not self.connection.recv(1, socket.MSG_PEEK):
-                    raise ConnectionResetError from None
-                if not self.server_state.alive:
-                    raise BadRequest('The server is shutting down.', 503) from None
-                continue
-            if isinstance(e, BadRequest):
-                raise e
-            return e
-
-    def piece(self, token):
-        """Text of one token; half a character has none, it is named by its id."""
-        text = self.server_state.engine.tokenizer.decode([token])
-        return text if '\ufffd' not in text else f'token_id:{token}'
-
-    def old_logprobs(self, rows):
-        texts = [self.piece(t) for t, _, _ in rows]
-        return dict(tokens=texts, token_logprobs=[lp for _, lp, _ in rows], text_offset=[0, *itertools.accumulate(map(len, texts))][:len(texts)],
-                    top_logprobs=[{self.piece(i): lp for i, lp in top.items()} for _, _, top in rows])
-
-    def new_logprobs(self, rows):
-        def entry(t, lp):
-            text = self.piece(t)
-            return dict(token=text, logprob=lp, bytes=None if text.startswith('token_id:') else list(text.encode()))
-        return dict(content=[dict(entry(t, lp), top_logprobs=[entry(i, x) for i, x in top.items()]) for t, lp, top in rows], refusal=None)
-
-    # ---- server-sent events ----
-
-    def begin_stream(self):
-        self.streaming = True
-        self.send_response(200)
-        for k, v in (('Content-Type', 'text/event-stream'), ('Cache-Control', 'no-cache'), ('Transfer-Encoding', 'chunked')):
-            self.send_header(k, v)
-        self.end_headers()
-
-    def chunk(self, body):
-        data = b'data: ' + (json.dumps(body).encode() if isinstance(body, dict) else body) + b'\n\n'
-        self.wfile.write(b'%x\r\n%s\r\n' % (len(data), data))
-
-    def end_stream(self):
-        self.chunk(b'[DONE]')
-        self.wfile.write(b'0\r\n\r\n')
-
-
-# -----------------------------------------------------------------------------
-# 8. the command
-
-
-def load_reward(path):
-    """The function `reward(prompt: str, completion: str, row: dict) -> float` of a Python file of the user's. Its folder can be imported
-    from while it loads. ValueError when the file is missing, does not run, or has no such function."""
-    if not os.path.isfile(path):
-        raise ValueError(f'reward {path}: no such file; it should define reward(prompt, completion, row) -> float')
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-    try:
-        space = runpy.run_path(path, run_name='reward')
-    except Exception as e:
-        raise ValueError(f'reward {path} does not run: {type(e).__name__}: {e}') from e
-    finally:
-        sys.path.pop(0)
-    if not callable(space.get('reward')):
-        raise ValueError(f'reward {path}: it defines no function reward(prompt, completion, row)')
-    return space['reward']
+# 6. the command
 
 
 def _stream(engine, prompt, params, lead=''):
@@ -2304,6 +1667,7 @@ def run_chat(engine, params):
 
 def run_eval(engine, params):
     """Answers every row of eval_file num_samples times, scores, prints accuracy (and pass@k), writes the samples."""
+    from rollout import load_reward  # here: rollout.py stands above this file
     rows, score = [dict(r) for r in load_dataset(eval_file)], load_reward(reward) if reward else None
     rows = rows[:eval_limit or None]
     key = next((k for k in ('prompt', 'question', 'instruction') if rows and k in rows[0]), None)
@@ -2332,6 +1696,8 @@ def run_eval(engine, params):
 
 
 def main():
+    if serve:
+        raise ValueError(f'infer.py no longer serves: python serve.py --init_from={init_from} --port=8000')
     K.use(kernels)
     torch.manual_seed(seed)
     kind = dict(float32=torch.float32, float64=torch.float64, bfloat16=torch.bfloat16, float16=torch.float16).get(dtype)
@@ -2343,14 +1709,7 @@ def main():
                     draft=draft, ngram=ngram, num_draft=num_draft, compile=compile)
     print(engine, file=sys.stderr)
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop=stop or None, seed=seed, n=num_samples)
-    if serve:
-        server = Server(engine, os.path.basename(os.path.normpath(init_from)), host, port, api_key).start()
-        print(f'serving {server.name} on {server.url}/v1 (Ctrl-C stops)', file=sys.stderr, flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            server.close()
-    elif chat:
+    if chat:
         run_chat(engine, replace(params, n=1))
     elif eval_file:
         run_eval(engine, params)

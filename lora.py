@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from model import GPT, GPTConfig, hf_names, load_model, load_safetensors, save_safetensors, write_json
+from model import hf_names, load_safetensors, save_safetensors, write_json
 
 PARTS = ('lora_A', 'lora_B', 'lora_magnitude_vector')  # PEFT's names
 
@@ -340,30 +340,3 @@ def load_lora(model, dir, name='default'):
         _attach(model, name, spec, specs)
     _copy(_slots(model, name), tensors, f'the adapter in {dir}')
     return model
-
-
-def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora_r=0, lora_alpha=16.0, lora_dropout=0.0, lora_targets=''):
-    """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of model.open_run), new from `scratch` (a
-    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the adapter."""
-    if ckpt and ckpt.get('lora'):
-        model, _ = load_model(ckpt['lora']['base'], head=head)
-        model.lora_info = ckpt['lora']
-        return load_state(model, ckpt['lora'], ckpt['model']), ckpt['tokenizer']
-    if ckpt:
-        model = GPT(GPTConfig(**ckpt['model_args']), head)
-        model.load_state_dict(ckpt['model'])
-        return model, ckpt['tokenizer']
-    model, found = (GPT(scratch, head), tokenizer) if init_from == 'scratch' else load_model(init_from, head=head)
-    if lora_r:
-        add_lora(model, lora_r, lora_alpha, lora_dropout, tuple(t for t in lora_targets.split(',') if t))
-        model.lora_info = describe(model, init_from)  # now: a pipeline stage will not have all layers
-    return model, tokenizer or found
-
-
-def checkpoint_keys(model):
-    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps (see parallel.save_checkpoint): all, or (LoRA)
-    those of the adapters and the scalar head; `lora` then says where their base lies."""
-    info = getattr(getattr(model, 'body', model), 'lora_info', None)
-    if info is None:
-        return dict(model_args=dataclasses.asdict(model.config), lora=None)
-    return dict(model_args=dataclasses.asdict(model.config), lora={**info, 'reward_bias': model.config.reward_bias}, keep=is_adapter)

@@ -26,65 +26,65 @@ from torch.nn import functional as F
 
 import infer
 import kernels as K
-import lora
 import parallel
-from dataset import Sampler, encode_pair, get_tokenizer, load_dataset, pack
-from model import (Layout, RunLog, activation_bytes, check_finite, eta, load_model, memory_now, memory_plan, open_run, pick_device, pick_threads,
-                   training_bytes, write_json)
+from dataset import Sampler, load_dataset, pack
+from tokenizer import encode_pair, get_tokenizer
+from model import Layout, write_json
+from run import (activation_bytes, check_finite, checkpoint_keys, eta, load_model, memory_now, memory_plan,
+                 open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
 out_dir = 'out-reward'
 init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: the language model that gets the head
 overwrite = False # start anew in an out_dir that already holds a run
-eval_interval = 100 # iterations between evaluations; a checkpoint is written at each
-eval_iters = 0 # batches an evaluation; 0 = the whole validation set
+eval_interval = 100 # >= 1: iterations between evaluations; a checkpoint is written at each
+eval_iters = 0 # >= 0: batches an evaluation; 0 = the whole validation set
 eval_only = False # evaluate once and stop
 # data
 dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}, optionally "margin", "tie": true
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
-block_size = 0 # tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
-max_rows = 0 # train on the first so many pairs; 0 = all
+block_size = 0 # >= 0: tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
+max_rows = 0 # >= 0: train on the first so many pairs; 0 = all
 seed = 1337
 # algorithm
-center = 0.0 # weight of (r_chosen + r_rejected)^2; 0.01 keeps rewards around 0
-margin_scale = 1.0 # multiplies a row's "margin"
+center = 0.0 # >= 0: weight of (r_chosen + r_rejected)^2; 0.01 keeps rewards around 0
+margin_scale = 1.0 # >= 0: multiplies a row's "margin"
 ties = 'drop' # 'drop' | 'half': rows with "tie": true are left out, or pulled together
 normalize = 'samples' # after training: 'samples' of the initial policy | 'responses' of the data | 'none'
-normalize_n = 256 # samples (or responses) that give gain and bias
-max_new_tokens = 64 # of those samples
-temperature = 1.0 # of those samples
+normalize_n = 256 # >= 2: samples (or responses) that give gain and bias
+max_new_tokens = 64 # >= 1: of those samples
+temperature = 1.0 # > 0: of those samples
 # LoRA (2106.09685)
-lora_r = 0 # rank; 0 = train all weights
-lora_alpha = 16.0 # the adapter is scaled by alpha / r
-lora_dropout = 0.0
+lora_r = 0 # >= 0: rank; 0 = train all weights
+lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
+lora_dropout = 0.0 # in [0, 1): on the adapter's input
 lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
 # optimizer
-epochs = 1.0 # passes over the pairs; ignored when max_iters is set
-max_iters = 0 # 0 = as many as epochs says
-batch_size = 64 # pairs an iteration, over all processes
-micro_tokens = 8192 # tokens a forward pass sees at most
-learning_rate = 5e-5 # linear to 0
-warmup_iters = 0
-weight_decay = 0.0
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-5 # large on purpose: small first steps [lm-human-preferences]
-grad_clip = 1.0 # global norm; 0 = off
+epochs = 1.0 # > 0: passes over the pairs; ignored when max_iters is set
+max_iters = 0 # >= 0: 0 = as many as epochs says
+batch_size = 64 # >= 1: pairs an iteration, over all processes
+micro_tokens = 8192 # >= 1: tokens a forward pass sees at most
+learning_rate = 5e-5 # >= 0: linear to 0
+warmup_iters = 0 # >= 0: iterations of linear warm-up
+weight_decay = 0.0 # >= 0: AdamW's, of matrices only
+beta1 = 0.9 # in [0, 1): decay of Adam's first moment
+beta2 = 0.999 # in [0, 1): decay of Adam's second moment
+adam_eps = 1e-5 # > 0: large on purpose: small first steps [lm-human-preferences]
+grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the blocks; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
-pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
-cp = 1 # context parallel: the tokens of a micro-batch shared out, for long ones
-zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
-sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # >= 1: context parallel: the tokens of a micro-batch shared out, for long ones
+zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -224,7 +224,7 @@ if __name__ == '__main__':
     ckpt = open_run(out_dir, init_from, overwrite, 'reward', mesh)
     if init_from == 'scratch':
         raise ValueError('a reward model starts from a language model: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
-    model, tokenizer = lora.open_model(init_from, ckpt, 'scalar', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
+    model, tokenizer = open_model(init_from, ckpt, 'scalar', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
     tok = get_tokenizer(tokenizer)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {model.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
@@ -285,7 +285,7 @@ if __name__ == '__main__':
 
     def checkpoint(it, raw, better=False):
         parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, model, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                 sharded=sharded_ckpt, **lora.checkpoint_keys(model), raw_score=raw.cpu(), config=config, tokenizer=tokenizer, iter=it,
+                                 **checkpoint_keys(model), raw_score=raw.cpu(), config=config, tokenizer=tokenizer, iter=it,
                                  best=best, data=sampler.state_dict(), time=log.elapsed())
 
     def loss_of(model, mine):
@@ -318,10 +318,10 @@ if __name__ == '__main__':
         batch = [pairs[i] for i in next(sampler)]
         lengths = [len(p[0]) + len(p[1]) for p in batch]
         micros = [[batch[i] for i in bin] for bin in mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)]
-        found = parallel.accumulate(model, optimizer, micros, loss_of, summed=True)
+        found = parallel.forward_backward(model, optimizer, micros, loss_of, summed=True)
         loss, accuracy, margin, tokens = found['loss'], found['right'] / pairs_a_step, found['margin'] / pairs_a_step, sum(lengths)
         check_finite(it, out_dir, loss=loss)
-        norm = optimizer.step(lr, grad_clip)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
         dt = time.time() - t0
         log.row(it, 'train', loss=loss, accuracy=accuracy, margin=margin, grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt)
         if it % 10 == 0:

@@ -29,8 +29,11 @@ import torch
 
 import infer
 import kernels as K
-from dataset import encode_prompt, encode_row, get_tokenizer, load_dataset, pack
-from model import load_model, pick_device, pick_threads
+from dataset import load_dataset, pack
+from files import replaced
+from tokenizer import encode_prompt, encode_row, get_tokenizer
+from run import load_model, pick_device, pick_threads
+from rollout import load_reward
 
 # what
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
@@ -199,7 +202,7 @@ def from_file(path, asked):
 def score_all(spec, rows, asked, answers):
     """Scores [[float]] of every answer by a reward file or a reward model."""
     if spec.endswith('.py'):
-        fn = infer.load_reward(spec)
+        fn = load_reward(spec)
         return [[float(fn(shown(p), t, r)) for t in texts] for r, p, texts in zip(rows, asked, answers.texts)]
     kind = pick_device(device, dtype)
     model, tokenizer = load_model(spec, kind[0], head='scalar')
@@ -284,7 +287,7 @@ def measure_perplexity(path):
 
 def accuracy(rows, asked, ours, wanted, out):
     """pass@k and maj@k of our answers into out; returns the scores [[float]]."""
-    fn = infer.load_reward(reward)
+    fn = load_reward(reward)
     extract, equal = fn.__globals__.get('extract_answer'), fn.__globals__.get('equal')
     scores = [[float(fn(shown(p), t, r)) for t in texts] for r, p, texts in zip(rows, asked, ours.texts)]
     right = [[s > 0.5 for s in x] for x in scores]
@@ -331,15 +334,14 @@ def main():
         flat = [t for texts in ours.texts for t in texts]
         out |= diversity(flat) | dict(ended=float(np.mean([e for ends in ours.ended for e in ends])), tokens=ours.tokens / len(flat),
                                       prompts=len(rows), samples=num_samples)
-        with open(os.path.join(here, 'eval.jsonl.tmp'), 'w', encoding='utf-8') as f:
+        with replaced(os.path.join(here, 'eval.jsonl'), 'w') as f:
             for i, row in enumerate(rows):
                 more = dict(against=theirs.texts[i], **wins[i]) if against else {}
                 f.write(json.dumps(dict(row, completions=ours.texts[i], scores=scores[i], ended=ours.ended[i], **more), ensure_ascii=False) + '\n')
-        os.replace(os.path.join(here, 'eval.jsonl.tmp'), os.path.join(here, 'eval.jsonl'))
     if perplexity:
         nats, tokens = measure_perplexity(perplexity)
         out |= {'nats a token': nats, 'perplexity': tuple(map(math.exp, nats)), 'perplexity tokens': tokens}
-    with open(os.path.join(here, 'eval.json'), 'w') as f:
+    with replaced(os.path.join(here, 'eval.json'), 'w') as f:
         json.dump(dict(config=config, **out), f, indent=2)
     for k, v in out.items():
         print(f'{k:>18}  ' + (f'{v[0]:.4f}   95 %: {v[1]:.4f} to {v[2]:.4f}' if isinstance(v, tuple) else f'{v:.4f}' if isinstance(v, float) else f'{v:,}'))
@@ -347,5 +349,4 @@ def main():
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()

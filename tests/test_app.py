@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import app
-from model import GPT, GPTConfig, RunLog
+from model import GPT, GPTConfig
 from dataclasses import asdict
 
 

@@ -22,7 +22,8 @@ from test_app import Endpoint, prefers, tiny, toy_rows, verdict, wait_for, write
 import torch
 
 import app
-from model import GPT, GPTConfig, load_model
+from model import GPT, GPTConfig
+from run import load_model
 
 TIMEOUT = 1000 * int(os.environ.get('APP_TIMEOUT', 40))  # ms a page may take to show what was asked; a busy machine needs more
 playwright.expect.set_options(timeout=TIMEOUT)

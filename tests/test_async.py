@@ -19,6 +19,7 @@ import grpo
 import infer
 import parallel
 import ppo
+import rollout
 from dataset import Sampler
 from oracle import World, central_difference, gradient
 from test_actors_faults import alive, descendants, holders, soon
@@ -109,7 +110,7 @@ def test_an_interrupted_answer_goes_on_and_each_token_knows_its_weights():
     models = [tiny_model()]
     for v in range(1, 5):
         models.append(moved(models[-1], v, 0.1))
-    worker = infer.RolloutWorker(copy.deepcopy(models[0]), None, 'cpu', max_num_seqs=4, max_len=80)
+    worker = rollout.RolloutWorker(copy.deepcopy(models[0]), None, 'cpu', max_num_seqs=4, max_len=80)
     jobs = [(i, [1 + i, 2, 3] * (1 + 3 * i), infer.SamplingParams(max_tokens=20, n=3, seed=i)) for i in range(3)]
     done = worker.run(jobs, 0, None, 0.0)
     for version in range(1, 5):
@@ -156,7 +157,7 @@ def pool():
     made, before = [], os.getpid() in holders()
 
     def make(jobs=None, batch=4, **kw):
-        made.append(infer.Rollouts(tiny_model(), 'byte', 256, jobs or jobs_of(), batch, **{'max_num_seqs': 16, 'max_len': 64, **kw}))
+        made.append(rollout.Rollouts(tiny_model(), 'byte', 256, jobs or jobs_of(), batch, **{'max_num_seqs': 16, 'max_len': 64, **kw}))
         return made[-1]
     yield make
     for p in made:
@@ -247,8 +248,8 @@ def test_a_reward_that_always_fails_ends_the_run(pool, tmp_path):
 @pytest.mark.parametrize('how', [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=['dies', 'hangs'])
 def test_a_worker_that_dies_or_hangs_is_replaced(pool, monkeypatch, how):
     """Killed in the middle of its answers: each prompt is answered once, by the same tokens as if nothing had happened."""
-    monkeypatch.setattr(infer, 'SILENCE', 120.0 if how == signal.SIGKILL else 4.0)
-    monkeypatch.setattr(infer, 'SLICE', 0.01)
+    monkeypatch.setattr(rollout, 'SILENCE', 120.0 if how == signal.SIGKILL else 4.0)
+    monkeypatch.setattr(rollout, 'SLICE', 0.01)
     before = set(descendants(os.getpid()))
     p = pool(jobs=jobs_of(tokens=50), batch=8, workers=2, max_staleness=0)
     p.publish(tiny_model().state_dict(), 0)
@@ -303,7 +304,7 @@ def test_a_worker_that_always_dies_ends_the_run(pool):
     hand.hire = lambda: actors.remote(Dies).remote()
     actors.kill(hand.actor)
     p.publish(tiny_model().state_dict(), 0)
-    with pytest.raises(RuntimeError, match=f'a rollout worker died {infer.DEATHS} times before it did anything'):
+    with pytest.raises(RuntimeError, match=f'a rollout worker died {rollout.DEATHS} times before it did anything'):
         p.take(4)
 
 
@@ -311,7 +312,7 @@ def test_mistakes_of_the_pool():
     for match, kw in [('max_staleness must be at least 0', dict(max_staleness=-1)), ('rollout_workers must be at least 1', dict(workers=0)),
                       ('reward_timeout must be above 0', dict(reward_timeout=0.0)), ("runtime 'x': expected 'local', 'ray' or HOST:PORT", dict(runtime='x'))]:
         with pytest.raises(ValueError, match=match):
-            infer.Rollouts(tiny_model(), 'byte', 256, jobs_of(), 4, **kw)
+            rollout.Rollouts(tiny_model(), 'byte', 256, jobs_of(), 4, **kw)
     assert not actors.is_initialized()
 
 
@@ -342,7 +343,7 @@ def test_sync_mode_and_the_simulation_start_no_process(world, monkeypatch):
     monkeypatch.setattr(actors, 'init', lambda *a, **k: pytest.fail('actors were started'))
     stage('grpo.py', *GRPO, '--out_dir=out-none', '--max_iters=1', cwd=world)
     stage('grpo.py', *GRPO, '--out_dir=out-none', '--max_iters=1', '--mode=async', '--simulate_staleness=1', cwd=world)
-    for module in (infer, grpo, ppo):  # and none of them imports it before it is needed
+    for module in (infer, rollout, grpo, ppo):  # and none of them imports it before it is needed
         top = ast.parse(open(module.__file__).read()).body
         assert 'actors' not in [alias.name for node in top if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
 

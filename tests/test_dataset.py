@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+import arrow as A
 import dataset as D
-from dataset import ArrowError, Dataset, Field, Sampler, Type, load_dataset
+from data import lint as L
+from arrow import ArrowError, Field, Type
+from dataset import Dataset, Sampler, load_dataset
 
 pa = pytest.importorskip('pyarrow')
-import pyarrow.ipc
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -470,7 +472,7 @@ def test_bits_and_words_over_chunks(tmp_path):
     parts = [Dataset.from_dict({'w': [f'{i % 3}{k}' for i in range(90)]}, {'w': small}) for k in 'ab']
     assert list(D.concatenate(parts).select(range(60, 120))['w']) == [f'{i % 3}a' for i in range(60, 90)] + [f'{i % 3}b' for i in range(30)]
     with pytest.raises(ValueError, match="string cannot become int64"):
-        D.cast(D.array(['x']), Type('int64'))
+        A.cast(A.array(['x']), Type('int64'))
 
 
 def test_map_keeps_the_types_of_untouched_columns():
@@ -584,7 +586,7 @@ def fuzz(tmp_path, count, seed, monkeypatch):
         f.flush()
         if k % 9 < 2:
             (folder / 'state.json').write_bytes(mutate(state, r) if broken else state)
-        monkeypatch.setattr(D, '_DEEP', 2**30 if k % 2 else 0)  # checked when opened, or batch by batch
+        monkeypatch.setattr(A, '_DEEP', 2**30 if k % 2 else 0)  # checked when opened, or batch by batch
         start = time.process_time()
         try:
             ds = load_dataset(path if k % 3 else folder)
@@ -632,7 +634,7 @@ def test_what_a_corrupt_value_does_and_when(tmp_path, monkeypatch):
             use()
     code, _, err = run('lint', tmp_path / 'x.arrow')
     assert code == 2 and 'x.arrow: corrupt: text' in err
-    monkeypatch.setattr(D, '_DEEP', 0)  # as in a large file
+    monkeypatch.setattr(A, '_DEEP', 0)  # as in a large file
     with pytest.raises(ArrowError, match='x.arrow: corrupt or cut off'):
         load_dataset(write(good[:-70]))
     for data in (falling, index, beyond):
@@ -668,19 +670,19 @@ def test_a_type_tree_that_shares_its_branches(tmp_path):
     out = bytearray(4)
 
     def put(level):  # children before parents is not possible with forward references: a chain of structs, each vector with one reference twice
-        pos = D._put(out, [b'x', ('B', 1), ('B', 13), [], None, ([], []) if level else ()])
+        pos = A._put(out, [b'x', ('B', 1), ('B', 13), [], None, ([], []) if level else ()])
         return pos
     first = put(1)
     pos = first
     for level in range(63):
-        table = D._Table(bytes(out), pos, [10**9])
+        table = A._Table(bytes(out), pos, [10**9])
         start, n = table.vec(5, 4)
         pos = put(level < 62)
         for at in range(start, start + 4 * n, 4):
             out[at:at + 4] = (pos - at).to_bytes(4, 'little')
     start = time.process_time()
     with pytest.raises(ArrowError):
-        D._type_in(D._Table(bytes(out), first, [4 * len(out)]), (0,), {})
+        A._type_in(A._Table(bytes(out), first, [4 * len(out)]), (0,), {})
     assert time.process_time() - start < 1 and leaf
 
 
@@ -873,13 +875,13 @@ def run(*words):
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out):
-            return D._main(list(map(str, words))), out.getvalue(), ''
+            return L._main(list(map(str, words))), out.getvalue(), ''
     except ValueError as e:
         return 2, out.getvalue(), str(e)
 
 
 def command(*words):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dataset.py'), *map(str, words)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'data', 'lint.py'), *map(str, words)], capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -908,7 +910,7 @@ def test_lint_and_head(tmp_path):
     assert code == 0 and 'messages | user: x\nmessages | assistant: y\n' in out
     for words in ((), ('head',), ('head', tmp_path / 'm.jsonl', 'x'), ('lint', tmp_path / 'm.jsonl', '--tokenizr=byte'), ('lint', tmp_path / 'm.jsonl', '--max_len=x')):
         code, _, err = run(*words)
-        assert code == 2 and err.startswith('usage: python dataset.py')
+        assert code == 2 and err.startswith('usage: python data/lint.py')
     assert run('lint', tmp_path / 'good.jsonl', f'--test={tmp_path / "m.jsonl"}')[2] == 'the test set has no column prompt to look for: it has messages'
     code, out, err = command('lint', tmp_path / 'none')
     assert code == 2 and err.startswith('error: ') and err.endswith('none: no such file\n') and err.count('\n') == 1

@@ -16,9 +16,9 @@ from conftest import ROOT
 
 import dpo
 import grpo
-import model as M
+import run
 import parallel
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 from model import ARCHS, GPT, GPTConfig
 from oracle import World, central_difference, gradient
 
@@ -314,8 +314,8 @@ def test_the_command_and_what_it_writes(world):
     assert train[0]['loss'] == pytest.approx(math.log(2), abs=1e-6) and evals[0]['accuracy'] == 0.5 and abs(evals[0]['kl']) < 1e-4
     assert evals[-1]['loss'] < 0.6 and evals[-1]['accuracy'] == 1.0 and evals[-1]['margin'] > 0.2 and evals[-1]['kl'] > 0
     assert {'chosen_logp', 'rejected_logp', 'chosen_reward', 'rejected_reward', 'margin', 'grad_norm', 'lr', 'tok_per_s'} <= json.loads(open(world / 'out-a/log.jsonl').readlines()[2]).keys()
-    model, tok = M.load_model(str(world / 'out-a'))
-    assert tok == 'byte' and not torch.equal(model.wte.weight, M.load_model(str(world / 'base'))[0].wte.weight)
+    model, tok = run.load_model(str(world / 'out-a'))
+    assert tok == 'byte' and not torch.equal(model.wte.weight, run.load_model(str(world / 'base'))[0].wte.weight)
     again = subprocess.run([sys.executable, os.path.join(ROOT, 'dpo.py'), *COMMON, '--out_dir=out-a', '--loss_type=dop'], cwd=world, capture_output=True, text=True, timeout=300)
     assert again.returncode == 2 and again.stderr.startswith("error: loss_type 'dop' is unknown: one of sigmoid") and again.stderr.count('\n') == 1
 
@@ -350,7 +350,7 @@ def test_three_ways_to_the_reference_give_the_same_losses(world, monkeypatch):
     assert all('lora_' in k for k in c['model']) and sum(t.numel() for t in c['model'].values()) == 2 * 4 * (32 + 96)  # the adapter only
     assert '1,024 trained' in said['adapter']
     monkeypatch.chdir(world)  # the checkpoint names its base as the command did: 'base'
-    merged = M.load_model('out-adapter')[0]
+    merged = run.load_model('out-adapter')[0]
     assert not any('lora_' in k for k in merged.state_dict())
 
 
@@ -414,7 +414,5 @@ def test_mistakes_are_named(world, tmp_path):
     fails('all rows have the same prompt', '--val_dataset=pref.jsonl', '--loss_type=kto', rows=[ok, ok])
     fails('no usable pair|no usable row', '--val_dataset=pref.jsonl', '--block_size=3', rows=[dict(prompt='Q', chosen='aaaa', rejected='b')])
     fails('precompute_ref=True means nothing', '--loss_type=simpo', '--precompute_ref=True')
-    fails('label_smoothing 0.5', '--label_smoothing=0.5')
     fails('label_smoothing 0.1 with .*hinge', '--label_smoothing=0.1', '--loss_type=hinge')
-    fails('beta 0', '--beta=0.0')
     fails('no such data', '--dataset=nowhere.jsonl')

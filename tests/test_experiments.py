@@ -142,14 +142,15 @@ def test_mistakes_of_the_command_line_are_one_line():
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
     import torch
-    import lora
+
     from model import GPT, GPTConfig
+    import run
     d = tmp_path_factory.mktemp('eval')
     torch.manual_seed(0)
     for name in ('a', 'b'):
         model = GPT(GPTConfig(arch='gpt2', vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=16))
         (d / name).mkdir()
-        torch.save(dict(lora.checkpoint_keys(model), model=model.state_dict(), tokenizer='byte'), d / name / 'ckpt.pt')
+        torch.save(dict(run.checkpoint_keys(model), model=model.state_dict(), tokenizer='byte'), d / name / 'ckpt.pt')
     (d / 'rows.jsonl').write_text(''.join(json.dumps({'prompt': f'Q: {i}\nA: ', 'answer': str(i)}) + '\n' for i in range(6)))
     (d / 'given.jsonl').write_text(''.join(json.dumps({'prompt': f'Q: {i}\nA: ', 'completion': 'short'}) + '\n' for i in range(6)))
     (d / 'long.py').write_text("def extract_answer(text):\n    return str(len(text) % 2)\n\ndef reward(prompt, completion, row):\n    return float(len(completion) % 2 == 1)\n")

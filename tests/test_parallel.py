@@ -165,9 +165,9 @@ def run_layout(case, shape, dtype, layout, steps=3, clip=0.05, layers=None, atte
     for step in range(steps):
         s = mesh.share(8)
         micros = micros_of(case, step, s.start, s.stop)
-        metrics = parallel.accumulate(model, opt, micros, loss_of, [count(mb) for mb in micros])
+        metrics = parallel.forward_backward(model, opt, micros, loss_of, [count(mb) for mb in micros])
         out['loss'].append(metrics['loss'])
-        out['norm'].append(opt.step(1e-2, clip))
+        out['norm'].append(parallel.clip_and_step([opt], [1e-2], clip))
     out['weights'] = {n: t.clone() for n, t in parallel._full_tensors(model)}
     return out, (mesh, model, opt)
 
@@ -294,10 +294,10 @@ def interface(rank, world):
     assert whole.keys() == reference.keys() and set(model.state_dict()) == (set(reference) if mesh.master else set())
     assert mesh.share(8) == slice(0, 8)
     opt = parallel.Optimizer(model, mesh, 1e-2)
-    out = parallel.accumulate(model, opt, micros, loss_rl, [count(mb) for mb in micros])
+    out = parallel.forward_backward(model, opt, micros, loss_rl, [count(mb) for mb in micros])
     assert out['bubble_ideal'] == 1 / 3 and 0 < out['bubble'] < 1 and out['entropy'] > 0
     # the model cannot be called outside the pipeline, nor twice inside
-    with pytest.raises(RuntimeError, match='inside parallel.accumulate'):
+    with pytest.raises(RuntimeError, match='inside parallel.forward_backward'):
         model.logprobs(micros[0]['idx'])
     mesh.barrier()
     bad = make(GPT2, seed=rank)
@@ -325,7 +325,7 @@ def zero3_holds_two_layers(rank):
     parallel.Bucket.gather = spy
     assert size() == 0
     micros = micros_of('lm', 0, 0, 8)
-    parallel.accumulate(model, opt, micros, loss_lm, [count(mb) for mb in micros])
+    parallel.forward_backward(model, opt, micros, loss_lm, [count(mb) for mb in micros])
     layer, table = (max(b.full.nbytes for b in opt.buckets if b.parts[0].name.startswith(part)) for part in ('h.', 'wte'))
     assert size() == 0 and 2 * layer <= most[0] < 2.5 * layer + table and most[0] < 0.6 * sum(b.full.nbytes for b in opt.buckets)
     parallel.Bucket.gather = gather
@@ -341,7 +341,7 @@ def reductions_are_few(rank):
         parallel.Bucket.reduce = lambda self: (seen.append(self), reduce(self))
         s = mesh.share(8)
         micros = micros_of('lm', 0, s.start, s.stop)
-        parallel.accumulate(opt.model, opt, micros, loss_lm)
+        parallel.forward_backward(opt.model, opt, micros, loss_lm)
         parallel.Bucket.reduce = reduce
         assert len(micros) == 2 and len(seen) == times * len(opt.buckets) and seen[:len(opt.buckets)] == opt.buckets
         mesh.watch.stop()
@@ -389,8 +389,8 @@ def engines(rank, cases):
                         assert (torch.tensor(x) - torch.tensor(y)).abs().max() < 1e-5
                 assert engine.stats() == plain.stats()
             s = mesh.share(8)
-            parallel.accumulate(model, opt, micros_of('lm', step, s.start, s.stop), loss_lm)
-            opt.step(1e-2, 1.0)
+            parallel.forward_backward(model, opt, micros_of('lm', step, s.start, s.stop), loss_lm)
+            parallel.clip_and_step([opt], [1e-2], 1.0)
         assert engine.stats()['preemptions'] > 0
         mesh.watch.stop()
 
@@ -404,7 +404,6 @@ def checkpoints(rank, folder):
         name = str(dtype)[6:]
         _, (mesh, model, opt) = run_layout('lm', GPT2, dtype, dict(tp=2, zero=1), steps=2)
         parallel.save_checkpoint(path(f'{name}-a'), mesh, model, opt, iter=2, config={'seed': 1})
-        parallel.save_checkpoint(path(f'{name}-s'), mesh, model, opt, sharded=True, iter=2, config={'seed': 1})
         mesh.watch.stop()
         draw = torch.rand(1)  # the state after the checkpoint, on the layout that wrote it
         mesh = parallel.init(pp=2, cp=2, zero=3, device='cpu')
@@ -415,8 +414,8 @@ def checkpoints(rank, folder):
         parallel.save_checkpoint(path(f'{name}-b'), mesh, model, opt, iter=2, config={'seed': 1})
         if dtype == f64:  # and it goes on as the single process does
             micros = micros_of('lm', 2, 0, 8)
-            loss = parallel.accumulate(model, opt, micros, loss_lm, [count(mb) for mb in micros])['loss']
-            opt.step(1e-2, 0.05)
+            loss = parallel.forward_backward(model, opt, micros, loss_lm, [count(mb) for mb in micros])['loss']
+            parallel.clip_and_step([opt], [1e-2], 0.05)
             parallel.save_checkpoint(path('after'), mesh, model, opt, iter=3)
             assert abs(loss - single('lm', GPT2, f64)['loss'][2]) < 1e-10
         mesh.watch.stop()
@@ -448,11 +447,6 @@ def test_four_ranks(tmp_path):
         assert set(a) == {'model', 'optimizer', 'iter', 'config', 'rng'} and len(a['rng']) == 4
         for k in ('model', 'optimizer'):
             equal(a[k], b[k], k)
-        merged = subprocess.run([sys.executable, os.path.join(conftest.ROOT, 'parallel.py'), 'merge', str(tmp_path / f'{name}-s')], capture_output=True, text=True)
-        assert merged.returncode == 0 and 'wrote' in merged.stdout, merged.stderr
-        c = read(f'{name}-s')
-        for k in ('model', 'optimizer', 'iter', 'config'):
-            equal(a[k], c[k], k)
     assert 'master' in read('bfloat16-a')['optimizer'] and 'master' not in read('float64-a')['optimizer']
     # one process reads it, trains on, and arrives where four ranks and where torch alone arrive
     mesh = parallel.init(device='cpu')
@@ -461,8 +455,8 @@ def test_four_ranks(tmp_path):
     parallel.load_checkpoint(str(tmp_path / 'float64-a' / 'ckpt.pt'), mesh, model, opt)
     equal(dict(model.state_dict()), read('float64-a')['model'])
     micros = micros_of('lm', 2, 0, 8)
-    parallel.accumulate(model, opt, micros, loss_lm, [count(mb) for mb in micros])
-    opt.step(1e-2, 0.05)
+    parallel.forward_backward(model, opt, micros, loss_lm, [count(mb) for mb in micros])
+    parallel.clip_and_step([opt], [1e-2], 0.05)
     reference, after = single('lm', GPT2, f64)['weights'], read('after')['model']
     for n, p in model.named_parameters():
         assert (p - reference[n]).abs().max() < 1e-10 and (after[n] - reference[n]).abs().max() < 1e-10, n
@@ -473,8 +467,6 @@ def test_four_ranks(tmp_path):
 
 def test_checkpoint_refusals(tmp_path):
     mesh, model = parallel.init(device='cpu'), make(GPT2)
-    with pytest.raises(ValueError, match='no ckpt.shards.json'):
-        parallel.merge(str(tmp_path))
     (tmp_path / 'ckpt.pt').write_bytes(b'garbage')
     with pytest.raises(ValueError, match='not a checkpoint of ours'):
         parallel.load_checkpoint(str(tmp_path / 'ckpt.pt'), mesh, model)
@@ -492,11 +484,11 @@ def test_refusals_of_one_process():
     with pytest.raises(ValueError, match="'ring' with dropout 0.1"):
         parallel.Sharded(make(dict(GPT2, dropout=0.1)), mesh, attention='ring')
     with pytest.raises(ValueError, match='nothing to learn from'):
-        parallel.accumulate(model, opt, micros_of('lm', 0, 0, 4), loss_lm, [0, 0])
+        parallel.forward_backward(model, opt, micros_of('lm', 0, 0, 4), loss_lm, [0, 0])
     before = model.wte.weight.clone()
-    parallel.accumulate(model, opt, micros_of('lm', 0, 0, 2), lambda m, mb: (loss_lm(m, mb)[0] * float('nan'), {}))
+    parallel.forward_backward(model, opt, micros_of('lm', 0, 0, 2), lambda m, mb: (loss_lm(m, mb)[0] * float('nan'), {}))
     with pytest.raises(ValueError, match='gradient norm is nan'):
-        opt.step(1e-2)
+        parallel.clip_and_step([opt], [1e-2])
     assert torch.equal(before, model.wte.weight)
 
 
@@ -538,8 +530,8 @@ for it in range(start, last):
         if mode == 'stop': os.kill(os.getpid(), signal.SIGSTOP)
     s = mesh.share(8)
     micros = micros_of('lm', it, s.start, s.stop)
-    loss = parallel.accumulate(model, opt, micros, loss_lm, [count(mb) for mb in micros])['loss']
-    opt.step(1e-2, 1.0)
+    loss = parallel.forward_backward(model, opt, micros, loss_lm, [count(mb) for mb in micros])['loss']
+    parallel.clip_and_step([opt], [1e-2], 1.0)
     mesh.log(f'iter {{it}} loss {{loss:.12f}}')
     parallel.save_checkpoint(path, mesh, model, opt, iter=it + 1)
 mesh.close()

@@ -13,17 +13,18 @@ import pytest
 import torch
 
 import infer
-from dataset import get_tokenizer
-from infer import Engine, SamplingParams, Server
+from tokenizer import get_tokenizer
+from infer import Engine, SamplingParams
+from serve import Server
 from test_infer import graphs, idle, tiny  # noqa: F401 (a fixture)
 
 ROOT = os.path.dirname(os.path.abspath(infer.__file__))
 
 
-def make(name='tiny', on=lambda engine: engine, cache='auto', **kw):
+def make(name='tiny', on=lambda engine: engine, cache='auto', max_num_seqs=32, **kw):
     tok = get_tokenizer('byte')
     model = tiny('llama', torch.float32, vocab=tok.vocab_size, block_size=256)
-    return Server(on(Engine(model, tok, max_num_seqs=32, threads=1, cache=cache)), name, port=0, **kw).start()
+    return Server(on(Engine(model, tok, max_num_seqs=max_num_seqs, threads=1, cache=cache)), name, port=0, **kw).start()
 
 
 @pytest.fixture(scope='module')
@@ -62,6 +63,14 @@ def test_health_models_and_greedy_equals_generate(server):
         assert status == 200 and body['choices'][0]['text'] == want.text and body['choices'][0]['finish_reason'] == want.finish_reason
         assert body['usage'] == dict(prompt_tokens=5, completion_tokens=len(want.token_ids), total_tokens=5 + len(want.token_ids))
     assert settle(server)
+
+
+def test_a_hundred_samples_of_one_letter():
+    server = make(max_num_seqs=128)
+    many, few = (call(server, '/v1/completions', dict(prompt='a', n=n, max_tokens=3, seed=5)) for n in (100, 8))
+    assert many[0] == few[0] == 200 and len(many[1]['choices']) == 100 and settle(server)
+    assert [c['text'] for c in many[1]['choices'][:8]] == [c['text'] for c in few[1]['choices']]
+    server.close()
 
 
 BAD = [('/v1/completions', dict(prompt=5), 400, 'prompt'), ('/v1/completions', {}, 400, 'prompt'), ('/v1/completions', dict(prompt=''), 400, 'prompt'),

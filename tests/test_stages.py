@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 import model as M
+from run import load_model
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=96', '--device=cpu']
 REWARD = 'def reward(prompt, completion, row):\n    return float(completion.count(row["letter"]))\n'
@@ -73,7 +74,7 @@ def test_sft_writes_log_and_checkpoint(world):
     train = [r for r in log if r['split'] == 'train']
     assert [r['step'] for r in train] == list(range(6)) and train[-1]['loss'] < train[0]['loss'] and {'lr', 'grad_norm', 'tok_per_s'} <= train[0].keys()
     assert {'model', 'optimizer', 'config', 'iter', 'rng', 'data', 'best', 'model_args', 'tokenizer'} <= c.keys() and c['iter'] == 6
-    loaded, tok = M.load_model(str(world / 'out-sft'))
+    loaded, tok = load_model(str(world / 'out-sft'))
     assert tok == 'byte' and torch.equal(loaded.wte.weight, c['model']['wte.weight'])
     assert os.path.exists(world / 'out-sft/ckpt_best.pt')
 
@@ -83,9 +84,9 @@ def test_reward_report_and_normalisation(world):
     assert report['accuracy_95'][0] <= report['accuracy'] <= report['accuracy_95'][1] and 0 <= report['ece'] <= 1
     assert sum(report['histogram']['chosen']) == report['pairs'] == sum(r[2] for r in report['reliability'])
     assert c['model_args']['reward_bias'] != 0 and not torch.equal(c['raw_score'], c['model']['score.weight'])
-    rm, _ = M.load_model(str(world / 'out-reward'), head='scalar')
+    rm, _ = load_model(str(world / 'out-reward'), head='scalar')
     rm.save_pretrained(str(world / 'rm-hf'))
-    again, _ = M.load_model(str(world / 'rm-hf'), head='scalar')
+    again, _ = load_model(str(world / 'rm-hf'), head='scalar')
     idx = torch.randint(0, 257, (1, 9))
     assert torch.equal(rm(idx)[0], again(idx)[0])
 

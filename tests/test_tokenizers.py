@@ -12,7 +12,8 @@ import time
 import pytest
 
 import dataset
-from dataset import encode_completion, encode_pair, encode_prompt, encode_row, get_tokenizer, show_masks, split_pair
+import tokenizer
+from tokenizer import encode_completion, encode_pair, encode_prompt, encode_row, get_tokenizer, show_masks, split_pair
 
 tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
@@ -50,7 +51,7 @@ def folders(tmp_path_factory):
     """Byte-level BPEs trained by the library, one per pattern: GPT-2's, Qwen's with NFC, Llama-3's with <|begin|> put before a text."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     root, lines = tmp_path_factory.mktemp('tokenizers'), corpus()
-    for name, pattern in (('gpt2', None), ('qwen', dataset.QWEN_PATTERN), ('llama3', LLAMA3_PATTERN)):
+    for name, pattern in (('gpt2', None), ('qwen', tokenizer.QWEN_PATTERN), ('llama3', LLAMA3_PATTERN)):
         t = Tokenizer(models.BPE())
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
         t.pre_tokenizer = level if pattern is None else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'), level])
@@ -182,7 +183,7 @@ def test_vocab_and_merges_files(folders, tmp_path):
         (cache / hashlib.sha1(f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{file}'.encode()).hexdigest()).write_bytes(data)
     with pytest.MonkeyPatch.context() as mp:
         mp.setenv('TIKTOKEN_CACHE_DIR', str(cache))
-        mp.setattr(dataset, 'GPT2_FILES', {f: hashlib.sha256((tmp_path / 'gpt2None' / f).read_bytes()).hexdigest() for f in dataset.GPT2_FILES})
+        mp.setattr(tokenizer, 'GPT2_FILES', {f: hashlib.sha256((tmp_path / 'gpt2None' / f).read_bytes()).hexdigest() for f in tokenizer.GPT2_FILES})
         assert get_tokenizer('gpt2').encode('hello there') == b.encode('hello there')
         mp.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'nothing'))
         with pytest.raises(ValueError, match='give a directory'):
@@ -327,7 +328,7 @@ def test_trl_training_templates_agree(folders):
         plain, blocks = (with_template(tok, all_of[n]) for n in (name, name + '_training'))
         for m, args in [*((m, {}) for m in CHATS.values()), (TOOL_CHAT, {'tools': TOOLS})]:
             try:
-                chats = [dataset._Chat(t, m, args) for t in (plain, blocks)]
+                chats = [tokenizer._Chat(t, m, args) for t in (plain, blocks)]
                 a, b = (c.text() for c in chats)
             except ValueError:
                 continue
@@ -425,7 +426,7 @@ def test_hostile_templates_reach_nothing(template):
 
 
 def test_hostile_templates_are_bounded(monkeypatch):
-    monkeypatch.setattr(dataset, 'SECONDS', 0.5)
+    monkeypatch.setattr(tokenizer, 'SECONDS', 0.5)
     for template in ENDLESS:
         t0 = time.thread_time()
         with pytest.raises(ValueError, match='template'):

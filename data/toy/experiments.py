@@ -14,7 +14,6 @@ no setting has seen them) at temperature 1 with fixed seeds; the answers lie in 
     cpu_s, rss_mb     CPU seconds (user + system) and largest resident memory of the training command, by the kernel's account
 --minutes=N ends after the run that crosses N minutes, exit code 75; the same command goes on. --quick=True: two iterations each, to see it work.
 """
-import fcntl
 import json
 import math
 import os
@@ -26,6 +25,8 @@ import time
 _here = os.path.dirname(os.path.abspath(__file__))
 _root = os.path.dirname(os.path.dirname(_here))
 sys.path[:0] = [_root, _here]
+
+from files import locked, replaced
 
 SEEDS = (1337, 2, 3)
 # name: (script, config, {key: value}, runs that must be there before). {o} is the folder of all runs, {s} the seed.
@@ -146,18 +147,15 @@ def preferences(out):
             made[name].append({'prompt': row['prompt'], 'chosen': x, 'rejected': y})
         made['margin'].append({'prompt': row['prompt'], 'chosen': good, 'rejected': bad, 'margin': abs(gap) / 4})
     for name, rows in made.items():
-        with open(os.path.join(out, f'pref_{name}.jsonl.tmp'), 'w') as f:
+        with replaced(os.path.join(out, f'pref_{name}.jsonl'), 'w') as f:
             f.writelines(json.dumps(r) + '\n' for r in rows)
-        os.replace(os.path.join(out, f'pref_{name}.jsonl.tmp'), os.path.join(out, f'pref_{name}.jsonl'))
 
 
 def train(name, seed, out, quick):
     """Trains a run and what it needs, once; True if anything was trained. The kernel's account of the command goes to cost.json."""
     worked = any([train(need, seed, out, quick) for need in RUNS[name][3]])
     here = folder(name, seed, out)
-    os.makedirs(here, exist_ok=True)
-    with open(os.path.join(here, 'lock'), 'w') as lock:  # several of these commands may share a folder of runs: each run is trained by one of them
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(os.path.join(here, 'lock')):  # commands may share a folder of runs: one of them trains each run
         return train_alone(name, seed, out, quick, here) or worked
 
 
@@ -212,8 +210,8 @@ class Judge:
         self.rows = list(load_dataset(os.path.join(_here, 'prompts_test.jsonl')))[:8 if quick else None]
 
     def model(self, name, seed, head='lm'):
-        from dataset import get_tokenizer
-        from model import load_model
+        from tokenizer import get_tokenizer
+        from run import load_model
         if (name, seed) not in self.models:
             net, tok = load_model(folder(name, seed, self.out), head=head)
             self.models[name, seed] = net.eval(), get_tokenizer(tok)
@@ -281,9 +279,8 @@ class Judge:
         asked = self.rows[:BON_PROMPTS]
         if not os.path.exists(path):
             prompts, done = self.answers('sft', seed, 8 if self.n_new == 16 else BON, BON_PROMPTS)
-            with open(f'{path}.{os.getpid()}', 'w') as f:
+            with replaced(path, 'w') as f:
                 f.writelines(json.dumps([p, c.text, c.token_ids]) + '\n' for p, c in zip(prompts, done))
-            os.replace(f'{path}.{os.getpid()}', path)
         rows = [json.loads(line) for line in open(path)]
         return [p for p, _, _ in rows], [infer.Completion(text, ids, [], [], [], [], '') for _, text, ids in rows], asked
 

@@ -16,6 +16,7 @@ sys.path[:0] = [os.path.dirname(os.path.dirname(_here)), _here]
 import numpy as np
 
 import experiments as X
+from files import replaced
 
 RED, BLUE, GREEN, GREY, ORANGE, PURPLE = '#cb181d', '#08519c', '#238b45', '#737373', '#d94801', '#6a51a3'
 COLOURS = (RED, BLUE, GREEN, ORANGE, PURPLE, GREY, '#17becf', '#bcbd22', '#e377c2')
@@ -344,9 +345,8 @@ def insert(path, key, block):
         old = open(path).read()
         new = re.sub(rf'(<!-- {key} -->\n).*?(<!-- /{key} -->)', lambda m: m[1] + block + '\n' + m[2], old, flags=re.S)
         if new != old:
-            with open(path + '.tmp', 'w') as f:
+            with replaced(path, 'w') as f:
                 f.write(new)
-            os.replace(path + '.tmp', path)
 
 
 def write(question, out, assets, seeds):

@@ -21,9 +21,11 @@ import torch
 
 import gold
 import infer
-from dataset import get_tokenizer, load_dataset, pad
-from model import load_model
+from dataset import load_dataset, pad
+from tokenizer import get_tokenizer
+from run import load_model
 from reward import reward_of
+from rollout import load_reward
 
 COLUMNS = ('gold', 'reward', 'kl', 'length', 'valid', 'sums', 'sums T=1', 'tok/s', 'seconds')
 
@@ -62,7 +64,7 @@ def judge(out_dir, sft, rm, rows, sums, n_new=80, temperature=0.7):
     greedy = engine.generate(asked, infer.SamplingParams(max_tokens=n_new, temperature=0.0))
     sampled = engine.generate(asked, [infer.SamplingParams(max_tokens=n_new, temperature=1.0, seed=i) for i in range(len(sums))])
     sys.path.insert(0, _here)
-    arithmetic = infer.load_reward(os.path.join(_here, 'reward.py'))
+    arithmetic = load_reward(os.path.join(_here, 'reward.py'))
     exact = lambda answers: sum(arithmetic(r['prompt'], c.text, r) if c.finish_reason == 'stop' else 0.0 for c, r in zip(answers, sums)) / len(sums)
     ended = [c.finish_reason == 'stop' for c in done]
     tidy = [e and gold.marks(c.text, r)['tidy'] == 2 for e, c, r in zip(ended, done, rows)]
