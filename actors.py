@@ -2050,8 +2050,8 @@ def wait(refs: list, *, num_returns: int = 1, timeout: float = None, fetch_local
     if not refs:
         return [], []
     if not 0 < num_returns <= len(set(refs)) == len(refs) or timeout is not None and timeout < 0:
-        raise ValueError(f'wait() expected refs that differ, num_returns from 1 to their number, timeout >= 0:'
-                         f' got num_returns={num_returns}, timeout={timeout}, {refs}')
+        raise ValueError('wait() expected refs that differ, num_returns from 1 to their number, timeout >= 0: '
+                         f'got num_returns={num_returns}, timeout={timeout}, {refs}')
     return _here().wait(refs, num_returns, timeout)
 
 
