@@ -348,13 +348,15 @@ class _Pickler(pickle.Pickler):
 
 class _Packed:
     """A value as bytes: head (counts, table, pickle), then the out-of-band buffers, each on a 64-byte
-    boundary. .size is the whole, .contained the ids of the refs inside."""
+    boundary. .size is the whole, .contained the ids of the refs inside, .private: it has tensors, which a
+    reader may write to."""
     def __init__(self, value):
         file = io.BytesIO()
         pickler = _Pickler(file)
         pickler.dump(value)
         data, raws = file.getvalue(), [buffer.raw() for buffer in pickler.buffers]
         table, self.chunks, self.contained = [], [], pickler.contained
+        self.private = not all(raw.readonly for raw in raws)
         self.size = 16 + 16 * len(raws) + len(data)
         for raw in raws:
             at = -(-self.size // 64) * 64
@@ -407,7 +409,7 @@ class _Free:
                                    'init(object_store_memory=...) more')
 
     def give(self, place):
-        """place: (offset, size); bytes, of an object that is not in the arena, are nothing to give back."""
+        """place: (offset, ...); bytes, of an object that is not in the arena, are nothing to give back."""
         if isinstance(place, tuple):
             del self.taken[bisect.bisect(self.taken, place[:1])]
 
@@ -415,16 +417,22 @@ class _Free:
         return sum(end - start for start, end in self.taken)
 
 
-class _Mapped(mmap.mmap):
-    """One object. What is made of it keeps the map, the map keeps .ref, the ref keeps the object."""
+class _Private(mmap.mmap):
+    """One object mapped copy-on-write. Its tensors keep the map, the map keeps .ref, the ref keeps the
+    object."""
+
+
+class _Shared(np.ndarray):
+    """One object in a read-only map of the whole arena, which is made once and stays. It keeps .ref
+    likewise."""
 
 
 class _Arena:
-    """This process's maps of the shared file. A place in it is (offset, size); who may write where is the
-    runtime's business."""
+    """This process's maps of the shared file. A place in it is (offset, size, private); who may write where
+    is the runtime's business."""
     def __init__(self, capacity, fd=None):
         self.capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fd, self.writing = fd, None
+        self.fd, self.writing, self.reading = fd, None, None
         if fd is None:
             if hasattr(os, 'memfd_create'):
                 self.fd = os.memfd_create('actors-arena')
@@ -439,12 +447,16 @@ class _Arena:
         return self.writing[place[0]:place[0] + place[1]]
 
     def view(self, place, ref=None):
-        """The bytes of a place, to read, without a copy; what a reader writes is its own (copy-on-write)."""
-        start, size = place
-        both = mmap.PROT_READ | mmap.PROT_WRITE
-        view = _Mapped(self.fd, size, flags=mmap.MAP_PRIVATE, prot=both, offset=start)
+        """The bytes of a place, to read, without a copy."""
+        start, size, private = place
+        if private:
+            both = mmap.PROT_READ | mmap.PROT_WRITE
+            view = _Private(self.fd, size, flags=mmap.MAP_PRIVATE, prot=both, offset=start)
+        else:
+            self.reading = self.reading or mmap.mmap(self.fd, self.capacity, prot=mmap.PROT_READ)
+            view = np.frombuffer(self.reading, np.uint8, size, start).view(_Shared)
         view.ref = ref
-        return view
+        return memoryview(view)
 
 
 # ---- threads and connections: frames, and the handshake before the first -----------------------------------
@@ -591,7 +603,7 @@ class _Object:
     refs: int = 1            # of all processes, of objects that hold it, of tasks that need it
     ready: bool = False
     error: bool = False      # the value is an exception
-    data: object = None      # the packed value: bytes, or its place in the arena, (offset, size)
+    data: object = None      # the packed value: bytes, or its place in the arena
     contained: tuple = ()    # ids of the refs inside
     waits: dict = _field(default_factory=dict)  # the _Waits that look at it, as keys: they keep their order
     actor: object = None     # the _Actor whose handle this is
@@ -954,9 +966,9 @@ class _Desk:
         for oid, change in events:
             self.refer(peer, oid, change)
 
-    def on_room(self, peer, _, size, data=None):
+    def on_room(self, peer, _, size, private, data=None):
         """A place in the arena; a process that has no part in it sends the bytes along."""
-        place = self.directory.space.take(size), size
+        place = self.directory.space.take(size), size, private
         if data:
             self.directory.arena.room(place)[:] = data
         peer.places.add(place)
@@ -1494,8 +1506,8 @@ class _Session:
         if packed.size <= INLINE:
             return packed.join(), packed.contained
         if self.arena is None:
-            return self.call('room', packed.size, packed.join()), packed.contained
-        place = self.call('room', packed.size)
+            return self.call('room', packed.size, packed.private, packed.join()), packed.contained
+        place = self.call('room', packed.size, packed.private)
         packed.write(self.arena.room(place))
         return place, packed.contained
 
@@ -2050,8 +2062,8 @@ def wait(refs: list, *, num_returns: int = 1, timeout: float = None, fetch_local
     if not refs:
         return [], []
     if not 0 < num_returns <= len(set(refs)) == len(refs) or timeout is not None and timeout < 0:
-        raise ValueError('wait() expected refs that differ, num_returns from 1 to their number, timeout >= 0: '
-                         f'got num_returns={num_returns}, timeout={timeout}, {refs}')
+        raise ValueError('wait() expected refs that differ, num_returns from 1 to their number, timeout >= 0:'
+                         f' got num_returns={num_returns}, timeout={timeout}, {refs}')
     return _here().wait(refs, num_returns, timeout)
 
 

@@ -529,25 +529,6 @@ def test_arrays_and_tensors(rt):
     assert torch.equal(actors.get(ref)['w'], t['w'])
 
 
-def test_actor_with_a_model(rt):
-    @actors.remote
-    class Policy:
-        def __init__(self):
-            self.model = torch.nn.Linear(8, 2)
-
-        def load(self, state):
-            self.model.load_state_dict(state)
-
-        def act(self, x):
-            return self.model(x).detach()
-
-    model, x = torch.nn.Linear(8, 2), torch.randn(3, 8)
-    p = Policy.remote()
-    weights = actors.put(model.state_dict())
-    p.load.remote(weights)
-    torch.testing.assert_close(actors.get(p.act.remote(x), timeout=60), model(x).detach())
-
-
 @ray_is_slow_here
 def test_pool_and_context(rt):
     pool = actors.util.ActorPool([Counter.remote(i) for i in (10, 20)])

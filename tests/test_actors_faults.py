@@ -13,7 +13,6 @@ import time
 import types
 import urllib.error
 from contextlib import suppress
-from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -429,12 +428,6 @@ def cluster(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_program_with_many_open_files_joins(crowded, cluster):
-    for _ in range(3):  # its thread that reads lives on
-        assert actors.get([node_of.remote() for _ in range(4)], timeout=30)
-
-
-@pytest.mark.slow
 def test_nodes_share_work_and_one_may_be_lost(cluster, tmp_path):
     ids = {n['NodeID'] for n in actors.nodes()}
     assert actors.cluster_resources()['CPU'] == 5
@@ -640,20 +633,6 @@ def test_ten_thousand_frames_of_noise(cluster):
             refused += len(ended(s)) in (0, 52, 56)  # at most a hello and an empty proof
     assert refused == 10_000 and actors.get(node_of.remote(), timeout=60)
     assert len(actors.nodes()) == 3
-
-
-def test_frames_of_every_size_come_out_whole():
-    rng = np.random.default_rng(1)
-    a, b = (Connection(s.detach()) for s in socket.socketpair())
-    sizes = [0, 1, 16 << 10, *rng.integers(0, 1 << 20, 20)]
-    frames = [[('m', i, rng.bytes(int(n)))] for i, n in enumerate(sizes)]
-    t = threading.Thread(target=lambda: [actors._send(a, messages) for messages in frames])
-    t.start()
-    assert [actors._receive(b) for _ in frames] == frames
-    t.join()
-    threading.Thread(target=actors._hang_up, args=(b,)).start()
-    with pytest.raises((EOFError, ConnectionError)):
-        actors._receive(b)
 
 
 @pytest.mark.slow
