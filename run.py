@@ -29,6 +29,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import sys
@@ -188,7 +189,7 @@ def memory_now(device, peak=False):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     try:
         with open('/proc/self/statm') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+            return int(f.read().split()[1]) * mmap.PAGESIZE
     except OSError:
         return 0  # no /proc (Mac): the measured peak then includes the interpreter
 
