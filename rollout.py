@@ -177,7 +177,7 @@ class Rollouts:
             if not self.own:
                 return gpus - (gpus > 1)
             if runtime == 'local':
-                self.actors.init(num_cpus=processes)
+                self.actors.init(num_cpus=processes, num_gpus=gpus - (gpus > 1))
             elif runtime == 'ray':
                 cluster = os.environ.get('RAY_ADDRESS')  # a cluster has its own CPUs
                 self.actors.init(backend='ray', include_dashboard=False, **({} if cluster else dict(num_cpus=processes)))
