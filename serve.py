@@ -29,7 +29,7 @@ api_key = '' # clients must send it when set
 # engine
 max_num_seqs = 256 # >= 1: requests that run together
 max_num_batched_tokens = 2048 # >= 1: tokens of one step: longer prompts are prefilled in chunks
-block_size = 16 # >= 1: tokens of a KV block
+block_size = 0 # >= 0: tokens of a block of keys and values; 0 = 64 on a CPU, 16 on a GPU
 num_blocks = 0 # >= 0: 0 = what max_num_seqs full contexts need, within the memory at hand
 prefix_caching = True # requests that begin alike share what they begin with
 # system
@@ -255,7 +255,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, body, prompts, params, logprobs, chat):
         s, name = self.server_state, ('chat.completion' if chat else 'text_completion')
         try:
-            ids = [s.engine._check(p, params) for p in prompts]
+            ids = [s.engine.check(p, params) for p in prompts]
         except ValueError as e:
             raise BadRequest(str(e), code='context_length_exceeded' if 'context' in str(e) else None, param='messages' if chat else 'prompt') from None
         head = dict(id=('chatcmpl-' if chat else 'cmpl-') + os.urandom(12).hex(), object=name, created=int(time.time()), model=s.name)
