@@ -1080,13 +1080,13 @@ def _infer_cuda():
     for p in prompts:
         engine.add_request((p * 11)[:1000], SamplingParams(max_tokens=60, ignore_eos=True))
     t = time.perf_counter()
-    while engine.waiting or any(r.n < r.P for r in engine.running):
+    while engine.scheduler.waiting or any(r.n < r.P for r in engine.scheduler.running):
         engine.step()
     torch.cuda.synchronize()
     print(f'prefill of 256 x 1,000 tokens: {time.perf_counter() - t:.2f} s')
     engine.step()
     torch.cuda.synchronize()
-    t, context = time.perf_counter(), sum(r.n for r in engine.running)
+    t, context = time.perf_counter(), sum(r.n for r in engine.scheduler.running)
     for _ in range(20):
         engine.step()
     torch.cuda.synchronize()

@@ -1057,7 +1057,7 @@ def shard(model, mesh, layers=None, attention='auto'):
 def sampler_of(model, mesh, dtype=torch.float32, shard=False):
     """What a rollout engine on this rank reads, to be asked for BEFORE `shard`. shard=False: the plain GPT. shard=True: this rank's
     tensor-parallel part of all layers; the ranks of a tp group then run one engine in step, each with its heads' keys and values (see
-    infer.ShardNet). In both cases the trained model itself where that holds it in this dtype (pp = 1, below ZeRO-3; the plain GPT
+    infer.Forward). In both cases the trained model itself where that holds it in this dtype (pp = 1, below ZeRO-3; the plain GPT
     also wants tp = 1), so that no weight lies in memory twice; else a copy that `refresh` fills."""
     _check_fit(model.config, mesh, model, None)
     whole = mesh.pp.size == 1 and (mesh.zero < 3 or mesh.data.size == 1) and (shard or mesh.tp.size == 1)

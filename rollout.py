@@ -77,14 +77,12 @@ class RolloutWorker:
         if weights is not None:
             self.engine.load_weights(weights, version, recompute=True)
         for id, prompt, params in jobs:
-            left = [params.n]
-            self.open[id] = left, self.engine._add(self.engine._check(prompt, params), params, left=left)
+            self.open[id] = self.engine.submit(prompt, params)
         until = time.monotonic() + seconds
         while self.engine.has_unfinished() and time.monotonic() < until:
-            with self.engine.lock:
-                self.engine._step()
-        done = [id for id, (left, _) in self.open.items() if not left[0]]
-        out = [(id, [self.engine._completion(r) for r in self.open.pop(id)[1]]) for id in done]
+            self.engine.step()
+        done = [id for id, group in self.open.items() if all(r.finish_reason for r in group)]
+        out = [(id, [r.completion() for r in self.open.pop(id)]) for id in done]
         return [(id, [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in group]) for id, group in out]
 
 
