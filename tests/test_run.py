@@ -194,3 +194,60 @@ def test_out_of_memory_is_one_line_with_what_helps(world, error):
     r = subprocess.run(args, cwd=world, capture_output=True, text=True, env=env())
     assert r.returncode == 2 and r.stderr.startswith('error: out of memory') and r.stderr.count('\n') == 1, r.stderr
     assert 'micro_tokens (now 8192)' in r.stderr and 'the plan was 0.0' in r.stderr
+
+
+@pytest.mark.parametrize('env,says', [
+    (dict(WORLD_SIZE='2'), 'WORLD_SIZE is 2 in the environment, but RANK, MASTER_ADDR, MASTER_PORT is not'),
+    (dict(WORLD_SIZE='2', RANK='0', MASTER_ADDR='localhost'), 'but MASTER_PORT is not'),
+    (dict(WORLD_SIZE='two'), "WORLD_SIZE is 'two'"), (dict(WORLD_SIZE='0'), "WORLD_SIZE is '0'")])
+def test_half_an_environment_of_torchrun_is_said(monkeypatch, env, says):
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=says):
+        parallel.init()
+
+
+MAC = """
+import builtins, os, sys, sysconfig, requests, tiktoken, torch, zoneinfo, torch.distributed, torch._dynamo
+sysconfig.get_config_vars()
+sys.modules['triton'] = None
+for name in ('memfd_create', 'sched_getaffinity', 'eventfd', 'pidfd_open', 'posix_fallocate', 'getrandom'):
+    if hasattr(os, name):
+        delattr(os, name)
+sysconf, opened, exists, isdir = os.sysconf, builtins.open, os.path.exists, os.path.isdir
+def asked(name):
+    if name in ('SC_AVPHYS_PAGES', 'SC_PAGE_SIZE'):
+        raise ValueError('unrecognized configuration name')
+    return sysconf(name)
+def no_proc(path, *args, **kw):
+    if str(path).startswith(('/proc', '/dev/shm')):
+        raise FileNotFoundError(2, 'No such file or directory', path)
+    return opened(path, *args, **kw)
+os.sysconf, builtins.open = asked, no_proc
+os.sysconf_names = {k: v for k, v in os.sysconf_names.items() if k not in ('SC_AVPHYS_PAGES', 'SC_PAGE_SIZE')}
+os.path.exists = lambda path: not str(path).startswith('/proc') and exists(path)
+os.path.isdir = lambda path: not str(path).startswith('/proc') and isdir(path)
+sys.platform = 'darwin'
+import runpy
+for line in sys.stdin:
+    sys.argv = line.split()
+    runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_every_stage_runs_without_what_linux_alone_has(tmp_path):
+    """Played: no /proc, no SC_AVPHYS_PAGES, no memfd, no affinity, no Triton; each stage takes two iterations."""
+    (tmp_path / 'text.jsonl').write_text(''.join(f'{{"text": "row {i} of text"}}\n' for i in range(12)))
+    pair = '{{"prompt": "a{0}:", "chosen": "good", "rejected": "bad{0}", "completion": "x{0}", "label": {1}}}\n'
+    (tmp_path / 'pairs.jsonl').write_text(''.join(pair.format(i, ('true', 'false')[i % 2]) for i in range(12)))
+    (tmp_path / 'sums.py').write_text('def reward(prompt, completion, row):\n    return float(len(completion) % 5)\n')
+    tail = '--dataset=pairs.jsonl --val_dataset=pairs.jsonl --init_from=base --max_iters=2 --eval_iters=1 --batch_size=4 --device=cpu'
+    rl = f'{tail} --reward=sums.py --minibatch_size=4 --max_new_tokens=4'
+    lines = [f'sft.py {" ".join(TINY)} --max_iters=2 --out_dir=base',
+             f'reward.py {tail} --out_dir=rm --normalize=responses', f'dpo.py {tail} --out_dir=dpo --eval_samples=2 --max_new_tokens=4',
+             f'kto.py {tail} --out_dir=kto --eval_samples=2 --max_new_tokens=4', f'ppo.py {rl} --out_dir=ppo',
+             f'grpo.py {rl} --group_size=2 --out_dir=grpo', 'infer.py --init_from=ppo --start=a1: --max_new_tokens=4 --device=cpu']
+    text = ''.join(os.path.join(ROOT, line) + '\n' for line in lines)
+    r = subprocess.run([sys.executable, '-c', MAC], input=text, cwd=tmp_path, capture_output=True, text=True, env=env())
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert all((tmp_path / name / 'ckpt.pt').exists() for name in ('base', 'rm', 'dpo', 'kto', 'ppo', 'grpo'))
