@@ -1,5 +1,6 @@
 """What every stage does around its algorithm: the folder's lock, checkpoints cut short, full disks, signals, words for the device."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -251,3 +252,31 @@ def test_every_stage_runs_without_what_linux_alone_has(tmp_path):
     r = subprocess.run([sys.executable, '-c', MAC], input=text, cwd=tmp_path, capture_output=True, text=True, env=env())
     assert r.returncode == 0, r.stderr[-2000:]
     assert all((tmp_path / name / 'ckpt.pt').exists() for name in ('base', 'rm', 'dpo', 'kto', 'ppo', 'grpo'))
+
+
+SHAPES = {'gpt2': dict(arch='gpt2'), 'qwen3': dict(arch='qwen3', n_layer=28, n_head=16, n_kv_head=8, head_size=128, n_embd=1024, n_inner=3072,
+                                                   vocab_size=151936, block_size=40960)}
+
+
+def planned(config):
+    """Bytes that the memory plan of a run by this config file adds up, on a GPU; PPO has two trained networks and two frozen."""
+    keys = dict(micro_tokens=8192, max_num_seqs=0, max_prompt=0, max_new_tokens=0, dtype_bytes=4)
+    with open(os.path.join(ROOT, config), encoding='utf-8') as f:
+        exec(f.read(), {}, keys)
+    with torch.device('meta'):
+        model = GPT(GPTConfig.of(**SHAPES['qwen3' if 'qwen3' in config else 'gpt2']))
+    c, trained = model.config, sum(run.training_bytes(model))
+    networks = {'ppo': 2 * trained + 2 * run.training_bytes(model)[0], 'dpo': trained + run.training_bytes(model)[0],
+                'grpo': trained + run.training_bytes(model)[0] // 2}.get(os.path.basename(config).split('_')[0], trained)
+    activations = run.activation_bytes(c, keys['micro_tokens'], 512)
+    cache = run.kv_cache_bytes(c, keys['max_num_seqs'] * (keys['max_prompt'] + keys['max_new_tokens']), 2)
+    return networks + activations + cache + min(2 << 30, 4 * keys['micro_tokens'] * c.vocab_size)
+
+
+def test_each_config_fits_the_memory_that_readme_promises():
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        rows = re.findall(r'^\| [^|]+\|([^|]+)\| (\d+) GB \|', f.read(), re.M)
+    configs = [(config, int(size)) for commands, size in rows for config in re.findall(r'config/\w+\.py', commands)]
+    assert len(configs) >= 5
+    for config, size in configs:
+        assert 0.1 * size * 1e9 < planned(config) < size * 1e9, (config, planned(config) / 1e9)
