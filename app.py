@@ -48,7 +48,7 @@ from data.judge import ask_judge
 from data.lint import lint
 from dataset import load_dataset
 from tokenizer import encode_row, get_tokenizer
-from model import GPT, GPTConfig
+from model import all_rewards, GPT, GPTConfig
 from run import load_model, open_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,7 +618,7 @@ def score_texts(m, pairs):
     """Rewards of [(prompt, answer)] under reward model m, the end token behind each answer."""
     seqs = [infer.encode_prompt(p, m.tok) + m.tok.encode(a) + [m.tok.eot] * (m.tok.eot is not None) for p, a in pairs]
     room = m.model.config.block_size
-    return rm.reward_of(m.model, [s[-room:] for s in seqs], next(m.model.parameters()).device, 8192).tolist()
+    return all_rewards(m.model, [s[-room:] for s in seqs]).tolist()
 
 
 def agreement(m, journal):

@@ -32,7 +32,8 @@ from data.judge import ask_judge
 from dataset import load_dataset
 from files import replaced
 from grpo import pass_at_k
-from reward import reward_of, wilson
+from model import all_rewards
+from reward import wilson
 from rollout import load_reward
 from run import load_model, pick_device, pick_threads
 from tokenizer import _row_args, alpaca_prompt, encode_prompt, encode_row, get_tokenizer
@@ -251,13 +252,13 @@ def score(by: str, rows: list, answers: Answers) -> list:
         fn = load_reward(by)
         marks = [float(fn(row['prompt'], text, row)) for row, text in zip(each, answers.texts)]
     else:
-        model, tok, place = opened(by, 'scalar')
+        model, tok, _ = opened(by, 'scalar')
         sequences = []
         for row, text, ended in zip(each, answers.texts, answers.ended):
             ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
             ids = ids if ended else ids[:-1]
             sequences.append(ids[-model.config.block_size:])
-        marks = reward_of(model, sequences, place, 8192).tolist()
+        marks = all_rewards(model, sequences).tolist()
     for mark, row, text in zip(marks, each, answers.texts):
         if not math.isfinite(mark):
             raise ValueError(f'reward {by} returned {mark} for completion {text[:60]!r} '

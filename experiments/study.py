@@ -137,9 +137,9 @@ class Judge:
 
     def proxy(self, name, seed, sequences):
         import torch
-        from reward import reward_of
+        from model import all_rewards
 
-        return reward_of(self.model(name, seed, 'scalar')[0], sequences, torch.device('cpu'), 8192)
+        return all_rewards(self.model(name, seed, 'scalar')[0], sequences)
 
     def answers(self, name, seed, n=1, limit=None):
         """(prompt ids [n a prompt], Completions), n a prompt, temperature 1, seeds 0, 1, ..."""
