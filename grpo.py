@@ -431,7 +431,7 @@ if __name__ == '__main__':
     sampler_bytes = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
     tokens = min(max(micro_tokens, longest), minibatch_size * longest) // tp
     planned = memory_plan(dict(policy=pw, sampler=sampler_bytes, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
-                               kv=kv_cache_bytes(engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
+                               kv=kv_cache_bytes(engine.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, tokens, longest), logits=K.logits_bytes(device, tokens, policy.config.vocab_size)))
     print(f'policy {n_params / 1e6:.2f} M parameters ({trains:,} trained), reward {reward}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')

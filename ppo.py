@@ -179,9 +179,6 @@ def policy_loss(logp, old_logp, advantages, mask, clip, weights=None):
     logp - old_logp = ln 2, A = 1, clip 0.2 -> loss -1.2, clip_frac 1."""
     d = torch.where(mask, logp - old_logp, 0.0)
     advantages = advantages if weights is None else advantages * weights
-    if K.takes(logp):  # the lines below and their gradient in one Triton kernel
-        loss, clip_frac, approx_kl = K.token_loss(logp, old_logp, advantages, mask, clip, clip)
-        return loss, dict(clip_frac=clip_frac, approx_kl=approx_kl, ratio_max=(d.detach().exp() - 1).abs().max())
     ratio, a = d.exp(), torch.where(mask, advantages, 0.0)
     plain, clipped = -a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)
     with torch.no_grad():
@@ -417,7 +414,7 @@ if __name__ == '__main__':
     sampler_bytes = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
     tokens = min(max(micro_tokens, longest), minibatch_size * longest) // (tp * cp)
     planned = memory_plan(dict(policy=pw, value=vw, frozen=rw, sampler=sampler_bytes, past=simulate_staleness * pw, grads=pg + vg, adam=pm + vm,
-                               kv=kv_cache_bytes(engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
+                               kv=kv_cache_bytes(engine.config, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, tokens, longest), logits=K.logits_bytes(device, tokens, policy.config.vocab_size)))
     print(f'policy {n_params / 1e6:.2f} M parameters, reward {reward}, value from {start_value}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
