@@ -1,24 +1,292 @@
-"""Answers and rewards of the RL stages: reward files, and rollouts that run ahead of the trainer (--mode=async).
+"""What RL stages share: prompts, answers of the policy (now, stale or ahead of the trainer), their rewards, the batch to train on.
 
-AReaL, 2505.24298: engines in actors; an asynchronous stage takes its batches from here."""
+    rewards = Rewards('reward.py,out-reward', '1,0.5', tok, longest, micro_tokens, run)
+    answers = Answers(run, policy, sampler, tok, rows, prompts, need=8, group_size=8, ...)
+    batch = answers.next(it)                      # 64 answers, whatever the mode: see Batch
+    total, each = rewards(batch)                  # (64,) and {'reward.py': (64,), 'out-reward': (64,)}
+    logp, entropy = answers.logprobs(policy, batch[rows])      # (b, r), with gradient
+
+Asynchronous rollouts, the second half of the file, follow AReaL (2505.24298): engines in actors run ahead of the trainer.
+"""
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import math
 import os
 import runpy
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from tokenizer import get_tokenizer
-from infer import Engine
+import infer
+import kernels
+import lora
+import parallel
+from dataset import Sampler, pack, pad
+from model import Layout
+from run import load_model
+from tokenizer import encode_prompt, encode_row, get_tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+def read_prompts(rows, tok, room, name, long_prompts):
+    """Rows {"prompt", ...} -> ([row], [prompt ids]). A prompt over `room` tokens is an error, dropped, or cut: it loses its
+    beginning. ValueError names the file and the row."""
+    kept, prompts, long = [], [], 0
+    for i, row in enumerate(rows):
+        if 'prompt' not in row:
+            raise ValueError(f'{name}, row {i + 1}: no "prompt", it has {sorted(row)}')
+        ids = encode_prompt(row['prompt'], tok)
+        if not ids:
+            raise ValueError(f'{name}, row {i + 1}: empty prompt')
+        if len(ids) > room:
+            if long_prompts == 'error':
+                raise ValueError(f'{name}, row {i + 1}: prompt of {len(ids)} tokens, block_size minus max_new_tokens '
+                                 f'leaves {room}: lower --max_new_tokens, or --long_prompts=drop or cut')
+            long += 1
+            if long_prompts == 'drop':
+                continue
+        kept.append(row)
+        prompts.append(ids[-room:])
+    if long:
+        print(f'{name}: {long} prompts over {room} tokens, {long_prompts}')
+    if not prompts:
+        raise ValueError(f'{name}: no prompt left')
+    return kept, prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the batch
+
+
+@dataclass
+class Batch:
+    """B answers, those to one prompt beside each other, and what is known of them; R = tokens of the longest answer.
+
+        rows       [dict]          the data set's row of each answer, for reward files
+        index      [int]           its number
+        prompts    [[int]]         token ids; the answers to one prompt hold the same list object
+        responses  [[int]]         token ids, the end token included where there is one
+        ended      (B,) bool       whether the answer ended by itself, with an end token
+        mask       (B, R) bool     True = response token; answers are padded on the right
+        sampled    (B, R) float    log-prob that the sampler had for each token, 0 elsewhere
+        ages       (B, R) int      updates that the sampler's weights were behind
+        given      {file: (B,)}    rewards that are there already (asynchronous rollouts)
+    The rest a stage fills in as it goes; None until then. `batch[rows]` is a Batch of some answers, cut to the longest."""
+    rows: list
+    index: list
+    prompts: list
+    responses: list
+    ended: torch.Tensor
+    mask: torch.Tensor
+    sampled: torch.Tensor
+    ages: torch.Tensor
+    given: dict = dataclasses.field(default_factory=dict)
+    scores: torch.Tensor = None      # (B,)
+    advantages: torch.Tensor = None  # (B,) or (B, R), as are those below
+    old_logp: torch.Tensor = None
+    ref_logp: torch.Tensor = None
+    values: torch.Tensor = None
+    returns: torch.Tensor = None
+    weights: torch.Tensor = None
+
+    def __len__(self):
+        return len(self.responses)
+
+    def __getitem__(self, rows):
+        longest = max(len(self.responses[i]) for i in rows)
+
+        def some(x):
+            if isinstance(x, list):
+                return [x[i] for i in rows]
+            if torch.is_tensor(x):
+                return x[rows] if x.dim() == 1 else x[rows, :longest]
+            return {key: v[rows] for key, v in x.items()} if x else x
+        return Batch(*(some(getattr(self, field.name)) for field in dataclasses.fields(self)))
+
+    def groups(self):
+        """[(prompt, [answer, ...])]: neighbours that answer the same prompt."""
+        return [(prompt, [self.responses[i] for i in rows]) for prompt, rows in self._neighbours(range(len(self)))]
+
+    def _neighbours(self, rows, room=math.inf):
+        """[(prompt, [row number, ...])] of at most `room` tokens each, the prompt counted once."""
+        found, tokens = [], 0
+        for i in rows:
+            prompt, size = self.prompts[i], len(self.responses[i])
+            if found and found[-1][0] is prompt and tokens + size <= room:
+                found[-1][1].append(i)
+                tokens += size
+            else:
+                found.append((prompt, [i]))
+                tokens = len(prompt) + size
+        return found
+
+    def micro_batches(self, rows, micro_tokens, mesh):
+        """Some row numbers in groups of at most micro_tokens tokens -> [[int]]; neighbours share their prompt. Always cut the
+        same way; of several replicas each gets its share."""
+        units = self._neighbours(rows, micro_tokens)
+        sizes = [len(prompt) + sum(len(self.responses[i]) for i in mine) for prompt, mine in units]
+        bins = mesh.deal(pack(sizes, max([micro_tokens, *sizes])), sizes) if units else []
+        return [[i for unit in bin for i in units[unit][1]] for bin in bins]
+
+
+def concatenate(batches):
+    """One Batch of several, padded to the longest answer of all."""
+    longest = max(batch.mask.shape[1] for batch in batches)
+
+    def join(name):
+        parts = [getattr(batch, name) for batch in batches]
+        if isinstance(parts[0], list):
+            return [x for part in parts for x in part]
+        if torch.is_tensor(parts[0]):
+            return torch.cat([F.pad(x, (0, longest - x.shape[1])) if x.dim() == 2 else x for x in parts])
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if parts[0] else parts[0]
+    return Batch(*(join(field.name) for field in dataclasses.fields(Batch)))
+
+
+def minibatches(batch_size, size, seed, it, epoch, group_size=1):
+    """The row numbers of an epoch's minibatches, [[int]]; groups stay together. Epoch 0 takes the batch as it lies, later ones
+    an order that is a function of (seed, it, epoch): no other draw can change it, and every rank has the same."""
+    order = np.arange(batch_size).reshape(-1, group_size)
+    if epoch:
+        order = np.random.default_rng((seed, it, epoch)).permutation(order)
+    return order.reshape(-1, size).tolist()
+
+
+class Meter:
+    """Means of an iteration's statistics over its optimizer steps; of a name that ends in _max the largest."""
+
+    def __init__(self):
+        self.steps, self.sums = 0, {}
+
+    def add(self, **stats):
+        self.steps += 1
+        for key, x in stats.items():
+            self.sums[key] = max(self.sums.get(key, x), x) if key.endswith('_max') else self.sums.get(key, 0.0) + x
+
+    def means(self):
+        return {key: x if key.endswith('_max') else x / self.steps for key, x in self.sums.items()}
+
+
+def spread(x):
+    """Standard deviation of a sample (n - 1), a float; 0 for a single number. [1, 3] -> 1.4142."""
+    return x.std().item() if len(x) > 1 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# log-probs and values of answers, without padding
+
+
+def shared_states(model, groups, device):
+    """Hidden states (n, C) at the n positions that predict the answers' tokens; each prompt is computed ONCE for all its answers.
+
+        flat tokens   p p p | a a | b b b | ...        what embeddings, linear layers and norms see: N = P + 2 + 3
+        attention     p p p a a | p p p b b b | ...    gathered for the attention alone: each answer sees its prompt and itself
+    State once: the state at t predicts token t + 1. So an answer's last token is not in the input at all."""
+    tokens, pos, slot = [], [], []            # of the flat tokens; slot: where in the attention's rows each one is computed
+    gather, predict, lengths = [], [], []     # of the attention's rows: flat token numbers, those that predict, one length an answer
+    n = m = 0                                 # flat tokens and attention rows so far
+    for prompt, answers in groups:
+        P, head = len(prompt), np.arange(n, n + len(prompt))
+        tokens.append(prompt)
+        pos.append(np.arange(P))
+        slot.append(np.arange(m, m + P))
+        n += P
+        for answer in answers:
+            k = len(answer) - 1
+            path = np.concatenate([head, np.arange(n, n + k)])
+            tokens.append(answer[:-1])
+            pos.append(np.arange(P, P + k))
+            slot.append(np.arange(m + P, m + P + k))
+            gather.append(path)
+            predict.append(path[P - 1:])
+            lengths.append(P + k)
+            n, m = n + k, m + P + k
+    extra = np.zeros(kernels.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for the CPU's matrix products
+    tokens, pos, slot = (_flat([*x, extra], device) for x in (tokens, pos, slot))
+    doc = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    layout = Layout((1, m), torch.device(device), doc=doc[None].to(device))
+    attend = layout.through(_flat(gather, device), slot).attend()
+    return model.hidden(tokens, pos, attend)[_flat(predict, device)]
+
+
+def _flat(lists, device):
+    return torch.from_numpy(np.concatenate(lists).astype(np.int64)).to(device)
+
+
+def packed(groups, device):
+    """(idx (1, N), doc (1, N), at (n,)): every answer behind a copy of its prompt, and the positions that predict answers' tokens.
+    Prompt [5, 6], answer [7] -> idx [[5, 6, 7]], at [1]."""
+    pairs = [(prompt, answer) for prompt, answers in groups for answer in answers]
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs])
+    ends = lengths.cumsum(0).tolist()
+    at = [np.arange(end - 1 - len(answer), end - 1) for end, (_, answer) in zip(ends, pairs)]  # P - 1 ... P + R - 2
+    doc = torch.arange(len(pairs)).repeat_interleave(lengths)[None].to(device)
+    return _flat([prompt + answer for prompt, answer in pairs], device)[None], doc, _flat(at, device)
+
+
+def _shares(model, groups):
+    """Whether a prompt is computed once for several answers. Context parallelism cuts sequences, so there each has its own."""
+    mesh = getattr(model, 'mesh', parallel.ALONE)
+    return mesh.cp.size == 1 and any(len(answers) > 1 for _, answers in groups)
+
+
+def answer_logprobs(model, groups, device, temperature=1.0):
+    """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])] -> (logp, entropy, mask), all (S, R):
+    S answers in order, R tokens of the longest, padded on the right with 0."""
+    answers = [answer for _, answers in groups for answer in answers]
+    if _shares(model, groups):
+        states = shared_states(model, groups, device)
+        found = model.token_logprobs(states, _flat(answers, device), temperature)
+    else:
+        idx, doc, at = packed(groups, device)
+        where = torch.zeros_like(idx[:, 1:], dtype=torch.bool).index_fill(1, at, True)  # the head is computed there alone
+        found = [x[0, at] for x in model.logprobs(idx, temperature, doc=doc, where=where, entropy=True)]
+    mask = _response_mask(answers, device)
+    logp, entropy = (_padded(x, mask) for x in found)
+    return logp, entropy, mask
+
+
+def answer_values(model, groups, device):
+    """The value network's estimate before each token of the answers, (S, R); shapes as in answer_logprobs."""
+    if _shares(model, groups):
+        found = model.values(shared_states(model, groups, device))
+    else:
+        idx, doc, at = packed(groups, device)
+        found = model(idx, doc=doc)[0][0, at]
+    return _padded(found, _response_mask([answer for _, answers in groups for answer in answers], device))
+
+
+def _response_mask(answers, device):
+    sizes = torch.tensor([len(answer) for answer in answers], device=device)
+    return torch.arange(max(map(len, answers)), device=device) < sizes[:, None]
+
+
+def _padded(flat, mask):
+    """(n,) in the order of mask's True positions -> mask's shape, 0 elsewhere."""
+    where = mask.reshape(-1).nonzero()[:, 0]
+    return flat.new_zeros(mask.numel()).index_copy(0, where, flat).view(mask.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rewards
 
 
 def load_reward(path):
-    """The function `reward(prompt: str, completion: str, row: dict) -> float` of a Python file of the user's. Its folder can be imported
-    from while it loads. ValueError when the file is missing, does not run, or has no such function."""
+    """The function `reward(prompt, completion: str, row: dict) -> float` of a Python file of the user's. prompt is the row's own: a
+    string, or the list of messages. The file's folder can be imported from while it loads. ValueError when the file is missing,
+    does not run, or has no such function."""
     if not os.path.isfile(path):
         raise ValueError(f'reward {path}: no such file; it should define reward(prompt, completion, row) -> float')
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
@@ -33,7 +301,288 @@ def load_reward(path):
     return space['reward']
 
 
-# -----------------------------------------------------------------------------
+def ask_reward(fn, name, row, text):
+    """The reward of one completion, a float that float32 can hold. ValueError names the file, what it did, and the row."""
+    seen = f'for completion {text[:60]!r} of row {str(row)[:120]}'
+    try:
+        mark = float(fn(row['prompt'], text, row))
+    except Exception as e:
+        raise ValueError(f'reward {name} raised {type(e).__name__}: {e}, {seen}') from e
+    if not math.isfinite(np.float32(mark)):
+        raise ValueError(f'reward {name} returned {mark} {seen}: rewards must be finite (in float32)')
+    return mark
+
+
+def spoken(ids, ended):
+    """The token ids of an answer that are text: all but the end token."""
+    return ids[:-1] if ended else ids
+
+
+def names_of(spec):
+    """'a.py, out-reward' -> ['a.py', 'out-reward']. A comma in the name of a file that exists belongs to it."""
+    names, parts = [], spec.split(',')
+    while parts:
+        n = next((n for n in range(len(parts), 1, -1) if os.path.exists(','.join(parts[:n]).strip())), 1)
+        names.append(','.join(parts[:n]).strip())
+        parts = parts[n:]
+    return names
+
+
+def weights_of(text, names):
+    """'1,0.5' -> [1.0, 0.5], one for each name; '' -> 1 each."""
+    try:
+        weights = [float(x) for x in text.split(',')] if text else [1.0] * len(names)
+    except ValueError:
+        raise ValueError(f'reward_weights {text!r}: numbers, separated by commas') from None
+    if len(weights) != len(names):
+        raise ValueError(f'{len(names)} rewards ({", ".join(names)}) but {len(weights)} reward_weights ({text}): one weight each')
+    return weights
+
+
+class Rewards:
+    """Reward files and reward models, several by comma, added up with one weight each.
+
+    A file is asked in this process, a completion at a time. A model reads prompt + answer in its own tokens, as its training
+    did, and is read at the last one. Of several ranks each scores its share. longest: tokens of prompt and answer at most."""
+
+    def __init__(self, run, spec, tok, longest, micro_tokens, weights=''):
+        self.run, self.tok, self.micro_tokens = run, tok, micro_tokens
+        self.names = names_of(spec)
+        self.weights = weights_of(weights, self.names)
+        self.files = {name: load_reward(name) for name in self.names if name.endswith('.py')}
+        self.models = {name: self._load(name, longest) for name in self.names if name not in self.files}
+
+    def _load(self, name, longest):
+        """(model, its tokenizer, or None where the policy's ids are its ids)"""
+        model, spec = load_model(name, self.run.device, head='scalar')
+        tok = get_tokenizer(spec)
+        if (tok.spec, tok.eot) != (self.tok.spec, self.tok.eot):
+            return model.requires_grad_(False).eval(), tok
+        check_room(f'reward {name}', model, longest, self.tok)
+        return model.requires_grad_(False).eval(), None
+
+    def __call__(self, batch):
+        """-> (total (B,) float32, {name: (B,)}), on the CPU."""
+        share = range(len(batch))[self.run.mesh.mine(len(batch))]
+        mine, each = batch[share] if len(share) else None, dict(batch.given)
+        for name in self.names:
+            if name not in each:
+                scores = [] if mine is None else self._by_file(name, mine) if name in self.files else self._by_model(name, mine)
+                each[name] = torch.tensor(self.run.mesh.collect(scores, everyone=True), dtype=torch.float32)
+        return sum(weight * each[name] for name, weight in zip(self.names, self.weights)), each
+
+    def _by_file(self, name, batch):
+        texts = self._texts(batch)
+        return [ask_reward(self.files[name], name, row, text) for row, text in zip(batch.rows, texts)]
+
+    def _texts(self, batch):
+        return [self.tok.decode(spoken(ids, end)) for ids, end in zip(batch.responses, batch.ended.tolist())]
+
+    def _by_model(self, name, batch):
+        model, tok = self.models[name]
+        if tok is None:
+            sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
+        else:  # other tokens: the row is read as in the reward model's training, with an end where the answer ended
+            sequences = []
+            for row, text, ended in zip(batch.rows, self._texts(batch), batch.ended.tolist()):
+                ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
+                sequences.append(ids if ended else ids[:-1])
+            check_room(f'reward {name}', model, max(map(len, sequences)), tok)
+        with self.run.amp():
+            scores = model_rewards(model, sequences, self.run.device, self.micro_tokens)
+        if not scores.isfinite().all():
+            bad = scores[~scores.isfinite()][0].item()
+            raise ValueError(f'reward model {name} returned {bad}: its weights are broken; train it again')
+        return scores.tolist()
+
+
+def check_room(what, model, longest, tok):
+    """ValueError where sequences of `longest` tokens of `tok` do not fit a model's context and vocabulary."""
+    c = model.config
+    if longest > c.block_size:
+        raise ValueError(f'{what}: prompt and answer have up to {longest} tokens, its context holds {c.block_size}: '
+                         f'lower --max_prompt (with --long_prompts=cut or drop) or --max_new_tokens')
+    if tok.vocab_size > c.vocab_size:
+        raise ValueError(f'{what}: its vocabulary has {c.vocab_size} tokens, the tokenizer {tok.vocab_size}: they do not belong together')
+
+
+@torch.no_grad()
+def model_rewards(model, sequences, device, micro_tokens):
+    """Rewards (S,) of token lists, read at the last token of each; packed without padding, float32 on the CPU."""
+    out, lengths = torch.empty(len(sequences)), [len(s) for s in sequences]
+    for bin in pack(lengths, max([micro_tokens, *lengths])):
+        n = torch.tensor([lengths[i] for i in bin])
+        idx = _flat([sequences[i] for i in bin], device)[None]
+        doc = torch.arange(len(bin)).repeat_interleave(n)[None].to(device)
+        out[bin] = model(idx, doc=doc)[0][0, (n.cumsum(0) - 1).to(device)].float().cpu()
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+
+class Answers:
+    """The policy's answers to the prompts, in the order of the data: one `next(it)` for all modes.
+
+        sync                  an engine in this process answers with the weights before update `it`
+        async                 engines in other processes run ahead (`Rollouts`, below); see run_ahead
+        simulated staleness   the engine here answers with the weights of n updates ago: async's samples, but deterministic
+    Prompt number k is a function of (seed, k), and so is what is sampled for it: all modes ask the same, a resume goes on where
+    it was, and `state()` is one number. need: prompts an iteration. team: ranks that run one engine together (rollout_tp)."""
+
+    def __init__(self, run, policy, reference, sampler, tok, rows, prompts, need, group_size, seed, max_new_tokens, temperature,
+                 max_num_seqs, micro_tokens, longest, team=1):
+        self.run, self.mesh, self.device = run, run.mesh, run.device
+        self.policy, self.reference = policy, reference
+        self.tok, self.rows, self.prompts = tok, rows, prompts
+        self.need, self.group_size, self.seed, self.team = need, group_size, seed, team
+        self.params = infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature)
+        self.temperature, self.micro_tokens = temperature, micro_tokens
+        self.options = dict(max_num_seqs=max_num_seqs, max_len=longest)
+        self.engine = infer.Engine(sampler, tok, **self.options)
+        self.pool, self.stale, self.past, self.position = None, 0, [], 0
+        self.jobs = self._jobs(0)
+
+    def run_ahead(self, tokenizer, reward_files, simulate_staleness, max_staleness, workers, reward_workers, reward_timeout,
+                  reward_retries, runtime):
+        """Asynchronous from now on; the names are those of the stages' keys, and of Rollouts."""
+        self.stale = simulate_staleness
+        if not simulate_staleness:
+            model = copy.deepcopy(self.engine.model).cpu().requires_grad_(False)
+            self.pool = Rollouts(model, tokenizer, self._jobs, self.need, max_staleness, workers, reward_files, reward_workers,
+                                 reward_timeout, reward_retries, runtime, self.position, self.device, **self.options)
+
+    def _jobs(self, k):
+        """Endless: (row number, row, prompt ids, how to sample) of prompt number k, k + 1, ..."""
+        order = Sampler(len(self.prompts), 1, self.seed)
+        order.batch = k
+        for i in map(int, itertools.chain.from_iterable(order)):
+            seed = (self.seed * 1000003 + k) % (1 << 31)
+            yield i, self.rows[i], self.prompts[i], dataclasses.replace(self.params, n=self.group_size, seed=seed)
+            k += 1
+
+    def next(self, it, again=False):
+        """The next Batch of need * group_size answers, sampled with the weights before update `it`, or older ones. again: a second
+        helping for the same update (dynamic sampling)."""
+        if not again:
+            self._publish(it)
+        if self.pool is not None:
+            groups = self.pool.take(self.need)
+            index = [group.index for group in groups for _ in group.answers]
+            answers = [(ids, logp, [it - v for v in versions], ended) for g in groups for ids, logp, versions, ended in g.answers]
+            given = {name: torch.tensor([s for g in groups for s in g.scores[name]]) for name in groups[0].scores}
+            return self._batch([self.rows[i] for i in index], index, [self.prompts[i] for i in index], answers, given)
+        picked, rows, prompts, params = zip(*itertools.islice(self.jobs, self.need))
+        self.position += self.need
+        return self._answer(rows, picked, prompts, params, min(it, self.stale))
+
+    def held_out(self, rows, prompts, n):
+        """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of their own."""
+        parallel.refresh(self.engine, self.policy)
+        params = [dataclasses.replace(self.params, n=n, seed=seed) for seed in range(len(prompts))]
+        return self._answer(rows, range(len(rows)), prompts, params, 0)
+
+    def _publish(self, it):
+        """The weights before update `it` go to whoever samples; with simulated staleness those of that many updates ago do."""
+        if self.pool is not None:
+            self.pool.publish(self.policy.state_dict(), it)
+        elif self.stale:
+            self.past.append({name: x.clone() for name, x in self.policy.state_dict().items()})
+            del self.past[:-self.stale - 1]
+            self.engine.load_weights(self.past[0])
+        else:
+            parallel.refresh(self.engine, self.policy)
+
+    def _answer(self, rows, index, prompts, params, age):
+        """Each rank (with rollout_tp each team of ranks) answers its share of the prompts; all of them know all answers."""
+        share = self.mesh.mine(len(prompts), self.team)
+        done = self.engine.generate(list(prompts[share]), list(params[share]))
+        mine = [(c.token_ids, c.logprobs, [age] * len(c.token_ids), c.finish_reason == 'stop') for c in done]
+        n, answers = params[0].n, self.mesh.collect(mine, everyone=True, team=self.team)
+        return self._batch(*([x for x in xs for _ in range(n)] for xs in (rows, index, prompts)), answers)
+
+    def _batch(self, rows, index, prompts, answers, given=None):
+        ids, logps, ages, ended = zip(*answers)
+        ids_mask = pad(ids)[1].to(self.device)
+        sampled, ages = pad(logps, 0.0)[0].to(self.device), pad(ages)[0].to(self.device)
+        return Batch(rows, index, prompts, list(ids), torch.tensor(ended), ids_mask, sampled, ages, given or {})
+
+    # ---- a forward pass over a batch
+
+    def micro_batches(self, batch, rows):
+        """The micro-batches of some answers, [[row number]]; see Batch."""
+        return batch.micro_batches(rows, self.micro_tokens, self.mesh)
+
+    def logprobs(self, model, micro):
+        """(log-probs, entropies) of a micro-batch's answers at the temperature they were sampled with, (b, r)."""
+        with self.run.amp():
+            return answer_logprobs(model, micro.groups(), self.device, self.temperature)[:2]
+
+    def values(self, model, micro):
+        """Values before each token, (b, r)."""
+        with self.run.amp():
+            return answer_values(model, micro.groups(), self.device)
+
+    @torch.no_grad()
+    def without_gradient(self, fn, model, batch, minibatches):
+        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every rank. They are cut as the
+        update will cut them, so that its first ratios are 1 to the bit."""
+        out = torch.zeros(batch.mask.shape, device=self.device)
+        for rows in minibatches:
+            micros = self.micro_batches(batch, rows)
+            found = parallel.evaluate(model, micros, lambda model, micro: fn(model, batch[micro]).float())
+            for micro, x in self.mesh.collect(list(zip(micros, found))):
+                out[micro, :x.shape[1]] = x.to(self.device)
+        return out
+
+    def all_logprobs(self, model, batch, minibatches):
+        """Log-probs of all answers (B, R) under a model."""
+        return self.without_gradient(lambda model, micro: self.logprobs(model, micro)[0], model, batch, minibatches)
+
+    def reference_logprobs(self, batch, minibatches):
+        """The same under the reference: the frozen copy, or, without one, the policy with its adapter switched off."""
+        with contextlib.nullcontext() if self.reference is not None else lora.lora_disabled(self.policy):
+            return self.all_logprobs(self.reference or self.policy, batch, minibatches)
+
+    def all_values(self, model, batch, minibatches):
+        """Values of all answers (B, R)."""
+        return self.without_gradient(self.values, model, batch, minibatches)
+
+    # ---- what is logged of it, checkpoints
+
+    def report(self, batch, idle):
+        """Asynchronous rollouts in a row of the log. idle: the share of the time that the trainer waited for samples."""
+        ages = batch.ages[batch.mask].float()
+        row = dict(staleness=ages.mean(), staleness_max=int(ages.max()), prompts=batch.index[::self.group_size])
+        if self.pool is not None:
+            row |= dict(idle=idle, dropped=self.pool.dropped, restarts=self.pool.restarts, position=self.pool.position)
+        return row
+
+    def state(self):
+        """For a checkpoint: how far we are in the prompts. What runs ahead of the loop is not in it, it is sampled again."""
+        position = self.position if self.pool is None else self.pool.position
+        return dict(position=position, seed=self.seed, n=len(self.prompts), prompts=self._fingerprint())
+
+    def _fingerprint(self):
+        return zlib.crc32(np.concatenate(self.prompts).tobytes())
+
+    def load_state(self, state, past=()):
+        """Goes on there. ValueError where the data or their order have changed."""
+        if state['seed'] != self.seed:
+            raise ValueError(f'seed {self.seed}: the run that is resumed has seed {state["seed"]}, which gives the order of its prompts')
+        if (state['n'], state.get('prompts', self._fingerprint())) != (len(self.prompts), self._fingerprint()):
+            raise ValueError('dataset: these are not the prompts of the run that is resumed: give the same dataset, or start a new run')
+        self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
+        self.past, self.jobs = list(past), self._jobs(self.position)
+
+    def close(self):
+        """Ends the processes that run ahead."""
+        if self.pool is not None:
+            self.pool.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # rollouts ahead of the trainer
 #
 #     jobs (prompts in order) --capacity--> RolloutWorker x n --finished groups--> Scorer x m --> done --take()--> trainer
@@ -60,10 +609,9 @@ class RolloutWorker:
     """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of an answer: what is in flight is
     interrupted, its keys and values are made anew, and it goes on under the new weights; every token knows its version."""
 
-    def __init__(self, model, eot, device, **options):
+    def __init__(self, model, tokenizer, device, **options):
         torch.set_num_threads(1)
-        self.engine, self.open = Engine(model.to(device), **options), {}
-        self.engine.eot = eot
+        self.engine, self.open = infer.Engine(model.to(device), get_tokenizer(tokenizer), **options), {}
 
     def ready(self):
         """Answers once the process is up."""
@@ -95,14 +643,10 @@ class Scorer:
     def ready(self):
         """Answers once the process is up: from then on reward_timeout counts."""
 
-    def score(self, row, prompt, answers):
-        """{file: [float]} for the token ids of each answer. ValueError for a score that is not finite."""
-        asked, texts = self.tok.decode(prompt), [self.tok.decode([t for t in a if t != self.tok.eot]) for a in answers]
-        out = {file: [float(fn(asked, text, row)) for text in texts] for file, fn in self.fns.items()}
-        for file, scores in out.items():
-            if not np.isfinite(scores).all():
-                raise ValueError(f'reward {file} returned {scores[int(np.argmin(np.isfinite(scores)))]}: rewards must be finite')
-        return out
+    def score(self, row, answers):
+        """{file: [float]} for the token ids of each answer, without end tokens. ValueError for what is no finite number."""
+        texts = [self.tok.decode(answer) for answer in answers]
+        return {name: [ask_reward(fn, name, row, text) for text in texts] for name, fn in self.fns.items()}
 
 
 class _Hand:
@@ -134,7 +678,7 @@ class Rollouts:
     reward that raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries times more, then
     the whole group is left out and the next one takes its place (`dropped`). runtime: 'local', 'ray', or 'HOST:PORT' of a cluster."""
 
-    def __init__(self, model, tokenizer, eot, jobs, batch, max_staleness=1, workers=1, rewards=(), reward_workers=1, reward_timeout=30.0,
+    def __init__(self, model, tokenizer, jobs, batch, max_staleness=1, workers=1, rewards=(), reward_workers=1, reward_timeout=30.0,
                  reward_retries=2, runtime='local', position=0, device='cpu', **engine):
         for name, value, least in (('max_staleness', max_staleness, 0), ('rollout_workers', workers, 1), ('reward_workers', reward_workers, 1), ('reward_retries', reward_retries, 0)):
             if value < least:
@@ -152,12 +696,12 @@ class Rollouts:
         if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:  # imported once for all workers; with a GPU it would start CUDA before the fork
             actors.PRELOAD.append('rollout')
         gpus = self._init(runtime, workers + (reward_workers if rewards else 0), device)
-        first, options = actors.put(model), dict(eot=eot, device='cuda' if gpus else str(device), **engine)
+        first, options = actors.put(model), dict(device='cuda' if gpus else str(device), **engine)
         worker = actors.remote(RolloutWorker).options(num_cpus=1, **(dict(num_gpus=min(1, gpus / workers)) if gpus else {}))
         scorer = actors.remote(Scorer).options(num_cpus=1)
-        self.rollers = [_Hand(lambda: worker.remote(first, **options)) for _ in range(workers)]
         files = {f: os.path.abspath(f) for f in rewards}  # a node has a working directory of its own
         tokenizer = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer
+        self.rollers = [_Hand(lambda: worker.remote(first, tokenizer, **options)) for _ in range(workers)]
         self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(reward_workers if rewards else 0)]
         self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
         self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
@@ -277,8 +821,8 @@ class Rollouts:
             if hand.call is None and self.unscored:
                 hand.work = [self.unscored.popleft()]
                 id, answers = hand.work[0]
-                _, row, prompt, _ = self.work[id]
-                hand.go(hand.actor.score.remote(row, prompt, [a[0] for a in answers]), self.reward_timeout)
+                texts = [spoken(ids, ended) for ids, _, _, ended in answers]
+                hand.go(hand.actor.score.remote(self.work[id][1], texts), self.reward_timeout)
 
     def _collect(self, hand):
         """What a call came to."""
