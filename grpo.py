@@ -20,25 +20,22 @@ Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable
     python grpo.py config/grpo_qwen3_gsm8k.py                    # one GPU
     python grpo.py --init_from=Qwen/Qwen3-0.6B --reward=right.py,short.py --reward_weights=1,0.1 --dataset=my_prompts.jsonl
 """
-import os
 import copy
-import math
-import time
 import json
+import math
+import os
+import time
 
-import numpy as np
 import torch
 
-import infer
 import kernels as K
 import lora
 import parallel
-from dataset import Sampler, load_dataset, pack, pad
-from tokenizer import encode_prompt, get_tokenizer
-from model import Layout
-from run import (activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
-                 memory_plan, open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
-from rollout import Rollouts, load_reward
+from dataset import load_dataset
+from rollout import Answers, Meter, Rewards, concatenate, minibatches, read_prompts, spread
+from run import (RunLog, activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
+                 memory_plan, open_model, open_run, pick_device, pick_threads, training_bytes)
+from tokenizer import get_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # I/O
@@ -114,7 +111,6 @@ cp = 1 # context parallel: not here, where the answers to a prompt share its tok
 rollout_tp = False # with tp: False = each rank gathers the whole policy and answers its share of the prompts | True = each keeps its part, a tp group answers together
 zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
 dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
-sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
@@ -126,6 +122,7 @@ config = {k: globals()[k] for k in config_keys} # will be useful for logging
 
 ADVANTAGES = ('grpo', 'dr_grpo', 'rloo', 'reinforce++')
 LOSSES = ('grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo')
+PER_TOKEN = ('dapo', 'cispo')  # their loss is a mean over tokens, the others' over completions
 
 
 def group_advantages(rewards, group_size, kind='grpo'):
@@ -141,10 +138,13 @@ def group_advantages(rewards, group_size, kind='grpo'):
     if group_size < 1 or len(rewards) % group_size:
         raise ValueError(f'{len(rewards)} rewards do not divide into groups of {group_size}: make the batch a multiple of group_size')
     r = rewards.view(1, -1) if kind == 'reinforce++' else rewards.view(-1, group_size)
-    n, d = r.shape[1], torch.where(r.amax(1, keepdim=True) == r.amin(1, keepdim=True), 0.0, r - r.mean(1, keepdim=True))  # 0 exactly
+    n, equal = r.shape[1], r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
+    centred = torch.where(equal, 0.0, r - r.mean(1, keepdim=True))  # 0 exactly, whatever the mean rounds to
     if n == 1 or kind == 'dr_grpo':
-        return d.flatten()
-    return (d * n / (n - 1) if kind == 'rloo' else d / (r.std(1, keepdim=True) + 1e-4)).flatten()
+        return centred.flatten()
+    if kind == 'rloo':
+        return (centred * n / (n - 1)).flatten()
+    return (centred / (r.std(1, keepdim=True) + 1e-4)).flatten()
 
 
 def k3(logp, ref_logp):
@@ -153,24 +153,27 @@ def k3(logp, ref_logp):
     return torch.exp(-d) - 1 + d
 
 
-def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_low=0.2, clip_high=0.2, loss_type='grpo', max_len=None,
-              weights=None, denom=None):
-    """The clipped surrogate of PPO with one advantage for a whole completion. logp, old_logp, ref_logp (B, R) float, advantages (B,), mask (B, R)
-    bool. r_t = pi / pi_old; per token -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) + beta * k3(pi, ref), then
+def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_low=0.2, clip_high=0.2, loss_type='grpo',
+              max_len=None, weights=None, denom=None):
+    """PPO's clipped surrogate with one advantage for a whole completion. logp, old_logp, ref_logp (B, R) float, advantages (B,), or
+    (B, R) for one a token, mask (B, R) bool. r_t = pi / pi_old; per token
+    -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) + beta * k3(pi, ref), then
         grpo     mean over a completion's tokens, mean over completions (2402.03300 eq. 3): long wrong answers are punished less per token
         dr_grpo  sum over tokens / max_len, mean over completions: no length bias (2503.20783)
         dapo     mean over all tokens of the batch; use it with clip_high > clip_low (2503.14476 eq. 8)
         gspo     ONE ratio for the completion, exp(mean_t log r_t), clipped; mean over completions (2507.18071 eq. 5)
         cispo    -clip(r_t) A logp with the weight held constant: a clipped token still learns; mean over all tokens (2506.13585 eq. 4)
-    weights (B, R): importance correction between sampler and trainer (`tis_weights`). denom: what to divide by in the place of this batch's own count
-    (tokens for dapo and cispo, else completions), so that the losses of micro-batches add up to the batch's. Returns (loss, stats); stats: clip_frac,
-    clip_low_frac, clip_high_frac, approx_kl = mean(log r^2) / 2, ratio_max = largest |r - 1|, kl (k3, mean over tokens; with ref_logp). ValueError: unknown loss_type, dr_grpo without max_len.
+    weights (B, R): importance correction between sampler and trainer (`tis_weights`). denom: what to divide by instead of this
+    batch's own count (tokens for dapo and cispo, else completions), so that the losses of micro-batches add up to the batch's.
+    Returns (loss, stats); stats: clip_frac, clip_low_frac, clip_high_frac, approx_kl = mean(log r^2) / 2, ratio_max = largest
+    |r - 1|, kl (k3, mean over tokens; with ref_logp). ValueError: unknown loss_type, dr_grpo without max_len.
     Worked: A=[1], logp = old_logp, mask all True -> loss -1 (for dr_grpo -R / max_len); clipping and k3 are zero."""
     if loss_type not in LOSSES:
         raise ValueError(f'loss_type {loss_type!r} is unknown: one of {", ".join(LOSSES)}')
     if loss_type == 'dr_grpo' and not max_len:
         raise ValueError('dr_grpo divides by the longest possible completion: give max_len')
-    A, n = advantages[:, None], mask.sum(1).clamp(min=1)
+    A = advantages if advantages.dim() == 2 else advantages[:, None]
+    A, n = torch.where(mask, A, 0.0), mask.sum(1).clamp(min=1)
     logp = torch.where(mask, logp, 0.0)
     log_ratio = logp - torch.where(mask, old_logp, 0.0)
     if loss_type == 'gspo':
@@ -186,32 +189,33 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
         stats['kl'] = kl.detach().sum() / tokens
         per_token = per_token + beta * kl if beta else per_token
     per_token = torch.where(mask, per_token, 0.0)
-    if loss_type in ('dapo', 'cispo'):
+    if loss_type in PER_TOKEN:
         loss = per_token.sum() / (denom or tokens)
     else:
         loss = (per_token.sum(1) / (max_len if loss_type == 'dr_grpo' else n)).sum() / (denom or len(mask))
     with torch.no_grad():
-        share = lambda x: (x & mask).sum() / tokens
-        low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+        low, high = (ratio < 1 - clip_low) & mask, (ratio > 1 + clip_high) & mask
         if loss_type != 'cispo':  # the minimum keeps the unclipped term where clipping would help the objective
             low, high = low & (A < 0), high & (A > 0)
-        stats |= dict(clip_frac=share(low | high), clip_low_frac=share(low), clip_high_frac=share(high),
-                      approx_kl=(torch.where(mask, log_ratio, 0.0) ** 2).sum() / 2 / tokens,
-                      ratio_max=torch.where(mask, ratio - 1, 0.0).abs().max())
+        stats.update(clip_frac=(low | high).sum() / tokens, clip_low_frac=low.sum() / tokens, clip_high_frac=high.sum() / tokens,
+                     approx_kl=(torch.where(mask, log_ratio, 0.0) ** 2).sum() / 2 / tokens,
+                     ratio_max=torch.where(mask, ratio - 1, 0.0).abs().max())
     return loss, stats
 
 
 def tis_weights(logp, sampler_logp, mask, cap):
-    """Truncated importance sampling: the sampler's kernels (paged, another dtype) are not the trainer's, in async mode its weights are older too, so
-    its samples come from another policy. weight = min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False; all (B, R), no gradient. With
-    pi_trainer = the policy before the update this is the decoupled objective of 2505.24298 eq. 5: the weight carries samples of the behaviour policy
-    over to the proximal one, around which the loss clips. Returns (weights, stats): mismatch_max and mismatch_mean of |delta log p|, tis_frac = the
-    share that was cut. cap=2, delta=log 3 -> 2."""
+    """Truncated importance sampling: min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False; all (B, R), no gradient.
+    The sampler's kernels (paged, another dtype) are not the trainer's, and in async mode its weights are older, so the samples
+    come from another policy. With pi_trainer = the policy before the update this is the decoupled objective of 2505.24298
+    eq. 5: the weight leads from the policy that sampled to the one around which the loss clips. cap 0 = no bound.
+    Returns (weights, stats): mismatch and mismatch_max, mean and largest |delta log p|, and tis_frac, the share that was cut.
+    cap=2, delta = log 3 -> 2."""
     with torch.no_grad():
-        d = torch.where(mask, logp - sampler_logp, 0.0)
+        delta = torch.where(mask, logp - sampler_logp, 0.0)
         n = mask.sum().clamp(min=1)
-        return d.exp().clamp(max=cap), dict(mismatch_max=d.abs().max(), mismatch_mean=d.abs().sum() / n,
-                                            tis_frac=(d.exp() > cap).sum() / n)
+        weights, bound = delta.exp(), cap or math.inf
+        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(), tis_frac=(weights > bound).sum() / n)
+        return weights.clamp(max=bound), stats
 
 
 def overlong_penalty(lengths, max_len, cache):
@@ -238,99 +242,10 @@ def linear_lr(it, peak, warmup, total):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# data and reward
-
-
-def encode_prompts(rows, tok, room, name, long_prompts):
-    """Rows -> ([row], [prompt ids]); a prompt over `room` tokens is an error, dropped, or loses its beginning."""
-    kept, prompts, long = [], [], 0
-    for i, row in enumerate(rows):
-        if 'prompt' not in row:
-            raise ValueError(f'{name}, row {i + 1}: no "prompt", it has {sorted(row)}')
-        ids = encode_prompt(row['prompt'], tok)
-        if not ids:
-            raise ValueError(f'{name}, row {i + 1}: empty prompt')
-        if len(ids) > room:
-            if long_prompts == 'error':
-                raise ValueError(f'{name}, row {i + 1}: prompt of {len(ids)} tokens, block_size minus max_new_tokens leaves {room}: '
-                                 f'lower --max_new_tokens, or --long_prompts=drop or cut')
-            long += 1
-            if long_prompts == 'drop':
-                continue
-            ids = ids[-room:]
-        kept.append(row)
-        prompts.append(ids)
-    if long:
-        print(f'{name}: {long} prompts over {room} tokens, {long_prompts}')
-    if not prompts:
-        raise ValueError(f'{name}: no prompt left')
-    return kept, prompts
-
-
-def score_with_model(model, sequences, device, micro_tokens):
-    """Rewards (S,) of token lists, read at the last token of each; packed without padding, float32 on the CPU."""
-    out, lengths = torch.empty(len(sequences)), [len(s) for s in sequences]
-    for bin in pack(lengths, max([micro_tokens, *lengths])):
-        n = torch.tensor([lengths[i] for i in bin])
-        idx = torch.from_numpy(np.concatenate([np.asarray(sequences[i], np.int64) for i in bin]))[None]
-        doc = torch.arange(len(bin)).repeat_interleave(n)[None]
-        with torch.no_grad():
-            out[bin] = model(idx.to(device), doc=doc.to(device))[0][0, (n.cumsum(0) - 1).to(device)].float().cpu()
-    return out
-
-
-def score_with_files(fn, name, rows, prompts, texts):
-    """(S,) float32 of a reward function; what it raises, and what is no finite number, is named with the row."""
-    out = []
-    for row, prompt, text in zip(rows, prompts, texts):
-        try:
-            out.append(float(fn(prompt, text, row)))
-        except Exception as e:
-            raise ValueError(f'reward {name} raised {type(e).__name__}: {e}, for completion {text[:60]!r} of row {str(row)[:120]}') from e
-        if not math.isfinite(out[-1]):
-            raise ValueError(f'reward {name} returned {out[-1]} for completion {text[:60]!r} of row {str(row)[:120]}: rewards must be finite')
-    return torch.tensor(out, dtype=torch.float32)
-
-
-def answer_logps(model, groups, device, temperature=1.0):
-    """Token log-probs of answers by one forward without padding, in which a prompt is computed ONCE for all its answers.
-    groups: [(prompt ids, [answer ids, ...])]. Returns (logp, entropy, mask), all (S, R), S answers in order, padded on the right.
-
-        flat tokens   p p p | a a | b b b | ...        what embeddings, linear layers and norms see: N = P + 2 + 3
-        attention     p p p a a | p p p b b b | ...    gathered for the attention alone: each answer sees its prompt and itself
-    An answer's last token predicts nothing that counts, so it is not in the input at all."""
-    tokens, pos, gather, slot, predict, lengths, n, m = [], [], [], [], [], [], 0, 0
-    for prompt, answers in groups:
-        P, head = len(prompt), np.arange(n, n + len(prompt))
-        tokens.append(prompt), pos.append(np.arange(P)), slot.append(np.arange(m, m + P))
-        n += P
-        for a in answers:
-            k = len(a) - 1
-            path = np.concatenate([head, np.arange(n, n + k)])
-            tokens.append(a[:-1]), pos.append(np.arange(P, P + k)), slot.append(np.arange(m + P, m + P + k))
-            gather.append(path), predict.append(path[P - 1:]), lengths.append(P + k)
-            n, m = n + k, m + P + k
-    extra = np.zeros(K.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for oneDNN
-    tokens.append(extra), pos.append(extra), slot.append(extra)
-    tokens, pos, gather, slot, predict = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (tokens, pos, gather, slot, predict))
-    answers = [a for _, answers in groups for a in answers]
-    at = Layout((1, m), torch.device(device), doc=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(device))
-    x = model.hidden(tokens, pos, at.through(gather, slot).attend())
-    targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(device)
-    found = model.token_logprobs(x[predict], targets, temperature)
-    sizes = torch.tensor([len(a) for a in answers], device=device)
-    mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
-    where = mask.reshape(-1).nonzero()[:, 0]
-    logp, entropy = (f.new_zeros(mask.numel()).index_copy(0, where, f).view(mask.shape) for f in found)
-    return logp, entropy.detach(), mask
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- process and models --------------------------------------------------------------------------------------
     config['stage'] = 'grpo'
     device, amp_dtype = pick_device(device, dtype)
-    amp = lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32)
     K.use(kernels)
     for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('overlong', overlong, ('none', 'mask', 'shape')),
                               ('advantage', advantage, ADVANTAGES), ('loss_type', loss_type, LOSSES), ('mode', mode, ('sync', 'async'))):
@@ -342,6 +257,8 @@ if __name__ == '__main__':
                          + (f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'))
     if group_size == 1 and advantage != 'reinforce++':
         raise ValueError(f"group_size 1 with advantage {advantage!r}: a group of one has no baseline, every advantage would be 0; --group_size=8, or --advantage=reinforce++")
+    if batch_size == 1:
+        raise ValueError("batch_size 1: one answer has nothing to be compared with, its advantage would always be 0: raise it")
     if mode == 'sync' and simulate_staleness or simulate_staleness < 0:
         raise ValueError(f'simulate_staleness {simulate_staleness} with mode {mode!r}: a number of updates, with --mode=async')
     if temperature <= 0:
@@ -349,15 +266,10 @@ if __name__ == '__main__':
     parallel.accept('grpo', tp, pp, cp, compile, mode, rollout_tp=rollout_tp)
     mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
     device = mesh.device
+    import types
+    run = types.SimpleNamespace(mesh=mesh, device=device, amp=lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32))
     if not os.path.exists(dataset):
         raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
-    names = [r.strip() for r in reward.split(',')]
-    try:
-        reward_w = [float(w) for w in reward_weights.split(',')] if reward_weights else [1.0] * len(names)
-    except ValueError:
-        raise ValueError(f'reward_weights {reward_weights!r}: numbers, separated by commas') from None
-    if len(reward_w) != len(names):
-        raise ValueError(f'{len(names)} rewards ({reward}) but {len(reward_w)} reward_weights ({reward_weights}): one weight each')
     ckpt = open_run(out_dir, init_from, overwrite, 'grpo', mesh)
     if init_from == 'scratch':
         raise ValueError('GRPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
@@ -372,17 +284,7 @@ if __name__ == '__main__':
     policy = policy.to(device)
     use_adapter = bool(lora.adapted(policy))
     reference = parallel.shard(load_model(config['init_from'], device)[0].requires_grad_(False).eval(), mesh) if (beta or track_kl) and not use_adapter else None
-    sources = []  # (name, weight, function or None, model, its tokenizer or None where the ids are the same)
-    for name, w in zip(names, reward_w):
-        if name.endswith('.py'):
-            sources.append((name, w, load_reward(name), None, None))
-        else:
-            m, t = load_model(name, device, head='scalar')
-            t = get_tokenizer(t)
-            sources.append((name, w, None, m.requires_grad_(False).eval(), None if (t.spec, t.eot) == (tok.spec, tok.eot) else t))
     threads = pick_threads(threads, policy.num_params(), device)
-
-    # ---- prompts -------------------------------------------------------------------------------------------------
     T = policy.config.block_size
     if max_new_tokens >= T:
         raise ValueError(f'max_new_tokens {max_new_tokens} leaves no room for a prompt in block_size {T}: lower it')
@@ -391,266 +293,164 @@ if __name__ == '__main__':
         parts = rows.train_test_split(0.05, seed)
         rows, val_rows = parts['train'], parts['test']
     room = min(max_prompt or T, T - max_new_tokens)
-    rows, prompts = encode_prompts(rows, tok, room, dataset, long_prompts)
-    val_rows, val_prompts = encode_prompts(val_rows, tok, room, val_dataset or dataset, long_prompts)
+    rows, prompts = read_prompts(rows, tok, room, dataset, long_prompts)
+    val_rows, val_prompts = read_prompts(val_rows, tok, room, val_dataset or dataset, long_prompts)
+    longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
+    rewards = Rewards(run, reward, tok, longest, micro_tokens, reward_weights)
     need = batch_size // group_size  # prompts an iteration
-    cursor = Sampler(len(prompts), need, seed)
-
-    def jobs(k):
-        """Prompts for rollout workers, endless, from number k on: (row number, row, prompt, how to sample), in the order and with the seeds of sync mode."""
-        order = Sampler(len(prompts), need, seed)
-        order.batch = k // need
-        for picked in order:
-            for i in picked[k % need:].tolist():
-                yield i, rows[i], prompts[i], infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, n=group_size, seed=(seed * 1000003 + k) % (1 << 31))
-                k += 1
 
     # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
     pw, pg, pm = training_bytes(policy, mesh)
-    frozen = sum(p.nbytes for m in (reference, *(s[3] for s in sources)) if m is not None for p in m.parameters())
+    frozen = sum(p.nbytes for m in (reference, *(m for m, _ in rewards.models.values())) if m is not None for p in m.parameters())
     base_memory, n_params, trains = memory_now(device) - training_bytes(policy)[0] - frozen, policy.num_params(), sum(p.numel() for _, p in lora.trainable(policy))
-    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype, rollout_tp)  # shared with the engine where it can be
+    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype, rollout_tp)
     policy = parallel.shard(policy, mesh)
     optimizer = parallel.Optimizer(policy, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
     start, best = 0, -float('inf')
+    answers = Answers(run, policy, reference, sampler, tok, rows, prompts, need, group_size, seed, max_new_tokens, temperature, max_num_seqs, micro_tokens,
+                      longest, tp if rollout_tp else 1)
     if ckpt:
         optimizer.load_state_dict(ckpt['optimizer'])
         mesh.set_rng_state(ckpt['rng'])
-        cursor.load_state_dict(ckpt['data'])
+        answers.load_state(ckpt['data'], ckpt.get('past', []))
         start, best = ckpt['iter'], ckpt['best']
+    if mode == 'async' and not eval_only:
+        answers.run_ahead(tokenizer, list(rewards.files), simulate_staleness, max_staleness, rollout_workers, reward_workers, reward_timeout, reward_retries, runtime)
     log = RunLog(out_dir, config, ckpt, mesh.master)
-    longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
-    engine = infer.Engine(sampler, tok, max_num_seqs=max_num_seqs, max_len=longest)
-    team, pool, past = tp if rollout_tp else 1, None, ckpt.get('past', []) if ckpt else []
-    if mode == 'async' and not simulate_staleness and not eval_only:
-        position = ckpt['data'].get('position', ckpt['data']['batch'] * need) if ckpt else 0
-        pool = Rollouts(copy.deepcopy(sampler).cpu().requires_grad_(False), tokenizer, tok.eot, jobs, need, max_staleness, rollout_workers,
-                              [name for name, _, fn, *_ in sources if fn is not None], reward_workers, reward_timeout, reward_retries, runtime, position, device,
-                              max_num_seqs=max_num_seqs, max_len=longest)
     if compile:
         policy.compile_blocks()
     sampler_bytes = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
     tokens = min(max(micro_tokens, longest), minibatch_size * longest) // tp
     planned = memory_plan(dict(policy=pw, sampler=sampler_bytes, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
-                               kv=kv_cache_bytes(engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
+                               kv=kv_cache_bytes(answers.engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
                                activations=activation_bytes(policy.config, tokens, longest), logits=K.logits_bytes(device, tokens, policy.config.vocab_size)))
     print(f'policy {n_params / 1e6:.2f} M parameters ({trains:,} trained), reward {reward}, reference: '
           f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
 
-    # ---- the phases of an iteration ------------------------------------------------------------------------------
-    def rollout(prompts, n, seeds):
-        """n completions a prompt, prompt-major -> (responses [[int]], ended [bool], log-probs that the engine sampled with). Each rank (rollout_tp: each tp group) answers its share."""
-        mine = mesh.mine(len(prompts), team)
-        done = engine.generate(prompts[mine], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, n=n, seed=int(s)) for s in seeds[mine]])
-        ids, ended, logps = zip(*mesh.collect([(c.token_ids, c.finish_reason == 'stop', c.logprobs) for c in done], everyone=True, team=team))
-        return list(ids), torch.tensor(ended), list(logps)
-
-    def publish(it):
-        """The weights before update `it` go to whoever samples for the loop; simulate_staleness: those of that many updates ago do."""
-        if pool is not None:
-            pool.publish(policy.state_dict(), it)
-        elif simulate_staleness:
-            past.append({k: v.clone() for k, v in policy.state_dict().items()})
-            del past[:-simulate_staleness - 1]
-            engine.load_weights(past[0])
-        else:
-            parallel.refresh(engine, policy)
-
-    def next_batch(it, rounds):
-        """(row numbers, responses, ended, log-probs sampled with, {reward file: (B,)} where already scored, age of each token in updates)."""
-        if pool is None:
-            picked = next(cursor).tolist()
-            seeds = (seed * 1000003 + (it * (1 + dynamic_sampling) + rounds) * need + np.arange(need)) % (1 << 31)
-            return picked, *rollout([prompts[i] for i in picked], group_size, seeds), {}, [min(it, simulate_staleness)]
-        groups = pool.take(need)
-        ids, logps, versions, ended = zip(*(a for g in groups for a in g.answers))
-        scored = {name: torch.tensor([s for g in groups for s in g.scores[name]], dtype=torch.float32) for name in groups[0].scores}
-        return [g.index for g in groups], list(ids), torch.tensor(ended), list(logps), scored, [it - v for vs in versions for v in vs]
-
-    def score(rows, prompts, responses, ended, scored={}):
-        """(total reward (B,) float32, {name: (B,)}): the weighted sum of all sources, and the length penalty if overlong = 'shape'. Each rank scores its share."""
-        mine = mesh.mine(len(prompts))
-        asked, plain = [tok.decode(p) for p in prompts[mine]], [tok.decode([t for t in r if t != tok.eot]) for r in responses[mine]]
-        each = dict(scored)
-        for name, _, fn, model, other_tok in sources:
-            if name in each:
-                continue
-            if fn is not None:
-                each[name] = score_with_files(fn, name, rows[mine], asked, plain)
-                continue
-            seqs = [p + r for p, r in zip(prompts[mine], responses[mine])]
-            if other_tok is not None:  # another tokenizer: the text is read anew, ended answers get its end token
-                seqs = [other_tok.encode(p + t) + [other_tok.eot] * e for p, t, e in zip(asked, plain, ended[mine].int().tolist())]
-            with amp():
-                each[name] = score_with_model(model, seqs, device, micro_tokens)
-            if not each[name].isfinite().all():
-                raise ValueError(f'reward model {name} returned {each[name][~each[name].isfinite()][0].item()}: its weights are broken; train it again')
-        each = {name: torch.tensor(mesh.collect(s.tolist(), everyone=True), dtype=torch.float32) for name, s in each.items()}
-        total = sum(w * each[name] for name, w, *_ in sources)
-        if overlong == 'shape':
-            total = total + overlong_penalty(torch.tensor([len(r) for r in responses]) + (~ended).long(), max_new_tokens + 1, overlong_cache)
+    def marks(batch):
+        """2. of the docstring: (total (B,), {reward: (B,)}), the length penalty in the total."""
+        total, each = rewards(batch)
+        if overlong == 'shape':  # an answer that was cut off counts as one token longer than any that ended
+            lengths = torch.tensor([len(r) for r in batch.responses]) + (~batch.ended).long()
+            total = total + overlong_penalty(lengths, max_new_tokens + 1, overlong_cache)
         return total, each
 
-    def micro_batches(picked, asked, responses):
-        """Completions `picked` in groups of at most micro_tokens tokens -> [([completion], [(prompt, [answers])])]; neighbours share their
-        prompt. Of several replicas each gets its share. Also: how many replicas do the same ones (see mesh.copies)."""
-        units = []  # [tokens, prompt, completions]
-        for i in picked:
-            if units and units[-1][1] is asked[i] and units[-1][0] + len(responses[i]) <= micro_tokens:
-                units[-1][0] += len(responses[i])
-                units[-1][2].append(i)
-            else:
-                units.append([len(asked[i]) + len(responses[i]), asked[i], [i]])
-        sizes = [u[0] for u in units]
-        bins = mesh.deal(pack(sizes, max([micro_tokens, *sizes])), sizes) if units else []
-        return [([i for u in bin for i in units[u][2]], [(units[u][1], [responses[i] for i in units[u][2]]) for u in bin]) for bin in bins], mesh.copies(len(units))
+    # ---- the loss of a micro-batch, see 5. -----------------------------------------------------------------------
+    surrogate = dict(beta=beta, clip_low=clip_low, clip_high=clip_high, loss_type=loss_type, max_len=max_new_tokens)
 
-    def logps_of(model, picked, asked, responses):
-        """Token log-probs (B, R) of the picked completions of a batch, without gradient; 0 elsewhere."""
-        out = torch.zeros(len(responses), max(map(len, responses)), device=device)
-        micros, _ = micro_batches(picked, asked, responses)
-        with amp():
-            found = parallel.evaluate(model, micros, lambda model, micro: answer_logps(model, micro[1], device, temperature)[0].float())
-        for m, logp in mesh.collect([(m, logp) for (m, _), logp in zip(micros, found)]):
-            out[m, :logp.shape[1]] = logp.to(device)
-        return out
-
-    def reference_logp(picked, asked, responses):
-        if reference is not None:
-            return logps_of(reference, picked, asked, responses)
-        with lora.lora_disabled(policy):
-            return logps_of(policy, picked, asked, responses)
-
-    def evaluate(it):
-        """Validation prompts answered eval_k times each, with fixed seeds: pass@1, pass@k, score, KL to the reference; samples are written."""
-        n = min(eval_iters, len(val_prompts))
-        parallel.refresh(engine, policy)
-        responses, ended, _ = rollout(val_prompts[:n], eval_k, range(n))
-        mine, asked = [r for r in val_rows[:n] for _ in range(eval_k)], [p for p in val_prompts[:n] for _ in range(eval_k)]
-        total, each = score(mine, asked, responses, ended)
-        out = dict(score=total.mean().item(), len=sum(map(len, responses)) / len(responses), ended=ended.float().mean().item())
-        if sources[0][2] is not None:
-            correct = each[names[0]] > 0.5
-            out |= {f'pass@{k}': pass_at_k(correct, eval_k, k) for k in (1, eval_k)}
-        if reference is not None or use_adapter:
-            picked = list(range(0, len(asked), eval_k))  # one answer a prompt is enough for the KL
-            out['kl'] = k3(logps_of(policy, picked, asked, responses), reference_logp(picked, asked, responses)).sum().item() / n
-        with open(os.path.join(out_dir, 'samples.jsonl') if mesh.master else os.devnull, 'a') as f:
-            for i in range(n * eval_k):
-                f.write(json.dumps(dict(step=it, prompt=tok.decode(asked[i]), completion=tok.decode(responses[i]), score=total[i].item())) + '\n')
-        return out, tok.decode(asked[0] + responses[0])
+    def part(policy, item):
+        """The share of some completions in the minibatch's loss and statistics."""
+        micro, denom, share = item
+        logp, entropy = answers.logprobs(policy, micro)  # (b, r), with gradient
+        before = logp.detach() if micro.old_logp is None else micro.old_logp  # the policy before the update
+        weights, mismatch = tis_weights(before, micro.sampled, micro.mask, tis_cap)
+        loss, stats = grpo_loss(logp, before if decoupled else micro.sampled, micro.advantages, micro.mask, micro.ref_logp,
+                                weights=weights if tis_cap and decoupled else None, denom=denom, **surrogate)
+        stats |= dict(**mismatch, entropy=masked_mean(entropy, micro.mask))
+        return loss, {k: x if k.endswith('_max') else x * share for k, x in stats.items()}
 
     # ---- loop ----------------------------------------------------------------------------------------------------
-    on_policy, checked = grpo_epochs == 1 and minibatch_size == batch_size, start > 0
+    on_policy = grpo_epochs == 1 and minibatch_size == batch_size  # one step a batch: the policy before the update is the policy
     for it in range(start, max_iters + 1):
+        # ---- 6. evaluate and save; step 0 is the baseline. Held-out prompts, fixed seeds
         if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only):
-            seen, sample = evaluate(it)
-            print(f"step {it}: val score {seen['score']:.3f} | " + ' | '.join(f'{k} {v:.1%}' for k, v in seen.items() if k.startswith('pass'))
-                  + (f" | kl {seen['kl']:.2f} nats/seq" if 'kl' in seen else '') + f" | len {seen['len']:.1f} tok | ended {seen['ended']:.0%} | {sample!r}")
-            log.row(it, 'eval', **seen)
+            n = eval_iters or len(val_prompts)
+            seen = answers.held_out(val_rows[:n], val_prompts[:n], eval_k)
+            scores, each = marks(seen)
+            found = dict(score=scores.mean().item(), len=sum(map(len, seen.responses)) / len(seen), ended=seen.ended.float().mean().item())
+            if rewards.names[0] in rewards.files:  # it says what is correct
+                correct = each[rewards.names[0]] > 0.5
+                found |= {f'pass@{k}': pass_at_k(correct, eval_k, k) for k in (1, eval_k)}
+            if reference is not None or use_adapter:
+                some = [list(range(0, len(seen), eval_k))]  # one answer a prompt is enough for the KL
+                found['kl'] = k3(answers.all_logprobs(policy, seen, some), answers.reference_logprobs(seen, some)).sum().item() / len(some[0])
+            check_finite(it, out_dir, **found)
+            print(f"step {it}: val score {found['score']:.3f} | " + ' | '.join(f'{k} {v:.1%}' for k, v in found.items() if k.startswith('pass'))
+                  + (f" | kl {found['kl']:.2f} nats/seq" if 'kl' in found else '') + f" | len {found['len']:.1f} tok | ended {found['ended']:.0%} | {tok.decode(seen.prompts[0] + seen.responses[0])!r}")
+            log.row(it, 'eval', **found)
+            with open(os.path.join(out_dir, 'samples.jsonl') if mesh.master else os.devnull, 'a') as f:
+                for p, r, s in zip(seen.prompts, seen.responses, scores.tolist()):
+                    f.write(json.dumps(dict(step=it, prompt=tok.decode(p), completion=tok.decode(r), score=s)) + '\n')
             if eval_only:
                 break
-            better, best = seen['score'] > best, max(best, seen['score'])
-            data = cursor.state_dict()
-            if pool is not None:  # prompts handed out ahead of the loop are not in it: they are sampled anew after a resume
-                data |= dict(batch=-(-pool.position // need), position=pool.position)
+            better, best = found['score'] > best, max(best, found['score'])
             parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                     sharded=sharded_ckpt, **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best, data=data,
-                                     time=log.elapsed(), **(dict(past=past) if simulate_staleness else {}))
+                                     **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best, data=answers.state(),
+                                     time=log.elapsed(), **(dict(past=answers.past) if simulate_staleness else {}))
         if it == max_iters:
             break
 
-        # ---- rollout and score: groups until enough of them are alive --------------------------------------------
-        t0 = time.time()
-        publish(it)
-        alive, dead, all_scores, all_each, all_ages, all_rows, rounds = [], [], [], [], [], [], 0
-        while rounds == 0 or (len(alive) < need and rounds <= dynamic_sampling):
-            picked, responses, ended, sampled, scored, ages = next_batch(it, rounds)
-            asked = [prompts[i] for i in picked for _ in range(group_size)]
-            scores, each = score([rows[i] for i in picked for _ in range(group_size)], asked, responses, ended, scored)
-            all_ages += ages
-            all_rows += picked
-            for g in range(0, len(asked), group_size):
-                s = slice(g, g + group_size)
-                (alive if scores[s].max() > scores[s].min() else dead).append((asked[s], responses[s], ended[s], sampled[s], scores[s]))
-            all_scores.append(scores), all_each.append(each)
-            rounds += 1
-        asked, responses, ended, sampled, scores = zip(*(alive + dead)[:need])
-        asked, responses, sampled = ([x for group in part for x in group] for part in (asked, responses, sampled))
-        ended, scores, t_gen = torch.cat(ended), torch.cat(scores), time.time() - t0
+        # ---- 1. rollout   2. score: groups until enough of them are alive
+        t0, asked = time.time(), []
+        while True:
+            batch = answers.next(it, again=bool(asked))
+            batch.scores, batch.given = marks(batch)
+            asked.append(batch)
+            all_asked = concatenate(asked)
+            grouped = all_asked.scores.view(-1, group_size)
+            alive = grouped.amax(1) > grouped.amin(1)  # (groups,)
+            if alive.sum() >= need or len(asked) > dynamic_sampling:
+                break
+        picked = torch.cat([alive.nonzero(), (~alive).nonzero()])[:need]  # the dead fill up what is missing
+        batch = all_asked[(picked * group_size + torch.arange(group_size)).flatten().tolist()]
+        gen_s = time.time() - t0
 
-        # ---- advantages and old log-probs ------------------------------------------------------------------------
+        # ---- 3. advantages, (B,)
         t1 = time.time()
-        advantages = group_advantages(scores, group_size, advantage).to(device)
-        resp, sampled = pad(responses)[1].to(device), pad(sampled, 0.0)[0].to(device)
-        mask = resp & (ended[:, None].to(device) | (overlong != 'mask'))
-        counts = ((mask.any(1) & (advantages != 0)) | (beta > 0)).tolist()  # a dead or masked row has no gradient: it is not computed
-        picked = [i for i in range(batch_size) if counts[i]]
-        old_logp = None if on_policy or not decoupled else logps_of(policy, picked, asked, responses)  # of the proximal policy
-        ref_logp = reference_logp(picked, asked, responses) if beta else None
+        batch.advantages = group_advantages(batch.scores, group_size, advantage).to(device)
+        if overlong == 'mask':
+            batch.mask = batch.mask & batch.ended[:, None].to(device)
+        sizes = batch.mask.sum(1).tolist()  # tokens trained on
+        teaches = (batch.mask.any(1) & ((batch.advantages != 0) | (beta > 0))).tolist()  # a dead or masked row has no gradient: it is not computed
 
-        # ---- update ----------------------------------------------------------------------------------------------
-        lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
-        stats, steps = {}, 0
-        for epoch in range(grpo_epochs):
-            order = (torch.arange(need) if epoch == 0 else torch.randperm(need)).mul(group_size)[:, None].add(torch.arange(group_size)).flatten().tolist()
-            for mb in (order[i:i + minibatch_size] for i in range(0, batch_size, minibatch_size)):
-                live = [i for i in mb if counts[i]]
-                if not live:
-                    continue
-                micros, copies = micro_batches(live, asked, responses)
-                tokens = mask[live].sum().item() * copies
-                denom = (mask[mb].sum() if loss_type in ('dapo', 'cispo') else len(mb)) * copies
-
-                def loss_of(policy, micro):
-                    """The share of some completions in the minibatch's loss and statistics."""
-                    m, groups = micro
-                    with amp():
-                        logp, entropy, _ = answer_logps(policy, groups, device, temperature)
-                    own, R = mask[m][:, :logp.shape[1]], logp.shape[1]
-                    behaviour, old = sampled[m][:, :R], logp.detach() if old_logp is None else old_logp[m][:, :R]
-                    weights, ts = tis_weights(old, behaviour, own, tis_cap or float('inf'))
-                    loss, ps = grpo_loss(logp, old if decoupled else behaviour, advantages[m], own, None if ref_logp is None else ref_logp[m][:, :R], beta, clip_low, clip_high,
-                                         loss_type, max_new_tokens, weights if tis_cap and decoupled else None, denom)
-                    share = own.sum().item() / tokens
-                    return loss, {k: x.item() if k.endswith('_max') else x.item() * share for k, x in dict(**ps, **ts, entropy=masked_mean(entropy, own)).items()}
-                step_stats = parallel.forward_backward(policy, optimizer, micros, loss_of, summed=True)
-                step_stats['pg'] = step_stats.pop('loss')
-                check_finite(it, out_dir, pg=step_stats['pg'])
-                norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
-                if not checked:
-                    checked = True
-                    print(f"first update: max |ratio - 1| = {step_stats['ratio_max']:.1e}, loss {step_stats['pg']:.1e}, gradient norm {norm:.2f}"
-                          + (' (a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)' if abs(step_stats['pg']) < 1e-3 else ''))
-                    if step_stats['ratio_max'] > 1e-3 and decoupled:
-                        raise ValueError(f"first update: |ratio - 1| is {step_stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
-                steps += 1
-                for k, x in {**step_stats, 'grad_norm': norm}.items():
-                    stats[k] = max(stats.get(k, 0.0), x) if k.endswith('_max') else stats.get(k, 0.0) + x
-        stats = {k: x if k.endswith('_max') else x / steps for k, x in stats.items()}
-
-        # ---- log -------------------------------------------------------------------------------------------------
-        dt, n, every = time.time() - t0, int(resp.sum()), torch.cat(all_scores)
-        row = dict(score=every.mean(), score_std=every.std(), dead=len(dead) / (len(alive) + len(dead)), rounds=rounds, len=n / batch_size, ended=ended.float().mean(),
-                   gen_s=t_gen, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, completions_per_s=batch_size / dt, lr=lr, steps=steps,
-                   **{dict(mismatch_mean='mismatch', kl='k3').get(k, k): v for k, v in stats.items()})
+        # ---- 4. log-probs before the update and under the reference, (B, R)
+        passes = [rows for epoch in range(grpo_epochs) for rows in minibatches(batch_size, minibatch_size, seed, it, epoch, group_size)]
+        first = [[i for i in rows if teaches[i]] for rows in passes[:batch_size // minibatch_size]]  # cut as the first epoch will cut them
+        if decoupled and not on_policy:
+            batch.old_logp = answers.all_logprobs(policy, batch, first)
         if beta:
-            row['kl'] = torch.where(resp, k3(sampled, ref_logp), 0.0).sum(1).mean()
-        if len(names) > 1:
-            row |= {f'score/{os.path.basename(name)}': torch.cat([e[name] for e in all_each]).mean() for name in names}
+            batch.ref_logp = answers.reference_logprobs(batch, first)
+
+        # ---- 5. the update
+        lr, meter = linear_lr(it, learning_rate, warmup_iters, max_iters), Meter()
+        for rows in passes:
+            live = [i for i in rows if teaches[i]]
+            if not live:
+                continue
+            micros, copies = answers.micro_batches(batch, live)
+            tokens = sum(sizes[i] for i in live) * copies
+            denom = sum(sizes[i] for i in rows) * copies if loss_type in PER_TOKEN else len(rows) * copies
+            items = [(batch[micro], denom, sum(sizes[i] for i in micro) / tokens) for micro in micros]
+            stats = parallel.forward_backward(policy, optimizer, items, part, summed=True)  # loss.backward() on each micro-batch
+            stats['pg'] = stats.pop('loss')
+            check_finite(it, out_dir, pg=stats['pg'])
+            stats['grad_norm'] = parallel.clip_and_step([optimizer], [lr], grad_clip)  # all-reduce over the ranks, clip, AdamW
+            if it == meter.steps == 0:
+                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e}, gradient norm {stats['grad_norm']:.2f}"
+                      + (' (a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)' if abs(stats['pg']) < 1e-3 else ''))
+                if stats['ratio_max'] > 1e-3 and decoupled:
+                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
+            meter.add(**stats)
+
+        # ---- log
+        stats, dt, n = meter.means(), time.time() - t0, sum(map(len, batch.responses))
+        row = dict(score=all_asked.scores.mean(), score_std=spread(all_asked.scores), dead=1 - alive.float().mean().item(), rounds=len(asked), len=n / batch_size, ended=batch.ended.float().mean(),
+                   gen_s=gen_s, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, completions_per_s=batch_size / dt, lr=lr, steps=meter.steps)
+        row |= {'k3' if k == 'kl' else k: x for k, x in stats.items()}
+        if beta:
+            row['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
+        if len(rewards.names) > 1:
+            row |= {f'score/{os.path.basename(name)}': x.mean() for name, x in all_asked.given.items()}
         if mode == 'async':
-            row |= dict(staleness=sum(all_ages) / len(all_ages), staleness_max=max(all_ages), prompts=all_rows)
-        if pool is not None:  # idle: the share of the time that the trainer waited for samples
-            row |= dict(idle=t_gen / dt, dropped=pool.dropped, restarts=pool.restarts, position=pool.position)
+            row |= answers.report(all_asked, gen_s / dt)
         log.row(it, 'train', **row)
         print(f"iter {it}/{max_iters} | score {row['score']:.3f} | dead {row['dead']:.0%}" + (f" | kl {row['kl']:.2f} nats/seq" if beta else '')
-              + (f" | pg {stats['pg']:.3f} | clip {stats['clip_frac']:.1%} | norm {stats['grad_norm']:.2f} | mismatch {stats['mismatch_mean']:.1e} max {stats['mismatch_max']:.1e}" if steps else ' | no group alive, no step')
-              + (f" | staleness {row['staleness']:.1f}" if mode == 'async' else '') + (f" | idle {row['idle']:.0%} | dropped {pool.dropped}" if pool is not None else '')
-              + f" | len {n / batch_size:.1f} tok | gen {t_gen:.1f}s upd {row['upd_s']:.1f}s | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
+              + (f" | pg {stats['pg']:.3f} | clip {stats['clip_frac']:.1%} | norm {stats['grad_norm']:.2f} | mismatch {stats['mismatch']:.1e} max {stats['mismatch_max']:.1e}" if meter.steps else ' | no group alive, no step')
+              + (f" | staleness {row['staleness']:.1f}" if mode == 'async' else '') + (f" | idle {row['idle']:.0%} | dropped {row['dropped']}" if 'idle' in row else '')
+              + f" | len {n / batch_size:.1f} tok | gen {gen_s:.1f}s upd {row['upd_s']:.1f}s | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
 
     # ---- end -----------------------------------------------------------------------------------------------------
-    if pool is not None:
-        pool.close()
+    answers.close()
     peak = memory_now(device, peak=True) - max(0, base_memory)
     print(f'done: best val score {best:.3f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, samples in {out_dir}/samples.jsonl')
     mesh.close()

@@ -423,7 +423,8 @@ if __name__ == '__main__':
         t1, meter = time.time(), Meter()
         lr, v_lr = (linear_lr(it, peak, 0, max_iters) for peak in (learning_rate, value_lr or learning_rate))
         for rows in passes:
-            micros = [batch[micro] for micro in answers.micro_batches(batch, rows)]
+            micros, _ = answers.micro_batches(batch, rows)
+            micros = [batch[micro] for micro in micros]
             tokens = [sum(map(len, micro.responses)) for micro in micros]  # what each one counts
             # loss.backward() on each micro-batch; two networks: one's activations are gone before the other's come
             stats = parallel.forward_backward(policy, optimizer, micros, policy_part, tokens)

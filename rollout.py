@@ -133,12 +133,12 @@ class Batch:
         return found
 
     def micro_batches(self, rows, micro_tokens, mesh):
-        """Some row numbers in groups of at most micro_tokens tokens -> [[int]]; neighbours share their prompt. Always cut the
-        same way; of several replicas each gets its share."""
+        """Some row numbers in groups of at most micro_tokens tokens, always cut the same way; neighbours share their prompt. Of
+        several replicas each gets its share -> ([[int]], how many replicas compute the same ones: see Mesh.copies)."""
         units = self._neighbours(rows, micro_tokens)
         sizes = [len(prompt) + sum(len(self.responses[i]) for i in mine) for prompt, mine in units]
         bins = mesh.deal(pack(sizes, max([micro_tokens, *sizes])), sizes) if units else []
-        return [[i for unit in bin for i in units[unit][1]] for bin in bins]
+        return [[i for unit in bin for i in units[unit][1]] for bin in bins], mesh.copies(len(units))
 
 
 def concatenate(batches):
@@ -511,7 +511,7 @@ class Answers:
     # ---- a forward pass over a batch
 
     def micro_batches(self, batch, rows):
-        """The micro-batches of some answers, [[row number]]; see Batch."""
+        """The micro-batches of some answers; see Batch."""
         return batch.micro_batches(rows, self.micro_tokens, self.mesh)
 
     def logprobs(self, model, micro):
@@ -530,7 +530,7 @@ class Answers:
         update will cut them, so that its first ratios are 1 to the bit."""
         out = torch.zeros(batch.mask.shape, device=self.device)
         for rows in minibatches:
-            micros = self.micro_batches(batch, rows)
+            micros, _ = self.micro_batches(batch, rows)
             found = parallel.evaluate(model, micros, lambda model, micro: fn(model, batch[micro]).float())
             for micro, x in self.mesh.collect(list(zip(micros, found))):
                 out[micro, :x.shape[1]] = x.to(self.device)
