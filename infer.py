@@ -12,7 +12,7 @@ One step of the engine, in the order of this file:
     (2309.06180). RowCache (CPU): a row of consecutive memory per running request, because a CPU multiplies long rows
     several times faster than it gathers pages; blocks are then the unit of account, and cached blocks are copies.
  3. Net           the forward over the flat tokens of all requests: decoding ones (one token) and prompts (a chunk) together. On CPU in
-    float32 it is one call of C (kernels.c_forward), and a request's numbers are the same to the bit whatever is beside it.
+    float32 it is one call of C (native.forward), and a request's numbers are the same to the bit whatever is beside it.
  4. Sampler       one batch, every request with its own settings. One random number per request and position, from a counter:
     a sample depends on its seed only, never on the batch that it happened to run in.
  5. Engine        the scheduler (who runs, who waits, who is thrown out when memory ends) and the verbs of RL: load_weights,
@@ -435,7 +435,7 @@ class RowCache:
         return out
 
     def tables(self, decode, chunks, pos, net):
-        """plan, for the forward in C: -> rows (N, 4), who (n,), width (see kernels.c_forward), prompts: None, or prompts(layer, q, k, v, out), which attends
+        """plan, for the forward in C: -> rows (N, 4), who (n,), width (see native.forward), prompts: None, or prompts(layer, q, k, v, out), which attends
         for chunks of more than 256 tokens, by matrix products."""
         if (self.moves, net, decode) == self.known[:3] and not chunks:  # nobody came, went or outgrew its row
             rows = self.known[3]
@@ -564,7 +564,7 @@ class PagedCache:
 
 class Net:
     """The model's weights as inference wants them, in one of two forms. code (float32 on CPU where a C compiler is): every matrix is copied in the
-    order in which kernels.c_forward multiplies, and a forward is one call of it. Else PyTorch: weights shared with the model, but for the query, key
+    order in which native.forward multiplies, and a forward is one call of it. Else PyTorch: weights shared with the model, but for the query, key
     and value matrices of the rotary models, which are joined; on CPU products go to oneDNN with a copy of each matrix in its own order, which
     multiplies 64 rows twice as fast as MKL does on the AMD machine that this was measured on. `refresh` reads the model again: after an
     optimizer step, or under LoRA, whose merged weight is what runs."""
@@ -574,8 +574,8 @@ class Net:
         c = replace(model.config, n_head=a.n_head, n_kv_head=a.n_kv_head)  # of a tensor-parallel rank: its own
         self.model, self.c, self.dtype, self.device = model, c, w.dtype, w.device
         cpu, self.act = w.device.type == 'cpu' and not compile, 'gated' if c.gated else c.act  # what is compiled are plain operations; packed matrices are closed to it
-        known = rows and cpu and w.dtype == torch.float32 and self.act in K.CNet.ACTS
-        self.code = K.c_forward(c.n_kv_head, c.n_head // c.n_kv_head, c.head_size) if known else None
+        known = rows and cpu and K.in_c(w) and self.act in K.native.ACTS
+        self.code = K.native.forward(c.n_kv_head, c.n_head // c.n_kv_head, c.head_size) if known else None
         takes = w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # bfloat16 wants AVX-512 or AVX-NE-CONVERT
         self.onednn = cpu and self.code is None and torch.backends.mkldnn.is_available() and takes
         if compile:  # one graph each for all layers: weights are arguments
@@ -643,8 +643,8 @@ class Net:
 
         def put(i, name, w, b, gate=(None, None), rows=lambda w: w, columns=lambda w: w):
             col = lambda x: None if x is None else x[:, None]
-            table[i, name] = self.keep((i, name), K.panels(columns(rows(w)), gate[0])).data_ptr()
-            table[i, name + 'b'] = 0 if b is None else self.keep((i, name + 'b'), K.panels(rows(col(b)), col(gate[1]))).data_ptr()
+            table[i, name] = self.keep((i, name), K.native.panels(columns(rows(w)), gate[0])).data_ptr()
+            table[i, name + 'b'] = 0 if b is None else self.keep((i, name + 'b'), K.native.panels(rows(col(b)), col(gate[1]))).data_ptr()
         for i, block in enumerate(self.model.h):
             qkv, out, up, down, gate, norm = self.parts(block)
             put(i, 'qkv', *qkv, rows=pad)
@@ -655,11 +655,11 @@ class Net:
                 table[i, name], table[i, name + 'b'] = (0 if x is None else x.data_ptr() for x in pair)
             table[i, 'qn'], table[i, 'kn'] = (0, 0) if norm is None else (x.data_ptr() for x in norm)
         put(-1, 'head', *self.own(self.model.lm_head))
-        self.table = np.array([[table[i, name] for name in K.LAYER] for i in range(L)], np.int64)
+        self.table = np.array([[table[i, name] for name in K.native.LAYER] for i in range(L)], np.int64)
         at = lambda x: 0 if x is None else x.data_ptr()
         cos, sin = self.rope or (None, None)
-        self.c_net = K.CNet(layers=self.table.ctypes.data, wte=at(self.wte), wpe=at(self.wpe), cos=at(cos), sin=at(sin), nf=at(self.ln_f[0]), nfb=at(self.ln_f[1]),
-                          head=table[-1, 'head'], headb=table[-1, 'headb'], C=c.n_embd, inner=c.n_inner, V=c.vocab_size, act=K.CNet.ACTS[self.act], rms=c.norm == 'rms',
+        self.c_net = K.native.Net(layers=self.table.ctypes.data, wte=at(self.wte), wpe=at(self.wpe), cos=at(cos), sin=at(sin), nf=at(self.ln_f[0]), nfb=at(self.ln_f[1]),
+                          head=table[-1, 'head'], headb=table[-1, 'headb'], C=c.n_embd, inner=c.n_inner, V=c.vocab_size, act=K.native.ACTS[self.act], rms=c.norm == 'rms',
                           eps=c.norm_eps, scale=c.head_size ** -0.5)
         self.rows = 0
         return False

@@ -10,16 +10,19 @@ batches, windows and paged caches), the matmuls themselves, and AdamW (fused=Tru
 Triton 3.6 to 3.9: plain pointers, a mask on every load, float32 inside, no atomics (two runs agree to the bit), a table of sizes
 instead of autotuning.
 """
-import ctypes
 import functools
 import importlib.util
 import os
-import subprocess
-import tempfile
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+try:
+    import native  # some of this in C, for float32 on the CPU
+except ModuleNotFoundError:
+    native = None  # it was deleted: the twins run
 
 INTERPRET = os.environ.get('TRITON_INTERPRET') == '1'
 triton = None
@@ -62,6 +65,20 @@ def takes(x):
     if INTERPRET and x.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or unset TRITON_INTERPRET")
     return True
+
+
+@functools.lru_cache(None)
+def _without_native():
+    print('no native.py: decoding is about 4 times faster with it', file=sys.stderr, flush=True)
+
+
+def in_c(x):
+    """May native.py take this tensor? float32 on the CPU, not under --kernels=torch."""
+    if _mode == 'torch' or INTERPRET or x.device.type != 'cpu' or x.dtype != torch.float32 or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling():
+        return False
+    if native is None:
+        _without_native()
+    return native is not None
 
 
 def _launch(kernel, grid, *args, **meta):
@@ -1072,234 +1089,11 @@ def flash_attention(q, k, v, cu_seqlens=None, causal=True, window=0, scale=None,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same on CPU in C, for training: float32, packed documents, causal. torch's fused attention wants rectangles of one length, computes what
-# lies above the diagonal too, and needs copies to make the rectangles: 5 to 6 times slower on documents of 16 to 256 tokens (AVX2: 2.5).
-#
-#    a task: one document, one head of keys (or one prompt and all its answers: they share gradients, so one thread adds them up)
-#
-#                 t ->   K turned round: (hs, T), so that 32 keys lie side by side
-#      8 queries       | #################.   for d in 0 .. hs: 8 x 2 registers of 16 sums += q[r][d] * K'[d][t .. t + 32]; nothing is
-#      at a time       | ##################   written before all of d is in, nothing is computed above the diagonal but in the last 32
-#
-#    forward   p = exp(q K' - max), out = p V / sum, lse = max + log sum
-#    backward  p = exp(q K' - lse), ds = p * (dout V' - out . dout); dq = ds K, dk += ds' q, dv += p' dout
-# A document's numbers do not depend on what is beside it, nor on the number of threads.
-
-_CFLAGS = '-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math'.split()
-
-@functools.lru_cache(None)
-def _compile(source, **constants):
-    """The library of a C source, or None where no compiler is. Its OpenMP is libgomp.so.1, the one that torch has loaded: one pool of threads."""
-    with tempfile.TemporaryDirectory() as folder:  # a folder of our own: nobody can leave a library there for us
-        file, lib = (os.path.join(folder, f) for f in ('code.c', 'code.so'))
-        with open(file, 'w') as f:
-            f.write(source)
-        try:
-            subprocess.run(['cc', *_CFLAGS, '-shared', '-fPIC', *(f'-D{k}={v}' for k, v in constants.items()), file, '-o', lib, '-lm'], check=True, capture_output=True, timeout=60)
-            return ctypes.CDLL(lib)
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-
-_C_HEAD = r"""
-#include <math.h>
-#include <omp.h>
-#include <sched.h>
-#include <stdint.h>
-#include <string.h>
-typedef const int64_t *ints;
-#if defined __AVX512F__  // LANES floats in a register. A wider type than the machine's own would live in memory: ten times slower
-enum { LANES = 16 };
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif defined __AVX__
-enum { LANES = 8 };
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15
-#else
-enum { LANES = 4 };
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
-#endif
-typedef float vec __attribute__((vector_size(4 * LANES)));
-static inline vec load(const float *x) { vec v; memcpy(&v, x, sizeof v); return v; }
-static inline float exp_(float x) {  // 2^n e^f, |f| <= ln 2 / 2, e^f as in Cephes: 1e-7 relative, and compilers make vectors of it
-    float y = x > 88.f ? 88.f : x, n = __builtin_rintf(y * 1.44269504f), f = y - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f;
-    union { int32_t i; float f; } two = { ((int32_t)n + 127) << 23 };
-    return x < -87.f ? 0.f : (p * f * f + f + 1.f) * two.f;
-}
-"""
-_DOCS_C = _C_HEAD + r"""
-#include <stdlib.h>
-enum { R = LANES == 16 ? 8 : 5, C = HS / LANES, W = C % 2 ? 1 : 2 };  // R queries at a time; W vectors of a head at a time
-static inline void store(float *x, vec v) { memcpy(x, &v, sizeof v); }
-
-static void fetch(const float *x, int64_t stride, ints rows, int64_t T, float *to) {  // rows of x side by side: (T, HS)
-    for (int64_t t = 0; t < T; t++) memcpy(to + t * HS, x + rows[t] * stride, sizeof(float) * HS);
-}
-static void turn(const float *x, int64_t T, int64_t width, float *to) {  // (T, HS) -> (HS, width), zeros behind T
-    for (int d = 0; d < HS; d++)
-        for (int64_t t = 0; t < width; t++) to[d * width + t] = t < T ? x[t * HS + d] : 0.f;
-}
-static void dots(const float *const *a, const float *xt, int64_t width, int64_t n, float *s) {  // s (R, width) = a (R, HS) times xt (HS, width), its first n columns
-    for (int64_t j = 0; j < n; j += 2 * LANES) {
-        vec sum[R][2] = {0};
-        for (int d = 0; d < HS; d++) {
-            vec x0 = load(xt + d * width + j), x1 = load(xt + d * width + j + LANES);
-            for (int r = 0; r < R; r++) sum[r][0] += a[r][d] * x0, sum[r][1] += a[r][d] * x1;
-        }
-        for (int r = 0; r < R; r++) store(s + r * width + j, sum[r][0]), store(s + r * width + j + LANES, sum[r][1]);
-    }
-}
-static void mix(const float *p, int64_t width, int64_t n, const float *x, const float *by, float *const *out) {  // out (R, HS) = by * p (R, n) x (n, HS)
-    for (int c = 0; c < C; c += W) {
-        vec sum[R][W] = {0};
-        for (int64_t j = 0; j < n; j++)
-            for (int w = 0; w < W; w++) {
-                vec xv = load(x + j * HS + LANES * (c + w));
-                for (int r = 0; r < R; r++) sum[r][w] += p[r * width + j] * xv;
-            }
-        for (int r = 0; r < R; r++)
-            for (int w = 0; w < W && out[r]; w++) store(out[r] + LANES * (c + w), sum[r][w] * by[r]);
-    }
-}
-static void spread(const float *p, int64_t width, int64_t n, const float *const *a, float by, float *x) {  // x (n, HS) += by * p' (n, R) a (R, HS)
-    for (int c = 0; c < C; c += W) {
-        vec av[R][W];
-        for (int r = 0; r < R; r++)
-            for (int w = 0; w < W; w++) av[r][w] = load(a[r] + LANES * (c + w)) * by;
-        for (int64_t j = 0; j < n; j++)
-            for (int w = 0; w < W; w++) {
-                vec sum = load(x + j * HS + LANES * (c + w));
-                for (int r = 0; r < R; r++) sum += p[r * width + j] * av[r][w];
-                store(x + j * HS + LANES * (c + w), sum);
-            }
-    }
-}
-#define DOCS(...) /* each document s of a task: its rows, T of them; queries are those from `first` on (before: a prompt that another document asks for) */ \
-    for (int64_t s = tasks[task / nkv]; s < tasks[task / nkv + 1]; s++) { \
-        ints at = rows + cu[s]; \
-        int64_t T = cu[s + 1] - cu[s], width = (T + 31) / 32 * 32; \
-        fetch(k + g * HS, sk, at, T, kd), turn(kd, T, width, kt), fetch(v + g * HS, sv, at, T, vd); \
-        __VA_ARGS__ }
-
-void forward(const float *q, int64_t sq, const float *k, int64_t sk, const float *v, int64_t sv, ints rows, ints cu, ints first, ints tasks, int64_t n_tasks,
-             int64_t longest, int64_t nkv, int64_t group, float scale, float *out, float *lse) {
-    int64_t nh = nkv * group, most = (longest + 31) / 32 * 32;
-    #pragma omp parallel
-    {
-        float *kt = aligned_alloc(64, sizeof(float) * most * (3 * HS + R)), *kd = kt + most * HS, *vd = kd + most * HS, *p = vd + most * HS;
-        #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < n_tasks * nkv; task++) {
-            int64_t g = task % nkv;
-            DOCS(for (int64_t h = g * group; h < (g + 1) * group; h++)
-                for (int64_t i = first[s]; i < T; i += R) {
-                    int64_t n = i + R < T ? i + R : T;
-                    const float *a[R]; float *o[R], by[R];
-                    for (int r = 0; r < R; r++) {  // behind the last query its work is done again, and not kept
-                        int64_t t = at[i + r < T ? i + r : T - 1];
-                        a[r] = q + t * sq + h * HS, o[r] = i + r < T ? out + (t * nh + h) * HS : 0;
-                    }
-                    dots(a, kt, width, n, p);
-                    for (int r = 0; r < R; r++) {
-                        float m = -3e38f, l = 0, *z = p + r * width;
-                        int64_t sees = i + r < T ? i + r + 1 : T;
-                        _Pragma("omp simd reduction(max:m)")
-                        for (int64_t j = 0; j < sees; j++) m = z[j] > m ? z[j] : m;
-                        _Pragma("omp simd reduction(+:l)")
-                        for (int64_t j = 0; j < sees; j++) l += z[j] = exp_((z[j] - m) * scale);
-                        for (int64_t j = sees; j < n; j++) z[j] = 0;
-                        by[r] = 1 / l;
-                        if (o[r]) lse[at[i + r] * nh + h] = m * scale + logf(l);
-                    }
-                    mix(p, width, n, vd, by, o);
-                })
-        }
-        free(kt);
-    }
-}
-
-void backward(const float *q, int64_t sq, const float *k, int64_t sk, const float *v, int64_t sv, ints rows, ints cu, ints first, ints tasks, int64_t n_tasks,
-              int64_t longest, int64_t nkv, int64_t group, float scale, const float *out, const float *lse, const float *dout, float *dq, float *dk, float *dv) {
-    int64_t nh = nkv * group, most = (longest + 31) / 32 * 32;
-    #pragma omp parallel
-    {
-        float *kt = aligned_alloc(64, sizeof(float) * most * (6 * HS + 2 * R)), *kd = kt + most * HS, *vt = kd + most * HS, *vd = vt + most * HS, *dkd = vd + most * HS,
-              *dvd = dkd + most * HS, *p = dvd + most * HS, *ds = p + most * R;
-        #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < n_tasks * nkv; task++) {
-            int64_t g = task % nkv;
-            DOCS(turn(vd, T, width, vt);
-                memset(dkd, 0, sizeof(float) * most * HS * 2);
-                for (int64_t h = g * group; h < (g + 1) * group; h++)
-                    for (int64_t i = first[s]; i < T; i += R) {
-                        int64_t n = i + R < T ? i + R : T;
-                        const float *a[R], *b[R]; float *o[R], by[R];
-                        for (int r = 0; r < R; r++) {
-                            int64_t t = at[i + r < T ? i + r : T - 1];
-                            a[r] = q + t * sq + h * HS, b[r] = dout + (t * nh + h) * HS, o[r] = i + r < T ? dq + (t * nh + h) * HS : 0, by[r] = scale;
-                        }
-                        dots(a, kt, width, n, p), dots(b, vt, width, n, ds);
-                        for (int r = 0; r < R; r++) {
-                            int64_t t = at[i + r < T ? i + r : T - 1], sees = i + r < T ? i + r + 1 : 0;
-                            float delta = 0, l = lse[t * nh + h], *z = p + r * width, *dz = ds + r * width;
-                            for (int d = 0; d < HS; d++) delta += b[r][d] * out[(t * nh + h) * HS + d];
-                            _Pragma("omp simd")
-                            for (int64_t j = 0; j < sees; j++) z[j] = exp_(z[j] * scale - l), dz[j] = z[j] * (dz[j] - delta);
-                            for (int64_t j = sees; j < n; j++) z[j] = dz[j] = 0;
-                        }
-                        mix(ds, width, n, kd, by, o), spread(ds, width, n, a, scale, dkd), spread(p, width, n, b, 1, dvd);
-                    }
-                for (int64_t t = 0; t < T; t++)
-                    for (int d = 0; d < HS; d++)
-                        dk[(at[t] * nkv + g) * HS + d] += dkd[t * HS + d], dv[(at[t] * nkv + g) * HS + d] += dvd[t * HS + d];)
-        }
-        free(kt);
-    }
-}
-"""
-
-
-@functools.lru_cache(None)
-def _compile_docs(hs):
-    C = _compile(_DOCS_C, HS=hs)
-    if C is None:
-        return None
-    P, I = ctypes.c_void_p, ctypes.c_int64
-    C.forward.argtypes, C.forward.restype = [P, I, P, I, P, I, P, P, P, P, I, I, I, I, ctypes.c_float, P, P], None
-    C.backward.argtypes, C.backward.restype = [*C.forward.argtypes, P, P, P, P], None
-    return C
-
+# The same on the CPU in C, for training: native.c draws it
 
 def docs_in_c(x):
     """Does the C attention take x (..., hs)? float32 on the CPU, hs % 16 = 0, a C compiler, not under --kernels=torch."""
-    return (x.device.type == 'cpu' and x.dtype == torch.float32 and x.shape[-1] % 16 == 0 and _mode != 'torch' and not INTERPRET and not torch.is_autocast_enabled('cpu')
-            and not torch.compiler.is_compiling() and _compile_docs(x.shape[-1]) is not None)
-
-
-class _Docs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, scale, rows, cu, first, tasks, longest):
-        q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k, v))
-        out, lse = torch.zeros(q.shape), torch.empty(q.shape[:2])
-        ctx.sizes = len(tasks) - 1, longest, k.shape[1], q.shape[1] // k.shape[1], scale
-        ctx.save_for_backward(q, k, v, rows, cu, first, tasks, out, lse)
-        _compile_docs(q.shape[-1]).forward(*_Docs.places(q, k, v), *(t.data_ptr() for t in (rows, cu, first, tasks)), *ctx.sizes, out.data_ptr(), lse.data_ptr())
-        return out
-
-    @staticmethod
-    def places(*tensors):
-        return [x for t in tensors for x in (t.data_ptr(), t.stride(0))]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        q, k, v, rows, cu, first, tasks, out, lse = ctx.saved_tensors
-        grads = [torch.zeros(x.shape) for x in (q, k, v)]
-        _compile_docs(q.shape[-1]).backward(*_Docs.places(q, k, v), *(t.data_ptr() for t in (rows, cu, first, tasks)), *ctx.sizes,
-                                            *(t.data_ptr() for t in (out, lse, g.contiguous(), *grads)))
-        return *grads, None, None, None, None, None, None
+    return x.shape[-1] % 16 == 0 and in_c(x) and native.docs(x.shape[-1]) is not None
 
 
 def doc_attention(q, k, v, rows, cu, first, tasks, longest, scale=None):
@@ -1307,7 +1101,7 @@ def doc_attention(q, k, v, rows, cu, first, tasks, longest, scale=None):
     flat row of each position of each document; cu (docs + 1,) their borders; first (docs,): positions before it are keys only, since another
     document has them as queries; tasks (n + 1,): borders of the runs of documents that share rows; longest: the most positions of one.
     -> (N, nh, hs), 0 in rows that nobody asks for. Rows [0, 1, 0, 2], cu [0, 2, 4], first [0, 1], tasks [0, 2]: a prompt with two answers."""
-    return _Docs.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale), rows, cu, first, tasks, longest)
+    return native.DocAttention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale), rows, cu, first, tasks, longest)
 
 
 
@@ -1503,305 +1297,6 @@ def token_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The engine's forward on CPU in C: GPT-2 and the Llama family in one function, float32. A decode step of a small model is some hundred
-# operations of microseconds each, so half of its time went into starting them; here a step is one call, its threads meet six times a layer.
-#
-#     x = embeddings          a panel of W': 32 columns, row after row (K, 32), so that a product reads memory from front to back
-#     each layer:                                      k ->
-#       y = norm(x)               12 rows of x  | x0 x0 x0 x0 ..     for each k: load 32 weights once, multiply them by x[0][k] ..
-#       qkv = y W'                              | x1 x1 x1 x1 ..     x[11][k], add to 12 x 2 registers of 16 sums; nothing is
-#       norm, rotate, store k, v  panel of W'   | w  w  w  w  ..     written before k ends: 240 of 256 GFLOP/s of a Zen 5 core
-#       att = softmax(q k') v
-#       x += att W';  y = norm(x);  mid = gelu(y W') or silu(gate) * up;  x += mid W'
-#
-# An element's sum runs over k in one order, whatever rows are beside it and however many threads there are: a request's numbers are the
-# same TO THE BIT in any batch. Compiled in half a second by the C compiler that is there; without one, or under --kernels=torch, the
-# PyTorch twin runs (Net.hidden and RowCache.plan in infer.py), which pads rows to the longest of a batch: 2 to 3 times slower.
-
-_FORWARD_C = _C_HEAD + r"""
-enum { ROWS = LANES == 16 ? 12 : 6, TILE = 2 * LANES };  // ROWS x 2 sums in 32 registers, or in 16
-enum { HS = (D + 15) / 16 * 16, L = HS / LANES, U = 8 / (L * G) > 1 ? 8 / (L * G) : 1, NH = NKV * G };  // heads of D are padded with zeros to HS
-enum { SET, ADD, RELU, GELU, GATED };
-typedef struct { const float *n1, *n1b, *qkv, *qkvb, *qn, *kn, *o, *ob, *n2, *n2b, *up, *upb, *down, *downb; } layer;  // ..b: bias or NULL
-typedef struct {
-    const layer *layers; const float *wte, *wpe, *cos, *sin, *nf, *nfb, *head, *headb; float *x, *y, *qkv, *att, *mid;
-    int64_t C, inner, V, sx, sq, sa, sm, act, rms; float eps, scale;  // s.: floats from row to row of x and y, qkv, att, mid
-} net;
-typedef struct { int arrived, round; } gate;
-typedef struct { float *keys; int64_t values, cap, layer; } row;  // a token's row of the cache in layer 0: keys (NKV, cap, HS), floats from there to its values; to the next layer
-
-static void meet(gate *g) {  // all threads wait for the last. OpenMP's own barrier spins for milliseconds: on a machine with other work, five times slower
-    int n = omp_get_num_threads(), round = __atomic_load_n(&g->round, __ATOMIC_ACQUIRE);
-    if (n > 1 && __atomic_add_fetch(&g->arrived, 1, __ATOMIC_ACQ_REL) == n) {
-        g->arrived = 0;
-        __atomic_store_n(&g->round, round + 1, __ATOMIC_RELEASE);
-    } else if (n > 1)
-        for (int i = 0; __atomic_load_n(&g->round, __ATOMIC_ACQUIRE) == round; i++)
-            if (i > 2000) sched_yield();
-}
-
-static inline vec pairs(vec a, vec b) { return __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD); }  // a0 + a1, a2 + a3 .. of b too
-
-static inline __attribute__((always_inline)) void tile(const int R, const float *x, int64_t sx, const float *w, int64_t K, float (*z)[32], const char *next, int64_t step) {
-    for (int c = 0; c < 32; c += TILE) {  // z (R, 32) = R rows of x times one panel; R is a constant wherever this is inlined, so a lies in registers
-        vec a[ROWS][2] = {0};
-        for (int64_t k = 0; k < K; k++, next += step) {
-            __builtin_prefetch(next);  // `step` bytes of the next panel: it comes from memory while this one is multiplied
-            vec w0 = load(w + 32 * k + c), w1 = load(w + 32 * k + c + LANES);
-            #pragma GCC unroll 12
-            for (int r = 0; r < R; r++) a[r][0] += x[r * sx + k] * w0, a[r][1] += x[r * sx + k] * w1;
-        }
-        #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) memcpy(z[r] + c, a[r], sizeof a[r]);
-    }
-}
-
-static void finish(const float *z, const float *b, float *y, int act) {  // one row of a product: bias, then what follows it
-    float t[32];
-    for (int c = 0; c < 32; c++) t[c] = z[c] + (b ? b[c] : 0);
-    if (act == ADD) for (int c = 0; c < 32; c++) y[c] += t[c];
-    else if (act == GATED) for (int c = 0; c < 16; c++) y[c] = t[c] / (1 + exp_(-t[c])) * t[c + 16];  // 16 columns of gate, then theirs of up
-    else if (act == GELU) for (int c = 0; c < 32; c++) y[c] = t[c] / (1 + exp_(-1.5957691216f * (t[c] + 0.044715f * t[c] * t[c] * t[c])));
-    else for (int c = 0; c < 32; c++) y[c] = act == RELU && t[c] < 0 ? 0 : t[c];
-}
-
-static void linear(const float *x, int64_t sx, const float *w, const float *b, int64_t K, int64_t columns, float *y, int64_t sy, int64_t n, int act) {
-    int64_t wide = act == GATED ? 16 : 32, panels = (columns + wide - 1) / wide, blocks = (n + 95) / 96;  // 96 rows of x stay in the cache
-    int64_t part = act == SET || act == ADD ? 1024 : K, jobs = blocks * panels, id = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (int64_t from = jobs * id / threads, to, last = jobs * (id + 1) / threads; from < last; from = to) {
-        int64_t first = from / panels * 96, end = first + 96 < n ? first + 96 : n, R, step = 4 * TILE / ((end - first + ROWS - 1) / ROWS);
-        to = (from / panels + 1) * panels < last ? (from / panels + 1) * panels : last;
-        for (int64_t k = 0; k < K; k += part)  // 1024 columns of them, where sums can be put together in y
-            for (int64_t job = from; job < to; job++) {
-                int64_t j = job % panels, depth = k + part < K ? part : K - k;
-                const char *next = (const char *)(w + ((j + 1) % panels * K + k) * 32);
-                for (int64_t i = first; i < end; i += R, next += 32 / TILE * depth * step) {
-                    const float *rows = x + i * sx + k, *panel = w + (j * K + k) * 32;
-                    float z[ROWS][32];
-                    int64_t tiles = (end - i + ROWS - 1) / ROWS;
-                    switch (R = (end - i + tiles - 1) / tiles) {
-                        #define CASE(R) case R: tile(R, rows, sx, panel, depth, z, next, step); break;
-                        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-                        #ifdef __AVX512F__
-                        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-                        #endif
-                    }
-                    for (int r = 0; r < R; r++) finish(z[r], b && !k ? b + 32 * j : NULL, y + (i + r) * sy + j * wide, k ? ADD : act);
-                }
-            }
-    }
-}
-
-static void scale(const float *x, const float *w, const float *b, float *y, int64_t C, int rms, float eps) {  // RMSNorm or LayerNorm of one row
-    float mean = 0, var = 0;
-    if (!rms) {
-        #pragma omp simd reduction(+:mean)
-        for (int64_t c = 0; c < C; c++) mean += x[c];
-        mean /= C;
-    }
-    #pragma omp simd reduction(+:var)
-    for (int64_t c = 0; c < C; c++) var += (x[c] - mean) * (x[c] - mean);
-    float s = 1 / sqrtf(var / C + eps);
-    for (int64_t c = 0; c < C; c++) y[c] = (x[c] - mean) * s * w[c] + (b ? b[c] : 0);
-}
-
-static void norm(const net *m, const float *w, const float *b, ints at, int64_t n) {  // y = norm of x, or of its rows `at`
-    #pragma omp for schedule(static) nowait
-    for (int64_t r = 0; r < n; r++) scale(m->x + (at ? at[r] : r) * m->sx, w, b, m->y + r * m->sx, m->C, m->rms, m->eps);
-}
-
-static void embed(const net *m, ints ids, ints pos, int64_t n) {
-    #pragma omp for schedule(static) nowait
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t c = 0; c < m->C; c++) m->x[r * m->sx + c] = m->wte[ids[r] * m->C + c] + (m->wpe ? m->wpe[pos[r] * m->C + c] : 0);
-}
-
-static void heads(const net *m, const layer *l, int64_t number, const row *rows, ints pos, int64_t n) {
-    #pragma omp for schedule(static) nowait
-    for (int64_t r = 0; r < n; r++) {  // q and k: norm, rotation by the position; k and v: into the cache
-        float *x = m->qkv + r * m->sq, *to = rows[r].keys + number * rows[r].layer + pos[r] * HS;
-        for (int h = 0; h < NH + NKV; h++, x += HS) {
-            if (l->qn) scale(x, h < NH ? l->qn : l->kn, NULL, x, D, 1, m->eps);
-            if (m->cos)
-                for (int i = 0; i < D / 2; i++) {
-                    float a = x[i], b = x[i + D / 2], c = m->cos[pos[r] * (D / 2) + i], s = m->sin[pos[r] * (D / 2) + i];
-                    x[i] = a * c - b * s, x[i + D / 2] = b * c + a * s;
-                }
-            if (h >= NH) memcpy(to + (h - NH) * rows[r].cap * HS, x, sizeof(float[HS]));
-        }
-        for (int h = 0; h < NKV; h++, x += HS) memcpy(to + rows[r].values + h * rows[r].cap * HS, x, sizeof(float[HS]));
-    }
-}
-
-static void attention(const net *m, int64_t number, const row *rows, ints pos, ints who, int64_t queries, int64_t width) {
-    float p[G][width];  // Memory is the limit (8 KB of keys and values a token in a model of 7 M): the values are fetched while the keys are multiplied, and
-    #pragma omp for schedule(dynamic, NKV) nowait  // the next head's keys while these values are: 1.5 times faster
-    for (int64_t i = 0; i < queries * NKV; i++) {  // G queries share a head of keys; each token reads as many as it has
-        int64_t r = who[i / NKV], g = i % NKV, T = pos[r] + 1, T16 = (T + 15) / 16 * 16;
-        const float *k = rows[r].keys + number * rows[r].layer + g * rows[r].cap * HS, *v = k + rows[r].values, *q = m->qkv + r * m->sq + g * G * HS;
-        int64_t next = i + 1 < queries * NKV ? who[(i + 1) / NKV] : r;
-        const float *soon = rows[next].keys + number * rows[next].layer + (g + 1) % NKV * rows[next].cap * HS;
-        float *out = m->att + r * m->sa + g * G * HS;
-        for (int64_t t = 0; t < T; t += LANES)
-            for (int h = 0; h < G; h++) {  // LANES keys: as many vectors of partial sums, whose lanes are then added up pairwise
-                vec a[LANES];
-                #pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) {
-                    for (int c = 0; c < HS && !h; c += 16) __builtin_prefetch(v + (t + j) * HS + c);
-                    a[j] = load(q + h * HS) * load(k + (t + j) * HS);
-                    #pragma GCC unroll 16
-                    for (int c = 1; c < L; c++) a[j] += load(q + h * HS + LANES * c) * load(k + (t + j) * HS + LANES * c);
-                }
-                #pragma GCC unroll 4
-                for (int s = LANES / 2; s; s /= 2)
-                    #pragma GCC unroll 8
-                    for (int j = 0; j < s; j++) a[j] = pairs(a[2 * j], a[2 * j + 1]);
-                a[0] *= m->scale;
-                memcpy(p[h] + t, a, sizeof(vec));
-            }
-        for (int h = 0; h < G; h++) {
-            float most = -3e38f, sum = 0, *s = p[h];
-            for (int64_t t = T; t < T16; t++) s[t] = most;  // whole vectors from here on
-            #pragma omp simd reduction(max:most)
-            for (int64_t t = 0; t < T16; t++) most = s[t] > most ? s[t] : most;
-            #pragma omp simd reduction(+:sum)
-            for (int64_t t = 0; t < T16; t++) sum += s[t] = exp_(s[t] - most);
-            for (int64_t t = 0; t < T16; t++) s[t] /= sum;
-        }
-        vec o[U][G][L] = {0};  // U sums of every other value, so that one addition need not wait for the last
-        int64_t t = 0;
-        for (; t + U <= T; t += U)
-            #pragma GCC unroll 8
-            for (int u = 0; u < U; u++) {
-                for (int c = 0; c < HS; c += 16) __builtin_prefetch(soon + (t + u) * HS + c);
-                for (int h = 0; h < G; h++)
-                    for (int c = 0; c < L; c++) o[u][h][c] += p[h][t + u] * load(v + (t + u) * HS + LANES * c);
-            }
-        for (; t < T; t++)
-            for (int h = 0; h < G; h++)
-                for (int c = 0; c < L; c++) o[0][h][c] += p[h][t] * load(v + t * HS + LANES * c);
-        for (int u = 1; u < U; u++)
-            for (int h = 0; h < G; h++)
-                for (int c = 0; c < L; c++) o[0][h][c] += o[u][h][c];
-        memcpy(out, o, sizeof o[0]);
-    }
-}
-
-#define STEP(work) { work; meet(&g); }
-void forward(const net *m, int64_t from, int64_t to, ints ids, const row *rows, ints pos, int64_t n, ints who, int64_t queries, int64_t width) {
-    gate g = {0};
-    #pragma omp parallel
-    for (int64_t half = from; half < to; half++) {  // even: to the attention of layer half / 2; odd: the rest of it
-        const layer *l = m->layers + half / 2;
-        if (!half) STEP(embed(m, ids, pos, n))
-        if (half % 2 == 0) {
-            STEP(norm(m, l->n1, l->n1b, NULL, n))
-            STEP(linear(m->y, m->sx, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * HS, m->qkv, m->sq, n, SET))
-            STEP(heads(m, l, half / 2, rows, pos, n))
-            STEP(attention(m, half / 2, rows, pos, who, queries, width))
-        } else {
-            STEP(linear(m->att, m->sa, l->o, l->ob, NH * HS, m->C, m->x, m->sx, n, ADD))
-            STEP(norm(m, l->n2, l->n2b, NULL, n))
-            STEP(linear(m->y, m->sx, l->up, l->upb, m->C, m->inner, m->mid, m->sm, n, m->act))
-            STEP(linear(m->mid, m->sm, l->down, l->downb, m->inner, m->C, m->x, m->sx, n, ADD))
-        }
-    }
-}
-
-void logits(const net *m, ints at, int64_t n, float *z, int64_t sz) {
-    gate g = {0};
-    #pragma omp parallel
-    {
-        STEP(norm(m, m->nf, m->nfb, at, n))
-        STEP(linear(m->y, m->sx, m->head, m->headb, m->C, m->V, z, sz, n, SET))
-    }
-}
-"""
-_DRAW_C = _C_HEAD + r"""
-enum { PART = 512 };
-void draw(const float *z, int64_t sz, int64_t n, int64_t V, const double *u, const float *temperature, int64_t *token, float *logp, float *raw) {
-    int64_t parts = (V + PART - 1) / PART;
-    #pragma omp parallel for
-    for (int64_t r = 0; r < n; r++) {
-        const float *x = z + r * sz, cool = temperature[r] > 0 ? 1 / temperature[r] : 1;
-        float peak[parts], top = -INFINITY;
-        double mass[parts], one = 0, all = 0, left;
-        for (int64_t p = 0; p < parts; p++) {
-            float a = -INFINITY;
-            int64_t end = p * PART + PART < V ? p * PART + PART : V;
-            #pragma omp simd reduction(max:a)
-            for (int64_t i = p * PART; i < end; i++) a = x[i] > a ? x[i] : a;
-            top = (peak[p] = a) > top ? a : top;
-        }
-        for (int64_t p = 0; p < parts; p++) {  // one, all: the mass at temperature 1 and at the request's
-            float a = 0, b = 0;
-            int64_t end = p * PART + PART < V ? p * PART + PART : V;
-            #pragma omp simd reduction(+:a)
-            for (int64_t i = p * PART; i < end; i++) a += exp_(x[i] - top);
-            if (cool != 1) {
-                #pragma omp simd reduction(+:b)
-                for (int64_t i = p * PART; i < end; i++) b += exp_((x[i] - top) * cool);
-            }
-            one += a, all += mass[p] = cool != 1 ? b : a;
-        }
-        int64_t p = 0, t = 0, i;
-        if (!(temperature[r] > 0)) {
-            while (p < parts - 1 && peak[p] < top) p++;
-            for (t = p * PART; t < V - 1 && x[t] < top; ) t++;
-        } else {  // the token at which the mass exceeds u of all; one without mass is never drawn
-            for (left = u[r] * all, p = -1, i = 0; i < parts; i++)
-                if (mass[i] > 0) {
-                    if (p >= 0) left -= mass[p];
-                    if (left < mass[p = i]) break;
-                }
-            for (i = p < 0 ? V : p * PART; i < V && i < p * PART + PART; i++) {
-                double w = exp_((x[i] - top) * cool);
-                if (w > 0) {
-                    t = i;
-                    if (left < w) break;
-                    left -= w;
-                }
-            }
-        }
-        token[r] = t, raw[r] = x[t] - top - log(one), logp[r] = temperature[r] > 0 ? (x[t] - top) * cool - log(all) : raw[r];
-    }
-}
-"""
-
-
-_P, _I = ctypes.c_void_p, ctypes.c_int64
-LAYER = 'n1 n1b qkv qkvb qn kn o ob n2 n2b up upb down downb'.split()
-
-
-class CNet(ctypes.Structure):
-    """What the C functions know of a model: addresses of float32 weights (0: there is none) and of the buffers they work in, sizes, strides."""
-    _fields_ = [(name, _P) for name in 'layers wte wpe cos sin nf nfb head headb x y qkv att mid'.split()] + [
-        (name, _I) for name in 'C inner V sx sq sa sm act rms'.split()] + [('eps', ctypes.c_float), ('scale', ctypes.c_float)]
-    ACTS = dict(relu=2, gelu_tanh=3, gated=4)
-
-
-def panels(w, gate=None):
-    """w (O, K) -> (ceil(O / 32), K, 32), the order in which C multiplies, zeros behind the last row; with a gate (O, K): of 16 rows of
-    the gate and 16 of w each. A bias is w with K = 1."""
-    (O, K), wide = w.shape, 32 if gate is None else 16
-    parts = [F.pad(x, (0, 0, 0, -O % wide)).view(-1, wide, K) for x in (gate, w) if x is not None]
-    return torch.cat(parts, 1).transpose(1, 2).contiguous()
-
-
-def c_forward(nkv, group, head_size):
-    """The C library for nkv heads of keys, `group` queries to each, head_size numbers a head; None without a compiler or under --kernels=torch.
-    forward(net, from, to, ids (N,), rows (N, 4), pos (N,), N, who (n,), n, width): half-layers from .. to of all tokens, the even ones up to
-    attention, which is that of the tokens `who` over their positions 0 .. pos and writes net.att; rows, int64: address of the keys of the
-    token's row in layer 0 (nkv, cap, head_size padded to 16), floats from keys to values, cap % 16 = 0, floats from layer to layer; width:
-    the longest row, a multiple of 16. logits(net, at (n,) rows of x or NULL, n, z (n, stride), stride)."""
-    lib = _compile(_FORWARD_C, NKV=nkv, G=group, D=head_size) if _mode != 'torch' else None
-    if lib is not None:
-        lib.forward.argtypes, lib.forward.restype = [_P, _I, _I, _P, _P, _P, _I, _P, _I, _I], None
-        lib.logits.argtypes, lib.logits.restype = [_P, _P, _I, _P, _I], None
-    return lib
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Drawing a token: one number u in [0, 1) a row, and the first word at which the mass so far exceeds u of all
 #
 #    words ->                              two launches. _draw_stats: a program for each 4096 words leaves their maximum, their mass at temperature
@@ -1815,17 +1310,6 @@ def c_forward(nkv, group, head_size):
 #|     c = int(np.argmax(np.cumsum(parts) > goal))
 #|     e = np.exp(z[c * block:(c + 1) * block] / T)
 #|     return c * block + int(np.argmax(np.cumsum(e) > goal - sum(parts[:c])))
-
-def _draw_c(z, u, temperature):
-    """draw in C, or None as c_forward."""
-    lib = _compile(_DRAW_C)
-    if lib is None:
-        return None
-    lib.draw.argtypes, lib.draw.restype = [_P, _I, _I, _I, _P, _P, _P, _P, _P], None
-    n, V = z.shape
-    token, logp, raw = torch.empty(n, dtype=torch.long), torch.empty(n), torch.empty(n)
-    lib.draw(z.data_ptr(), z.stride(0), n, V, *(x.data_ptr() for x in (u, temperature, token, logp, raw)))
-    return token, logp, raw
 
 @jit
 def _draw_stats(Z, HEAT, MAX, ONE, ALL, ARG, V, sz, chunks, BLOCK: tl.constexpr):
@@ -1890,7 +1374,7 @@ def draw(z, u, temperature):
     temperature (greedy: at 1), at 1; nan where z is not finite. z = log [.2, .5, .3], temperature 1: u .1 -> 0, u .69 -> 1, u .7 -> 2."""
     if z.dtype == torch.float32 and takes(z):
         return _draw_triton(z, u, temperature)
-    if z.dtype == torch.float32 and z.device.type == 'cpu' and z.stride(1) == 1 and len(z) and _mode != 'torch' and (out := _draw_c(z, u, temperature)):
+    if in_c(z) and z.stride(1) == 1 and len(z) and (out := native.draw(z, u, temperature)):
         return out
     hot = z / torch.where(temperature > 0, temperature, 1)[:, None]
     logp = hot - hot.logsumexp(-1, keepdim=True)  # log_softmax adds in a way that loses 1e-4 nats at 150,000 words

@@ -770,69 +770,6 @@ def test_triton_sweep_in_the_interpreter():
     assert child_pytest('-m', 'slow') >= 6
 
 
-@pytest.mark.parametrize('nkv, group, hs', [(4, 1, 32), (2, 2, 16), (1, 3, 64), (2, 1, 128)])
-def test_attention_of_documents_in_c(nkv, group, hs):
-    """Documents of 1 to 70 tokens, three of them with a prompt in common: values, gradients and whose bits do not move, against float64."""
-    if K.INTERPRET or not shutil.which('cc'):
-        pytest.skip('no C compiler here, or the interpreter wants the Triton source')
-    assert K.docs_in_c(torch.empty(1, hs)), 'the C source does not compile'
-    torch.manual_seed(hs)
-    paths = [range(0, 1), range(1, 8), range(8, 78), range(78, 111), [*range(78, 100), *range(111, 119)], [*range(78, 100), 119], range(120, 152)]
-    rows, cu = torch.tensor([i for p in paths for i in p]), F.pad(torch.tensor([len(p) for p in paths]).cumsum(0), (1, 0))
-    args = rows, cu, torch.tensor([0, 0, 0, 0, 22, 22, 0]), torch.tensor([0, 1, 2, 3, 6, 7]), 70
-    N, nh = 154, nkv * group  # the last two rows are in no document
-    x = torch.randn(N, nh + 2 * nkv, hs)
-    q, k, v = (t.requires_grad_() for t in x.split([nh, nkv, nkv], 1))  # not contiguous, as they come from one matrix product
-    g = torch.randn(N, nh, hs)
-
-    def reference(q, k, v):
-        out = torch.zeros(N, nh, hs, dtype=q.dtype)
-        for p, first in zip(paths, args[2].tolist()):
-            at = torch.tensor([*p])
-            y = F.scaled_dot_product_attention(*(t[at].transpose(0, 1)[None] for t in (q, k, v)), is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-            out = out.index_copy(0, at[first:], y[first:])
-        return out
-    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    plain = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    sides = [(f(*t), t) for f, t in ((lambda *t: K.doc_attention(*t, *args), (q, k, v)), (reference, plain), (reference, wide))]
-    ours, torchs, exact = ([out, *torch.autograd.grad(out, t, g.to(out.dtype))] for out, t in sides)
-    for a, b, c in zip(ours, torchs, exact):
-        assert (a - c).abs().max() <= 3 * (b - c).abs().max() + 1e-6
-    assert not ours[0][152:].any() and all(not t[152:].any() for t in ours[1:])
-    alone = K.doc_attention(*(t.detach()[8:78] for t in (q, k, v)), torch.arange(70), torch.tensor([0, 70]), torch.tensor([0]), torch.tensor([0, 1]), 70)
-    assert torch.equal(alone, ours[0][8:78])
-
-
-@pytest.mark.parametrize('level, needs', [('x86-64-v2', 'ssse3'), ('x86-64-v3', 'avx2'), ('x86-64-v4', 'avx512f')])
-def test_c_sources_use_the_registers_of_any_machine(monkeypatch, tmp_path, level, needs):
-    """4, 8 or 16 floats a register: no operation is wider than the machine's (gcc would carry it out in memory, ten times slower), and where this machine can run
-    the code, attention and the engine's forward are right."""
-    if K.INTERPRET or platform.machine() != 'x86_64' or not shutil.which('gcc'):
-        pytest.skip('gcc on x86-64 only')
-    flags = [f.replace('native', level) for f in K._CFLAGS]
-    for source, sizes in ((K._DOCS_C, ['-DHS=32']), (K._FORWARD_C, ['-DNKV=2', '-DG=2', '-DD=32']), (K._DRAW_C, [])):
-        (tmp_path / 'x.c').write_text(source)
-        done = subprocess.run(['gcc', *flags, *sizes, '-Werror=vector-operation-performance', '-c', str(tmp_path / 'x.c'), '-o', str(tmp_path / 'x.o')], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    if needs not in open('/proc/cpuinfo').read().split():
-        return
-    from infer import Engine, SamplingParams
-    from test_infer import tiny
-    monkeypatch.setattr(K, '_CFLAGS', flags)
-    caches = K._compile, K._compile_docs
-    try:
-        for cache in caches:
-            cache.cache_clear()
-        test_attention_of_documents_in_c(2, 2, 32)
-        for arch in ('gpt2', 'qwen3'):
-            engine = Engine(tiny(arch, torch.float32, vocab=211, n_embd=64, head_size=16), None)
-            out = engine.generate([[1, 2, 3], [4] * 40, [5]], SamplingParams(max_tokens=20, seed=1, ignore_eos=True))
-            assert engine.native and engine.mismatch(out)['max'] <= 1e-5
-    finally:
-        for cache in caches:
-            cache.cache_clear()
-
-
 def test_packed_documents_run_in_c_where_they_can(monkeypatch):
     """flash_attention and Layout take the C path in float32, and agree with the other one."""
     from model import Layout

@@ -1,0 +1,668 @@
+/*
+The hot loops of the CPU in C, float32. native.py compiles this file at run time and hands it the addresses of
+torch's tensors. Three parts, compiled one by one, so that sizes are constants and a head fits in registers:
+
+    -DDOCS    -DHS=64                 attention of packed documents and its gradient, for training
+    -DFORWARD -DNKV=2 -DG=2 -DD=64    the forward of GPT-2 and the Llama family, for the engine
+    -DDRAW                            drawing a token from a row of logits
+
+Each has a PyTorch twin (kernels.flash_attention, the engine's forward in infer.py, kernels.draw), which runs
+where there is no C compiler and is what the tests compare with. The numbers of a row depend neither on the
+rows beside it nor on the number of threads. OpenMP is used where the compiler has it.
+*/
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef const int64_t *ints;
+
+// LANES floats fill a register of this machine. A wider type would live in memory, ten times slower.
+#if defined __AVX512F__
+enum { LANES = 16 };
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined __AVX__
+enum { LANES = 8 };
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+enum { LANES = 4 };
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+#ifdef __clang__
+#define SHUFFLE __builtin_shufflevector
+#else  // gcc 11 has no __builtin_shufflevector
+typedef int32_t mask __attribute__((vector_size(4 * LANES)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (mask){__VA_ARGS__})
+#endif
+
+// e^x = 2^n e^f, |f| <= ln 2 / 2, and e^f by the polynomial of Cephes: 1e-7 relative, and it becomes vectors.
+static inline float exp_(float x) {
+    float y = x > 88.f ? 88.f : x;
+    float n = __builtin_rintf(y * 1.44269504f);
+    float f = y - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = (((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f;
+    p = (p + 1.6666665459e-1f) * f + 5.0000001201e-1f;
+    union { int32_t bits; float value; } two = { ((int32_t)n + 127) << 23 };
+    return x < -87.f ? 0.f : (p * f * f + f + 1.f) * two.value;
+}
+
+static float most(const float *x, int64_t n) {  // the largest of n numbers, in LANES maxima side by side
+    float lane[LANES], top = -INFINITY;
+    int64_t i = 0;
+    for (int j = 0; j < LANES; j++) lane[j] = top;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (int j = 0; j < LANES; j++) top = lane[j] > top ? lane[j] : top;
+    return top;
+}
+
+
+#ifndef DRAW
+static inline vec load(const float *x) {
+    vec v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+#endif
+
+
+#ifdef DOCS
+// ----------------------------------------------------------------------------------------------------
+// Causal attention of packed documents. torch's fused attention wants rectangles of one length, computes
+// what lies above the diagonal too, and needs copies to make the rectangles: 5 to 6 times slower on
+// documents of 16 to 256 tokens (AVX2: 2.5). A task is one document and one head of keys, or one prompt with
+// all its answers: they share gradients, so that one thread adds them up.
+//
+//                   t ->   K transposed: (HS, T), so that 32 keys lie side by side
+//      8 queries  | #################.   for d in 0 .. HS: 8 x 2 registers of 16 sums
+//      at a time  | ##################       += q[r][d] * K'[d][t .. t + 32]
+//                                        nothing is written before all of d is in; above the diagonal only
+//                                        the last 32 are computed
+//
+//    forward   p = exp(q K' - max),  out = p V / sum,  lse = max + log sum
+//    backward  p = exp(q K' - lse), ds = p * (dout V' - out . dout); dq = ds K, dk += ds' q, dv += p' dout
+#include <stdlib.h>
+
+enum { R = LANES == 16 ? 8 : 5 };  // queries at a time
+enum { C = HS / LANES, W = C % 2 ? 1 : 2 };  // vectors of a head; how many of them at a time
+
+typedef struct {
+    const float *q, *k, *v;  // rows of (nh, HS), (nkv, HS), (nkv, HS)
+    ints rows, cu, first;    // document s: rows[cu[s]] .. rows[cu[s + 1] - 1]; its queries: from first[s] on
+    ints tasks;              // task i: documents tasks[i] .. tasks[i + 1] - 1
+    float *out, *lse;        // (N, nh, HS), (N, nh)
+    int64_t sq, sk, sv;      // floats from row to row of q, k, v
+    int64_t n_tasks, longest, nkv, group;
+    float scale;
+} docs;
+
+typedef struct { float *kt, *k, *vt, *v, *dk, *dv, *p, *ds; } space;  // of a thread: one head of a document
+
+typedef struct {  // R queries of one head, and where their results go
+    const float *q[R], *dout[R];
+    float *to[R], by[R];  // to: NULL behind the last query, whose work is then done again and not kept
+    int64_t row[R], sees[R];
+} queries;
+
+static inline void store(float *x, vec v) { memcpy(x, &v, sizeof v); }
+
+// rows of x side by side: (T, HS)
+static void fetch(const float *x, int64_t stride, ints rows, int64_t T, float *to) {
+    for (int64_t t = 0; t < T; t++)
+        memcpy(to + t * HS, x + rows[t] * stride, sizeof(float) * HS);
+}
+
+// (T, HS) -> (HS, width), zeros behind T
+static void transpose(const float *x, int64_t T, int64_t width, float *to) {
+    for (int d = 0; d < HS; d++)
+        for (int64_t t = 0; t < width; t++)
+            to[d * width + t] = t < T ? x[t * HS + d] : 0.f;
+}
+
+// s (R, width) = a (R, HS) times xt (HS, width), its first n columns
+static void dots(const float **a, const float *xt, int64_t width, int64_t n, float *s) {
+    for (int64_t j = 0; j < n; j += 2 * LANES) {
+        vec sum[R][2] = {0};
+        for (int d = 0; d < HS; d++) {
+            vec x0 = load(xt + d * width + j), x1 = load(xt + d * width + j + LANES);
+            for (int r = 0; r < R; r++) {
+                sum[r][0] += a[r][d] * x0;
+                sum[r][1] += a[r][d] * x1;
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            store(s + r * width + j, sum[r][0]);
+            store(s + r * width + j + LANES, sum[r][1]);
+        }
+    }
+}
+
+// out (R, HS) = by * p (R, n) x (n, HS)
+static void mix(const float *p, int64_t width, int64_t n, const float *x, const float *by, float **out) {
+    for (int c = 0; c < C; c += W) {
+        vec sum[R][W] = {0};
+        for (int64_t j = 0; j < n; j++)
+            for (int w = 0; w < W; w++) {
+                vec xv = load(x + j * HS + LANES * (c + w));
+                for (int r = 0; r < R; r++) sum[r][w] += p[r * width + j] * xv;
+            }
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W && out[r]; w++) store(out[r] + LANES * (c + w), sum[r][w] * by[r]);
+    }
+}
+
+// x (n, HS) += by * p' (n, R) a (R, HS)
+static void spread(const float *p, int64_t width, int64_t n, const float **a, float by, float *x) {
+    for (int c = 0; c < C; c += W) {
+        vec av[R][W];
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W; w++) av[r][w] = load(a[r] + LANES * (c + w)) * by;
+        for (int64_t j = 0; j < n; j++)
+            for (int w = 0; w < W; w++) {
+                vec sum = load(x + j * HS + LANES * (c + w));
+                for (int r = 0; r < R; r++) sum += p[r * width + j] * av[r][w];
+                store(x + j * HS + LANES * (c + w), sum);
+            }
+    }
+}
+
+static int64_t padded(int64_t T) { return (T + 31) / 32 * 32; }
+
+static space take(int64_t longest, int back) {  // one allocation, to be freed by its first pointer
+    int64_t n = padded(longest), head = n * HS;
+    space s = {0};
+    s.kt = aligned_alloc(64, sizeof(float) * n * (back ? 6 * HS + 2 * R : 3 * HS + R));
+    s.k = s.kt + head;
+    s.v = s.k + head;
+    s.p = s.v + head;
+    if (back) {
+        s.ds = s.p + n * R;
+        s.vt = s.ds + n * R;
+        s.dk = s.vt + head;
+        s.dv = s.dk + head;
+    }
+    return s;
+}
+
+static queries ask(const docs *m, ints at, int64_t i, int64_t T, int64_t h, const float *dout, float *to) {
+    int64_t nh = m->nkv * m->group;
+    queries a;
+    for (int r = 0; r < R; r++) {
+        int real = i + r < T;
+        int64_t row = at[real ? i + r : T - 1], place = (row * nh + h) * HS;
+        a.row[r] = row;
+        a.sees[r] = real ? i + r + 1 : 0;
+        a.q[r] = m->q + row * m->sq + h * HS;
+        a.dout[r] = dout ? dout + place : NULL;
+        a.to[r] = real ? to + place : NULL;
+        a.by[r] = m->scale;
+    }
+    return a;
+}
+
+static void document(const docs *m, int64_t s, int64_t g, space b) {  // document s, head g of the keys
+    ints at = m->rows + m->cu[s];
+    int64_t T = m->cu[s + 1] - m->cu[s], width = padded(T), nh = m->nkv * m->group;
+    fetch(m->k + g * HS, m->sk, at, T, b.k);
+    transpose(b.k, T, width, b.kt);
+    fetch(m->v + g * HS, m->sv, at, T, b.v);
+    for (int64_t h = g * m->group; h < (g + 1) * m->group; h++)
+        for (int64_t i = m->first[s]; i < T; i += R) {
+            int64_t n = i + R < T ? i + R : T;
+            queries a = ask(m, at, i, T, h, NULL, m->out);
+            dots(a.q, b.kt, width, n, b.p);
+            for (int r = 0; r < R; r++) {
+                int64_t sees = a.to[r] ? a.sees[r] : T;
+                float sum = 0, *z = b.p + r * width, top = most(z, sees);
+                #pragma omp simd reduction(+:sum)
+                for (int64_t j = 0; j < sees; j++) sum += z[j] = exp_((z[j] - top) * m->scale);
+                for (int64_t j = sees; j < n; j++) z[j] = 0;
+                a.by[r] = 1 / sum;
+                if (a.to[r]) m->lse[a.row[r] * nh + h] = top * m->scale + logf(sum);
+            }
+            mix(b.p, width, n, b.v, a.by, a.to);
+        }
+}
+
+static void document_backward(const docs *m, int64_t s, int64_t g, space b, const float *dout, float *dq,
+                              float *dk, float *dv) {
+    ints at = m->rows + m->cu[s];
+    int64_t T = m->cu[s + 1] - m->cu[s], width = padded(T), nh = m->nkv * m->group;
+    fetch(m->k + g * HS, m->sk, at, T, b.k);
+    transpose(b.k, T, width, b.kt);
+    fetch(m->v + g * HS, m->sv, at, T, b.v);
+    transpose(b.v, T, width, b.vt);
+    memset(b.dk, 0, sizeof(float) * T * HS);
+    memset(b.dv, 0, sizeof(float) * T * HS);
+    for (int64_t h = g * m->group; h < (g + 1) * m->group; h++)
+        for (int64_t i = m->first[s]; i < T; i += R) {
+            int64_t n = i + R < T ? i + R : T;
+            queries a = ask(m, at, i, T, h, dout, dq);
+            dots(a.q, b.kt, width, n, b.p);
+            dots(a.dout, b.vt, width, n, b.ds);
+            for (int r = 0; r < R; r++) {
+                const float *out = m->out + (a.row[r] * nh + h) * HS;
+                float *p = b.p + r * width, *ds = b.ds + r * width, delta = 0;
+                float lse = m->lse[a.row[r] * nh + h];
+                for (int d = 0; d < HS; d++) delta += a.dout[r][d] * out[d];
+                #pragma omp simd
+                for (int64_t j = 0; j < a.sees[r]; j++) {
+                    p[j] = exp_(p[j] * m->scale - lse);
+                    ds[j] = p[j] * (ds[j] - delta);
+                }
+                for (int64_t j = a.sees[r]; j < n; j++) p[j] = ds[j] = 0;
+            }
+            mix(b.ds, width, n, b.k, a.by, a.to);
+            spread(b.ds, width, n, a.q, m->scale, b.dk);
+            spread(b.p, width, n, a.dout, 1, b.dv);
+        }
+    for (int64_t t = 0; t < T; t++)
+        for (int d = 0; d < HS; d++) {
+            dk[(at[t] * m->nkv + g) * HS + d] += b.dk[t * HS + d];
+            dv[(at[t] * m->nkv + g) * HS + d] += b.dv[t * HS + d];
+        }
+}
+
+void attend(const docs *m) {
+    #pragma omp parallel
+    {
+        space b = take(m->longest, 0);
+        #pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < m->n_tasks * m->nkv; i++)
+            for (int64_t s = m->tasks[i / m->nkv]; s < m->tasks[i / m->nkv + 1]; s++)
+                document(m, s, i % m->nkv, b);
+        free(b.kt);
+    }
+}
+
+// dq, dk, dv: dense, and zero so far
+void attend_backward(const docs *m, const float *dout, float *dq, float *dk, float *dv) {
+    #pragma omp parallel
+    {
+        space b = take(m->longest, 1);
+        #pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < m->n_tasks * m->nkv; i++)
+            for (int64_t s = m->tasks[i / m->nkv]; s < m->tasks[i / m->nkv + 1]; s++)
+                document_backward(m, s, i % m->nkv, b, dout, dq, dk, dv);
+        free(b.kt);
+    }
+}
+#endif
+
+
+#ifdef FORWARD
+// ----------------------------------------------------------------------------------------------------
+// The engine's forward: GPT-2 and the Llama family in one function. A decode step of a small model is some
+// hundred operations of microseconds each, and starting them took half of its time. Here a step is one call,
+// and its threads meet six times a layer.
+//
+//     x = embeddings              a panel of W': 32 columns, row after row (K, 32): memory is read in order
+//     each layer:                                      k ->
+//       y = norm(x)               12 rows of x  | x0 x0 x0 x0 ..   for each k: load 32 weights once, multiply
+//       qkv = y W'                              | x1 x1 x1 x1 ..   them by x[0][k] .. x[11][k], add to 12 x 2
+//       norm, rotate, store k, v  panel of W'   | w  w  w  w  ..   registers of 16 sums; nothing is written
+//       att = softmax(q k') v                                      before k ends: 240 of the 256 GFLOP/s of a
+//       x += att W'                                                Zen 5 core
+//       y = norm(x);  mid = gelu(y W') or silu(gate) * up;  x += mid W'
+//
+// The sum of an element runs over k in one order, whatever rows are beside it and however many threads there
+// are: the numbers of a request are the same TO THE BIT in any batch.
+#include <sched.h>
+
+enum { ROWS = LANES == 16 ? 12 : 6, TILE = 2 * LANES };  // ROWS x 2 sums in 32 registers, or in 16
+enum { HS = (D + 15) / 16 * 16, L = HS / LANES };        // heads of D are padded with zeros to HS
+enum { U = 8 / (L * G) > 1 ? 8 / (L * G) : 1, NH = NKV * G };
+enum { SET, ADD, RELU, GELU, GATED };
+
+typedef struct {  // ..b: the bias, or NULL
+    const float *n1, *n1b, *qkv, *qkvb, *qn, *kn, *o, *ob, *n2, *n2b, *up, *upb, *down, *downb;
+} layer;
+typedef struct {
+    const layer *layers;
+    const float *wte, *wpe, *cos, *sin, *nf, *nfb, *head, *headb;
+    float *x, *y, *qkv, *att, *mid;  // the rows that the forward works in
+    int64_t C, inner, V, sx, sq, sa, sm, act, rms;  // s.: floats from row to row of x and y, qkv, att, mid
+    float eps, scale;
+} net;
+typedef struct {  // a token's row of the cache in layer 0
+    float *keys;  // (NKV, cap, HS)
+    int64_t values, cap, layer;  // floats from the keys to the values; positions; floats to the next layer
+} row;
+typedef struct { int arrived, round; } gate;
+
+// All threads wait for the last. OpenMP's barrier spins for milliseconds: five times slower on a busy
+// machine.
+static void meet(gate *g) {
+#ifdef _OPENMP
+    int n = omp_get_num_threads(), round = __atomic_load_n(&g->round, __ATOMIC_ACQUIRE);
+    if (n == 1) return;
+    if (__atomic_add_fetch(&g->arrived, 1, __ATOMIC_ACQ_REL) == n) {
+        g->arrived = 0;
+        __atomic_store_n(&g->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int i = 0; __atomic_load_n(&g->round, __ATOMIC_ACQUIRE) == round; i++)
+        if (i > 2000) sched_yield();
+#else
+    (void)g;
+#endif
+}
+
+static inline vec pairs(vec a, vec b) {  // a0 + a1, a2 + a3 .. and then those of b
+    return SHUFFLE(a, b, EVEN) + SHUFFLE(a, b, ODD);
+}
+
+// z (R, 32) = R rows of x times one panel. R is a constant wherever this is inlined, so that `a` lies in
+// registers. `step` bytes of the next panel are fetched for each k: it comes from memory while this one is
+// multiplied.
+static inline __attribute__((always_inline))
+void tile(const int R, const float *x, int64_t sx, const float *w, int64_t K, float (*z)[32],
+          const char *next, int64_t step) {
+    for (int c = 0; c < 32; c += TILE) {
+        vec a[ROWS][2] = {0};
+        for (int64_t k = 0; k < K; k++, next += step) {
+            __builtin_prefetch(next);
+            vec w0 = load(w + 32 * k + c), w1 = load(w + 32 * k + c + LANES);
+            #pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+                a[r][0] += x[r * sx + k] * w0;
+                a[r][1] += x[r * sx + k] * w1;
+            }
+        }
+        #pragma GCC unroll 12
+        for (int r = 0; r < R; r++) memcpy(z[r] + c, a[r], sizeof a[r]);
+    }
+}
+
+static void tiles(int R, const float *x, int64_t sx, const float *w, int64_t K, float (*z)[32],
+                  const char *next, int64_t step) {
+    #define CASE(R) case R: tile(R, x, sx, w, K, z, next, step); break;
+    switch (R) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+        #ifdef __AVX512F__
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        #endif
+    }
+    #undef CASE
+}
+
+static void finish(const float *z, const float *b, float *y, int act) {  // of a row of a product: bias, act
+    float t[32];
+    for (int c = 0; c < 32; c++) t[c] = z[c] + (b ? b[c] : 0);
+    if (act == ADD)
+        for (int c = 0; c < 32; c++) y[c] += t[c];
+    else if (act == GATED)  // 16 columns of gate, then theirs of up
+        for (int c = 0; c < 16; c++) y[c] = t[c] / (1 + exp_(-t[c])) * t[c + 16];
+    else if (act == GELU)
+        for (int c = 0; c < 32; c++)
+            y[c] = t[c] / (1 + exp_(-1.5957691216f * (t[c] + 0.044715f * t[c] * t[c] * t[c])));
+    else
+        for (int c = 0; c < 32; c++) y[c] = act == RELU && t[c] < 0 ? 0 : t[c];
+}
+
+// y = act(x W' + b). A job is 96 rows of x, which stay in the cache, times a panel; a thread takes a run of
+// jobs. Where sums can be put together in y (SET, ADD), 1024 columns of x are multiplied at a time.
+static void linear(const float *x, int64_t sx, const float *w, const float *b, int64_t K, int64_t columns,
+                   float *y, int64_t sy, int64_t n, int act) {
+    int64_t wide = act == GATED ? 16 : 32, panels = (columns + wide - 1) / wide, blocks = (n + 95) / 96;
+    int64_t part = act == SET || act == ADD ? 1024 : K, jobs = blocks * panels, id = 0, threads = 1;
+#ifdef _OPENMP
+    id = omp_get_thread_num();
+    threads = omp_get_num_threads();
+#endif
+    int64_t to, last = jobs * (id + 1) / threads;
+    for (int64_t from = jobs * id / threads; from < last; from = to) {
+        int64_t block = from / panels, first = block * 96, end = first + 96 < n ? first + 96 : n;
+        int64_t step = 4 * TILE / ((end - first + ROWS - 1) / ROWS);
+        to = (block + 1) * panels < last ? (block + 1) * panels : last;
+        for (int64_t k = 0; k < K; k += part)
+            for (int64_t job = from; job < to; job++) {
+                int64_t j = job % panels, depth = k + part < K ? part : K - k, rows;
+                const char *next = (const char *)(w + ((j + 1) % panels * K + k) * 32);
+                for (int64_t i = first; i < end; i += rows, next += 32 / TILE * depth * step) {
+                    float z[ROWS][32];
+                    int64_t left = (end - i + ROWS - 1) / ROWS;
+                    rows = (end - i + left - 1) / left;
+                    tiles(rows, x + i * sx + k, sx, w + (j * K + k) * 32, depth, z, next, step);
+                    for (int r = 0; r < rows; r++)
+                        finish(z[r], b && !k ? b + 32 * j : NULL, y + (i + r) * sy + j * wide, k ? ADD : act);
+                }
+            }
+    }
+}
+
+static void scale(const float *x, const float *w, const float *b, float *y, int64_t C, int rms, float eps) {
+    float mean = 0, var = 0;  // RMSNorm or LayerNorm of one row
+    if (!rms) {
+        #pragma omp simd reduction(+:mean)
+        for (int64_t c = 0; c < C; c++) mean += x[c];
+        mean /= C;
+    }
+    #pragma omp simd reduction(+:var)
+    for (int64_t c = 0; c < C; c++) var += (x[c] - mean) * (x[c] - mean);
+    float s = 1 / sqrtf(var / C + eps);
+    for (int64_t c = 0; c < C; c++) y[c] = (x[c] - mean) * s * w[c] + (b ? b[c] : 0);
+}
+
+// y = norm of x, or of its rows `at`
+static void norm(const net *m, const float *w, const float *b, ints at, int64_t n) {
+    #pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < n; r++)
+        scale(m->x + (at ? at[r] : r) * m->sx, w, b, m->y + r * m->sx, m->C, m->rms, m->eps);
+}
+
+static void embed(const net *m, ints ids, ints pos, int64_t n) {
+    #pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t c = 0; c < m->C; c++)
+            m->x[r * m->sx + c] = m->wte[ids[r] * m->C + c] + (m->wpe ? m->wpe[pos[r] * m->C + c] : 0);
+}
+
+static void rotate(const net *m, float *x, int64_t pos) {  // (x[i], x[i + D / 2]) by the position's angle
+    for (int i = 0; i < D / 2; i++) {
+        float a = x[i], b = x[i + D / 2], c = m->cos[pos * (D / 2) + i], s = m->sin[pos * (D / 2) + i];
+        x[i] = a * c - b * s;
+        x[i + D / 2] = b * c + a * s;
+    }
+}
+
+static void heads(const net *m, const layer *l, int64_t number, const row *rows, ints pos, int64_t n) {
+    #pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < n; r++) {  // q and k: norm, rotation; k and v: into the cache
+        float *x = m->qkv + r * m->sq, *to = rows[r].keys + number * rows[r].layer + pos[r] * HS;
+        for (int h = 0; h < NH + NKV; h++, x += HS) {
+            if (l->qn) scale(x, h < NH ? l->qn : l->kn, NULL, x, D, 1, m->eps);
+            if (m->cos) rotate(m, x, pos[r]);
+            if (h >= NH) memcpy(to + (h - NH) * rows[r].cap * HS, x, sizeof(float[HS]));
+        }
+        to += rows[r].values;
+        for (int h = 0; h < NKV; h++, x += HS) memcpy(to + h * rows[r].cap * HS, x, sizeof(float[HS]));
+    }
+}
+
+// p (G, width) = scale * q (G, HS) k' for T keys: LANES keys give as many vectors of partial sums, whose
+// lanes are added up pairwise. Memory is the limit (8 KB of keys and values a token in a model of 7 M): the
+// values are fetched while the keys are multiplied, and the next head's keys while these values are: 1.5
+// times faster.
+static void scores(const float *q, const float *k, const float *v, int64_t T, float by, int64_t width,
+                   float (*p)[width]) {
+    for (int64_t t = 0; t < T; t += LANES)
+        for (int h = 0; h < G; h++) {
+            vec a[LANES];
+            #pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) {
+                for (int c = 0; c < HS && !h; c += 16) __builtin_prefetch(v + (t + j) * HS + c);
+                a[j] = load(q + h * HS) * load(k + (t + j) * HS);
+                #pragma GCC unroll 16
+                for (int c = 1; c < L; c++)
+                    a[j] += load(q + h * HS + LANES * c) * load(k + (t + j) * HS + LANES * c);
+            }
+            #pragma GCC unroll 4
+            for (int s = LANES / 2; s; s /= 2)
+                #pragma GCC unroll 8
+                for (int j = 0; j < s; j++) a[j] = pairs(a[2 * j], a[2 * j + 1]);
+            a[0] *= by;
+            memcpy(p[h] + t, a, sizeof(vec));
+        }
+}
+
+static void softmax(float *s, int64_t T) {  // of s[0 .. T], which has room for whole vectors of 16
+    float top = most(s, T), sum = 0;
+    int64_t T16 = (T + 15) / 16 * 16;
+    for (int64_t t = T; t < T16; t++) s[t] = -INFINITY;
+    #pragma omp simd reduction(+:sum)
+    for (int64_t t = 0; t < T16; t++) sum += s[t] = exp_(s[t] - top);
+    for (int64_t t = 0; t < T16; t++) s[t] /= sum;
+}
+
+// out (G, HS) = p (G, T) v (T, HS), in U sums of every U-th value: an addition need not wait for the last
+static void mix(const float *v, const float *soon, int64_t T, int64_t width, float (*p)[width], float *out) {
+    vec o[U][G][L] = {0};
+    int64_t t = 0;
+    for (; t + U <= T; t += U)
+        #pragma GCC unroll 8
+        for (int u = 0; u < U; u++) {
+            for (int c = 0; c < HS; c += 16) __builtin_prefetch(soon + (t + u) * HS + c);
+            for (int h = 0; h < G; h++)
+                for (int c = 0; c < L; c++) o[u][h][c] += p[h][t + u] * load(v + (t + u) * HS + LANES * c);
+        }
+    for (; t < T; t++)
+        for (int h = 0; h < G; h++)
+            for (int c = 0; c < L; c++) o[0][h][c] += p[h][t] * load(v + t * HS + LANES * c);
+    for (int u = 1; u < U; u++)
+        for (int h = 0; h < G; h++)
+            for (int c = 0; c < L; c++) o[0][h][c] += o[u][h][c];
+    memcpy(out, o, sizeof o[0]);
+}
+
+static void attention(const net *m, int64_t number, const row *rows, ints pos, ints who, int64_t queries,
+                      int64_t width) {
+    float p[G][width];
+    #pragma omp for schedule(dynamic, NKV) nowait
+    for (int64_t i = 0; i < queries * NKV; i++) {  // G queries share a head of keys
+        int64_t r = who[i / NKV], g = i % NKV, T = pos[r] + 1;
+        const row *next = rows + (i + 1 < queries * NKV ? who[(i + 1) / NKV] : r);
+        const float *k = rows[r].keys + number * rows[r].layer + g * rows[r].cap * HS;
+        const float *v = k + rows[r].values;
+        const float *soon = next->keys + number * next->layer + (g + 1) % NKV * next->cap * HS;
+        scores(m->qkv + r * m->sq + g * G * HS, k, v, T, m->scale, width, p);
+        for (int h = 0; h < G; h++) softmax(p[h], T);
+        mix(v, soon, T, width, p, m->att + r * m->sa + g * G * HS);
+    }
+}
+
+// Half-layers from .. to: the even ones up to attention, the odd ones the rest of the layer.
+void forward(const net *m, int64_t from, int64_t to, ints ids, const row *rows, ints pos, int64_t n, ints who,
+             int64_t queries, int64_t width) {
+    gate g = {0, 0};
+    #pragma omp parallel
+    for (int64_t half = from; half < to; half++) {
+        const layer *l = m->layers + half / 2;
+        if (!half) {
+            embed(m, ids, pos, n);
+            meet(&g);
+        }
+        if (half % 2 == 0) {
+            norm(m, l->n1, l->n1b, NULL, n);
+            meet(&g);
+            linear(m->y, m->sx, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * HS, m->qkv, m->sq, n, SET);
+            meet(&g);
+            heads(m, l, half / 2, rows, pos, n);
+            meet(&g);
+            attention(m, half / 2, rows, pos, who, queries, width);
+            meet(&g);
+        } else {
+            linear(m->att, m->sa, l->o, l->ob, NH * HS, m->C, m->x, m->sx, n, ADD);
+            meet(&g);
+            norm(m, l->n2, l->n2b, NULL, n);
+            meet(&g);
+            linear(m->y, m->sx, l->up, l->upb, m->C, m->inner, m->mid, m->sm, n, m->act);
+            meet(&g);
+            linear(m->mid, m->sm, l->down, l->downb, m->inner, m->C, m->x, m->sx, n, ADD);
+            meet(&g);
+        }
+    }
+}
+
+void logits(const net *m, ints at, int64_t n, float *z, int64_t sz) {  // z (n, V) of the rows `at` of x
+    gate g = {0, 0};
+    #pragma omp parallel
+    {
+        norm(m, m->nf, m->nfb, at, n);
+        meet(&g);
+        linear(m->y, m->sx, m->head, m->headb, m->C, m->V, z, sz, n, SET);
+        meet(&g);
+    }
+}
+#endif
+
+
+#ifdef DRAW
+// ----------------------------------------------------------------------------------------------------
+// Drawing a token: see kernels.draw. The mass of each PART of words is added up, then one part is searched.
+enum { PART = 512 };
+
+// The first word at which the mass so far exceeds `left`; one without mass is never drawn.
+static int64_t find(const float *x, int64_t V, const double *mass, int64_t parts, float top, float cool,
+                    double left) {
+    int64_t p = -1, token = 0;
+    for (int64_t i = 0; i < parts; i++)
+        if (mass[i] > 0) {
+            if (p >= 0) left -= mass[p];
+            p = i;
+            if (left < mass[p]) break;
+        }
+    for (int64_t i = p < 0 ? V : p * PART; i < V && i < p * PART + PART; i++) {
+        double w = exp_((x[i] - top) * cool);
+        if (w > 0) {
+            token = i;
+            if (left < w) break;
+            left -= w;
+        }
+    }
+    return token;
+}
+
+void draw(const float *z, int64_t sz, int64_t n, int64_t V, const double *u, const float *temperature,
+          int64_t *token, float *logp, float *raw) {
+    int64_t parts = (V + PART - 1) / PART;
+    #pragma omp parallel for
+    for (int64_t r = 0; r < n; r++) {
+        const float *x = z + r * sz, cool = temperature[r] > 0 ? 1 / temperature[r] : 1;
+        float peak[parts], top;
+        double mass[parts], one = 0, all = 0;  // one, all: the mass at temperature 1 and at the request's
+        for (int64_t p = 0; p < parts; p++) peak[p] = most(x + p * PART, p + 1 < parts ? PART : V - p * PART);
+        top = most(peak, parts);
+        for (int64_t p = 0; p < parts; p++) {
+            float a = 0, b = 0;
+            int64_t end = p * PART + PART < V ? p * PART + PART : V;
+            #pragma omp simd reduction(+:a)
+            for (int64_t i = p * PART; i < end; i++) a += exp_(x[i] - top);
+            if (cool != 1) {
+                #pragma omp simd reduction(+:b)
+                for (int64_t i = p * PART; i < end; i++) b += exp_((x[i] - top) * cool);
+            }
+            one += a;
+            mass[p] = cool != 1 ? b : a;
+            all += mass[p];
+        }
+        int64_t p = 0, t;
+        if (temperature[r] > 0)
+            t = find(x, V, mass, parts, top, cool, u[r] * all);
+        else {  // greedy: the first of the largest
+            while (p < parts - 1 && peak[p] < top) p++;
+            for (t = p * PART; t < V - 1 && x[t] < top; ) t++;
+        }
+        token[r] = t;
+        raw[r] = x[t] - top - log(one);
+        logp[r] = temperature[r] > 0 ? (x[t] - top) * cool - log(all) : raw[r];
+    }
+}
+#endif
