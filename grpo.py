@@ -32,7 +32,7 @@ import kernels as K
 import lora
 import parallel
 from dataset import load_dataset
-from rollout import Answers, Meter, Rewards, concatenate, minibatches, read_prompts, spread
+from rollout import Answers, Rewards, concatenate, means, minibatches, read_prompts, spread
 from run import (RunLog, activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
                  memory_plan, open_model, open_run, pick_device, pick_threads, training_bytes)
 from tokenizer import get_tokenizer
@@ -315,7 +315,8 @@ if __name__ == '__main__':
         answers.load_state(ckpt['data'], ckpt.get('past', []))
         start, best = ckpt['iter'], ckpt['best']
     if mode == 'async' and not eval_only:
-        answers.run_ahead(tokenizer, list(rewards.files), simulate_staleness, max_staleness, rollout_workers, reward_workers, reward_timeout, reward_retries, runtime)
+        answers.run_ahead(tokenizer, list(rewards.files), simulate_staleness, max_staleness, rollout_workers, reward_workers,
+                          reward_timeout, reward_retries, runtime)
     log = RunLog(out_dir, config, ckpt, mesh.master)
     if compile:
         policy.compile_blocks()
@@ -412,7 +413,7 @@ if __name__ == '__main__':
             batch.ref_logp = answers.reference_logprobs(batch, first)
 
         # ---- 5. the update
-        lr, meter = linear_lr(it, learning_rate, warmup_iters, max_iters), Meter()
+        lr, steps = linear_lr(it, learning_rate, warmup_iters, max_iters), []
         for rows in passes:
             live = [i for i in rows if teaches[i]]
             if not live:
@@ -425,17 +426,17 @@ if __name__ == '__main__':
             stats['pg'] = stats.pop('loss')
             check_finite(it, out_dir, pg=stats['pg'])
             stats['grad_norm'] = parallel.clip_and_step([optimizer], [lr], grad_clip)  # all-reduce over the ranks, clip, AdamW
-            if it == meter.steps == 0:
+            if it == len(steps) == 0:
                 print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e}, gradient norm {stats['grad_norm']:.2f}"
                       + (' (a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)' if abs(stats['pg']) < 1e-3 else ''))
                 if stats['ratio_max'] > 1e-3 and decoupled:
                     raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
-            meter.add(**stats)
+            steps.append(stats)
 
         # ---- log
-        stats, dt, n = meter.means(), time.time() - t0, sum(map(len, batch.responses))
+        stats, dt, n = means(steps), time.time() - t0, sum(map(len, batch.responses))
         row = dict(score=all_asked.scores.mean(), score_std=spread(all_asked.scores), dead=1 - alive.float().mean().item(), rounds=len(asked), len=n / batch_size, ended=batch.ended.float().mean(),
-                   gen_s=gen_s, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, completions_per_s=batch_size / dt, lr=lr, steps=meter.steps)
+                   gen_s=gen_s, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, completions_per_s=batch_size / dt, lr=lr, steps=len(steps))
         row |= {'k3' if k == 'kl' else k: x for k, x in stats.items()}
         if beta:
             row['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
@@ -445,7 +446,7 @@ if __name__ == '__main__':
             row |= answers.report(all_asked, gen_s / dt)
         log.row(it, 'train', **row)
         print(f"iter {it}/{max_iters} | score {row['score']:.3f} | dead {row['dead']:.0%}" + (f" | kl {row['kl']:.2f} nats/seq" if beta else '')
-              + (f" | pg {stats['pg']:.3f} | clip {stats['clip_frac']:.1%} | norm {stats['grad_norm']:.2f} | mismatch {stats['mismatch']:.1e} max {stats['mismatch_max']:.1e}" if meter.steps else ' | no group alive, no step')
+              + (f" | pg {stats['pg']:.3f} | clip {stats['clip_frac']:.1%} | norm {stats['grad_norm']:.2f} | mismatch {stats['mismatch']:.1e} max {stats['mismatch_max']:.1e}" if len(steps) else ' | no group alive, no step')
               + (f" | staleness {row['staleness']:.1f}" if mode == 'async' else '') + (f" | idle {row['idle']:.0%} | dropped {row['dropped']}" if 'idle' in row else '')
               + f" | len {n / batch_size:.1f} tok | gen {gen_s:.1f}s upd {row['upd_s']:.1f}s | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
 

@@ -32,7 +32,7 @@ import kernels as K
 import lora
 import parallel
 from dataset import load_dataset
-from rollout import Answers, Meter, Rewards, check_room, minibatches, read_prompts, spread
+from rollout import Answers, Rewards, means, minibatches, read_prompts, spread
 from run import (RunLog, activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
                  memory_plan, open_model, open_run, pick_device, pick_threads, training_bytes)
 from tokenizer import get_tokenizer
@@ -335,7 +335,8 @@ if __name__ == '__main__':
         else:
             best = -float('inf')
     if mode == 'async' and not eval_only:
-        answers.run_ahead(tokenizer, list(rewards.files), simulate_staleness, max_staleness, rollout_workers, reward_workers, reward_timeout, reward_retries, runtime)
+        answers.run_ahead(tokenizer, list(rewards.files), simulate_staleness, max_staleness, rollout_workers, reward_workers,
+                          reward_timeout, reward_retries, runtime)
     log = RunLog(out_dir, config, ckpt, mesh.master)
     if compile:
         policy.compile_blocks()
@@ -420,7 +421,7 @@ if __name__ == '__main__':
             batch.old_logp = batch.sampled  # naive: the ratio is taken to the sampler itself
 
         # ---- 5. the update
-        t1, meter = time.time(), Meter()
+        t1, steps = time.time(), []
         lr, v_lr = (linear_lr(it, peak, 0, max_iters) for peak in (learning_rate, value_lr or learning_rate))
         for rows in passes:
             micros, _ = answers.micro_batches(batch, rows)
@@ -432,11 +433,11 @@ if __name__ == '__main__':
             check_finite(it, out_dir, pg=stats['pg'], vf=stats['vf'])
             # all-reduce over the ranks, clip by ONE norm over both networks, AdamW
             stats['grad_norm'] = parallel.clip_and_step([optimizer, value_optimizer], [lr, v_lr], grad_clip)
-            if it == meter.steps == 0:  # the invariant of every correct PPO: before the first step nothing has moved
+            if it == len(steps) == 0:  # the invariant of every correct PPO: before the first step nothing has moved
                 print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, approx KL = {stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
                 if stats['ratio_max'] > 1e-3 and decoupled:
                     raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
-            meter.add(**stats)
+            steps.append(stats)
             if kl_stop and stats['approx_kl'] > kl_stop:
                 break
 
@@ -446,10 +447,10 @@ if __name__ == '__main__':
             beta = adapt_beta(beta, kl, target_kl, batch_size, kl_horizon)
 
         # ---- log
-        stats, dt, n = meter.means(), time.time() - t0, sum(map(len, batch.responses))
+        stats, dt, n = means(steps), time.time() - t0, sum(map(len, batch.responses))
         row = dict(score=batch.scores.mean(), score_std=spread(batch.scores), kl=kl, beta=beta, len=n / batch_size, ended=batch.ended.float().mean(),
                    value_mean=masked_mean(batch.values, batch.mask), explained=explained_variance(stats), gen_s=gen_s, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, lr=lr,
-                   steps=meter.steps, **mismatch)
+                   steps=len(steps), **mismatch)
         row |= {k: x for k, x in stats.items() if k not in ('loss', 'rest', 'rest_sq', 'target', 'target_sq')}
         if mode == 'async':
             row |= answers.report(batch, gen_s / dt)

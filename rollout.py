@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import os
 import runpy
@@ -82,7 +81,6 @@ class Batch:
         mask       (B, R) bool     True = response token; answers are padded on the right
         sampled    (B, R) float    log-prob that the sampler had for each token, 0 elsewhere
         ages       (B, R) int      updates that the sampler's weights were behind
-        given      {file: (B,)}    rewards that are there already (asynchronous rollouts)
     The rest a stage fills in as it goes; None until then. `batch[rows]` is a Batch of some answers, cut to the longest."""
     rows: list
     index: list
@@ -92,7 +90,6 @@ class Batch:
     mask: torch.Tensor
     sampled: torch.Tensor
     ages: torch.Tensor
-    given: dict = dataclasses.field(default_factory=dict)
     scores: torch.Tensor = None      # (B,)
     advantages: torch.Tensor = None  # (B,) or (B, R), as are those below
     old_logp: torch.Tensor = None
@@ -100,6 +97,7 @@ class Batch:
     values: torch.Tensor = None
     returns: torch.Tensor = None
     weights: torch.Tensor = None
+    given: dict = None  # {reward file: (B,)} that came along with asynchronous answers; not in parts of a batch
 
     def __len__(self):
         return len(self.responses)
@@ -110,17 +108,13 @@ class Batch:
         def some(x):
             if isinstance(x, list):
                 return [x[i] for i in rows]
-            if torch.is_tensor(x):
-                return x[rows] if x.dim() == 1 else x[rows, :longest]
-            return {key: v[rows] for key, v in x.items()} if x else x
+            if not torch.is_tensor(x):
+                return None
+            return x[rows] if x.dim() == 1 else x[rows, :longest]
         return Batch(*(some(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
-    def groups(self):
-        """[(prompt, [answer, ...])]: neighbours that answer the same prompt."""
-        return [(prompt, [self.responses[i] for i in rows]) for prompt, rows in self._neighbours(range(len(self)))]
-
-    def _neighbours(self, rows, room=math.inf):
-        """[(prompt, [row number, ...])] of at most `room` tokens each, the prompt counted once."""
+    def neighbours(self, rows, room=math.inf):
+        """[(prompt, [row number, ...])]: those that answer the same prompt, of at most `room` tokens, the prompt counted once."""
         found, tokens = [], 0
         for i in rows:
             prompt, size = self.prompts[i], len(self.responses[i])
@@ -132,13 +126,10 @@ class Batch:
                 tokens = len(prompt) + size
         return found
 
-    def micro_batches(self, rows, micro_tokens, mesh):
-        """Some row numbers in groups of at most micro_tokens tokens, always cut the same way; neighbours share their prompt. Of
-        several replicas each gets its share -> ([[int]], how many replicas compute the same ones: see Mesh.copies)."""
-        units = self._neighbours(rows, micro_tokens)
-        sizes = [len(prompt) + sum(len(self.responses[i]) for i in mine) for prompt, mine in units]
-        bins = mesh.deal(pack(sizes, max([micro_tokens, *sizes])), sizes) if units else []
-        return [[i for unit in bin for i in units[unit][1]] for bin in bins], mesh.copies(len(units))
+    def groups(self):
+        """[(prompt, [answer, ...])], as answer_logprobs wants them."""
+        found = self.neighbours(range(len(self)))
+        return [(prompt, [self.responses[i] for i in rows]) for prompt, rows in found]
 
 
 def concatenate(batches):
@@ -148,10 +139,10 @@ def concatenate(batches):
     def join(name):
         parts = [getattr(batch, name) for batch in batches]
         if isinstance(parts[0], list):
-            return [x for part in parts for x in part]
-        if torch.is_tensor(parts[0]):
-            return torch.cat([F.pad(x, (0, longest - x.shape[1])) if x.dim() == 2 else x for x in parts])
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if parts[0] else parts[0]
+            return sum(parts, [])
+        if not torch.is_tensor(parts[0]):
+            return None
+        return torch.cat([x if x.dim() == 1 else F.pad(x, (0, longest - x.shape[1])) for x in parts])
     return Batch(*(join(field.name) for field in dataclasses.fields(Batch)))
 
 
@@ -164,19 +155,13 @@ def minibatches(batch_size, size, seed, it, epoch, group_size=1):
     return order.reshape(-1, size).tolist()
 
 
-class Meter:
-    """Means of an iteration's statistics over its optimizer steps; of a name that ends in _max the largest."""
-
-    def __init__(self):
-        self.steps, self.sums = 0, {}
-
-    def add(self, **stats):
-        self.steps += 1
-        for key, x in stats.items():
-            self.sums[key] = max(self.sums.get(key, x), x) if key.endswith('_max') else self.sums.get(key, 0.0) + x
-
-    def means(self):
-        return {key: x if key.endswith('_max') else x / self.steps for key, x in self.sums.items()}
+def means(steps):
+    """[{name: number}], one of each optimizer step -> {name: mean}; of a name that ends in _max the largest."""
+    found = {}
+    for key in steps[0] if steps else ():
+        values = [step[key] for step in steps]
+        found[key] = max(values) if key.endswith('_max') else sum(values) / len(values)
+    return found
 
 
 def spread(x):
@@ -189,35 +174,29 @@ def spread(x):
 
 
 def shared_states(model, groups, device):
-    """Hidden states (n, C) at the n positions that predict the answers' tokens; each prompt is computed ONCE for all its answers.
+    """Hidden states (n, C) at the n positions that predict the answers' tokens; a prompt is computed ONCE for all its answers.
 
         flat tokens   p p p | a a | b b b | ...        what embeddings, linear layers and norms see: N = P + 2 + 3
         attention     p p p a a | p p p b b b | ...    gathered for the attention alone: each answer sees its prompt and itself
-    State once: the state at t predicts token t + 1. So an answer's last token is not in the input at all."""
-    tokens, pos, slot = [], [], []            # of the flat tokens; slot: where in the attention's rows each one is computed
-    gather, predict, lengths = [], [], []     # of the attention's rows: flat token numbers, those that predict, one length an answer
-    n = m = 0                                 # flat tokens and attention rows so far
+    State once: the state at t predicts token t + 1, so an answer's last token is not in the input at all."""
+    sequences, paths, predict, n = [], [], [], 0  # a path: the flat tokens that an attention row goes through
     for prompt, answers in groups:
-        P, head = len(prompt), np.arange(n, n + len(prompt))
-        tokens.append(prompt)
-        pos.append(np.arange(P))
-        slot.append(np.arange(m, m + P))
-        n += P
+        head, n = np.arange(n, n + len(prompt)), n + len(prompt)
         for answer in answers:
-            k = len(answer) - 1
-            path = np.concatenate([head, np.arange(n, n + k)])
-            tokens.append(answer[:-1])
-            pos.append(np.arange(P, P + k))
-            slot.append(np.arange(m + P, m + P + k))
-            gather.append(path)
-            predict.append(path[P - 1:])
-            lengths.append(P + k)
-            n, m = n + k, m + P + k
+            own, n = np.arange(n, n + len(answer) - 1), n + len(answer) - 1
+            paths.append(np.concatenate([head, own]))
+            sequences.append(prompt + answer[:-1])
+            predict.append(paths[-1][len(prompt) - 1:])
+    lengths = [len(path) for path in paths]
+    gather = np.concatenate(paths)
+    _, slot = np.unique(gather, return_index=True)  # the place in the attention's rows where a flat token is met first
+    pos = np.concatenate([np.arange(length) for length in lengths])[slot]
+    tokens = np.concatenate(sequences)[slot]
     extra = np.zeros(kernels.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for the CPU's matrix products
-    tokens, pos, slot = (_flat([*x, extra], device) for x in (tokens, pos, slot))
+    tokens, pos, slot = (_flat([x, extra], device) for x in (tokens, pos, slot))
     doc = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    layout = Layout((1, m), torch.device(device), doc=doc[None].to(device))
-    attend = layout.through(_flat(gather, device), slot).attend()
+    layout = Layout((1, len(gather)), torch.device(device), doc=doc[None].to(device))
+    attend = layout.through(_flat([gather], device), slot).attend()
     return model.hidden(tokens, pos, attend)[_flat(predict, device)]
 
 
@@ -319,13 +298,8 @@ def spoken(ids, ended):
 
 
 def names_of(spec):
-    """'a.py, out-reward' -> ['a.py', 'out-reward']. A comma in the name of a file that exists belongs to it."""
-    names, parts = [], spec.split(',')
-    while parts:
-        n = next((n for n in range(len(parts), 1, -1) if os.path.exists(','.join(parts[:n]).strip())), 1)
-        names.append(','.join(parts[:n]).strip())
-        parts = parts[n:]
-    return names
+    """'a.py, out-reward' -> ['a.py', 'out-reward']; a path with a comma that exists is one name."""
+    return [spec] if os.path.exists(spec) else [name.strip() for name in spec.split(',')]
 
 
 def weights_of(text, names):
@@ -342,8 +316,8 @@ def weights_of(text, names):
 class Rewards:
     """Reward files and reward models, several by comma, added up with one weight each.
 
-    A file is asked in this process, a completion at a time. A model reads prompt + answer in its own tokens, as its training
-    did, and is read at the last one. Of several ranks each scores its share. longest: tokens of prompt and answer at most."""
+    A file is asked in this process, one completion after the other. A model reads prompt and answer in its own tokens, as in its
+    training. Of several ranks each scores its share. longest: tokens of a prompt and its answer at most."""
 
     def __init__(self, run, spec, tok, longest, micro_tokens, weights=''):
         self.run, self.tok, self.micro_tokens = run, tok, micro_tokens
@@ -354,46 +328,47 @@ class Rewards:
 
     def _load(self, name, longest):
         """(model, its tokenizer, or None where the policy's ids are its ids)"""
-        model, spec = load_model(name, self.run.device, head='scalar')
-        tok = get_tokenizer(spec)
+        model, tokenizer = load_model(name, self.run.device, head='scalar')
+        model.requires_grad_(False).eval()
+        tok = get_tokenizer(tokenizer)
         if (tok.spec, tok.eot) != (self.tok.spec, self.tok.eot):
-            return model.requires_grad_(False).eval(), tok
-        check_room(f'reward {name}', model, longest, self.tok)
-        return model.requires_grad_(False).eval(), None
+            return model, tok
+        check_room(f'reward {name}', model, longest, tok)
+        return model, None
 
     def __call__(self, batch):
         """-> (total (B,) float32, {name: (B,)}), on the CPU."""
         share = range(len(batch))[self.run.mesh.mine(len(batch))]
-        mine, each = batch[share] if len(share) else None, dict(batch.given)
+        each = dict(batch.given or {})
         for name in self.names:
             if name not in each:
-                scores = [] if mine is None else self._by_file(name, mine) if name in self.files else self._by_model(name, mine)
-                each[name] = torch.tensor(self.run.mesh.collect(scores, everyone=True), dtype=torch.float32)
+                scores = self._scores(name, batch[share]) if share else []
+                scores = self.run.mesh.collect(scores, everyone=True)
+                each[name] = torch.tensor(scores, dtype=torch.float32)
         return sum(weight * each[name] for name, weight in zip(self.names, self.weights)), each
 
-    def _by_file(self, name, batch):
-        texts = self._texts(batch)
-        return [ask_reward(self.files[name], name, row, text) for row, text in zip(batch.rows, texts)]
-
-    def _texts(self, batch):
-        return [self.tok.decode(spoken(ids, end)) for ids, end in zip(batch.responses, batch.ended.tolist())]
-
-    def _by_model(self, name, batch):
+    def _scores(self, name, batch):
+        ended = batch.ended.tolist()
+        texts = [self.tok.decode(spoken(ids, end)) for ids, end in zip(batch.responses, ended)]
+        if name in self.files:
+            return [ask_reward(self.files[name], name, row, text) for row, text in zip(batch.rows, texts)]
         model, tok = self.models[name]
         if tok is None:
             sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
-        else:  # other tokens: the row is read as in the reward model's training, with an end where the answer ended
-            sequences = []
-            for row, text, ended in zip(batch.rows, self._texts(batch), batch.ended.tolist()):
-                ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
-                sequences.append(ids if ended else ids[:-1])
+        else:
+            sequences = [self._reread(row, text, end, tok) for row, text, end in zip(batch.rows, texts, ended)]
             check_room(f'reward {name}', model, max(map(len, sequences)), tok)
         with self.run.amp():
             scores = model_rewards(model, sequences, self.run.device, self.micro_tokens)
         if not scores.isfinite().all():
-            bad = scores[~scores.isfinite()][0].item()
-            raise ValueError(f'reward model {name} returned {bad}: its weights are broken; train it again')
+            raise ValueError(f'reward model {name} returned {scores[~scores.isfinite()][0].item()}: its weights are broken; '
+                             'train it again')
         return scores.tolist()
+
+    def _reread(self, row, text, ended, tok):
+        """Other tokens: the row as the reward model's training read it, with the end token where the answer ended."""
+        ids, _ = encode_row(dict(prompt=row['prompt'], completion=text), tok)
+        return ids if ended else ids[:-1]
 
 
 def check_room(what, model, longest, tok):
@@ -426,62 +401,66 @@ class Answers:
     """The policy's answers to the prompts, in the order of the data: one `next(it)` for all modes.
 
         sync                  an engine in this process answers with the weights before update `it`
-        async                 engines in other processes run ahead (`Rollouts`, below); see run_ahead
+        async                 engines in other processes run ahead: see run_ahead, and Rollouts below
         simulated staleness   the engine here answers with the weights of n updates ago: async's samples, but deterministic
-    Prompt number k is a function of (seed, k), and so is what is sampled for it: all modes ask the same, a resume goes on where
-    it was, and `state()` is one number. need: prompts an iteration. team: ranks that run one engine together (rollout_tp)."""
+    Which prompt is number k, and what is sampled for it, are functions of (seed, k). So all modes ask the same, and the state
+    to resume from is one number. need: prompts an iteration. team: ranks that run one engine together (rollout_tp).
+    reference: a frozen model, or None: then it is the policy without its adapter."""
 
-    def __init__(self, run, policy, reference, sampler, tok, rows, prompts, need, group_size, seed, max_new_tokens, temperature,
-                 max_num_seqs, micro_tokens, longest, team=1):
+    def __init__(self, run, policy, reference, sampler, tok, rows, prompts, need, group_size, seed, max_new_tokens,
+                 temperature, max_num_seqs, micro_tokens, longest, team=1):
         self.run, self.mesh, self.device = run, run.mesh, run.device
         self.policy, self.reference = policy, reference
-        self.tok, self.rows, self.prompts = tok, rows, prompts
-        self.need, self.group_size, self.seed, self.team = need, group_size, seed, team
-        self.params = infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature)
+        self.rows, self.prompts, self.seed = rows, prompts, seed
+        self.need, self.group_size, self.team = need, group_size, team
         self.temperature, self.micro_tokens = temperature, micro_tokens
+        self.params = infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature)
         self.options = dict(max_num_seqs=max_num_seqs, max_len=longest)
         self.engine = infer.Engine(sampler, tok, **self.options)
-        self.pool, self.stale, self.past, self.position = None, 0, [], 0
-        self.jobs = self._jobs(0)
+        self.pool, self.stale, self.past = None, 0, []
+        self.position, self.jobs = 0, self._jobs(0)
 
-    def run_ahead(self, tokenizer, reward_files, simulate_staleness, max_staleness, workers, reward_workers, reward_timeout,
-                  reward_retries, runtime):
-        """Asynchronous from now on; the names are those of the stages' keys, and of Rollouts."""
+    def run_ahead(self, tokenizer, reward_files, simulate_staleness, *workers):
+        """Asynchronous from now on. workers: as in Rollouts, from max_staleness to runtime."""
         self.stale = simulate_staleness
         if not simulate_staleness:
             model = copy.deepcopy(self.engine.model).cpu().requires_grad_(False)
-            self.pool = Rollouts(model, tokenizer, self._jobs, self.need, max_staleness, workers, reward_files, reward_workers,
-                                 reward_timeout, reward_retries, runtime, self.position, self.device, **self.options)
+            self.pool = Rollouts(model, tokenizer, self._jobs, self.need, reward_files, *workers, position=self.position,
+                                 device=self.device, **self.options)
 
     def _jobs(self, k):
         """Endless: (row number, row, prompt ids, how to sample) of prompt number k, k + 1, ..."""
         order = Sampler(len(self.prompts), 1, self.seed)
         order.batch = k
-        for i in map(int, itertools.chain.from_iterable(order)):
+        for (i,) in order:
             seed = (self.seed * 1000003 + k) % (1 << 31)
-            yield i, self.rows[i], self.prompts[i], dataclasses.replace(self.params, n=self.group_size, seed=seed)
+            yield int(i), self.rows[i], self.prompts[i], dataclasses.replace(self.params, n=self.group_size, seed=seed)
             k += 1
 
     def next(self, it, again=False):
-        """The next Batch of need * group_size answers, sampled with the weights before update `it`, or older ones. again: a second
+        """The next Batch of need * group_size answers, sampled with the weights before update `it` or older ones. again: a second
         helping for the same update (dynamic sampling)."""
         if not again:
             self._publish(it)
-        if self.pool is not None:
-            groups = self.pool.take(self.need)
-            index = [group.index for group in groups for _ in group.answers]
-            answers = [(ids, logp, [it - v for v in versions], ended) for g in groups for ids, logp, versions, ended in g.answers]
-            given = {name: torch.tensor([s for g in groups for s in g.scores[name]]) for name in groups[0].scores}
-            return self._batch([self.rows[i] for i in index], index, [self.prompts[i] for i in index], answers, given)
-        picked, rows, prompts, params = zip(*itertools.islice(self.jobs, self.need))
-        self.position += self.need
-        return self._answer(rows, picked, prompts, params, min(it, self.stale))
+        if self.pool is None:
+            index, _, prompts, params = zip(*itertools.islice(self.jobs, self.need))
+            self.position += self.need
+            answers = self._generate(prompts, params, min(it, self.stale))
+            return self._batch([i for i in index for _ in range(self.group_size)], answers)
+        groups = self.pool.take(self.need)
+        answers = [(ids, logp, [it - version for version in versions], ended)
+                   for group in groups for ids, logp, versions, ended in group.answers]
+        batch = self._batch([group.index for group in groups for _ in group.answers], answers)
+        batch.given = {name: torch.tensor([mark for group in groups for mark in group.scores[name]])
+                       for name in groups[0].scores}
+        return batch
 
     def held_out(self, rows, prompts, n):
-        """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of their own."""
+        """A Batch of n answers to each of some other prompts, sampled with today's weights and with seeds of their own."""
         parallel.refresh(self.engine, self.policy)
         params = [dataclasses.replace(self.params, n=n, seed=seed) for seed in range(len(prompts))]
-        return self._answer(rows, range(len(rows)), prompts, params, 0)
+        index = [i for i in range(len(prompts)) for _ in range(n)]
+        return self._batch(index, self._generate(prompts, params, 0), rows, prompts)
 
     def _publish(self, it):
         """The weights before update `it` go to whoever samples; with simulated staleness those of that many updates ago do."""
@@ -494,25 +473,32 @@ class Answers:
         else:
             parallel.refresh(self.engine, self.policy)
 
-    def _answer(self, rows, index, prompts, params, age):
-        """Each rank (with rollout_tp each team of ranks) answers its share of the prompts; all of them know all answers."""
+    def _generate(self, prompts, params, age):
+        """[(ids, log-probs, ages, ended)], prompt-major. Each rank (with rollout_tp each team) answers its share, all get all."""
         share = self.mesh.mine(len(prompts), self.team)
-        done = self.engine.generate(list(prompts[share]), list(params[share]))
+        done = self.engine.generate(prompts[share], params[share])
         mine = [(c.token_ids, c.logprobs, [age] * len(c.token_ids), c.finish_reason == 'stop') for c in done]
-        n, answers = params[0].n, self.mesh.collect(mine, everyone=True, team=self.team)
-        return self._batch(*([x for x in xs for _ in range(n)] for xs in (rows, index, prompts)), answers)
+        return self.mesh.collect(mine, everyone=True, team=self.team)
 
-    def _batch(self, rows, index, prompts, answers, given=None):
+    def _batch(self, index, answers, rows=None, prompts=None):
+        rows, prompts = rows or self.rows, prompts or self.prompts
         ids, logps, ages, ended = zip(*answers)
-        ids_mask = pad(ids)[1].to(self.device)
-        sampled, ages = pad(logps, 0.0)[0].to(self.device), pad(ages)[0].to(self.device)
-        return Batch(rows, index, prompts, list(ids), torch.tensor(ended), ids_mask, sampled, ages, given or {})
+        mask = pad(ids)[1].to(self.device)
+        sampled, _ = pad(logps, 0.0)
+        ages, _ = pad(ages)
+        return Batch([rows[i] for i in index], index, [prompts[i] for i in index], list(ids), torch.tensor(ended), mask,
+                     sampled.to(self.device), ages.to(self.device))
 
     # ---- a forward pass over a batch
 
     def micro_batches(self, batch, rows):
-        """The micro-batches of some answers; see Batch."""
-        return batch.micro_batches(rows, self.micro_tokens, self.mesh)
+        """Some row numbers in groups of at most micro_tokens tokens, always cut the same way; neighbours share their prompt. Of
+        several replicas each gets its share -> ([[int]], how many replicas compute the same ones: see Mesh.copies)."""
+        units = batch.neighbours(rows, self.micro_tokens)
+        sizes = [len(prompt) + sum(len(batch.responses[i]) for i in mine) for prompt, mine in units]
+        bins = pack(sizes, max([self.micro_tokens, *sizes]))
+        bins = self.mesh.deal(bins, sizes)
+        return [[i for unit in bin for i in units[unit][1]] for bin in bins], self.mesh.copies(len(units))
 
     def logprobs(self, model, micro):
         """(log-probs, entropies) of a micro-batch's answers at the temperature they were sampled with, (b, r)."""
@@ -520,14 +506,26 @@ class Answers:
             return answer_logprobs(model, micro.groups(), self.device, self.temperature)[:2]
 
     def values(self, model, micro):
-        """Values before each token, (b, r)."""
+        """The value before each token, (b, r)."""
         with self.run.amp():
             return answer_values(model, micro.groups(), self.device)
 
-    @torch.no_grad()
-    def without_gradient(self, fn, model, batch, minibatches):
-        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every rank. They are cut as the
-        update will cut them, so that its first ratios are 1 to the bit."""
+    def all_logprobs(self, model, batch, minibatches):
+        """Log-probs of all answers (B, R), without gradient."""
+        return self._all(lambda model, micro: self.logprobs(model, micro)[0], model, batch, minibatches)
+
+    def reference_logprobs(self, batch, minibatches):
+        """The same under the reference: the frozen copy, or the policy with its adapter switched off."""
+        with contextlib.nullcontext() if self.reference is not None else lora.lora_disabled(self.policy):
+            return self.all_logprobs(self.reference or self.policy, batch, minibatches)
+
+    def all_values(self, model, batch, minibatches):
+        """Values of all answers (B, R), without gradient."""
+        return self._all(self.values, model, batch, minibatches)
+
+    def _all(self, fn, model, batch, minibatches):
+        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every rank. They are cut as
+        the update will cut them, so that its first ratios are 1 to the bit."""
         out = torch.zeros(batch.mask.shape, device=self.device)
         for rows in minibatches:
             micros, _ = self.micro_batches(batch, rows)
@@ -536,20 +534,7 @@ class Answers:
                 out[micro, :x.shape[1]] = x.to(self.device)
         return out
 
-    def all_logprobs(self, model, batch, minibatches):
-        """Log-probs of all answers (B, R) under a model."""
-        return self.without_gradient(lambda model, micro: self.logprobs(model, micro)[0], model, batch, minibatches)
-
-    def reference_logprobs(self, batch, minibatches):
-        """The same under the reference: the frozen copy, or, without one, the policy with its adapter switched off."""
-        with contextlib.nullcontext() if self.reference is not None else lora.lora_disabled(self.policy):
-            return self.all_logprobs(self.reference or self.policy, batch, minibatches)
-
-    def all_values(self, model, batch, minibatches):
-        """Values of all answers (B, R)."""
-        return self.without_gradient(self.values, model, batch, minibatches)
-
-    # ---- what is logged of it, checkpoints
+    # ---- the log, checkpoints
 
     def report(self, batch, idle):
         """Asynchronous rollouts in a row of the log. idle: the share of the time that the trainer waited for samples."""
@@ -560,21 +545,22 @@ class Answers:
         return row
 
     def state(self):
-        """For a checkpoint: how far we are in the prompts. What runs ahead of the loop is not in it, it is sampled again."""
+        """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are not in it: sampled again."""
         position = self.position if self.pool is None else self.pool.position
-        return dict(position=position, seed=self.seed, n=len(self.prompts), prompts=self._fingerprint())
+        return dict(position=position, seed=self.seed, n=len(self.prompts), crc=self._crc())
 
-    def _fingerprint(self):
+    def _crc(self):
         return zlib.crc32(np.concatenate(self.prompts).tobytes())
 
     def load_state(self, state, past=()):
         """Goes on there. ValueError where the data or their order have changed."""
         if state['seed'] != self.seed:
-            raise ValueError(f'seed {self.seed}: the run that is resumed has seed {state["seed"]}, which gives the order of its prompts')
-        if (state['n'], state.get('prompts', self._fingerprint())) != (len(self.prompts), self._fingerprint()):
-            raise ValueError('dataset: these are not the prompts of the run that is resumed: give the same dataset, or start a new run')
+            raise ValueError(f'seed {self.seed}: the run to resume has seed {state["seed"]}, and with it the order of its prompts')
+        if (state['n'], state.get('crc', self._crc())) != (len(self.prompts), self._crc()):
+            raise ValueError('dataset: its prompts are not those of the run to resume: give the same data, or start a new run')
+        self.past = list(past)
         self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
-        self.past, self.jobs = list(past), self._jobs(self.position)
+        self.jobs = self._jobs(self.position)
 
     def close(self):
         """Ends the processes that run ahead."""
@@ -597,8 +583,8 @@ DEATHS = 8       # replacements of one worker that did nothing in between: not b
 
 @dataclass
 class Rollout:
-    """All answers to one prompt. id: its place in the order of prompts, `index`: its row. answers: [(token ids, log-probs they were sampled
-    with, weight version of each, ended by itself)]. scores: {reward file: [float]}, of reward files only."""
+    """All answers to one prompt. id: its place in the order of prompts, `index`: its row. answers: [(token ids, log-probs they
+    were sampled with, weight version of each, ended by itself)]. scores: {reward file: [float]}."""
     id: int
     index: int
     answers: list
@@ -606,31 +592,35 @@ class Rollout:
 
 
 class RolloutWorker:
-    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of an answer: what is in flight is
-    interrupted, its keys and values are made anew, and it goes on under the new weights; every token knows its version."""
+    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of an answer: what is in
+    flight is interrupted, its keys and values are computed again, it continues under the new weights; each token knows its version."""
 
     def __init__(self, model, tokenizer, device, **options):
         torch.set_num_threads(1)
-        self.engine, self.open = infer.Engine(model.to(device), get_tokenizer(tokenizer), **options), {}
+        self.engine = infer.Engine(model.to(device), get_tokenizer(tokenizer), **options)
+        self.open = {}  # id -> ([answers still to come], requests)
 
     def ready(self):
         """Answers once the process is up."""
 
     def run(self, jobs, version, weights, seconds):
-        """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids, SamplingParams)], samples for `seconds` or until all
-        is done. -> [(id, answers as in Rollout)] of the finished ones."""
+        """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids, SamplingParams)], samples for
+        `seconds` or until all is done. -> [(id, answers as in Rollout)] of the finished ones."""
         if weights is not None:
             self.engine.load_weights(weights, version, recompute=True)
         for id, prompt, params in jobs:
             left = [params.n]
-            self.open[id] = left, self.engine._add(self.engine._check(prompt, params), params, left=left)
+            prompt = self.engine._check(prompt, params)
+            self.open[id] = left, self.engine._add(prompt, params, left=left)
         until = time.monotonic() + seconds
         while self.engine.has_unfinished() and time.monotonic() < until:
             with self.engine.lock:
                 self.engine._step()
-        done = [id for id, (left, _) in self.open.items() if not left[0]]
-        out = [(id, [self.engine._completion(r) for r in self.open.pop(id)[1]]) for id in done]
-        return [(id, [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in group]) for id, group in out]
+        done = []
+        for id in [id for id, (left, _) in self.open.items() if not left[0]]:
+            found = [self.engine._completion(request) for request in self.open.pop(id)[1]]
+            done.append((id, [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in found]))
+        return done
 
 
 class Scorer:
@@ -638,31 +628,34 @@ class Scorer:
 
     def __init__(self, files, tokenizer):
         """files {name in the log: path}, a path that holds in any process of any node."""
-        self.fns, self.tok = {name: load_reward(path) for name, path in files.items()}, get_tokenizer(tokenizer)
+        self.fns = {name: load_reward(path) for name, path in files.items()}
+        self.tok = get_tokenizer(tokenizer)
 
     def ready(self):
         """Answers once the process is up: from then on reward_timeout counts."""
 
     def score(self, row, answers):
-        """{file: [float]} for the token ids of each answer, without end tokens. ValueError for what is no finite number."""
+        """{file: [float]} for answers without their end tokens. ValueError as in ask_reward."""
         texts = [self.tok.decode(answer) for answer in answers]
         return {name: [ask_reward(fn, name, row, text) for text in texts] for name, fn in self.fns.items()}
 
 
 class _Hand:
-    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it has; version = its weights';
-    deaths = how often it was replaced since it last did something."""
+    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it has; version = its
+    weights'; deaths = how often it was replaced since it last did something."""
 
     def __init__(self, hire):
         self.hire, self.deaths = hire, 0
         self.start()
 
     def start(self):
-        self.actor, self.work, self.version, self.up = self.hire(), [], None, False
+        self.actor, self.work = self.hire(), []
+        self.version, self.up = None, False
         self.go(self.actor.ready.remote(), START)
 
     def go(self, ref, seconds):
-        self.call, self.deadline, self.seconds = ref, time.monotonic() + seconds, seconds
+        self.call, self.seconds = ref, seconds
+        self.deadline = time.monotonic() + seconds
 
 
 class Rollouts:
@@ -674,70 +667,76 @@ class Rollouts:
     and `position`, the id behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is left out.
     Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch at each publish, so no token that is
     taken is older than max_staleness versions; 0 = the workers sample with the weights of the update itself, as in sync mode.
-    Faults: a worker that dies, or is silent for SILENCE seconds, is replaced and its unfinished prompts begin anew (`restarts`); a
-    reward that raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries times more, then
+    Faults: a worker that dies, or is silent for SILENCE seconds, is replaced and its unfinished prompts are sampled again (`restarts`);
+    a reward that raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries times more, then
     the whole group is left out and the next one takes its place (`dropped`). runtime: 'local', 'ray', or 'HOST:PORT' of a cluster."""
 
-    def __init__(self, model, tokenizer, jobs, batch, max_staleness=1, workers=1, rewards=(), reward_workers=1, reward_timeout=30.0,
-                 reward_retries=2, runtime='local', position=0, device='cpu', **engine):
-        for name, value, least in (('max_staleness', max_staleness, 0), ('rollout_workers', workers, 1), ('reward_workers', reward_workers, 1), ('reward_retries', reward_retries, 0)):
-            if value < least:
-                raise ValueError(f'{name} must be at least {least}, got {value}')
-        if reward_timeout <= 0:
-            raise ValueError(f'reward_timeout must be above 0 seconds, got {reward_timeout}')
+    def __init__(self, model, tokenizer, jobs, batch, rewards=(), max_staleness=1, workers=1, reward_workers=1,
+                 reward_timeout=30.0, reward_retries=2, runtime='local', position=0, device='cpu', **engine):
         import actors  # here: a synchronous stage starts nothing and imports nothing of it
-        self.actors, self.batch, self.max_staleness, self.reward_timeout, self.retries = actors, batch, max_staleness, reward_timeout, reward_retries
+        self.actors, self.batch, self.max_staleness = actors, batch, max_staleness
+        self.reward_timeout, self.retries = reward_timeout, reward_retries
         self.position = self.next = position
-        self.dropped = self.restarts = self.taken = self.limit = 0  # limit: prompts handed out and not dropped, at most
-        self.jobs, self.work, self.pending, self.unscored, self.done = jobs(position), {}, [], deque(), {}
-        self.tries, self.in_a_row = {}, 0
+        self.taken = self.limit = 0                   # limit: prompts handed out and not dropped, at most
+        self.dropped = self.restarts = self.in_a_row = 0  # in_a_row: groups dropped since the last good one
+        self.jobs, self.work, self.pending = jobs(position), {}, []
+        self.unscored, self.done, self.tries = deque(), {}, {}
         self.version = self.weights = self.error = None
-        self.cv, self.closed, self.own = threading.Condition(), False, not actors.is_initialized()
-        if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:  # imported once for all workers; with a GPU it would start CUDA before the fork
-            actors.PRELOAD.append('rollout')
-        gpus = self._init(runtime, workers + (reward_workers if rewards else 0), device)
-        first, options = actors.put(model), dict(device='cuda' if gpus else str(device), **engine)
-        worker = actors.remote(RolloutWorker).options(num_cpus=1, **(dict(num_gpus=min(1, gpus / workers)) if gpus else {}))
-        scorer = actors.remote(Scorer).options(num_cpus=1)
-        files = {f: os.path.abspath(f) for f in rewards}  # a node has a working directory of its own
+        self.cv, self.closed = threading.Condition(), False
+        self.own = not actors.is_initialized()
+        if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
+            actors.PRELOAD.append('rollout')  # imported once for all workers; with a GPU it would start CUDA before the fork
+        scorers = reward_workers if rewards else 0
+        gpus = self._init(runtime, workers + scorers, device)
+        files = {name: os.path.abspath(name) for name in rewards}  # a node has a working directory of its own
         tokenizer = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer
-        self.rollers = [_Hand(lambda: worker.remote(first, tokenizer, **options)) for _ in range(workers)]
-        self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(reward_workers if rewards else 0)]
+        share = dict(num_gpus=min(1, gpus / workers)) if gpus else {}
+        worker = actors.remote(RolloutWorker).options(num_cpus=1, **share)
+        scorer = actors.remote(Scorer).options(num_cpus=1)
+        first, place = actors.put(model), 'cuda' if gpus else str(device)
+        self.rollers = [_Hand(lambda: worker.remote(first, tokenizer, place, **engine)) for _ in range(workers)]
+        self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(scorers)]
         self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
         self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
         self.thread.start()
 
     def _init(self, runtime, processes, device):
-        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there are several, else they share it."""
+        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there are several, else they
+        share it. The runtime reads CUDA_VISIBLE_DEVICES; torch in this process has its device already."""
         gpus = torch.cuda.device_count() if str(device).startswith('cuda') else 0
-        seen, mine = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
+        before, mine = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
         if gpus > 1:
-            ids = seen.split(',') if seen else [str(i) for i in range(gpus)]
-            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])  # read by the runtime; torch here has its device already
+            ids = before.split(',') if before else [str(i) for i in range(gpus)]
+            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])
         try:
-            if not self.own:
-                return gpus - (gpus > 1)
-            if runtime == 'local':
-                self.actors.init(num_cpus=processes)
-            elif runtime == 'ray':
-                cluster = os.environ.get('RAY_ADDRESS')  # a cluster has its own CPUs
-                self.actors.init(backend='ray', include_dashboard=False, **({} if cluster else dict(num_cpus=processes)))
-            elif ':' in runtime:
-                self.actors.init(address=runtime)
-            else:
-                raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py --head=True")
+            if self.own:
+                self._start(runtime, processes)
         finally:
-            if gpus > 1:
-                os.environ.pop('CUDA_VISIBLE_DEVICES') if seen is None else os.environ.update(CUDA_VISIBLE_DEVICES=seen)
+            if gpus > 1 and before is None:
+                del os.environ['CUDA_VISIBLE_DEVICES']
+            elif gpus > 1:
+                os.environ['CUDA_VISIBLE_DEVICES'] = before
         return gpus - (gpus > 1)
 
-    # ---- the trainer's side --------------------------------------------------------------------------------------
+    def _start(self, runtime, processes):
+        if runtime == 'local':
+            self.actors.init(num_cpus=processes)
+        elif runtime == 'ray':
+            cpus = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=processes)  # a cluster has its own CPUs
+            self.actors.init(backend='ray', include_dashboard=False, **cpus)
+        elif ':' in runtime:
+            self.actors.init(address=runtime)
+        else:
+            raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py --head=True")
+
+    # ---- the trainer's side
 
     def publish(self, state, version):
         """New weights (a state dict) for all that is sampled from now on, answers in flight included."""
-        weights = self.actors.put({k: v.detach().cpu() for k, v in state.items()})
+        weights = self.actors.put({name: x.detach().cpu() for name, x in state.items()})
         with self.cv:
-            self.version, self.weights, self.limit = version, weights, self.taken + (self.max_staleness + 1) * self.batch
+            self.version, self.weights = version, weights
+            self.limit = self.taken + (self.max_staleness + 1) * self.batch
             self.cv.notify_all()
 
     def take(self, n):
@@ -749,15 +748,15 @@ class Rollouts:
             while len(out) < n:
                 if self.error is not None:
                     raise self.error
-                if self.position in self.done:
-                    group = self.done.pop(self.position)
-                    if group is not None:
-                        out.append(group)
-                        del self.work[self.position]
-                        self.taken += 1
-                    self.position += 1
-                else:
+                if self.position not in self.done:
                     self.cv.wait(1.0)
+                    continue
+                group = self.done.pop(self.position)
+                if group is not None:
+                    out.append(group)
+                    del self.work[self.position]
+                    self.taken += 1
+                self.position += 1
         return out
 
     def close(self):
@@ -773,7 +772,7 @@ class Rollouts:
         if self.own:
             self.actors.shutdown()
 
-    # ---- the thread that keeps the workers busy ------------------------------------------------------------------
+    # ---- the thread that keeps the workers busy
 
     def _pump(self):
         try:
@@ -810,13 +809,11 @@ class Rollouts:
             version, weights = self.version, self.weights
         for hand in self.rollers:
             if hand.call is None and (hand.work or self.pending):
-                share = -(-(len(self.pending) + sum(len(h.work) for h in self.rollers)) // len(self.rollers))
-                room = min(share, max(1, self.size // self.work[(hand.work or self.pending)[0]][3].n)) - len(hand.work)
-                new, self.pending = self.pending[:max(0, room)], self.pending[max(0, room):]
-                hand.work += new
-                fresh = (version, weights if hand.version != version else None)
+                new = self._share(hand)
+                fresh = weights if hand.version != version else None
                 hand.version = version
-                hand.go(hand.actor.run.remote([(id, *self.work[id][2:]) for id in new], *fresh, SLICE), SILENCE)
+                jobs = [(id, *self.work[id][2:]) for id in new]
+                hand.go(hand.actor.run.remote(jobs, version, fresh, SLICE), SILENCE)
         for hand in self.scorers:
             if hand.call is None and self.unscored:
                 hand.work = [self.unscored.popleft()]
@@ -824,11 +821,20 @@ class Rollouts:
                 texts = [spoken(ids, ended) for ids, _, _, ended in answers]
                 hand.go(hand.actor.score.remote(self.work[id][1], texts), self.reward_timeout)
 
+    def _share(self, hand):
+        """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its engine has rows for."""
+        open_ = len(self.pending) + sum(len(other.work) for other in self.rollers)
+        answers = self.work[(hand.work or self.pending)[0]][3].n
+        most = min(-(-open_ // len(self.rollers)), max(1, self.size // answers))
+        new = self.pending[:max(0, most - len(hand.work))]
+        self.pending = self.pending[len(new):]
+        hand.work += new
+        return new
+
     def _collect(self, hand):
         """What a call came to."""
-        ref = hand.call
         try:
-            result = self.actors.get(ref, timeout=SILENCE)
+            result = self.actors.get(hand.call, timeout=SILENCE)
         except self.actors.exceptions.RayActorError as e:
             return self._replace(hand, str(e).strip().splitlines()[-1])
         except Exception as e:
@@ -837,7 +843,7 @@ class Rollouts:
             hand.call = None
             return self._again(hand.work.pop(), str(e).strip().splitlines()[-1])
         hand.call = None
-        if not hand.up:
+        if not hand.up:  # it has started, that is all
             hand.up = True
             return
         hand.deaths = 0
@@ -868,7 +874,8 @@ class Rollouts:
         self.tries[id] = self.tries.get(id, 0) + 1
         if self.tries[id] <= self.retries:
             return self.unscored.append(work)
-        print(f'rollouts: prompt {id} (row {self.work[id][0] + 1}) is dropped, its reward failed {self.tries[id]} times: {why[:200]}', flush=True)
+        print(f'rollouts: prompt {id} (row {self.work[id][0] + 1}) is dropped, its reward failed {self.tries[id]} times: '
+              + why[:200], flush=True)
         self._finish(id, None)
         if self.in_a_row >= max(16, self.batch):
             raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last with: {why[:200]}')
@@ -882,7 +889,8 @@ class Rollouts:
             return self._again(work[0], why)
         hand.deaths += 1
         if hand.deaths >= DEATHS:
-            raise RuntimeError(f'a {"rollout" if hand in self.rollers else "reward"} worker died {hand.deaths} times before it did anything, at last: {why}')
+            kind = 'rollout' if hand in self.rollers else 'reward'
+            raise RuntimeError(f'a {kind} worker died {hand.deaths} times before it did anything, at last: {why}')
         self.restarts += 1
-        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts begin anew', flush=True)
+        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts are sampled again', flush=True)
         self.pending = sorted(work + self.pending)

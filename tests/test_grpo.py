@@ -147,7 +147,7 @@ def test_tis_weights_and_mismatch():
     mask = torch.tensor([[True, True, False]])
     w, stats = grpo.tis_weights(logp, sampler, mask, 2.0)
     assert w.tolist()[0] == pytest.approx([2.0, math.exp(-0.1), 1.0])
-    assert stats['mismatch_max'].item() == pytest.approx(math.log(3)) and stats['mismatch_mean'].item() == pytest.approx((math.log(3) + 0.1) / 2) and stats['tis_frac'] == 0.5
+    assert stats['mismatch_max'].item() == pytest.approx(math.log(3)) and stats['mismatch'].item() == pytest.approx((math.log(3) + 0.1) / 2) and stats['tis_frac'] == 0.5
 
 
 def test_tis_makes_a_foreign_samplers_gradient_right():
