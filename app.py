@@ -51,7 +51,7 @@ from model import GPT, GPTConfig
 from run import load_model, open_model
 
 # ---------------------------------------------------------------------------------------------------------------------
-port = 7860
+port = 7860 # in [0, 65535]: of the server
 host = '127.0.0.1' # loopback: other machines cannot connect; any other host wants auth
 share = False # a public address through Gradio's tunnel; wants auth
 auth = '' # user:password

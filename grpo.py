@@ -42,75 +42,75 @@ from tokenizer import get_tokenizer
 out_dir = 'out-grpo'
 init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: where policy (and reference) start
 overwrite = False # start anew in an out_dir that already holds a run
-eval_interval = 20 # iterations between evaluations; a checkpoint is written at each
-eval_iters = 64 # validation prompts an evaluation answers
-eval_k = 4 # answers to each of them: pass@1 and pass@eval_k
+eval_interval = 20 # >= 1: iterations between evaluations; a checkpoint is written at each
+eval_iters = 64 # >= 0: validation prompts an evaluation answers
+eval_k = 4 # >= 1: answers to each of them: pass@1 and pass@eval_k
 eval_only = False # evaluate once and stop
 # data
 dataset = 'data/toy/arith_train.jsonl' # rows {"prompt", ...}; the whole row goes to the reward
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
-max_prompt = 0 # tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
+max_prompt = 0 # >= 0: tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
 long_prompts = 'error' # a prompt over that: 'error' | 'drop' | 'cut' (its beginning)
 seed = 1337
 # reward
 reward = 'data/toy/reward.py' # Python files with reward(prompt, completion, row) -> float, or reward models; several by comma, the first says what is correct
 reward_weights = '' # '1,0.2': one weight each; '' = 1 each
 overlong = 'none' # an answer cut off at max_new_tokens: 'none' = as any other | 'mask' = not trained on | 'shape' = length penalty (2503.14476 eq. 13)
-overlong_cache = 16 # tokens before max_new_tokens over which 'shape' falls from 0 to -1
+overlong_cache = 16 # >= 0: tokens before max_new_tokens over which 'shape' falls from 0 to -1
 # algorithm
-batch_size = 64 # completions an iteration, over all processes
-group_size = 8 # completions a prompt
-minibatch_size = 64 # completions an optimizer step; batch_size = on policy, no ratio to clip
-micro_tokens = 8192 # tokens a forward pass sees at most; the result is the same
-grpo_epochs = 1 # passes over each batch
-max_new_tokens = 64
-temperature = 1.0 # of the samples, and of every log-prob
+batch_size = 64 # >= 1: completions an iteration, over all processes
+group_size = 8 # >= 1: completions a prompt
+minibatch_size = 64 # >= 1: completions an optimizer step; batch_size = on policy, no ratio to clip
+micro_tokens = 8192 # >= 1: tokens a forward pass sees at most; the result is the same
+grpo_epochs = 1 # >= 1: passes over each batch
+max_new_tokens = 64 # >= 1: tokens an answer at most
+temperature = 1.0 # > 0: of the samples, and of every log-prob
 advantage = 'grpo' # 'grpo' | 'dr_grpo' | 'rloo' | 'reinforce++'
 loss_type = 'grpo' # 'grpo' | 'dr_grpo' | 'dapo' | 'gspo' | 'cispo'
-clip_low = 0.2 # the ratio stays above 1 - clip_low; gspo wants 3e-4
-clip_high = 0.2 # and below 1 + clip_high; dapo 0.28, gspo 4e-4
-beta = 0.0 # weight of k3 to the reference; 0 = off
-dynamic_sampling = 0 # further rounds of prompts at most, to replace dead groups; 0 = off
-tis_cap = 2.0 # truncated importance weight between sampler and trainer; 0 = off
+clip_low = 0.2 # >= 0: the ratio stays above 1 - clip_low; gspo wants 3e-4
+clip_high = 0.2 # >= 0: and below 1 + clip_high; dapo 0.28, gspo 4e-4
+beta = 0.0 # >= 0: weight of k3 to the reference; 0 = off
+dynamic_sampling = 0 # >= 0: further rounds of prompts at most, to replace dead groups; 0 = off
+tis_cap = 2.0 # >= 0: truncated importance weight between sampler and trainer; 0 = off
 decoupled = True # the ratio is taken to the policy before the update, tis_cap's weight bridges from the sampler to that; False = naive: the ratio to the sampler
 track_kl = True # KL to the reference at evaluations also when beta = 0 (costs the memory of a frozen copy)
 # asynchronous rollouts (2505.24298)
 mode = 'sync' # 'sync': sample, then train | 'async': rollout workers sample while this process trains
-max_staleness = 1 # async: updates that a sample's weights may be behind at most; 0 = sync with workers
-simulate_staleness = 0 # async in one process, deterministic: each batch is sampled with the weights of so many updates ago; 0 = off
-rollout_workers = 1 # async: processes that sample, an engine of max_num_seqs each, on one CPU thread or a share of the GPUs
-reward_workers = 1 # async: processes that run the reward files
-reward_timeout = 30.0 # async: seconds for the answers to one prompt; a reward that hangs, raises, dies or is not finite is tried again
-reward_retries = 2 # async: so often; then the prompt is dropped, counted, and the next one takes its place
+max_staleness = 1 # >= 0: async: updates that a sample's weights may be behind at most; 0 = sync with workers
+simulate_staleness = 0 # >= 0: async in one process, deterministic: each batch is sampled with the weights of so many updates ago; 0 = off
+rollout_workers = 1 # >= 1: async: processes that sample, an engine of max_num_seqs each, on one CPU thread or a share of the GPUs
+reward_workers = 1 # >= 1: async: processes that run the reward files
+reward_timeout = 30.0 # > 0: async: seconds for the answers to one prompt; a reward that hangs, raises, dies or is not finite is tried again
+reward_retries = 2 # >= 0: async: so often; then the prompt is dropped, counted, and the next one takes its place
 runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --head=True
 # LoRA (2106.09685)
-lora_r = 0 # rank; 0 = train all weights; with an adapter the reference is the same model without it, for free
-lora_alpha = 16.0 # the adapter is scaled by alpha / r
+lora_r = 0 # >= 0: rank; 0 = train all weights; with an adapter the reference is the same model without it, for free
+lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
 lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
 # optimizer
-max_iters = 100
-learning_rate = 1e-6 # linear to 0; 1e-6 for billions of parameters, 1e-4 and more for tiny ones
-warmup_iters = 0
-weight_decay = 0.0
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-8
-grad_clip = 1.0 # global norm; 0 = off
+max_iters = 100 # >= 0: iterations: one batch of completions each
+learning_rate = 1e-6 # >= 0: linear to 0; 1e-6 for billions of parameters, 1e-4 and more for tiny ones
+warmup_iters = 0 # >= 0: iterations of linear warm-up
+weight_decay = 0.0 # >= 0: AdamW's, of matrices only
+beta1 = 0.9 # in [0, 1): decay of Adam's first moment
+beta2 = 0.999 # in [0, 1): decay of Adam's second moment
+adam_eps = 1e-8 # > 0: Adam's epsilon
+grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
-max_num_seqs = 64 # completions generated at once
+max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the blocks in updates; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
-pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
-cp = 1 # context parallel: not here, where the answers to a prompt share its tokens
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # >= 1: context parallel: not here, where the answers to a prompt share its tokens
 rollout_tp = False # with tp: False = each rank gathers the whole policy and answers its share of the prompts | True = each keeps its part, a tp group answers together
-zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file

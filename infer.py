@@ -48,36 +48,36 @@ from run import kv_cache_bytes, load_model
 # what to run: one of sample (default), chat, eval_file
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
 start = '\n' # the prompt of a sample; FILE:prompt.txt reads a file
-num_samples = 1 # samples of that prompt
+num_samples = 1 # >= 1: samples of that prompt
 chat = False # a chat in the terminal
 system = '' # system prompt of chat
 eval_file = '' # rows {"prompt" or "question", ...} to answer and score
 reward = '' # file with reward(prompt, completion, row) -> float; correct means reward > 0.5
 out_file = '' # eval: samples as JSONL; '' = beside init_from, eval.jsonl
-eval_limit = 0 # eval: the first so many rows; 0 = all
+eval_limit = 0 # >= 0: eval: the first so many rows; 0 = all
 serve = False # moved: python serve.py --init_from=... --port=8000
 # sampling
-max_new_tokens = 256 # tokens a completion at most
-temperature = 0.8 # 0 = greedy
-top_k = 0 # 0 = off
-top_p = 1.0
-min_p = 0.0
-repetition_penalty = 1.0
+max_new_tokens = 256 # >= 1: tokens a completion at most
+temperature = 0.8 # >= 0: 0 = greedy
+top_k = 0 # >= -1: 0 = off
+top_p = 1.0 # in (0, 1]: 1 = off
+min_p = 0.0 # in [0, 1]: 0 = off
+repetition_penalty = 1.0 # > 0: 1 = off
 stop = '' # a string that ends the completion
 # engine
-max_num_seqs = 256 # requests that run together
-max_num_batched_tokens = 2048 # tokens of one step: longer prompts are prefilled in chunks
-block_size = 16 # tokens of a KV block
-num_blocks = 0 # 0 = what max_num_seqs full contexts need, within the memory at hand
+max_num_seqs = 256 # >= 1: requests that run together
+max_num_batched_tokens = 2048 # >= 1: tokens of one step: longer prompts are prefilled in chunks
+block_size = 16 # >= 1: tokens of a KV block
+num_blocks = 0 # >= 0: 0 = what max_num_seqs full contexts need, within the memory at hand
 prefix_caching = True # requests that begin alike share what they begin with
 draft_from = '' # a smaller model with the same tokenizer proposes tokens
-ngram = 0 # or: propose what followed the last ngram tokens before; 0 = off
-num_draft = 4 # tokens proposed at a time
+ngram = 0 # >= 0: or: propose what followed the last ngram tokens before; 0 = off
+num_draft = 4 # >= 1: tokens proposed at a time
 # system
 seed = 1337
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 dtype = 'bfloat16' if torch.cuda.is_available() else 'float32' # 'float32', 'bfloat16', 'float16', 'float64'
-threads = 0 # CPU threads; 0 = one or two for tiny models, whichever is faster at the time (class Tempo), else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = one or two for tiny models, whichever is faster at the time (class Tempo), else torch's choice
 compile = False # torch.compile of the blocks
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]

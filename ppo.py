@@ -42,14 +42,14 @@ from tokenizer import get_tokenizer
 out_dir = 'out-ppo'
 init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: policy and reference start here
 overwrite = False # start anew in an out_dir that already holds a run
-eval_interval = 20 # iterations between evaluations; a checkpoint is written at each
-eval_iters = 64 # validation prompts an evaluation answers
+eval_interval = 20 # >= 1: iterations between evaluations; a checkpoint is written at each
+eval_iters = 64 # >= 0: validation prompts an evaluation answers
 eval_only = False # evaluate once and stop
 # data
 dataset = 'data/toy/prompts_train.jsonl' # rows {"prompt", ...}; the whole row goes to a reward of your own
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
-max_prompt = 0 # tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
+max_prompt = 0 # >= 0: tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
 long_prompts = 'error' # a prompt over that: 'error' | 'drop' | 'cut' (its beginning)
 seed = 1337
 # reward
@@ -58,63 +58,63 @@ missing_eos = 'score' # an answer without end token: 'score' = gets missing_eos_
 missing_eos_value = -1.0
 value = 'auto' # the value network starts as: 'reward' = the reward model | 'policy' | 'auto' = the reward model if there is one
 # algorithm
-batch_size = 64 # completions an iteration, over all processes
-minibatch_size = 32 # completions an optimizer step
-micro_tokens = 8192 # tokens a forward pass sees at most; the result is the same
-ppo_epochs = 4 # passes over each batch
-max_new_tokens = 64
-temperature = 0.7 # of the samples, and of every log-prob
+batch_size = 64 # >= 1: completions an iteration, over all processes
+minibatch_size = 32 # >= 1: completions an optimizer step
+micro_tokens = 8192 # >= 1: tokens a forward pass sees at most; the result is the same
+ppo_epochs = 4 # >= 1: passes over each batch
+max_new_tokens = 64 # >= 1: tokens an answer at most
+temperature = 0.7 # > 0: of the samples, and of every log-prob
 kl_kind = 'k1' # estimator in the reward: 'k1' | 'k2' | 'k3'
-beta = 0.05 # weight of the KL; the start value when target_kl > 0
-target_kl = 0.0 # nats a sequence; 0 = beta stays fixed
-kl_horizon = 10000 # completions over which beta adapts
-gamma = 1.0
-lam = 0.95
-clip = 0.2 # of the ratio
-vf_clip = 0.2 # of the value's step; 0 = off
-vf_coef = 0.1
+beta = 0.05 # >= 0: weight of the KL; the start value when target_kl > 0
+target_kl = 0.0 # >= 0: nats a sequence; 0 = beta stays fixed
+kl_horizon = 10000 # >= 1: completions over which beta adapts
+gamma = 1.0 # in [0, 1]: discount
+lam = 0.95 # in [0, 1]: of GAE: 1 = Monte Carlo, 0 = one step
+clip = 0.2 # > 0: of the ratio
+vf_clip = 0.2 # >= 0: of the value's step; 0 = off
+vf_coef = 0.1 # >= 0: weight of the value loss
 whiten_rewards = False # scale the per-token rewards to unit variance, mean kept
 whiten_advantages = True # over the whole batch
-entropy_coef = 0.0
-kl_stop = 0.0 # end an update's passes when its approximate KL exceeds this; 0 = off
+entropy_coef = 0.0 # >= 0: weight of the entropy bonus
+kl_stop = 0.0 # >= 0: end an update's passes when its approximate KL exceeds this; 0 = off
 # asynchronous rollouts (2505.24298)
 mode = 'sync' # 'sync': sample, then train | 'async': rollout workers sample while this process trains
-max_staleness = 1 # async: updates that a sample's weights may be behind at most; 0 = sync with workers
-simulate_staleness = 0 # async in one process, deterministic: each batch is sampled with the weights of so many updates ago; 0 = off
+max_staleness = 1 # >= 0: async: updates that a sample's weights may be behind at most; 0 = sync with workers
+simulate_staleness = 0 # >= 0: async in one process, deterministic: each batch is sampled with the weights of so many updates ago; 0 = off
 decoupled = True # async: the ratio is taken to the policy before the update, tis_cap's weight bridges from the sampler to that; False = naive: the ratio to the sampler
-tis_cap = 2.0 # async: that weight at most; 0 = off
-rollout_workers = 1 # async: processes that sample, an engine of max_num_seqs each, on one CPU thread or a share of the GPUs
-reward_workers = 1 # async: processes that run a reward file (a reward model scores in this process)
-reward_timeout = 30.0 # async: seconds for one answer; a reward that hangs, raises, dies or is not finite is tried again
-reward_retries = 2 # async: so often; then the prompt is dropped, counted, and the next one takes its place
+tis_cap = 2.0 # >= 0: async: that weight at most; 0 = off
+rollout_workers = 1 # >= 1: async: processes that sample, an engine of max_num_seqs each, on one CPU thread or a share of the GPUs
+reward_workers = 1 # >= 1: async: processes that run a reward file (a reward model scores in this process)
+reward_timeout = 30.0 # > 0: async: seconds for one answer; a reward that hangs, raises, dies or is not finite is tried again
+reward_retries = 2 # >= 0: async: so often; then the prompt is dropped, counted, and the next one takes its place
 runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --head=True
 # LoRA (2106.09685)
-lora_r = 0 # rank; 0 = train all weights; with an adapter the reference is the same model without it, for free
-lora_alpha = 16.0 # the adapter is scaled by alpha / r
+lora_r = 0 # >= 0: rank; 0 = train all weights; with an adapter the reference is the same model without it, for free
+lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
 lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
 # optimizer
-max_iters = 100
-learning_rate = 1e-5 # linear to 0
-value_lr = 0.0 # of the value network; 0 = learning_rate
-weight_decay = 0.0
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-5 # large on purpose: small first steps [lm-human-preferences]
-grad_clip = 1.0 # global norm; 0 = off
+max_iters = 100 # >= 0: iterations: one batch of completions each
+learning_rate = 1e-5 # >= 0: linear to 0
+value_lr = 0.0 # >= 0: of the value network; 0 = learning_rate
+weight_decay = 0.0 # >= 0: AdamW's, of matrices only
+beta1 = 0.9 # in [0, 1): decay of Adam's first moment
+beta2 = 0.999 # in [0, 1): decay of Adam's second moment
+adam_eps = 1e-5 # > 0: large on purpose: small first steps [lm-human-preferences]
+grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
-max_num_seqs = 64 # completions generated at once
+max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the blocks in updates; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
-pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
-cp = 1 # context parallel: the tokens of a micro-batch shared out, for long ones
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # >= 1: context parallel: the tokens of a micro-batch shared out, for long ones
 rollout_tp = False # with tp: False = each rank gathers the whole policy and answers its share of the prompts | True = each keeps its part, a tp group answers together
-zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file

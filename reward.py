@@ -38,53 +38,53 @@ from run import (activation_bytes, check_finite, checkpoint_keys, eta, load_mode
 out_dir = 'out-reward'
 init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: the language model that gets the head
 overwrite = False # start anew in an out_dir that already holds a run
-eval_interval = 100 # iterations between evaluations; a checkpoint is written at each
-eval_iters = 0 # batches an evaluation; 0 = the whole validation set
+eval_interval = 100 # >= 1: iterations between evaluations; a checkpoint is written at each
+eval_iters = 0 # >= 0: batches an evaluation; 0 = the whole validation set
 eval_only = False # evaluate once and stop
 # data
 dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}, optionally "margin", "tie": true
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
-block_size = 0 # tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
-max_rows = 0 # train on the first so many pairs; 0 = all
+block_size = 0 # >= 0: tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
+max_rows = 0 # >= 0: train on the first so many pairs; 0 = all
 seed = 1337
 # algorithm
-center = 0.0 # weight of (r_chosen + r_rejected)^2; 0.01 keeps rewards around 0
-margin_scale = 1.0 # multiplies a row's "margin"
+center = 0.0 # >= 0: weight of (r_chosen + r_rejected)^2; 0.01 keeps rewards around 0
+margin_scale = 1.0 # >= 0: multiplies a row's "margin"
 ties = 'drop' # 'drop' | 'half': rows with "tie": true are left out, or pulled together
 normalize = 'samples' # after training: 'samples' of the initial policy | 'responses' of the data | 'none'
-normalize_n = 256 # samples (or responses) that give gain and bias
-max_new_tokens = 64 # of those samples
-temperature = 1.0 # of those samples
+normalize_n = 256 # >= 2: samples (or responses) that give gain and bias
+max_new_tokens = 64 # >= 1: of those samples
+temperature = 1.0 # > 0: of those samples
 # LoRA (2106.09685)
-lora_r = 0 # rank; 0 = train all weights
-lora_alpha = 16.0 # the adapter is scaled by alpha / r
-lora_dropout = 0.0
+lora_r = 0 # >= 0: rank; 0 = train all weights
+lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
+lora_dropout = 0.0 # in [0, 1): on the adapter's input
 lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
 # optimizer
-epochs = 1.0 # passes over the pairs; ignored when max_iters is set
-max_iters = 0 # 0 = as many as epochs says
-batch_size = 64 # pairs an iteration, over all processes
-micro_tokens = 8192 # tokens a forward pass sees at most
-learning_rate = 5e-5 # linear to 0
-warmup_iters = 0
-weight_decay = 0.0
-beta1 = 0.9
-beta2 = 0.999
-adam_eps = 1e-5 # large on purpose: small first steps [lm-human-preferences]
-grad_clip = 1.0 # global norm; 0 = off
+epochs = 1.0 # > 0: passes over the pairs; ignored when max_iters is set
+max_iters = 0 # >= 0: 0 = as many as epochs says
+batch_size = 64 # >= 1: pairs an iteration, over all processes
+micro_tokens = 8192 # >= 1: tokens a forward pass sees at most
+learning_rate = 5e-5 # >= 0: linear to 0
+warmup_iters = 0 # >= 0: iterations of linear warm-up
+weight_decay = 0.0 # >= 0: AdamW's, of matrices only
+beta1 = 0.9 # in [0, 1): decay of Adam's first moment
+beta2 = 0.999 # in [0, 1): decay of Adam's second moment
+adam_eps = 1e-5 # > 0: large on purpose: small first steps [lm-human-preferences]
+grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the blocks; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
-pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
-cp = 1 # context parallel: the tokens of a micro-batch shared out, for long ones
-zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # >= 1: context parallel: the tokens of a micro-batch shared out, for long ones
+zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
 sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]

@@ -24,19 +24,19 @@ from run import load_model
 # -----------------------------------------------------------------------------
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
 host = '127.0.0.1' # loopback: other machines cannot connect
-port = 8000
+port = 8000 # in [0, 65535]: of the server
 api_key = '' # clients must send it when set
 # engine
-max_num_seqs = 256 # requests that run together
-max_num_batched_tokens = 2048 # tokens of one step: longer prompts are prefilled in chunks
-block_size = 16 # tokens of a KV block
-num_blocks = 0 # 0 = what max_num_seqs full contexts need, within the memory at hand
+max_num_seqs = 256 # >= 1: requests that run together
+max_num_batched_tokens = 2048 # >= 1: tokens of one step: longer prompts are prefilled in chunks
+block_size = 16 # >= 1: tokens of a KV block
+num_blocks = 0 # >= 0: 0 = what max_num_seqs full contexts need, within the memory at hand
 prefix_caching = True # requests that begin alike share what they begin with
 # system
 seed = 1337
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 dtype = 'bfloat16' if torch.cuda.is_available() else 'float32' # 'float32', 'bfloat16', 'float16', 'float64'
-threads = 0 # CPU threads; 0 = the engine's choice
+threads = 0 # >= 0: CPU threads; 0 = the engine's choice
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file

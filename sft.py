@@ -36,10 +36,10 @@ from run import (activation_bytes, check_finite, checkpoint_keys, eta, memory_no
 out_dir = 'out-sft'
 init_from = 'scratch' # 'scratch' | 'resume' | HF name | HF directory | an out_dir
 overwrite = False # start anew in an out_dir that already holds a run
-eval_interval = 250 # iterations between evaluations; a checkpoint is written at each
-eval_iters = 20 # batches an evaluation (rows: at most the whole validation set)
+eval_interval = 250 # >= 1: iterations between evaluations; a checkpoint is written at each
+eval_iters = 20 # >= 0: batches an evaluation (rows: at most the whole validation set)
 eval_only = False # evaluate once and stop
-show_masks = 0 # print so many rows, trained tokens in green, and stop
+show_masks = 0 # >= 0: print so many rows, trained tokens in green, and stop
 # data
 dataset = 'data/toy/sft_train.jsonl' # rows (.jsonl, .json, .arrow ...), or a folder with train.bin and val.bin
 val_dataset = '' # rows; '' keeps 5 % of dataset aside (folders: val.bin)
@@ -47,40 +47,40 @@ tokenizer = '' # 'byte' | 'gpt2' | 'char:meta.json' | directory; '' = the one of
 seed = 1337
 # model from scratch (ignored when init_from names one)
 arch = 'gpt2' # 'gpt2' | 'llama' | 'qwen2' | 'qwen3'
-n_layer = 4
-n_head = 4
-n_embd = 128
-block_size = 256 # context, tokens
+n_layer = 4 # >= 1: blocks
+n_head = 4 # >= 1: attention heads
+n_embd = 128 # >= 1: width
+block_size = 256 # >= 1: context, tokens
 bias = False # in LayerNorms and Linears (arch gpt2); False is a bit better and faster
-dropout = 0.0 # for pretraining 0 is good, for finetuning try 0.1+
+dropout = 0.0 # in [0, 1): for pretraining 0 is good, for finetuning try 0.1+
 # LoRA (2106.09685)
-lora_r = 0 # rank; 0 = train all weights
-lora_alpha = 16.0 # the adapter is scaled by alpha / r
+lora_r = 0 # >= 0: rank; 0 = train all weights
+lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
 lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
 # optimizer
-max_iters = 1000
-batch_size = 64 # rows (or crops of block_size) an iteration, over all processes
-micro_tokens = 8192 # tokens a forward pass sees at most; smaller saves memory, the result is the same
-learning_rate = 1e-3 # peak; small models want 1e-3, GPT-2 size 2e-5 when finetuning
-min_lr = 1e-4 # about learning_rate / 10
-warmup_iters = 50
+max_iters = 1000 # >= 0: iterations (optimizer updates)
+batch_size = 64 # >= 1: rows (or crops of block_size) an iteration, over all processes
+micro_tokens = 8192 # >= 1: tokens a forward pass sees at most; smaller saves memory, the result is the same
+learning_rate = 1e-3 # >= 0: peak; small models want 1e-3, GPT-2 size 2e-5 when finetuning
+min_lr = 1e-4 # >= 0: about learning_rate / 10
+warmup_iters = 50 # >= 0: iterations of linear warm-up
 decay_lr = True # cosine to min_lr at max_iters
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0 # global norm; 0 = off
+weight_decay = 0.1 # >= 0: AdamW's, of matrices only
+beta1 = 0.9 # in [0, 1): decay of Adam's first moment
+beta2 = 0.95 # in [0, 1): decay of Adam's second moment
+grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
 compile = False # torch.compile of the blocks; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-threads = 0 # CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
+threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
-pp = 1 # pipeline stages of layers; wants several micro-batches an iteration
-cp = 1 # context parallel: the tokens of a micro-batch shared out, for long ones
-zero = 0 # what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-dist_timeout = 120 # seconds that one rank waits for another; then the run ends and says which, and in what
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
+cp = 1 # >= 1: context parallel: the tokens of a micro-batch shared out, for long ones
+zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
 sharded_ckpt = False # each rank writes its own part of ckpt.pt; python parallel.py merge OUT_DIR joins them
 # ---------------------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
