@@ -20,78 +20,73 @@ Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable
     python grpo.py config/grpo_qwen3_gsm8k.py                    # one GPU
     python grpo.py --init_from=Qwen/Qwen3-0.6B --reward=right.py,short.py --reward_weights=1,0.1 --dataset=my_prompts.jsonl
 """
-import copy
-import json
 import math
 import os
 import time
 
 import torch
 
-import kernels as K
 import lora
 import parallel
-from dataset import load_dataset
-from rollout import Answers, Rewards, concatenate, means, minibatches, read_prompts, spread
-from run import (RunLog, activation_bytes, check_finite, checkpoint_keys, eta, kv_cache_bytes, load_model, memory_now,
-                 memory_plan, open_model, open_run, pick_device, pick_threads, training_bytes)
-from tokenizer import get_tokenizer
+from rollout import (Answers, check_first_ratio, concatenate, load_prompts, means, minibatches, Rewards, spread)
+from run import check_finite, Run
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # I/O
 out_dir = 'out-grpo'
-init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: where policy (and reference) start
-overwrite = False # start anew in an out_dir that already holds a run
+init_from = 'out-sft' # 'resume' | HF name | HF or PEFT directory | an out_dir: where policy and reference start
+overwrite = False # replace the run that out_dir already holds
 eval_interval = 20 # >= 1: iterations between evaluations; a checkpoint is written at each
-eval_iters = 64 # >= 0: validation prompts an evaluation answers
+eval_iters = 64 # >= 0: held-out prompts an evaluation answers; 0 = all
 eval_k = 4 # >= 1: answers to each of them: pass@1 and pass@eval_k
 eval_only = False # evaluate once and stop
+save_minutes = 5.0 # >= 0: minutes between checkpoints besides those of evaluations; 0 = evaluations only
 # data
-dataset = 'data/toy/arith_train.jsonl' # rows {"prompt", ...}; the whole row goes to the reward
+dataset = 'data/toy/arith_train.jsonl' # rows {"prompt", ...}; the whole row goes to a reward file
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
 max_prompt = 0 # >= 0: tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
-long_prompts = 'error' # a prompt over that: 'error' | 'drop' | 'cut' (its beginning)
-seed = 1337
+long_prompts = 'error' # one of 'error', 'drop', 'cut': a prompt over that; 'cut' = it loses its beginning
+seed = 1337 # in [0, 2147483648)
 # reward
-reward = 'data/toy/reward.py' # Python files with reward(prompt, completion, row) -> float, or reward models; several by comma, the first says what is correct
+reward = 'data/toy/reward.py' # as in ppo.py, several by comma; the first says what is correct
 reward_weights = '' # '1,0.2': one weight each; '' = 1 each
-overlong = 'none' # an answer cut off at max_new_tokens: 'none' = as any other | 'mask' = not trained on | 'shape' = length penalty (2503.14476 eq. 13)
+overlong = 'none' # one of 'none', 'mask', 'shape': a cut-off answer is not trained on ('mask'); overlong_penalty
 overlong_cache = 16 # >= 0: tokens before max_new_tokens over which 'shape' falls from 0 to -1
 # algorithm
 batch_size = 64 # >= 1: completions an iteration, over all processes
 group_size = 8 # >= 1: completions a prompt
 minibatch_size = 64 # >= 1: completions an optimizer step; batch_size = on policy, no ratio to clip
-micro_tokens = 8192 # >= 1: tokens a forward pass sees at most; the result is the same
+micro_tokens = 8192 # >= 1: tokens a forward pass sees at most; smaller saves memory, the result is the same
 grpo_epochs = 1 # >= 1: passes over each batch
 max_new_tokens = 64 # >= 1: tokens an answer at most
 temperature = 1.0 # > 0: of the samples, and of every log-prob
-advantage = 'grpo' # 'grpo' | 'dr_grpo' | 'rloo' | 'reinforce++'
-loss_type = 'grpo' # 'grpo' | 'dr_grpo' | 'dapo' | 'gspo' | 'cispo'
+advantage = 'grpo' # one of 'grpo', 'dr_grpo', 'rloo', 'reinforce++': see group_advantages
+loss_type = 'grpo' # one of 'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo': see grpo_loss
 clip_low = 0.2 # >= 0: the ratio stays above 1 - clip_low; gspo wants 3e-4
 clip_high = 0.2 # >= 0: and below 1 + clip_high; dapo 0.28, gspo 4e-4
 beta = 0.0 # >= 0: weight of k3 to the reference; 0 = off
 dynamic_sampling = 0 # >= 0: further rounds of prompts at most, to replace dead groups; 0 = off
-tis_cap = 2.0 # >= 0: truncated importance weight between sampler and trainer; 0 = off
-decoupled = True # the ratio is taken to the policy before the update, tis_cap's weight bridges from the sampler to that; False = naive: the ratio to the sampler
 track_kl = True # KL to the reference at evaluations also when beta = 0 (costs the memory of a frozen copy)
 # asynchronous rollouts (2505.24298)
-mode = 'sync' # 'sync': sample, then train | 'async': rollout workers sample while this process trains
+mode = 'sync' # one of 'sync', 'async': sample, then train; or workers sample while this process trains
 max_staleness = 1 # >= 0: async: updates that a sample's weights may be behind at most; 0 = sync with workers
-simulate_staleness = 0 # >= 0: async in one process, deterministic: each batch is sampled with the weights of so many updates ago; 0 = off
-rollout_workers = 1 # >= 1: async: processes that sample, an engine of max_num_seqs each, on one CPU thread or a share of the GPUs
-reward_workers = 1 # >= 1: async: processes that run the reward files
-reward_timeout = 30.0 # > 0: async: seconds for the answers to one prompt; a reward that hangs, raises, dies or is not finite is tried again
-reward_retries = 2 # >= 0: async: so often; then the prompt is dropped, counted, and the next one takes its place
+simulate_staleness = 0 # >= 0: async in one process: batches sampled with the weights of n updates ago
+decoupled = True # the ratio to the policy before the update, weighted by tis_cap; False: to the sampler (naive)
+tis_cap = 2.0 # >= 0: bound of the importance weight between sampler and trainer; 0 = off
+rollout_workers = 1 # >= 1: async: processes that sample, each with an engine of its own
+reward_workers = 1 # >= 1: async: processes that run the reward files (a reward model scores in this process)
+reward_timeout = 30.0 # > 0: async: seconds for the answers to one prompt; then the reward is tried again
+reward_retries = 2 # >= 0: async: times; then the prompt is dropped, and the next one takes its place
 runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --head=True
 # LoRA (2106.09685)
-lora_r = 0 # >= 0: rank; 0 = train all weights; with an adapter the reference is the same model without it, for free
+lora_r = 0 # >= 0: rank; 0 = train all weights
 lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
-lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
+lora_targets = '' # HF module names by comma, or 'all-linear'; '' = c_attn, or q_proj,v_proj
 # optimizer
 max_iters = 100 # >= 0: iterations: one batch of completions each
 learning_rate = 1e-6 # >= 0: linear to 0; 1e-6 for billions of parameters, 1e-4 and more for tiny ones
-warmup_iters = 0 # >= 0: iterations of linear warm-up
+warmup_iters = 0 # >= 0: of the learning rate
 weight_decay = 0.0 # >= 0: AdamW's, of matrices only
 beta1 = 0.9 # in [0, 1): decay of Adam's first moment
 beta2 = 0.999 # in [0, 1): decay of Adam's second moment
@@ -101,21 +96,22 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
-compile = False # torch.compile of the blocks in updates; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
+compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
+checkpointing = False # recompute each block in the backward: keeps less in memory, takes a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; talks in every layer, keep it inside a node
 pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
 cp = 1 # >= 1: context parallel: not here, where the answers to a prompt share its tokens
-rollout_tp = False # with tp: False = each rank gathers the whole policy and answers its share of the prompts | True = each keeps its part, a tp group answers together
 zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
-# ---------------------------------------------------------------------------------------------------------------------
+rollout_tp = False # with tp: a tp group answers together, each rank with its part of the policy; False: each alone
+dist_timeout = 120 # >= 1: seconds that one rank waits for another; then the run ends and says for which
+# -----------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
 config = {k: globals()[k] for k in config_keys} # will be useful for logging
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # the equations. (B, R) arrays: R response tokens, right-padded, mask (B, R) bool, True = counts. A masked position may hold
 # any finite value; it changes neither results nor gradients.
 
@@ -241,92 +237,33 @@ def linear_lr(it, peak, warmup, total):
     return peak * min((it + 1) / (warmup + 1), max(0.0, (total - it) / max(1, total - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- process and models --------------------------------------------------------------------------------------
-    config['stage'] = 'grpo'
-    device, amp_dtype = pick_device(device, dtype)
-    K.use(kernels)
-    for key, given, known in (('long_prompts', long_prompts, ('error', 'drop', 'cut')), ('overlong', overlong, ('none', 'mask', 'shape')),
-                              ('advantage', advantage, ADVANTAGES), ('loss_type', loss_type, LOSSES), ('mode', mode, ('sync', 'async'))):
-        if given not in known:
-            raise ValueError(f'{key} {given!r}: expected one of {", ".join(known)}')
+    # ---- setup; run.py and rollout.py read the keys of I/O, data, LoRA, asynchronous rollouts and system
     if batch_size % minibatch_size or minibatch_size % group_size:
         fits = [m for m in range(group_size, batch_size + 1, group_size) if batch_size % m == 0]
-        raise ValueError(f'batch_size {batch_size}, minibatch_size {minibatch_size}, group_size {group_size}: each must divide the one before; set --minibatch_size to '
-                         + (f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'))
+        way = f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'
+        raise ValueError(f'batch_size {batch_size}, minibatch_size {minibatch_size}, group_size {group_size}: each must '
+                         f'divide the one before; set --minibatch_size to {way}')
     if group_size == 1 and advantage != 'reinforce++':
-        raise ValueError(f"group_size 1 with advantage {advantage!r}: a group of one has no baseline, every advantage would be 0; --group_size=8, or --advantage=reinforce++")
+        raise ValueError(f'group_size 1 with advantage {advantage!r}: a group of one has no baseline, every advantage '
+                         'would be 0; --group_size=8, or --advantage=reinforce++')
     if batch_size == 1:
-        raise ValueError("batch_size 1: one answer has nothing to be compared with, its advantage would always be 0: raise it")
-    if mode == 'sync' and simulate_staleness or simulate_staleness < 0:
-        raise ValueError(f'simulate_staleness {simulate_staleness} with mode {mode!r}: a number of updates, with --mode=async')
-    if temperature <= 0:
-        raise ValueError(f'temperature {temperature}: sampling needs one above 0 (greedy samples carry no gradient information)')
-    parallel.accept('grpo', tp, pp, cp, compile, mode, rollout_tp=rollout_tp)
-    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
-    device = mesh.device
-    import types
-    run = types.SimpleNamespace(mesh=mesh, device=device, amp=lambda: torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32))
-    if not os.path.exists(dataset):
-        raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
-    ckpt = open_run(out_dir, init_from, overwrite, 'grpo', mesh)
-    if init_from == 'scratch':
-        raise ValueError('GRPO starts from a model that can answer: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
-    config['init_from'] = ckpt['config']['init_from'] if ckpt else init_from  # resumed: the reference is what the first run started from
-    policy, tokenizer = open_model(init_from, ckpt, 'lm', tokenizer, None, lora_r, lora_alpha, 0.0, lora_targets)
-    tok = get_tokenizer(tokenizer)
-    if tok.vocab_size > policy.config.vocab_size:
-        raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {policy.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
-    if tok.eot is None:
-        raise ValueError(f'tokenizer {tokenizer!r} has no end token, so no answer could ever end: GRPO needs one that has')
-    policy.config.dropout = 0.0  # dropout off everywhere: the ratio must be 1 before the first step
-    policy = policy.to(device)
-    use_adapter = bool(lora.adapted(policy))
-    reference = parallel.shard(load_model(config['init_from'], device)[0].requires_grad_(False).eval(), mesh) if (beta or track_kl) and not use_adapter else None
-    threads = pick_threads(threads, policy.num_params(), device)
-    T = policy.config.block_size
-    if max_new_tokens >= T:
-        raise ValueError(f'max_new_tokens {max_new_tokens} leaves no room for a prompt in block_size {T}: lower it')
-    rows, val_rows = load_dataset(dataset), load_dataset(val_dataset) if val_dataset else None
-    if val_rows is None:
-        parts = rows.train_test_split(0.05, seed)
-        rows, val_rows = parts['train'], parts['test']
-    room = min(max_prompt or T, T - max_new_tokens)
-    rows, prompts = read_prompts(rows, tok, room, dataset, long_prompts)
-    val_rows, val_prompts = read_prompts(val_rows, tok, room, val_dataset or dataset, long_prompts)
-    longest = max(map(len, [*prompts, *val_prompts])) + max_new_tokens
-    rewards = Rewards(run, reward, tok, longest, micro_tokens, reward_weights)
-    need = batch_size // group_size  # prompts an iteration
+        raise ValueError('batch_size 1: one answer has nothing to be compared with, its advantage would always be 0')
+    run = Run('grpo', config)
+    policy, tok = run.model()  # no dropout: the ratio is 1 before the first step
+    train, val, longest = load_prompts(run, tok, policy.config.block_size)
+    wanted = beta > 0 or track_kl
+    reference = run.reference(policy, tok, longest) if wanted else None  # None: the policy without its adapter
+    compared = reference is not None or bool(lora.adapted(policy))
+    rewards = Rewards(run, tok, longest)
 
-    # ---- optimizer, resume, memory plan --------------------------------------------------------------------------
-    pw, pg, pm = training_bytes(policy, mesh)
-    frozen = sum(p.nbytes for m in (reference, *(m for m, _ in rewards.models.values())) if m is not None for p in m.parameters())
-    base_memory, n_params, trains = memory_now(device) - training_bytes(policy)[0] - frozen, policy.num_params(), sum(p.numel() for _, p in lora.trainable(policy))
-    sampler = copy.deepcopy(policy).to(amp_dtype).requires_grad_(False) if simulate_staleness else parallel.sampler_of(policy, mesh, amp_dtype, rollout_tp)
-    policy = parallel.shard(policy, mesh)
-    optimizer = parallel.Optimizer(policy, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
-    start, best = 0, -float('inf')
-    answers = Answers(run, policy, reference, sampler, tok, rows, prompts, need, group_size, seed, max_new_tokens, temperature, max_num_seqs, micro_tokens,
-                      longest, tp if rollout_tp else 1)
-    if ckpt:
-        optimizer.load_state_dict(ckpt['optimizer'])
-        mesh.set_rng_state(ckpt['rng'])
-        answers.load_state(ckpt['data'], ckpt.get('past', []))
-        start, best = ckpt['iter'], ckpt['best']
-    if mode == 'async' and not eval_only:
-        answers.run_ahead(tokenizer, list(rewards.files), simulate_staleness, max_staleness, rollout_workers, reward_workers,
-                          reward_timeout, reward_retries, runtime)
-    log = RunLog(out_dir, config, ckpt, mesh.master)
-    if compile:
-        policy.compile_blocks()
-    sampler_bytes = 0 if sampler is getattr(policy, 'body', policy) else sum(p.nbytes for p in sampler.parameters())  # what the engine does not share
-    tokens = min(max(micro_tokens, longest), minibatch_size * longest) // tp
-    planned = memory_plan(dict(policy=pw, sampler=sampler_bytes, past=simulate_staleness * pw, frozen=frozen, grads=pg, adam=pm,
-                               kv=kv_cache_bytes(answers.engine.net.c, max_num_seqs * longest, amp_dtype.itemsize),
-                               activations=activation_bytes(policy.config, tokens, longest), logits=K.logits_bytes(device, tokens, policy.config.vocab_size)))
-    print(f'policy {n_params / 1e6:.2f} M parameters ({trains:,} trained), reward {reward}, reference: '
-          f'{"adapter disabled" if use_adapter else "frozen copy" if reference is not None else "none"}, {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
+    # the engine reads the policy's weights where they lie, so it comes before the model is cut to ranks
+    answers = Answers(run, policy.eval(), tok, train, longest, group_size)
+    policy, optimizer = run.trained(policy, learning_rate, adam_eps)
+    answers.start(policy, reference, rewards)
+    tokens = min(max(micro_tokens, longest), minibatch_size * longest)
+    run.plan(tokens, longest, **answers.memory())
 
     def marks(batch):
         """2. of the docstring: (total (B,), {reward: (B,)}), the length penalty in the total."""
@@ -336,77 +273,64 @@ if __name__ == '__main__':
             total = total + overlong_penalty(lengths, max_new_tokens + 1, overlong_cache)
         return total, each
 
-    # ---- the loss of a micro-batch, see 5. -----------------------------------------------------------------------
+    # the loss of a micro-batch (b answers, the longest of r tokens), see 5.
     surrogate = dict(beta=beta, clip_low=clip_low, clip_high=clip_high, loss_type=loss_type, max_len=max_new_tokens)
 
     def part(policy, item):
-        """The share of some completions in the minibatch's loss and statistics."""
+        """The share of some answers in the minibatch's loss and statistics."""
         micro, denom, share = item
         logp, entropy = answers.logprobs(policy, micro)  # (b, r), with gradient
         before = logp.detach() if micro.old_logp is None else micro.old_logp  # the policy before the update
         weights, mismatch = tis_weights(before, micro.sampled, micro.mask, tis_cap)
         loss, stats = grpo_loss(logp, before if decoupled else micro.sampled, micro.advantages, micro.mask, micro.ref_logp,
                                 weights=weights if tis_cap and decoupled else None, denom=denom, **surrogate)
-        stats |= dict(**mismatch, entropy=masked_mean(entropy, micro.mask))
+        stats |= dict(mismatch, entropy=masked_mean(entropy, micro.mask))
         return loss, {k: x if k.endswith('_max') else x * share for k, x in stats.items()}
 
-    # ---- loop ----------------------------------------------------------------------------------------------------
-    on_policy = grpo_epochs == 1 and minibatch_size == batch_size  # one step a batch: the policy before the update is the policy
-    for it in range(start, max_iters + 1):
+    on_policy = grpo_epochs == 1 and minibatch_size == batch_size  # one step a batch: no log-probs from before it
+    need = batch_size // group_size  # groups an iteration
+    for it in run.iterations(max_iters):
         # ---- 6. evaluate and save; step 0 is the baseline. Held-out prompts, fixed seeds
-        if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only):
-            n = eval_iters or len(val_prompts)
-            seen = answers.held_out(val_rows[:n], val_prompts[:n], eval_k)
-            scores, each = marks(seen)
-            found = dict(score=scores.mean().item(), len=sum(map(len, seen.responses)) / len(seen), ended=seen.ended.float().mean().item())
-            if rewards.names[0] in rewards.files:  # it says what is correct
+        if run.due(it):
+            seen = answers.held_out(val[:eval_iters or None], eval_k)
+            seen.scores, each = marks(seen)
+            found = answers.evaluated(it, seen)
+            if rewards.names[0] in rewards.files:  # a file says what is correct
                 correct = each[rewards.names[0]] > 0.5
                 found |= {f'pass@{k}': pass_at_k(correct, eval_k, k) for k in (1, eval_k)}
-            if reference is not None or use_adapter:
+            if compared:
                 some = [list(range(0, len(seen), eval_k))]  # one answer a prompt is enough for the KL
-                found['kl'] = k3(answers.all_logprobs(policy, seen, some), answers.reference_logprobs(seen, some)).sum().item() / len(some[0])
-            check_finite(it, out_dir, **found)
-            print(f"step {it}: val score {found['score']:.3f} | " + ' | '.join(f'{k} {v:.1%}' for k, v in found.items() if k.startswith('pass'))
-                  + (f" | kl {found['kl']:.2f} nats/seq" if 'kl' in found else '') + f" | len {found['len']:.1f} tok | ended {found['ended']:.0%} | {tok.decode(seen.prompts[0] + seen.responses[0])!r}")
-            log.row(it, 'eval', **found)
-            with open(os.path.join(out_dir, 'samples.jsonl') if mesh.master else os.devnull, 'a') as f:
-                for p, r, s in zip(seen.prompts, seen.responses, scores.tolist()):
-                    f.write(json.dumps(dict(step=it, prompt=tok.decode(p), completion=tok.decode(r), score=s)) + '\n')
-            if eval_only:
-                break
-            better, best = found['score'] > best, max(best, found['score'])
-            parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, policy, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                     **checkpoint_keys(policy), config=config, tokenizer=tokenizer, iter=it, best=best, data=answers.state(),
-                                     time=log.elapsed(), **(dict(past=answers.past) if simulate_staleness else {}))
-        if it == max_iters:
+                logp, ref_logp = answers.all_logprobs(policy, seen, some), answers.reference_logprobs(seen, some)
+                found['kl'] = k3(logp, ref_logp).sum().item() / len(some[0])  # 0 for the others
+            run.evaluated(it, found, found['score'], f'score pass@1 pass@{eval_k} kl len ended')
+        if it == max_iters or eval_only:
             break
 
         # ---- 1. rollout   2. score: groups until enough of them are alive
-        t0, asked = time.time(), []
-        while True:
+        t0, asked, alive = time.time(), [], torch.zeros(0)
+        while not asked or alive.sum() < need and len(asked) <= dynamic_sampling:
             batch = answers.next(it, again=bool(asked))
             batch.scores, batch.given = marks(batch)
             asked.append(batch)
-            all_asked = concatenate(asked)
-            grouped = all_asked.scores.view(-1, group_size)
+            everyone = concatenate(asked)
+            grouped = everyone.scores.view(-1, group_size)
             alive = grouped.amax(1) > grouped.amin(1)  # (groups,)
-            if alive.sum() >= need or len(asked) > dynamic_sampling:
-                break
-        picked = torch.cat([alive.nonzero(), (~alive).nonzero()])[:need]  # the dead fill up what is missing
-        batch = all_asked[(picked * group_size + torch.arange(group_size)).flatten().tolist()]
+        picked = torch.cat([alive.nonzero(), (~alive).nonzero()])[:need]  # (need, 1): the dead fill up what is missing
+        batch = everyone[(picked * group_size + torch.arange(group_size)).flatten().tolist()]
         gen_s = time.time() - t0
 
-        # ---- 3. advantages, (B,)
+        # ---- 3. advantages, (B,); a dead or masked answer has no gradient, so it is not computed
         t1 = time.time()
-        batch.advantages = group_advantages(batch.scores, group_size, advantage).to(device)
+        batch.advantages = group_advantages(batch.scores, group_size, advantage).to(run.device)
         if overlong == 'mask':
-            batch.mask = batch.mask & batch.ended[:, None].to(device)
-        sizes = batch.mask.sum(1).tolist()  # tokens trained on
-        teaches = (batch.mask.any(1) & ((batch.advantages != 0) | (beta > 0))).tolist()  # a dead or masked row has no gradient: it is not computed
+            batch.mask &= batch.ended[:, None].to(run.device)
+        teaches = batch.mask.any(1) & ((batch.advantages != 0) | (beta > 0))
+        teaches, sizes = teaches.tolist(), batch.mask.sum(1).tolist()  # the GPU is waited for; sizes: trained tokens
 
         # ---- 4. log-probs before the update and under the reference, (B, R)
-        passes = [rows for epoch in range(grpo_epochs) for rows in minibatches(batch_size, minibatch_size, seed, it, epoch, group_size)]
-        first = [[i for i in rows if teaches[i]] for rows in passes[:batch_size // minibatch_size]]  # cut as the first epoch will cut them
+        passes = [rows for epoch in range(grpo_epochs)
+                  for rows in minibatches(batch_size, minibatch_size, seed, it, epoch, group_size)]
+        first = [[i for i in rows if teaches[i]] for rows in passes[:batch_size // minibatch_size]]  # as epoch 0 cuts them
         if decoupled and not on_policy:
             batch.old_logp = answers.all_logprobs(policy, batch, first)
         if beta:
@@ -420,38 +344,37 @@ if __name__ == '__main__':
                 continue
             micros, copies = answers.micro_batches(batch, live)
             tokens = sum(sizes[i] for i in live) * copies
-            denom = sum(sizes[i] for i in rows) * copies if loss_type in PER_TOKEN else len(rows) * copies
+            # the dead count in what the loss is divided by: a mean over the minibatch, whatever is computed of it
+            denom = (sum(sizes[i] for i in rows) if loss_type in PER_TOKEN else len(rows)) * copies
             items = [(batch[micro], denom, sum(sizes[i] for i in micro) / tokens) for micro in micros]
-            stats = parallel.forward_backward(policy, optimizer, items, part, summed=True)  # loss.backward() on each micro-batch
+            # loss.backward() on each micro-batch
+            stats = parallel.forward_backward(policy, optimizer, items, part, summed=True)
             stats['pg'] = stats.pop('loss')
             check_finite(it, out_dir, pg=stats['pg'])
-            stats['grad_norm'] = parallel.clip_and_step([optimizer], [lr], grad_clip)  # all-reduce over the ranks, clip, AdamW
+            # all-reduce over the ranks, clip, AdamW
+            stats['grad_norm'] = parallel.clip_and_step([optimizer], [lr], grad_clip)
             if it == len(steps) == 0:
-                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e}, gradient norm {stats['grad_norm']:.2f}"
-                      + (' (a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)' if abs(stats['pg']) < 1e-3 else ''))
-                if stats['ratio_max'] > 1e-3 and decoupled:
-                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and new log-probs come from different computations; is dropout on?")
+                right = ' (a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)'
+                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e}, gradient norm "
+                      f"{stats['grad_norm']:.2f}" + right * (abs(stats['pg']) < 1e-3))
+                check_first_ratio(stats['ratio_max'], decoupled)
             steps.append(stats)
+        if not steps:
+            print(f'iter {it}: no group alive, no step')
 
         # ---- log
-        stats, dt, n = means(steps), time.time() - t0, sum(map(len, batch.responses))
-        row = dict(score=all_asked.scores.mean(), score_std=spread(all_asked.scores), dead=1 - alive.float().mean().item(), rounds=len(asked), len=n / batch_size, ended=batch.ended.float().mean(),
-                   gen_s=gen_s, upd_s=time.time() - t1, tokens=n, tok_per_s=n / dt, completions_per_s=batch_size / dt, lr=lr, steps=len(steps))
-        row |= {'k3' if k == 'kl' else k: x for k, x in stats.items()}
-        if beta:
-            row['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
+        stats = means(steps)
+        if 'kl' in stats:
+            stats['k3'] = stats.pop('kl')  # a token; kl is of the answers as they were sampled, nats a sequence
+            stats['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
+        row = dict(answers.report(batch, gen_s), score=everyone.scores.mean(), score_std=spread(everyone.scores),
+                   dead=1 - alive.float().mean().item(), rounds=len(asked), upd_s=time.time() - t1, lr=lr,
+                   steps=len(steps), **stats)
         if len(rewards.names) > 1:
-            row |= {f'score/{os.path.basename(name)}': x.mean() for name, x in all_asked.given.items()}
-        if mode == 'async':
-            row |= answers.report(all_asked, gen_s / dt)
-        log.row(it, 'train', **row)
-        print(f"iter {it}/{max_iters} | score {row['score']:.3f} | dead {row['dead']:.0%}" + (f" | kl {row['kl']:.2f} nats/seq" if beta else '')
-              + (f" | pg {stats['pg']:.3f} | clip {stats['clip_frac']:.1%} | norm {stats['grad_norm']:.2f} | mismatch {stats['mismatch']:.1e} max {stats['mismatch_max']:.1e}" if len(steps) else ' | no group alive, no step')
-              + (f" | staleness {row['staleness']:.1f}" if mode == 'async' else '') + (f" | idle {row['idle']:.0%} | dropped {row['dropped']}" if 'idle' in row else '')
-              + f" | len {n / batch_size:.1f} tok | gen {gen_s:.1f}s upd {row['upd_s']:.1f}s | {n / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}")
+            for name in rewards.names:
+                row[f'score/{os.path.basename(name)}'] = torch.cat([part.given[name] for part in asked]).mean()
+        run.log(it, row, 'score dead kl pg clip_frac grad_norm mismatch mismatch_max staleness idle dropped len gen_s upd_s')
 
-    # ---- end -----------------------------------------------------------------------------------------------------
+    # ---- end
     answers.close()
-    peak = memory_now(device, peak=True) - max(0, base_memory)
-    print(f'done: best val score {best:.3f}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, samples in {out_dir}/samples.jsonl')
-    mesh.close()
+    run.finish(f'best val score {run.best:.3f}, samples in {out_dir}/samples.jsonl')

@@ -1,24 +1,25 @@
-"""What RL stages share: prompts, answers of the policy (now, stale or ahead of the trainer), their rewards, the batch to train on.
+"""What RL stages share: prompts, answers of the policy (now, stale or ahead of the trainer), rewards, the batch to train on.
 
-    rewards = Rewards('reward.py,out-reward', '1,0.5', tok, longest, micro_tokens, run)
-    answers = Answers(run, policy, sampler, tok, rows, prompts, need=8, group_size=8, ...)
-    batch = answers.next(it)                      # 64 answers, whatever the mode: see Batch
-    total, each = rewards(batch)                  # (64,) and {'reward.py': (64,), 'out-reward': (64,)}
-    logp, entropy = answers.logprobs(policy, batch[rows])      # (b, r), with gradient
+    train, val, longest = load_prompts(run, tok, context)
+    rewards = Rewards(run, tok, longest)              # --reward=a.py,out-reward --reward_weights=1,0.5
+    answers = Answers(run, policy, tok, train, longest, group_size=8)
+    answers.start(policy, reference, rewards)         # the policy as it is trained
+    batch = answers.next(it)                          # B answers in whatever mode: see Batch
+    total, each = rewards(batch)                      # (B,) and {'a.py': (B,), 'out-reward': (B,)}
+    logp, entropy = answers.logprobs(policy, batch[rows])       # (b, r), with gradient
 
 Asynchronous rollouts, the second half of the file, follow AReaL (2505.24298): engines in actors run ahead of the trainer.
 """
-import contextlib
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import os
 import runpy
 import sys
 import threading
 import time
-import zlib
 from collections import deque
 from dataclasses import dataclass
 
@@ -28,41 +29,46 @@ import torch.nn.functional as F
 
 import infer
 import kernels
-import lora
 import parallel
 from dataset import Sampler, pack, pad
 from model import Layout
-from run import load_model
+from run import check_fit, encode_all, kv_cache_bytes, load_model, reference_of
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # prompts
 
 
-def read_prompts(rows, tok, room, name, long_prompts):
-    """Rows {"prompt", ...} -> ([row], [prompt ids]). A prompt over `room` tokens is an error, dropped, or cut: it loses its
-    beginning. ValueError names the file and the row."""
-    kept, prompts, long = [], [], 0
-    for i, row in enumerate(rows):
-        if 'prompt' not in row:
-            raise ValueError(f'{name}, row {i + 1}: no "prompt", it has {sorted(row)}')
-        ids = encode_prompt(row['prompt'], tok)
-        if not ids:
-            raise ValueError(f'{name}, row {i + 1}: empty prompt')
-        if len(ids) > room:
-            if long_prompts == 'error':
-                raise ValueError(f'{name}, row {i + 1}: prompt of {len(ids)} tokens, block_size minus max_new_tokens '
-                                 f'leaves {room}: lower --max_new_tokens, or --long_prompts=drop or cut')
-            long += 1
-            if long_prompts == 'drop':
-                continue
-        kept.append(row)
-        prompts.append(ids[-room:])
-    if long:
-        print(f'{name}: {long} prompts over {room} tokens, {long_prompts}')
-    if not prompts:
-        raise ValueError(f'{name}: no prompt left')
-    return kept, prompts
+def read_prompt(row, tok, room, long_prompts):
+    """A row {"prompt", ...} -> ([(row, prompt ids)], note). A prompt over `room` tokens is an error, dropped, or cut: it
+    loses its beginning."""
+    if 'prompt' not in row:
+        raise ValueError(f'no "prompt", it has {sorted(row)}')
+    ids = encode_prompt(row['prompt'], tok)
+    if not ids:
+        raise ValueError('empty prompt')
+    if len(ids) <= room:
+        return [(row, ids)], ''
+    if long_prompts == 'error':
+        raise ValueError(f'prompt of {len(ids)} tokens, block_size minus max_new_tokens leaves {room}: lower '
+                         f'--max_new_tokens, or --long_prompts=drop or cut')
+    kept = [(row, ids[-room:])] if long_prompts == 'cut' else []
+    return kept, f'prompts over {room} tokens, {long_prompts}'
+
+
+def load_prompts(run, tok, context):
+    """(training items, held-out items, longest): items [(row, prompt ids)], longest: tokens of a prompt and its answer at most.
+    ValueError where max_new_tokens leaves no room in a context of so many tokens."""
+    c = run.config
+    room = context - c['max_new_tokens']
+    if room < 1:
+        raise ValueError(f'max_new_tokens {c["max_new_tokens"]} leaves no room for a prompt in block_size {context}: lower it')
+    room = min(c['max_prompt'] or room, room)
+    names = c['dataset'], c['val_dataset'] or c['dataset']
+    train, val = (encode_all(rows, lambda row: read_prompt(row, tok, room, c['long_prompts']), name)
+                  for rows, name in zip(run.rows(), names))
+    run.same_rows([ids for _, ids in train])
+    return train, val, max(len(ids) for _, ids in train + val) + c['max_new_tokens']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,6 +168,13 @@ def means(steps):
         values = [step[key] for step in steps]
         found[key] = max(values) if key.endswith('_max') else sum(values) / len(values)
     return found
+
+
+def check_first_ratio(ratio_max, decoupled=True):
+    """Ends a run whose first update does not begin at ratio 1: no step has been made yet. The naive ratio may."""
+    if ratio_max > 1e-3 and decoupled:
+        raise ValueError(f'first update: |ratio - 1| is {ratio_max:.3g} before any step: old and new log-probs come from '
+                         'different computations; is dropout on?')
 
 
 def spread(x):
@@ -316,25 +329,23 @@ def weights_of(text, names):
 class Rewards:
     """Reward files and reward models, several by comma, added up with one weight each.
 
-    A file is asked in this process, one completion after the other. A model reads prompt and answer in its own tokens, as in its
-    training. Of several ranks each scores its share. longest: tokens of a prompt and its answer at most."""
+    A file is asked in this process, one completion after the other. A model reads prompt and answer in its own tokens, as
+    in its training. Of several ranks each scores its share. longest: tokens of a prompt and its answer at most."""
 
-    def __init__(self, run, spec, tok, longest, micro_tokens, weights=''):
-        self.run, self.tok, self.micro_tokens = run, tok, micro_tokens
-        self.names = names_of(spec)
-        self.weights = weights_of(weights, self.names)
-        self.files = {name: load_reward(name) for name in self.names if name.endswith('.py')}
-        self.models = {name: self._load(name, longest) for name in self.names if name not in self.files}
-
-    def _load(self, name, longest):
-        """(model, its tokenizer, or None where the policy's ids are its ids)"""
-        model, tokenizer = load_model(name, self.run.device, head='scalar')
-        model.requires_grad_(False).eval()
-        tok = get_tokenizer(tokenizer)
-        if (tok.spec, tok.eot) != (self.tok.spec, self.tok.eot):
-            return model, tok
-        check_room(f'reward {name}', model, longest, tok)
-        return model, None
+    def __init__(self, run, tok, longest):
+        self.run, self.tok, self.names = run, tok, names_of(run.config['reward'])
+        self.weights = weights_of(run.config.get('reward_weights', ''), self.names)
+        self.files, self.models = {}, {}  # {name: function}, {name: (model, its tokenizer)}
+        for name in self.names:
+            if name.endswith('.py'):
+                self.files[name] = load_reward(name)
+            else:
+                model, tokenizer = load_model(name, run.device, head='scalar')
+                self.models[name] = model.requires_grad_(False).eval(), get_tokenizer(tokenizer)
+                run.memory['reward'] += sum(p.nbytes for p in model.parameters())
+        self.same_ids = [name for name, (_, own) in self.models.items() if (own.spec, own.eot) == (tok.spec, tok.eot)]
+        for name in self.same_ids:
+            check_fit(self.models[name][0], f'reward {name}', tok, longest)
 
     def __call__(self, batch):
         """-> (total (B,) float32, {name: (B,)}), on the CPU."""
@@ -353,13 +364,13 @@ class Rewards:
         if name in self.files:
             return [ask_reward(self.files[name], name, row, text) for row, text in zip(batch.rows, texts)]
         model, tok = self.models[name]
-        if tok is None:
+        if name in self.same_ids:
             sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
         else:
             sequences = [self._reread(row, text, end, tok) for row, text, end in zip(batch.rows, texts, ended)]
-            check_room(f'reward {name}', model, max(map(len, sequences)), tok)
+            check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
-            scores = model_rewards(model, sequences, self.run.device, self.micro_tokens)
+            scores = model_rewards(model, sequences, self.run.device, self.run.config['micro_tokens'])
         if not scores.isfinite().all():
             raise ValueError(f'reward model {name} returned {scores[~scores.isfinite()][0].item()}: its weights are broken; '
                              'train it again')
@@ -369,16 +380,6 @@ class Rewards:
         """Other tokens: the row as the reward model's training read it, with the end token where the answer ended."""
         ids, _ = encode_row(dict(prompt=row['prompt'], completion=text), tok)
         return ids if ended else ids[:-1]
-
-
-def check_room(what, model, longest, tok):
-    """ValueError where sequences of `longest` tokens of `tok` do not fit a model's context and vocabulary."""
-    c = model.config
-    if longest > c.block_size:
-        raise ValueError(f'{what}: prompt and answer have up to {longest} tokens, its context holds {c.block_size}: '
-                         f'lower --max_prompt (with --long_prompts=cut or drop) or --max_new_tokens')
-    if tok.vocab_size > c.vocab_size:
-        raise ValueError(f'{what}: its vocabulary has {c.vocab_size} tokens, the tokenizer {tok.vocab_size}: they do not belong together')
 
 
 @torch.no_grad()
@@ -401,69 +402,100 @@ class Answers:
     """The policy's answers to the prompts, in the order of the data: one `next(it)` for all modes.
 
         sync                  an engine in this process answers with the weights before update `it`
-        async                 engines in other processes run ahead: see run_ahead, and Rollouts below
-        simulated staleness   the engine here answers with the weights of n updates ago: async's samples, but deterministic
-    Which prompt is number k, and what is sampled for it, are functions of (seed, k). So all modes ask the same, and the state
-    to resume from is one number. need: prompts an iteration. team: ranks that run one engine together (rollout_tp).
-    reference: a frozen model, or None: then it is the policy without its adapter."""
+        async                 engines in other processes run ahead, see Rollouts below
+        simulated staleness   the engine here answers with the weights of n updates ago: async's samples, but
+                              deterministic
+    Which prompt is number k, and what is sampled for it, are functions of (seed, k). So all modes ask the same, and
+    the state to resume from is one number. items: [(row, prompt ids)]; longest: tokens of prompt and answer at most.
+    Made before the policy is cut to ranks, started after."""
 
-    def __init__(self, run, policy, reference, sampler, tok, rows, prompts, need, group_size, seed, max_new_tokens,
-                 temperature, max_num_seqs, micro_tokens, longest, team=1):
-        self.run, self.mesh, self.device = run, run.mesh, run.device
+    def __init__(self, run, policy, tok, items, longest, group_size=1):
+        c = self.config = run.config
+        if c['simulate_staleness'] and c['mode'] == 'sync':
+            raise ValueError(f'simulate_staleness {c["simulate_staleness"]} with mode sync: it goes with --mode=async')
+        self.run, self.mesh, self.device, self.tok = run, run.mesh, run.device, tok
+        self.items, self.group_size = items, group_size
+        self.need = c['batch_size'] // group_size      # prompts an iteration
+        self.team = c['tp'] if c['rollout_tp'] else 1  # ranks that run one engine together
+        self.params = infer.SamplingParams(max_tokens=c['max_new_tokens'], temperature=c['temperature'])
+        self.options = dict(max_num_seqs=c['max_num_seqs'], max_len=longest)
+        self.stale, self.past, self.pool = c['simulate_staleness'], [], None
+        if self.stale:
+            self.sampler = copy.deepcopy(policy).to(run.dtype).requires_grad_(False)
+        else:
+            self.sampler = parallel.sampler_of(policy, run.mesh, run.dtype, c['rollout_tp'])
+
+    def start(self, policy, reference, rewards):
+        """policy: as it is trained. reference: a frozen model, or None: then it is the policy without its adapter."""
         self.policy, self.reference = policy, reference
-        self.rows, self.prompts, self.seed = rows, prompts, seed
-        self.need, self.group_size, self.team = need, group_size, team
-        self.temperature, self.micro_tokens = temperature, micro_tokens
-        self.params = infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature)
-        self.options = dict(max_num_seqs=max_num_seqs, max_len=longest)
-        self.engine = infer.Engine(sampler, tok, **self.options)
-        self.pool, self.stale, self.past = None, 0, []
-        self.position, self.jobs = 0, self._jobs(0)
+        self.engine = infer.Engine(self.sampler, self.tok, **self.options)
+        self.position, self.run.cursor = 0, self
+        if self.run.ckpt:
+            state = self.run.ckpt['data']
+            self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
+            self.past = self.run.ckpt.get('past', [])
+        self.jobs = self._jobs(self.position)
+        if self.stale:
+            self.run.extra['past'] = self.past
+        elif self.config['mode'] == 'async' and not self.config['eval_only']:
+            model = copy.deepcopy(self.sampler).cpu().requires_grad_(False)
+            keys = 'max_staleness rollout_workers reward_workers reward_timeout reward_retries runtime'
+            workers = {key: self.config[key] for key in keys.split()}
+            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, list(rewards.files), **workers,
+                                 position=self.position, device=self.device, **self.options)
 
-    def run_ahead(self, tokenizer, reward_files, simulate_staleness, *workers):
-        """Asynchronous from now on. workers: as in Rollouts, from max_staleness to runtime."""
-        self.stale = simulate_staleness
-        if not simulate_staleness:
-            model = copy.deepcopy(self.engine.model).cpu().requires_grad_(False)
-            self.pool = Rollouts(model, tokenizer, self._jobs, self.need, reward_files, *workers, position=self.position,
-                                 device=self.device, **self.options)
+    def state_dict(self):
+        """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled again."""
+        return dict(position=self.position if self.pool is None else self.pool.position)
+
+    def memory(self):
+        """{what: bytes} of what the sampling side holds, for Run.plan."""
+        net, weights = self.engine.net, sum(p.nbytes for p in self.sampler.parameters())
+        shared = self.sampler is getattr(self.policy, 'body', self.policy)
+        rows = self.options['max_num_seqs'] * self.options['max_len']
+        return dict(sampler=0 if shared else weights, past=self.stale * weights,
+                    kv=kv_cache_bytes(net.c, rows, self.run.dtype.itemsize))
+
+    def close(self):
+        """Ends the processes that run ahead."""
+        if self.pool is not None:
+            self.pool.close()
+
+    # ---- sampling
 
     def _jobs(self, k):
         """Endless: (row number, row, prompt ids, how to sample) of prompt number k, k + 1, ..."""
-        order = Sampler(len(self.prompts), 1, self.seed)
+        order = Sampler(len(self.items), 1, self.config['seed'])
         order.batch = k
         for (i,) in order:
-            seed = (self.seed * 1000003 + k) % (1 << 31)
-            yield int(i), self.rows[i], self.prompts[i], dataclasses.replace(self.params, n=self.group_size, seed=seed)
+            seed = (self.config['seed'] * 1000003 + k) % (1 << 31)
+            yield int(i), *self.items[i], dataclasses.replace(self.params, n=self.group_size, seed=seed)
             k += 1
 
     def next(self, it, again=False):
-        """The next Batch of need * group_size answers, sampled with the weights before update `it` or older ones. again: a second
-        helping for the same update (dynamic sampling)."""
+        """The next Batch of need * group_size answers, sampled with the weights before update `it` or older ones.
+        again: a second helping for the same update (dynamic sampling)."""
         if not again:
             self._publish(it)
         if self.pool is None:
-            index, _, prompts, params = zip(*itertools.islice(self.jobs, self.need))
+            jobs = list(itertools.islice(self.jobs, self.need))
             self.position += self.need
-            answers = self._generate(prompts, params, min(it, self.stale))
-            return self._batch([i for i in index for _ in range(self.group_size)], answers)
+            return self._answer(jobs, min(it, self.stale))
         groups = self.pool.take(self.need)
         answers = [(ids, logp, [it - version for version in versions], ended)
                    for group in groups for ids, logp, versions, ended in group.answers]
-        batch = self._batch([group.index for group in groups for _ in group.answers], answers)
+        batch = self._batch([(group.index, *self.items[group.index]) for group in groups], answers)
         batch.given = {name: torch.tensor([mark for group in groups for mark in group.scores[name]])
                        for name in groups[0].scores}
         return batch
 
-    def held_out(self, rows, prompts, n):
-        """A Batch of n answers to each of some other prompts, sampled with today's weights and with seeds of their own."""
+    def held_out(self, items, n=1):
+        """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of their own."""
         parallel.refresh(self.engine, self.policy)
-        params = [dataclasses.replace(self.params, n=n, seed=seed) for seed in range(len(prompts))]
-        index = [i for i in range(len(prompts)) for _ in range(n)]
-        return self._batch(index, self._generate(prompts, params, 0), rows, prompts)
+        return self._answer([(i, *item, dataclasses.replace(self.params, n=n, seed=i)) for i, item in enumerate(items)], 0)
 
     def _publish(self, it):
-        """The weights before update `it` go to whoever samples; with simulated staleness those of that many updates ago do."""
+        """The weights before update `it` go to whoever samples; with simulated staleness older ones do."""
         if self.pool is not None:
             self.pool.publish(self.policy.state_dict(), it)
         elif self.stale:
@@ -473,40 +505,42 @@ class Answers:
         else:
             parallel.refresh(self.engine, self.policy)
 
-    def _generate(self, prompts, params, age):
-        """[(ids, log-probs, ages, ended)], prompt-major. Each rank (with rollout_tp each team) answers its share, all get all."""
-        share = self.mesh.mine(len(prompts), self.team)
-        done = self.engine.generate(prompts[share], params[share])
-        mine = [(c.token_ids, c.logprobs, [age] * len(c.token_ids), c.finish_reason == 'stop') for c in done]
-        return self.mesh.collect(mine, everyone=True, team=self.team)
+    def _answer(self, jobs, age):
+        """A Batch, by the engine here. Each rank (with rollout_tp each team) answers its share, all get all."""
+        mine = jobs[self.mesh.mine(len(jobs), self.team)]
+        done = self.engine.generate([prompt for _, _, prompt, _ in mine], [params for *_, params in mine])
+        found = [(c.token_ids, c.logprobs, [age] * len(c.token_ids), c.finish_reason == 'stop') for c in done]
+        return self._batch([job[:3] for job in jobs], self.mesh.collect(found, everyone=True, team=self.team))
 
-    def _batch(self, index, answers, rows=None, prompts=None):
-        rows, prompts = rows or self.rows, prompts or self.prompts
+    def _batch(self, asked, answers):
+        """asked: [(row number, row, prompt)], answers: [(ids, log-probs, ages, ended)], as many for each."""
+        n = len(answers) // len(asked)
+        index, rows, prompts = zip(*(job for job in asked for _ in range(n)))
         ids, logps, ages, ended = zip(*answers)
-        mask = pad(ids)[1].to(self.device)
+        _, mask = pad(ids)
         sampled, _ = pad(logps, 0.0)
         ages, _ = pad(ages)
-        return Batch([rows[i] for i in index], index, [prompts[i] for i in index], list(ids), torch.tensor(ended), mask,
-                     sampled.to(self.device), ages.to(self.device))
+        mask, sampled, ages = (x.to(self.device) for x in (mask, sampled, ages))
+        return Batch(list(rows), list(index), list(prompts), list(ids), torch.tensor(ended), mask, sampled, ages)
 
     # ---- a forward pass over a batch
 
     def micro_batches(self, batch, rows):
-        """Some row numbers in groups of at most micro_tokens tokens, always cut the same way; neighbours share their prompt. Of
-        several replicas each gets its share -> ([[int]], how many replicas compute the same ones: see Mesh.copies)."""
-        units = batch.neighbours(rows, self.micro_tokens)
+        """Some row numbers in groups of at most micro_tokens tokens, always cut the same way; neighbours share their
+        prompt. Of several replicas each gets its share -> ([[int]], how many replicas compute the same ones)."""
+        units = batch.neighbours(rows, self.config['micro_tokens'])
         sizes = [len(prompt) + sum(len(batch.responses[i]) for i in mine) for prompt, mine in units]
-        bins = pack(sizes, max([self.micro_tokens, *sizes]))
-        bins = self.mesh.deal(bins, sizes)
+        bins = self.run.micro_batches(sizes)
         return [[i for unit in bin for i in units[unit][1]] for bin in bins], self.mesh.copies(len(units))
 
     def logprobs(self, model, micro):
-        """(log-probs, entropies) of a micro-batch's answers at the temperature they were sampled with, (b, r)."""
+        """(log-probs, entropies) of a micro-batch at the temperature that it was sampled with, (b, r)."""
         with self.run.amp():
-            return answer_logprobs(model, micro.groups(), self.device, self.temperature)[:2]
+            logp, entropy, _ = answer_logprobs(model, micro.groups(), self.device, self.params.temperature)
+        return logp, entropy
 
     def values(self, model, micro):
-        """The value before each token, (b, r)."""
+        """The value before each token of a micro-batch, (b, r)."""
         with self.run.amp():
             return answer_values(model, micro.groups(), self.device)
 
@@ -515,17 +549,17 @@ class Answers:
         return self._all(lambda model, micro: self.logprobs(model, micro)[0], model, batch, minibatches)
 
     def reference_logprobs(self, batch, minibatches):
-        """The same under the reference: the frozen copy, or the policy with its adapter switched off."""
-        with contextlib.nullcontext() if self.reference is not None else lora.lora_disabled(self.policy):
-            return self.all_logprobs(self.reference or self.policy, batch, minibatches)
+        """The same under the reference."""
+        with reference_of(self.policy, self.reference) as model:
+            return self.all_logprobs(model, batch, minibatches)
 
     def all_values(self, model, batch, minibatches):
         """Values of all answers (B, R), without gradient."""
         return self._all(self.values, model, batch, minibatches)
 
     def _all(self, fn, model, batch, minibatches):
-        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every rank. They are cut as
-        the update will cut them, so that its first ratios are 1 to the bit."""
+        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every rank. They
+        are cut as the update will cut them, so that its first ratios are 1 to the bit."""
         out = torch.zeros(batch.mask.shape, device=self.device)
         for rows in minibatches:
             micros, _ = self.micro_batches(batch, rows)
@@ -534,38 +568,32 @@ class Answers:
                 out[micro, :x.shape[1]] = x.to(self.device)
         return out
 
-    # ---- the log, checkpoints
+    # ---- what is said of a batch
 
-    def report(self, batch, idle):
-        """Asynchronous rollouts in a row of the log. idle: the share of the time that the trainer waited for samples."""
-        ages = batch.ages[batch.mask].float()
-        row = dict(staleness=ages.mean(), staleness_max=int(ages.max()), prompts=batch.index[::self.group_size])
+    def report(self, batch, gen_s):
+        """What PPO and GRPO log of a batch that was trained on; asynchronous: `idle` is the share of the time that the
+        trainer waited for samples."""
+        tokens, seconds = sum(map(len, batch.responses)), time.time() - self.run.clock
+        row = dict(score=batch.scores.mean(), score_std=spread(batch.scores), len=tokens / len(batch), tokens=tokens,
+                   ended=batch.ended.float().mean(), gen_s=gen_s, completions_per_s=len(batch) / seconds)
+        if self.config['mode'] == 'async':
+            ages = batch.ages[batch.mask].float()
+            row |= dict(staleness=ages.mean(), staleness_max=int(ages.max()), prompts=batch.index[::self.group_size])
         if self.pool is not None:
-            row |= dict(idle=idle, dropped=self.pool.dropped, restarts=self.pool.restarts, position=self.pool.position)
+            row |= dict(idle=gen_s / seconds, dropped=self.pool.dropped, restarts=self.pool.restarts,
+                        position=self.pool.position)
         return row
 
-    def state(self):
-        """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are not in it: sampled again."""
-        position = self.position if self.pool is None else self.pool.position
-        return dict(position=position, seed=self.seed, n=len(self.prompts), crc=self._crc())
-
-    def _crc(self):
-        return zlib.crc32(np.concatenate(self.prompts).tobytes())
-
-    def load_state(self, state, past=()):
-        """Goes on there. ValueError where the data or their order have changed."""
-        if state['seed'] != self.seed:
-            raise ValueError(f'seed {self.seed}: the run to resume has seed {state["seed"]}, and with it the order of its prompts')
-        if (state['n'], state.get('crc', self._crc())) != (len(self.prompts), self._crc()):
-            raise ValueError('dataset: its prompts are not those of the run to resume: give the same data, or start a new run')
-        self.past = list(past)
-        self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
-        self.jobs = self._jobs(self.position)
-
-    def close(self):
-        """Ends the processes that run ahead."""
-        if self.pool is not None:
-            self.pool.close()
+    def evaluated(self, it, batch):
+        """Writes held-out answers to samples.jsonl, prints one -> {score, len, ended}."""
+        texts = [(self.tok.decode(prompt), self.tok.decode(ids)) for prompt, ids in zip(batch.prompts, batch.responses)]
+        if self.mesh.master:
+            with open(os.path.join(self.run.out_dir, 'samples.jsonl'), 'a') as f:
+                for (prompt, text), score in zip(texts, batch.scores.tolist()):
+                    f.write(json.dumps(dict(step=it, prompt=prompt, completion=text, score=score)) + '\n')
+        print('sample: ' + repr(''.join(texts[0])))
+        return dict(score=batch.scores.mean().item(), len=sum(map(len, batch.responses)) / len(batch),
+                    ended=batch.ended.float().mean().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,7 +699,7 @@ class Rollouts:
     a reward that raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries times more, then
     the whole group is left out and the next one takes its place (`dropped`). runtime: 'local', 'ray', or 'HOST:PORT' of a cluster."""
 
-    def __init__(self, model, tokenizer, jobs, batch, rewards=(), max_staleness=1, workers=1, reward_workers=1,
+    def __init__(self, model, tokenizer, jobs, batch, rewards=(), max_staleness=1, rollout_workers=1, reward_workers=1,
                  reward_timeout=30.0, reward_retries=2, runtime='local', position=0, device='cpu', **engine):
         import actors  # here: a synchronous stage starts nothing and imports nothing of it
         self.actors, self.batch, self.max_staleness = actors, batch, max_staleness
@@ -687,14 +715,14 @@ class Rollouts:
         if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
             actors.PRELOAD.append('rollout')  # imported once for all workers; with a GPU it would start CUDA before the fork
         scorers = reward_workers if rewards else 0
-        gpus = self._init(runtime, workers + scorers, device)
+        gpus = self._init(runtime, rollout_workers + scorers, device)
         files = {name: os.path.abspath(name) for name in rewards}  # a node has a working directory of its own
         tokenizer = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer
-        share = dict(num_gpus=min(1, gpus / workers)) if gpus else {}
+        share = dict(num_gpus=min(1, gpus / rollout_workers)) if gpus else {}
         worker = actors.remote(RolloutWorker).options(num_cpus=1, **share)
         scorer = actors.remote(Scorer).options(num_cpus=1)
         first, place = actors.put(model), 'cuda' if gpus else str(device)
-        self.rollers = [_Hand(lambda: worker.remote(first, tokenizer, place, **engine)) for _ in range(workers)]
+        self.rollers = [_Hand(lambda: worker.remote(first, tokenizer, place, **engine)) for _ in range(rollout_workers)]
         self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(scorers)]
         self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
         self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
