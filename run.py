@@ -1,9 +1,31 @@
-"""A run: device, dtype, threads, models from anywhere, the folder and its checkpoint, the log, memory planned and measured.
+"""A run: device, models from anywhere, the folder and its checkpoints, the log, memory planned and measured.
 
-What is the same in every stage stands here, so that a stage holds its equations and its loop alone.
+What every stage does around its algorithm stands here once; a stage holds its equations and its loop:
+
+    run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from, or None
+    model, tok = run.model()            # from anywhere, with lora_r > 0 under an adapter
+    train, val = run.rows()             # dataset and val_dataset, or 5 % of dataset kept aside
+    items = encode_all(train, fn, name)     # rows to token ids; a bad row is named by file and number
+    model, optimizer = run.trained(model, learning_rate)    # this rank's part of it, and its AdamW
+    order = run.order(items, batch_size)    # endless batches of row numbers
+    run.plan(tokens, T)                 # says what runs where and how much memory it will take
+    for it in run.iterations(max_iters):    # from where the checkpoint stood; writes one every save_minutes
+        if run.due(it):                 # every eval_interval iterations, at the end, with eval_only
+            run.evaluated(it, metrics, mark, show)  # finite numbers are logged and saved, others stop the run
+        if it == max_iters or eval_only:
+            break
+        ...                             # the algorithm
+        run.log(it, metrics, show)      # a row of log.jsonl, and a line that shows some of it
+    run.finish(said)                    # the memory that it took
+
+A resumed run finds models, optimizers and order where they stood. The words of several processes (mesh, replica,
+rank) are explained in parallel.py; a single process is a mesh of one.
 """
+import collections
+import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -15,33 +37,115 @@ import torch
 import kernels
 import lora
 import parallel
+from dataset import load_dataset, pack, Sampler
 from model import GPT, GPTConfig, _fill, resolve
+from tokenizer import get_tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what every stage needs: a model from anywhere, and what it will cost
+# -----------------------------------------------------------------------------------------------------------
+# models from anywhere
 
 
 def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
-    """(GPT, tokenizer name or directory) from an out_dir, a ckpt file, an HF directory or a hub name. A language model
-    asked for with head='scalar' gets a fresh head; a checkpoint of an adapter is loaded onto its base and merged."""
-    file = os.path.join(init_from, 'ckpt.pt') if os.path.exists(os.path.join(init_from, 'ckpt.pt')) else init_from
+    """(GPT, tokenizer name or directory) from an out_dir, a ckpt file, an HF or PEFT directory, or a hub name. Always
+    a plain model: an adapter is merged into its base. A language model asked for with head='scalar' gets a fresh
+    head. ValueError, one line, for what is no model."""
+    inside = os.path.join(init_from, 'ckpt.pt')
+    file = inside if os.path.exists(inside) else init_from
     if not os.path.isfile(file):
         if init_from.startswith('out') and not os.path.isdir(init_from):
-            raise ValueError(f'{init_from}: no such checkpoint; run the stage that writes it first (--out_dir={init_from})')
+            raise ValueError(f'{init_from}: no such checkpoint; run the stage that writes it first '
+                             f'(--out_dir={init_from})')
+        if os.path.exists(os.path.join(init_from, 'adapter_config.json')):
+            return _from_peft(init_from, device, dtype, head)
         folder = resolve(init_from)
         return GPT.from_pretrained(folder, head, dtype).to(device), folder
     try:
         ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
         config, state = GPTConfig(**ckpt['model_args']), ckpt['model']
     except (RuntimeError, KeyError, TypeError, EOFError) as e:
-        raise ValueError(f'{file}: not a checkpoint of ours ({type(e).__name__}: {str(e).splitlines()[0][:80]})') from None
+        why = f'{type(e).__name__}: {str(e).splitlines()[0][:80]}'
+        raise ValueError(f'{file}: not a checkpoint of ours ({why})') from None
     if ckpt.get('lora'):
-        model, _ = load_model(ckpt['lora']['base'], device, dtype, head)
-        return lora.merge_lora(lora.load_state(model, ckpt['lora'], state)), ckpt['tokenizer']
+        own_head = 'scalar' if 'score.weight' in state else 'lm'
+        base, _ = load_model(ckpt['lora']['base'], 'cpu', dtype, own_head)
+        model = _merged(lora.load_state(base, ckpt['lora'], state), file, dtype, head)
+    else:
+        model = _plain(config, state, file, dtype, head)
+    return model.to(device), ckpt['tokenizer']
+
+
+def _plain(config, state, where, dtype, head):
+    """A model of this config and head with the weights of `state`; a head that is not there is drawn."""
     with torch.device('meta'):
         model = GPT(config, head)
-    model = _fill(model, state, file, dtype, fresh_head=(head == 'scalar' and 'score.weight' not in state))
-    return model.to(device), ckpt['tokenizer']
+    return _fill(model, state, where, dtype, fresh_head=head == 'scalar' and 'score.weight' not in state)
+
+
+def _merged(adapted, where, dtype, head):
+    """The plain model that an adapted one amounts to."""
+    merged = lora.merge_lora(adapted)
+    return _plain(merged.config, merged.state_dict(), where, dtype, head)
+
+
+def _from_peft(folder, device, dtype, head):
+    """load_model for a PEFT directory: the base that it names, the adapter merged; its own tokenizer if it has one."""
+    with open(os.path.join(folder, 'adapter_config.json')) as f:
+        config = json.load(f)
+    if not config.get('base_model_name_or_path'):
+        raise ValueError(f'{folder}: adapter_config.json names no base model (base_model_name_or_path)')
+    own_head = 'scalar' if config.get('task_type') == 'SEQ_CLS' else 'lm'
+    base, tokenizer = load_model(config['base_model_name_or_path'], 'cpu', dtype, own_head)
+    brought = any(os.path.exists(os.path.join(folder, f)) for f in ('tokenizer.json', 'vocab.json'))
+    model = _merged(lora.load_lora(base, folder), folder, dtype, head)
+    return model.to(device), folder if brought else tokenizer
+
+
+def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora_r=0, lora_alpha=16.0,
+               lora_dropout=0.0, lora_targets=''):
+    """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of open_run), new from `scratch` (a
+    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the adapter."""
+    if ckpt and ckpt.get('lora'):
+        model, _ = load_model(ckpt['lora']['base'], head=head)
+        model.lora_info = ckpt['lora']
+        return lora.load_state(model, ckpt['lora'], ckpt['model']), ckpt['tokenizer']
+    if ckpt:
+        model = GPT(GPTConfig(**ckpt['model_args']), head)
+        model.load_state_dict(ckpt['model'])
+        return model, ckpt['tokenizer']
+    if init_from == 'scratch':
+        model, found = GPT(scratch, head), tokenizer
+    else:
+        model, found = load_model(init_from, head=head)
+    if lora_r:
+        lora.add_lora(model, lora_r, lora_alpha, lora_dropout, lora_targets.replace(' ', ''))
+        base = os.path.abspath(init_from) if os.path.exists(init_from) else init_from  # from any folder, then
+        model.lora_info = lora.describe(model, base)  # now: a pipeline stage will not have all layers
+    return model, tokenizer or found
+
+
+def checkpoint_keys(model):
+    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps: all, or with LoRA
+    those of the adapters and the scalar head; `lora` then says where their base lies."""
+    info = getattr(getattr(model, 'body', model), 'lora_info', None)
+    if info is None:
+        return dict(model_args=dataclasses.asdict(model.config), lora=None)
+    info = {**info, 'reward_bias': model.config.reward_bias}
+    return dict(model_args=dataclasses.asdict(model.config), lora=info, keep=lora.is_adapter)
+
+
+def check_fit(model, name, tok, T):
+    """ValueError, naming the model, when ids of this tokenizer or sequences of T tokens do not fit it."""
+    c = model.config
+    if c.vocab_size < tok.vocab_size:
+        raise ValueError(f'{name}: tokenizer {tok.name!r} has {tok.vocab_size} tokens, the model {c.vocab_size}: '
+                         f'give the tokenizer that belongs to it, --tokenizer=...')
+    if c.block_size < T:
+        raise ValueError(f'{name} reads {c.block_size} tokens at most, this run has sequences of up to {T}: shorten '
+                         f'them (block_size, max_new_tokens), or take a model with a longer context')
+
+
+# -----------------------------------------------------------------------------------------------------------
+# what it costs
 
 
 def activation_bytes(c, tokens, T, itemsize=4, checkpointing=False):
@@ -60,128 +164,9 @@ def kv_cache_bytes(c, tokens, itemsize=4):
     return 2 * c.n_layer * tokens * c.n_kv_head * c.head_size * itemsize
 
 
-def peak_flops(device, dtype=torch.bfloat16):
-    """FLOP/s of the device: a table of GPUs (dense, tensor cores, bf16), on CPU a matrix product timed here and now."""
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        return next((v for k, v in {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '4090': 165e12, '3090': 71e12}.items() if k in name), 312e12)
-    a = torch.randn(1024, 1024)
-    kernels.matmul_t(a, a)
-    t = time.perf_counter()
-    for _ in range(5):
-        kernels.matmul_t(a, a)
-    return 5 * 2 * 1024 ** 3 / (time.perf_counter() - t)
-
-
-def pick_device(device, dtype):
-    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16' | 'float16') -> (torch.device, torch.dtype). Weights stay
-    float32; dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling), float32 on CPU."""
-    device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: this torch sees no GPU; --device=cpu runs here")
-    names = dict(float32=torch.float32, bfloat16=torch.bfloat16, auto=torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32)
-    if dtype not in names:
-        raise ValueError(f"dtype {dtype!r}: expected 'auto', 'float32' or 'bfloat16'")
-    return device, names[dtype]
-
-
-def pick_threads(threads, n_params, device):
-    """threads=0: at most two for models under 5 M parameters, whose products are too small for more (threads then spin on each
-    other), else torch's choice. Sets it and returns it."""
-    if device.type == 'cpu' and (threads or n_params < 5e6):
-        torch.set_num_threads(threads or min(2, torch.get_num_threads()))
-    return torch.get_num_threads()
-
-
-def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
-    """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never overwritten
-    unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells what to do."""
-    file = os.path.join(out_dir, 'ckpt.pt')
-    if mesh.restarted(out_dir) and os.path.exists(file):
-        init_from = 'resume'
-    if init_from == 'resume':
-        if not os.path.exists(file):
-            pieces = os.path.exists(os.path.join(out_dir, 'ckpt.shards.json'))
-            raise ValueError(f'{file}: ' + (f'only per-rank files are there; join them: python parallel.py merge {out_dir}' if pieces else
-                                            'nothing to resume from; start without --init_from=resume'))
-        try:
-            ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=mesh.world > 1)  # the ranks of a node share its pages
-            theirs = ckpt['config']['stage']
-        except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as e:
-            raise ValueError(f'{file}: not a checkpoint of ours ({type(e).__name__}); {out_dir}/ckpt_best.pt may still be good') from None
-        if theirs != stage:
-            raise ValueError(f'{out_dir} is a run of {theirs}.py, this is {stage}.py: give another --out_dir')
-        mesh.mark(out_dir)
-        mesh.saved(file, ckpt['iter'])
-        return ckpt
-    if os.path.exists(file) and not overwrite:
-        raise ValueError(f'{out_dir} already holds a run: --init_from=resume goes on with it, --out_dir=... starts beside it, --overwrite=True starts anew')
-    os.makedirs(out_dir, exist_ok=True)
-    mesh.barrier()  # all have looked
-    if mesh.torchrun and mesh.master and os.path.exists(file):
-        os.remove(file)  # or torchrun, starting us again before the first checkpoint, would go on with the old run
-    mesh.mark(out_dir)
-    return None
-
-
-class RunLog:
-    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed at iteration `step`,
-    it drops what was logged behind the checkpoint and goes on, so that no step stands in it twice. master: of several ranks one writes."""
-
-    def __init__(self, out_dir, config, ckpt=None, master=True):
-        self.file, self.t0 = None, time.time() - (ckpt['time'] if ckpt else 0)
-        if master:
-            self._open(out_dir, config, ckpt)
-
-    def _open(self, out_dir, config, ckpt):
-        self.path, rows = os.path.join(out_dir, 'log.jsonl'), []
-        if ckpt and os.path.exists(self.path):
-            for line in open(self.path):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # the half line of a kill
-                if row['step'] < ckpt['iter'] or (row['step'] == ckpt['iter'] and row['split'] != 'train'):
-                    rows.append(line)
-            rows = rows[1:]
-        with open(self.path + '.tmp', 'w') as f:
-            f.writelines([json.dumps(dict(step=0, time=0.0, split='config', **config)) + '\n', *rows])
-        os.replace(self.path + '.tmp', self.path)
-        self.file = open(self.path, 'a', buffering=1)
-
-    def elapsed(self):
-        return time.time() - self.t0
-
-    def row(self, step, split, **metrics):
-        """Writes one row; a metric that is not finite ends the run with its name (JSON knows no NaN, nor should a reader)."""
-        metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
-        if self.file is not None:
-            self.file.write(json.dumps(dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)) + '\n')
-        trim_heap()
-
-
-def check_finite(step, out_dir, **metrics):
-    """Stops the run at the first metric that is not finite."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise ValueError(f'iter {step}: {name} is {value}; the last good checkpoint is {out_dir}/ckpt.pt: resume from it with a lower '
-                             f'learning_rate or a smaller grad_clip')
-
-
-def eta(seconds):
-    return f'{seconds:.0f}s' if seconds < 100 else f'{seconds / 60:.0f}m' if seconds < 6000 else f'{seconds / 3600:.1f}h'
-
-
-def memory_plan(parts):
-    """{what: bytes} -> prints one line a part and the sum; returns the sum."""
-    total = sum(parts.values())
-    print('memory plan: ' + ' + '.join(f'{k} {v / 1e9:.2f}' for k, v in parts.items() if v) + f' = {total / 1e9:.2f} GB')
-    return total
-
-
 def training_bytes(model, mesh=None, itemsize=4):
-    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only. With a mesh of several ranks: on the
-    fullest rank once `parallel.shard` has cut the model."""
+    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only. With a mesh of
+    several ranks: on the fullest rank once `parallel.shard` has cut the model."""
     if mesh is not None and mesh.world > 1:
         part = mesh.plan(model)
         return part['weights'], part['gradients'] + part['in_flight'], part['optimizer']
@@ -189,14 +174,37 @@ def training_bytes(model, mesh=None, itemsize=4):
     return sum(p.nbytes for p in model.parameters()), n * itemsize, 2 * n * itemsize
 
 
+def memory_plan(parts):
+    """{what: bytes} -> prints one line a part and the sum; returns the sum."""
+    total = sum(parts.values())
+    said = ' + '.join(f'{k} {v / 1e9:.2f}' for k, v in parts.items() if v)
+    print(f'memory plan: {said} = {total / 1e9:.2f} GB')
+    return total
+
+
+def memory_now(device, peak=False):
+    """Bytes that this process holds: torch's allocator on CUDA, the resident set on CPU (peak: the highest so far)."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    if peak:
+        import resource
+        unit = 1 if sys.platform == 'darwin' else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:
+        with open('/proc/self/statm') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError:
+        return 0  # no /proc (Mac): the measured peak then includes the interpreter
+
+
 _malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
 _heap = None  # resident bytes one step after the last trim
 
 
 def trim_heap(grown=1.25):
-    """Gives freed memory back to the system once the process has grown by a quarter since the last time; returns the bytes (0: not now, or no glibc).
-    Batches of ever new lengths leave glibc's heap full of holes: 120 steps of a model of 0.66 M parameters held 0.54 GB in use and 1.39 GB in all.
-    Called after a step, when its activations are free."""
+    """Gives freed memory back to the system once the process has grown by a quarter since the last time; returns the bytes
+    (0: not now, or no glibc). Batches whose lengths always differ leave glibc's heap full of holes: 120 steps of a model of
+    0.66 M parameters held 0.54 GB in use and 1.39 GB in all. Called after a step, when its activations are free."""
     global _heap
     now = memory_now(torch.device('cpu'))
     if _malloc_trim is None or _heap is not None and now < grown * _heap:
@@ -209,41 +217,383 @@ def trim_heap(grown=1.25):
     return now - memory_now(torch.device('cpu'))
 
 
-def memory_now(device, peak=False):
-    """Bytes that this process holds: torch's allocator on CUDA, the resident set on CPU (peak: the highest so far)."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
-    if peak:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    try:
-        return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    except OSError:
-        return 0  # no /proc (Mac): the measured peak then includes the interpreter
+# -----------------------------------------------------------------------------------------------------------
+# where it runs, and the folder it writes
 
 
-def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora_r=0, lora_alpha=16.0, lora_dropout=0.0, lora_targets=''):
-    """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of model.open_run), new from `scratch` (a
-    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the adapter."""
-    if ckpt and ckpt.get('lora'):
-        model, _ = load_model(ckpt['lora']['base'], head=head)
-        model.lora_info = ckpt['lora']
-        return lora.load_state(model, ckpt['lora'], ckpt['model']), ckpt['tokenizer']
-    if ckpt:
-        model = GPT(GPTConfig(**ckpt['model_args']), head)
-        model.load_state_dict(ckpt['model'])
-        return model, ckpt['tokenizer']
-    model, found = (GPT(scratch, head), tokenizer) if init_from == 'scratch' else load_model(init_from, head=head)
-    if lora_r:
-        lora.add_lora(model, lora_r, lora_alpha, lora_dropout, tuple(t for t in lora_targets.split(',') if t))
-        model.lora_info = lora.describe(model, init_from)  # now: a pipeline stage will not have all layers
-    return model, tokenizer or found
+def pick_device(device, dtype):
+    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights stay float32;
+    dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling), float32 on CPU."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = torch.device(device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: this torch sees no GPU; --device=cpu runs here")
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+    if dtype not in ('float32', 'bfloat16'):
+        raise ValueError(f"dtype {dtype!r}: expected 'auto', 'float32' or 'bfloat16'")
+    return device, getattr(torch, dtype)
 
 
-def checkpoint_keys(model):
-    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps (see parallel.save_checkpoint): all, or (LoRA)
-    those of the adapters and the scalar head; `lora` then says where their base lies."""
-    info = getattr(getattr(model, 'body', model), 'lora_info', None)
-    if info is None:
-        return dict(model_args=dataclasses.asdict(model.config), lora=None)
-    return dict(model_args=dataclasses.asdict(model.config), lora={**info, 'reward_bias': model.config.reward_bias}, keep=lora.is_adapter)
+def pick_threads(threads, n_params, device):
+    """threads=0: at most two for models under 5 M parameters, whose products are too small for more (threads then spin on
+    each other), else torch's choice. Sets it and returns it."""
+    if device.type == 'cpu' and (threads or n_params < 5e6):
+        torch.set_num_threads(threads or min(2, torch.get_num_threads()))
+    return torch.get_num_threads()
+
+
+def stage_of(config):
+    """Which script a checkpoint's config belongs to; kto.py was a loss_type of dpo.py once."""
+    return 'kto' if config.get('loss_type') == 'kto' else config['stage']
+
+
+def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
+    """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never overwritten
+    unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells what to do."""
+    file = os.path.join(out_dir, 'ckpt.pt')
+    if mesh.restarted(out_dir) and os.path.exists(file):
+        init_from = 'resume'
+    if init_from == 'resume':
+        if not os.path.exists(file):
+            raise ValueError(f'{file}: nothing to resume from; start without --init_from=resume')
+        try:
+            ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=mesh.world > 1)  # ranks share its pages
+            theirs = stage_of(ckpt['config'])
+        except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as e:
+            raise ValueError(f'{file}: not a checkpoint of ours ({type(e).__name__}); {out_dir}/ckpt_best.pt may still be '
+                             f'good') from None
+        if theirs != stage:
+            raise ValueError(f'{out_dir} is a run of {theirs}.py, this is {stage}.py: give another --out_dir')
+        mesh.mark(out_dir)
+        mesh.saved(file, ckpt['iter'])
+        return ckpt
+    if os.path.exists(file) and not overwrite:
+        raise ValueError(f'{out_dir} already holds a run: --init_from=resume continues it, --out_dir=... starts another, '
+                         f'--overwrite=True replaces it')
+    os.makedirs(out_dir, exist_ok=True)
+    mesh.barrier()  # all have looked
+    if mesh.torchrun and mesh.master and os.path.exists(file):
+        os.remove(file)  # or torchrun, starting us again before the first checkpoint, would go on with the old run
+    mesh.mark(out_dir)
+    return None
+
+
+def same_settings(config, old, out_dir):
+    """On resume: what the old config has and a new one cannot change is taken over, or refused by name where the new one
+    says something else. Everything else takes effect as it is given."""
+    fixed = ['seed', 'batch_size', 'group_size', 'tokenizer']
+    lora_keys = ['lora_r', 'lora_alpha', 'lora_dropout', 'lora_targets']
+    if config['lora_r']:
+        fixed += lora_keys
+    for key in fixed:
+        if key in config and config[key] not in ('', old.get(key, config[key])):
+            raise ValueError(f'{key} {config[key]!r}: {out_dir} was started with {old[key]!r}, which a resumed run cannot '
+                             f'change; start a new run from its weights with --init_from={out_dir} --out_dir=...')
+    shape = ['init_from', 'arch', 'n_layer', 'n_head', 'n_embd', 'bias']
+    config.update({key: old[key] for key in [*shape, *lora_keys] if key in old})
+
+
+def digest(items):
+    """SHA-256 of a list of plain rows: are they the same ones?"""
+    found = hashlib.sha256()
+    for item in items:
+        found.update(repr(item).encode())
+    return found.hexdigest()
+
+
+class RunLog:
+    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed, what was logged (and
+    what samples.jsonl holds) of later steps than the checkpoint's is dropped, so that no step stands there twice.
+    master: of several ranks one writes."""
+
+    def __init__(self, out_dir, config, ckpt=None, master=True):
+        self.file, self.t0 = None, time.time() - (ckpt['time'] if ckpt else 0)
+        if master:
+            first = json.dumps(dict(step=0, time=0.0, split='config', **config)) + '\n'
+            path = os.path.join(out_dir, 'log.jsonl')
+            self._rewrite(path, [first], ckpt)
+            self._rewrite(os.path.join(out_dir, 'samples.jsonl'), [], ckpt)
+            self.file = open(path, 'a', buffering=1)
+
+    def _rewrite(self, path, lines, ckpt):
+        if ckpt and os.path.exists(path):
+            with open(path) as f:
+                lines = lines + [line for line in f if self._before(line, ckpt)]
+        with open(path + '.tmp', 'w') as f:
+            f.writelines(lines)
+        os.replace(path + '.tmp', path)
+
+    def _before(self, line, ckpt):
+        """Does this row stand before the checkpoint?"""
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return False  # the half line of a kill
+        if row['step'] == ckpt['iter']:
+            return row.get('split') != 'train' and ckpt.get('evaluated', True)
+        return row['step'] < ckpt['iter'] and row.get('split') != 'config'
+
+    def elapsed(self):
+        return time.time() - self.t0
+
+    def row(self, step, split, **metrics):
+        metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
+        if self.file is not None:
+            row = dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)
+            self.file.write(json.dumps(row) + '\n')
+        trim_heap()
+
+
+def check_finite(step, out_dir, **metrics):
+    """Stops the run at the first number that is not finite: JSON knows no NaN, nor should a reader."""
+    for name, value in metrics.items():
+        if isinstance(value, (int, float)) and not math.isfinite(value):
+            raise ValueError(f'iter {step}: {name} is {value}; the last good checkpoint is {out_dir}/ckpt.pt: resume from it '
+                             f'with a lower learning_rate or a smaller grad_clip')
+
+
+def eta(seconds):
+    if seconds < 100:
+        return f'{seconds:.0f}s'
+    return f'{seconds / 60:.0f}m' if seconds < 6000 else f'{seconds / 3600:.1f}h'
+
+
+SHOWN = dict(  # how a metric looks on the console
+    loss='loss {:.4f}', accuracy='acc {:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
+    grad_norm='norm {:.2f}', lr='lr {:.1e}', tok_per_s='{:,.0f} tok/s', score='score {:.3f}', kl='kl {:.2f} nats/seq',
+    len='len {:.1f} tok', ended='ended {:.0%}', ece='ece {:.3f}', length_correlation='length correlation {:+.2f}')
+
+
+def line(metrics, keys):
+    """'loss 0.6931 | lr 1.0e-03' of the metrics that are there."""
+    return ' | '.join(SHOWN.get(k, k + ' {:.3g}').format(metrics[k]) for k in keys.split() if k in metrics)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the run
+
+
+def encode_all(rows, encode, name):
+    """Items of all rows. encode(row) -> ([item, ...], note), the note ('' or words) is counted and printed. ValueError names
+    file and row of what encode refuses, and a data set of which nothing is left."""
+    items, notes = [], collections.Counter()
+    for i, row in enumerate(rows):
+        try:
+            found, note = encode(row)
+        except ValueError as e:
+            raise ValueError(f'{name}, row {i + 1}: {e}') from None
+        items += found
+        notes[note] += 1
+    said = ', '.join(f'{n} {note}' for note, n in notes.items() if note)
+    if not items:
+        raise ValueError(f'{name}: no usable row of {len(rows)}: {said}')
+    if said:
+        print(f'{name}: {said}')
+    return items
+
+
+@contextlib.contextmanager
+def reference_of(policy, frozen):
+    """Inside: the model that the policy is compared with, the frozen one, or (None) the policy with its adapter off."""
+    if frozen is not None:
+        yield frozen
+    else:
+        with lora.lora_disabled(policy):
+            yield policy
+
+
+class Run:
+    """What all stages do around their algorithm; see the top of this file for the order. config: the keys of the stage; what
+    was only typed ('resume') gives way in it to what it stands for. folder=False: writes nothing."""
+
+    def __init__(self, stage, config, folder=True):
+        config['stage'] = stage
+        self.config, self.out_dir = config, config['out_dir']
+        device, self.dtype = pick_device(config['device'], config['dtype'])
+        kernels.use(config['kernels'])
+        tp, pp, cp = config['tp'], config['pp'], config['cp']
+        parallel.accept(stage, tp, pp, cp, config['compile'], config.get('mode', 'sync'), config.get('value', ''),
+                        config.get('rollout_tp', False))
+        self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'], quiet=True)
+        self.device = self.mesh.device
+        data = config['dataset']
+        if not os.path.exists(data):
+            raise ValueError(f'{data}: no such data; python {os.path.dirname(data) or "data/toy"}/prepare.py makes it (or '
+                             f'name a file of your own)')
+        self.ckpt = open_run(self.out_dir, config['init_from'], config['overwrite'], stage, self.mesh) if folder else None
+        if self.ckpt:
+            same_settings(config, self.ckpt['config'], self.out_dir)
+        self.best = self.ckpt['best'] if self.ckpt else None
+        self.networks, self.memory, self.cursor = {}, collections.Counter(), None
+        self.extra, self.rates = {}, []  # further keys of the checkpoint; tokens a second
+
+    def amp(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    # ---- models and rows
+
+    def model(self, head='lm', scratch=None, dropout=0.0):
+        """(model on the device, its tokenizer): resumed, loaded, or made of `scratch` (a GPTConfig)."""
+        c = self.config
+        if c['init_from'] == 'scratch' and scratch is None and not self.ckpt:
+            raise ValueError(f'{c["stage"]}.py starts from a model that can answer: --init_from=out-sft (made by python '
+                             f'sft.py config/sft_toy.py), a name or a directory')
+        model, self.tokenizer = open_model(c['init_from'], self.ckpt, head, c['tokenizer'], scratch, c['lora_r'],
+                                           c['lora_alpha'], c.get('lora_dropout', 0.0), c['lora_targets'])
+        tok = get_tokenizer(self.tokenizer)
+        check_fit(model, c['init_from'], tok, 0)
+        model.config.dropout, model.checkpointing = dropout, c['checkpointing']
+        model = model.to(self.device)
+        self.n_params = model.num_params()
+        self.threads = pick_threads(c['threads'], self.n_params, self.device)
+        if c['compile']:
+            model.compile_blocks()
+        return model, tok
+
+    def reference(self, policy, tok, T, name=''):
+        """The frozen model that the policy is compared with (init_from, or `name`), for sequences of T tokens; None where it
+        is the policy itself with its adapter off, which costs nothing."""
+        if lora.adapted(policy) and not name:
+            return None
+        model, _ = load_model(name or self.config['init_from'], self.device)
+        check_fit(model, name or self.config['init_from'], tok, T)
+        model.config.dropout = 0.0
+        self.memory['reference'] += sum(p.nbytes for p in model.parameters())
+        return parallel.shard(model.requires_grad_(False).eval(), self.mesh)
+
+    def rows(self):
+        """(training rows, held-out rows) of dataset and val_dataset; '' keeps 5 % of dataset aside."""
+        c = self.config
+        rows = load_dataset(c['dataset'])
+        if c['val_dataset']:
+            return rows, load_dataset(c['val_dataset'])
+        if len(rows) < 2:
+            raise ValueError(f'{c["dataset"]}: {len(rows)} row, so none can be kept aside: add rows, or give --val_dataset')
+        parts = rows.train_test_split(0.05, c['seed'])
+        return parts['train'], parts['test']
+
+    def same_rows(self, items):
+        """ValueError when a resumed run is given other rows than it was trained on."""
+        self.extra['rows'] = found = digest(items)
+        if self.ckpt and self.ckpt.get('rows', found) != found:
+            raise ValueError(f'dataset {self.config["dataset"]}: not the rows that {self.out_dir} was trained on (or cut '
+                             f'otherwise); start a new run with --init_from={self.out_dir} --out_dir=...')
+
+    def order(self, items, batch_size):
+        """Endless batches of row numbers; resumed behind the last one."""
+        self.same_rows(items)
+        self.cursor = Sampler(len(items), batch_size, self.config['seed'])
+        if self.ckpt:
+            self.cursor.load_state_dict(self.ckpt['data'])
+        return self.cursor
+
+    def trained(self, model, learning_rate, eps=1e-8, key='model'):
+        """(this rank's part of the model, its AdamW). key: where they stand in a checkpoint, 'model' or 'value'."""
+        c, whole = self.config, training_bytes(model)[0]
+        if not self.networks:  # what the process holds besides models: interpreter, torch, data
+            self.base = memory_now(self.device) - whole - sum(self.memory.values())
+        for name, size in zip(('weights', 'grads', 'adam'), training_bytes(model, self.mesh)):
+            self.memory[name] += size
+        model = parallel.shard(model, self.mesh)
+        optimizer = parallel.Optimizer(model, self.mesh, learning_rate, (c['beta1'], c['beta2']), eps, c['weight_decay'])
+        self.mesh.split_seeds(c['seed'])
+        if self.ckpt:
+            optimizer.load_state_dict(self.ckpt['optimizer' if key == 'model' else 'value_optimizer'])
+        self.networks[key] = model, optimizer
+        return model, optimizer
+
+    def plan(self, tokens, T, **more):
+        """Prints what runs where and the memory that it will take. tokens: of one micro-batch on one rank, of sequences of up
+        to T; more: {what: bytes} that the stage holds besides."""
+        c = self.networks['model'][0].config
+        tokens = tokens // (self.config['tp'] * self.config['cp'])
+        more['activations'] = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
+        more['logits'] = kernels.logits_bytes(self.device, tokens, c.vocab_size)
+        self.planned = memory_plan({**self.memory, **more})
+        print(f'{self.n_params / 1e6:.2f} M parameters on {self.device}{self.mesh.words()}, {self.dtype}, {self.threads} '
+              f'threads, kernels: {kernels.which()}')
+
+    # ---- micro-batches
+
+    def micro_batches(self, lengths):
+        """Row numbers of a batch in lists of at most micro_tokens tokens (or one longer row); of several replicas each gets
+        its share."""
+        return self.mesh.deal(pack(lengths, max([self.config['micro_tokens'], *lengths])), lengths)
+
+    def each(self, model, lengths, fn):
+        """[what fn finds for each row], on the CPU, without gradient, on every rank. fn(model, [row numbers]) -> tensor with
+        one entry a row; lengths: tokens of the rows."""
+        out, micros = [None] * len(lengths), self.micro_batches(lengths)
+        with self.amp():
+            found = parallel.evaluate(model, micros, fn)
+        for rows, values in self.mesh.collect(list(zip(micros, found))):
+            for i, value in zip(rows, values.cpu()):
+                out[i] = value
+        return out
+
+    # ---- the loop
+
+    def iterations(self, max_iters):
+        """0 .. max_iters, or from where the checkpoint stood; at max_iters a stage only evaluates."""
+        self.max_iters, self.start = max_iters, self.ckpt['iter'] if self.ckpt else 0
+        if self.ckpt:
+            self.mesh.set_rng_state(self.ckpt['rng'])
+        self.log_file = RunLog(self.out_dir, self.config, self.ckpt, self.mesh.master)
+        self.saved = time.time()
+        for it in range(self.start, max_iters + 1):
+            self.clock = time.time()
+            yield it
+            minutes = self.mesh.everyone.share_object((time.time() - self.saved) / 60, 0, 'clock')
+            if 0 < self.config['save_minutes'] < minutes:
+                self.save(it + 1, evaluated=False)
+
+    def due(self, it):
+        """Is it time to evaluate? Not where a checkpoint that holds this very evaluation was resumed."""
+        if self.ckpt and it == self.start and self.ckpt.get('evaluated', True) and not self.config['eval_only']:
+            return False
+        return it % self.config['eval_interval'] == 0 or it == self.max_iters or self.config['eval_only']
+
+    def evaluated(self, it, metrics, mark, show, lower=False):
+        """Ends an evaluation: numbers that are not finite stop the run, and the last good checkpoint stays; else they are
+        logged and (but for eval_only) saved, the best so far also to ckpt_best.pt. mark: what "best" goes by, higher is
+        better unless lower=True; show: the metrics on the console."""
+        check_finite(it, self.out_dir, mark=mark, **metrics)
+        print(f'step {it}: val {line(metrics, show)}')
+        self.log_file.row(it, 'eval', **{k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+        if not self.config['eval_only']:
+            better = self.best is None or (mark < self.best if lower else mark > self.best)
+            self.best = mark if better else self.best
+            self.save(it, better)
+        self.clock = time.time()
+
+    def save(self, it, better=False, evaluated=True):
+        """Writes ckpt.pt, the state before iteration `it`; better: ckpt_best.pt too."""
+        file, best = (os.path.join(self.out_dir, name) for name in ('ckpt.pt', 'ckpt_best.pt'))
+        (model, optimizer), value = self.networks['model'], self.networks.get('value', (None, None))
+        data = self.cursor.state_dict() if self.cursor is not None else None
+        parallel.save_checkpoint(file, self.mesh, model, optimizer, *value, also=best if better else None,
+                                 **checkpoint_keys(model), **self.extra, config=self.config, tokenizer=self.tokenizer, iter=it,
+                                 best=self.best, data=data, time=self.log_file.elapsed(), evaluated=evaluated)
+        self.saved = time.time()
+
+    def log(self, it, metrics, show):
+        """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes a second."""
+        seconds = time.time() - self.clock
+        metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
+        metrics['tok_per_s'] = metrics['tokens'] / seconds
+        check_finite(it, self.out_dir, **metrics)
+        self.rates.append(metrics['tok_per_s'])
+        self.log_file.row(it, 'train', **metrics)
+        if it % 10 == 0 or seconds > 1:
+            left = eta((self.max_iters - it) * seconds)
+            print(f'iter {it}/{self.max_iters} | {line(metrics, show)} | {seconds * 1e3:.0f} ms | '
+                  f'{metrics["tok_per_s"]:,.0f} tok/s | eta {left}')
+
+    def finish(self, said):
+        """The last line: what came out, the memory that it took beside the plan, where it is."""
+        peak = memory_now(self.device, peak=True) - max(0, self.base)
+        print(f'done: {said}, peak memory {peak / 1e9:.2f} GB (planned {self.planned / 1e9:.2f}), checkpoint in '
+              f'{self.out_dir}/ckpt.pt')
+        self.mesh.close()

@@ -1,0 +1,68 @@
+"""What several test files share."""
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+
+import torch
+from conftest import ROOT
+
+import parallel
+
+
+def stage(script, *args, cwd, die_at_save=0):
+    """The script run as __main__ in this process (a subprocess costs seconds): what it printed. die_at_save: killed
+    after its n-th ckpt.pt. --overwrite is given unless args resume."""
+    class Killed(Exception):
+        """Stands for kill -9 in this process."""
+    argv, hook, threads, here, saves = sys.argv, sys.excepthook, torch.get_num_threads(), os.getcwd(), []
+    save = parallel.save_checkpoint
+
+    def counted(path, *args, **rest):
+        save(path, *args, **rest)
+        saves.append(path)
+        if die_at_save and sum(p.endswith('ckpt.pt') for p in saves) == die_at_save:
+            raise Killed
+    out = io.StringIO()
+    try:
+        parallel.save_checkpoint, sys.argv = counted, [script, '--device=cpu', '--overwrite=True', *args]
+        os.chdir(cwd)
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    except Killed:
+        pass
+    finally:
+        parallel.save_checkpoint, sys.argv, sys.excepthook = save, argv, hook
+        torch.set_num_threads(threads)
+        os.chdir(here)
+    return out.getvalue()
+
+
+def log_rows(folder, split='train'):
+    """Rows of log.jsonl of one split, without what the clock says."""
+    with open(os.path.join(folder, 'log.jsonl')) as f:
+        rows = [json.loads(line) for line in f]
+    timed = ('time', 'gen_s', 'upd_s', 'tok_per_s', 'pairs_per_s')
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows if row['split'] == split]
+
+
+def ckpt(folder, name='ckpt.pt'):
+    return torch.load(os.path.join(folder, name), weights_only=True)
+
+
+def jsonl(path, rows):
+    with open(path, 'w') as f:
+        f.writelines(json.dumps(row) + '\n' for row in rows)
+
+
+def equal(a, b):
+    """Are two trees of dicts, lists and tensors the same to the bit?"""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
