@@ -377,4 +377,5 @@ if __name__ == '__main__':
 
     # ---- end
     answers.close()
-    run.finish(f'best val score {run.best:.3f}, samples in {out_dir}/samples.jsonl')
+    best = '' if run.best is None else f'best val score {run.best:.3f}, '
+    run.finish(f'{best}samples in {out_dir}/samples.jsonl')

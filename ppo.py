@@ -382,4 +382,5 @@ if __name__ == '__main__':
 
     # ---- end
     answers.close()
-    run.finish(f'best score - beta kl {run.best:.3f}, samples in {out_dir}/samples.jsonl')
+    best = '' if run.best is None else f'best score - beta kl {run.best:.3f}, '
+    run.finish(f'{best}samples in {out_dir}/samples.jsonl')
