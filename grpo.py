@@ -20,15 +20,18 @@ Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable
     python grpo.py config/grpo_qwen3_gsm8k.py                    # one GPU
     python grpo.py --init_from=Qwen/Qwen3-0.6B --reward=right.py,short.py --reward_weights=1,0.1 --dataset=my_prompts.jsonl
 """
+import dataclasses
 import math
 import os
 import time
 
 import torch
+import torch.nn.functional as F
 
 import lora
 import parallel
-from rollout import (Answers, check_first_ratio, concatenate, load_prompts, means, minibatches, Rewards, spread)
+from rollout import (Answers, Batch, check_first_ratio, load_prompts, means, minibatches, overview, Rewards,
+                     spread)
 from run import check_finite, Run
 
 # -----------------------------------------------------------------------------------------------------------
@@ -238,6 +241,24 @@ def linear_lr(it, peak, warmup, total):
 
 
 # -----------------------------------------------------------------------------------------------------------
+# dynamic sampling
+
+
+def concatenate(batches):
+    """One Batch of several, padded to the longest answer of all."""
+    longest = max(batch.mask.shape[1] for batch in batches)
+
+    def join(name):
+        parts = [getattr(batch, name) for batch in batches]
+        if isinstance(parts[0], list):
+            return sum(parts, [])
+        if not torch.is_tensor(parts[0]):
+            return None
+        return torch.cat([x if x.dim() == 1 else F.pad(x, (0, longest - x.shape[1])) for x in parts])
+    return Batch(*(join(field.name) for field in dataclasses.fields(Batch)))
+
+
+# -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- setup; run.py and rollout.py read the keys of I/O, data, LoRA, asynchronous rollouts and system
     if batch_size % minibatch_size or minibatch_size % group_size:
@@ -294,7 +315,8 @@ if __name__ == '__main__':
         if run.due(it):
             seen = answers.held_out(val[:eval_iters or None], eval_k)
             seen.scores, each = marks(seen)
-            found = answers.evaluated(it, seen)
+            answers.write_samples(it, seen)
+            found = overview(seen)
             if rewards.names[0] in rewards.files:  # a file says what is correct
                 correct = each[rewards.names[0]] > 0.5
                 found |= {f'pass@{k}': pass_at_k(correct, eval_k, k) for k in (1, eval_k)}
@@ -367,9 +389,11 @@ if __name__ == '__main__':
         if 'kl' in stats:
             stats['k3'] = stats.pop('kl')  # a token; kl is of the answers as they were sampled, nats a sequence
             stats['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
-        row = dict(answers.report(batch, gen_s), score=everyone.scores.mean(), score_std=spread(everyone.scores),
-                   dead=1 - alive.float().mean().item(), rounds=len(asked), upd_s=time.time() - t1, lr=lr,
-                   steps=len(steps), **stats)
+        seconds = time.time() - t0
+        row = dict(overview(batch), dead=1 - alive.float().mean().item(), rounds=len(asked), lr=lr, steps=len(steps),
+                   tokens=batch.tokens(), gen_s=gen_s, upd_s=time.time() - t1, completions_per_s=batch_size / seconds,
+                   **stats, **answers.lag(everyone, gen_s / seconds))
+        row |= dict(score=everyone.scores.mean(), score_std=spread(everyone.scores))  # of the dead, too
         if len(rewards.names) > 1:
             for name in rewards.names:
                 row[f'score/{os.path.basename(name)}'] = torch.cat([part.given[name] for part in asked]).mean()

@@ -27,7 +27,7 @@ import time
 import torch
 
 import parallel
-from rollout import (Answers, check_first_ratio, load_prompts, means, minibatches, Rewards, spread)
+from rollout import Answers, check_first_ratio, load_prompts, means, minibatches, overview, Rewards
 from run import check_finite, load_model, Run
 
 # -----------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def value_loss(values, old_values, returns, mask, clip):
 def explained_variance(stats):
     """1 - var(R - V) / var(R), 1 for perfect values, 0 for constant ones. stats: value_loss's moments, means over micro-batches,
     replicas, steps: a ratio of sums, so the cut does not matter (a mean of ratios would). var(R) = 4, var(R - V) = 1 -> 0.75."""
-    rest, target = (stats[f'{name}_sq'] - stats[name] ** 2 for name in ('rest', 'target'))
+    rest, target = (stats.pop(f'{name}_sq') - stats.pop(name) ** 2 for name in ('rest', 'target'))
     return 1 - rest / max(target, 1e-8)
 
 
@@ -311,7 +311,8 @@ if __name__ == '__main__':
             seen.scores, everything = marks(seen), [list(range(len(seen)))]
             old_logp = answers.all_logprobs(policy, seen, everything)
             kl = (old_logp - answers.reference_logprobs(seen, everything)).sum(1).mean().item()
-            found = dict(answers.evaluated(it, seen), kl=kl, score_std=spread(seen.scores), beta=beta)
+            answers.write_samples(it, seen)
+            found = dict(overview(seen), kl=kl, beta=beta)
             # the best is found under ONE beta, the given one: under an adapted one marks could not be compared
             run.evaluated(it, found, found['score'] - given_beta * kl, 'score kl len ended')
         if it == max_iters or eval_only:
@@ -353,10 +354,11 @@ if __name__ == '__main__':
         for rows in passes:
             micros, _ = answers.micro_batches(batch, rows)
             micros = [batch[micro] for micro in micros]
-            tokens = [sum(map(len, micro.responses)) for micro in micros]  # what each counts in the mean
+            tokens = [micro.tokens() for micro in micros]  # what each counts in the mean
             # loss.backward() on each micro-batch; the activations of one network are gone before the other's come
             stats = parallel.forward_backward(policy, optimizer, micros, policy_part, tokens)
             stats |= parallel.forward_backward(value_net, value_optimizer, micros, value_part, tokens)
+            del stats['loss']  # pg and vf are told apart
             check_finite(it, out_dir, pg=stats['pg'], vf=stats['vf'])
             # all-reduce over the ranks, clip by ONE norm over both networks, AdamW
             stats['grad_norm'] = parallel.clip_and_step([optimizer, value_optimizer], [lr, v_lr], grad_clip)
@@ -376,8 +378,10 @@ if __name__ == '__main__':
         # ---- log
         stats = means(steps)
         explained = explained_variance(stats)
-        row = dict(answers.report(batch, gen_s), kl=kl, beta=beta, value_mean=masked_mean(batch.values, batch.mask),
-                   explained=explained, upd_s=time.time() - t1, lr=lr, steps=len(steps), **mismatch, **stats)
+        idle = gen_s / (time.time() - t0)
+        row = dict(overview(batch), kl=kl, beta=beta, value_mean=masked_mean(batch.values, batch.mask),
+                   explained=explained, lr=lr, steps=len(steps), tokens=batch.tokens(),
+                   gen_s=gen_s, upd_s=time.time() - t1, **mismatch, **stats, **answers.lag(batch, idle))
         run.log(it, row, 'score kl pg vf clip_frac staleness idle dropped len gen_s upd_s')
 
     # ---- end

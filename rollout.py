@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import infer
 import kernels
@@ -108,6 +107,9 @@ class Batch:
     def __len__(self):
         return len(self.responses)
 
+    def tokens(self):
+        return sum(map(len, self.responses))
+
     def __getitem__(self, rows):
         longest = max(len(self.responses[i]) for i in rows)
 
@@ -138,20 +140,6 @@ class Batch:
         return [(prompt, [self.responses[i] for i in rows]) for prompt, rows in found]
 
 
-def concatenate(batches):
-    """One Batch of several, padded to the longest answer of all."""
-    longest = max(batch.mask.shape[1] for batch in batches)
-
-    def join(name):
-        parts = [getattr(batch, name) for batch in batches]
-        if isinstance(parts[0], list):
-            return sum(parts, [])
-        if not torch.is_tensor(parts[0]):
-            return None
-        return torch.cat([x if x.dim() == 1 else F.pad(x, (0, longest - x.shape[1])) for x in parts])
-    return Batch(*(join(field.name) for field in dataclasses.fields(Batch)))
-
-
 def minibatches(batch_size, size, seed, it, epoch, group_size=1):
     """The row numbers of an epoch's minibatches, [[int]]; groups stay together. Epoch 0 takes the batch as it lies, later ones
     an order that is a function of (seed, it, epoch): no other draw can change it, and every rank has the same."""
@@ -177,6 +165,12 @@ def check_first_ratio(ratio_max, decoupled=True):
                          'different computations; is dropout on?')
 
 
+def overview(batch):
+    """What every row of the log says of answers."""
+    return dict(score=batch.scores.mean().item(), score_std=spread(batch.scores), len=batch.tokens() / len(batch),
+                ended=batch.ended.float().mean().item())
+
+
 def spread(x):
     """Standard deviation of a sample (n - 1), a float; 0 for a single number. [1, 3] -> 1.4142."""
     return x.std().item() if len(x) > 1 else 0.0
@@ -192,24 +186,26 @@ def shared_states(model, groups, device):
         flat tokens   p p p | a a | b b b | ...        what embeddings, linear layers and norms see: N = P + 2 + 3
         attention     p p p a a | p p p b b b | ...    gathered for the attention alone: each answer sees its prompt and itself
     State once: the state at t predicts token t + 1, so an answer's last token is not in the input at all."""
-    sequences, paths, predict, n = [], [], [], 0  # a path: the flat tokens that an attention row goes through
+    sequences, paths, predict = [], [], []  # a path: the flat tokens that the attention of one answer goes through
+    n = 0
     for prompt, answers in groups:
-        head, n = np.arange(n, n + len(prompt)), n + len(prompt)
+        start, P = n, len(prompt)
+        n += P
         for answer in answers:
-            own, n = np.arange(n, n + len(answer) - 1), n + len(answer) - 1
-            paths.append(np.concatenate([head, own]))
+            path = np.r_[start:start + P, n:n + len(answer) - 1]
+            n += len(answer) - 1
+            paths.append(path)
+            predict.append(path[P - 1:])
             sequences.append(prompt + answer[:-1])
-            predict.append(paths[-1][len(prompt) - 1:])
-    lengths = [len(path) for path in paths]
-    gather = np.concatenate(paths)
-    _, slot = np.unique(gather, return_index=True)  # the place in the attention's rows where a flat token is met first
-    pos = np.concatenate([np.arange(length) for length in lengths])[slot]
+    rows = np.concatenate(paths)
+    _, slot = np.unique(rows, return_index=True)  # the attention's row in which a flat token is met first
     tokens = np.concatenate(sequences)[slot]
-    extra = np.zeros(kernels.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for the CPU's matrix products
+    pos = np.concatenate([np.arange(len(path)) for path in paths])[slot]
+    doc = np.repeat(np.arange(len(paths)), [len(path) for path in paths])
+    extra = np.zeros(kernels.extra_rows(n))  # dummy rows that nobody reads: few shapes for the CPU's matrix products
     tokens, pos, slot = (_flat([x, extra], device) for x in (tokens, pos, slot))
-    doc = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    layout = Layout((1, len(gather)), torch.device(device), doc=doc[None].to(device))
-    attend = layout.through(_flat([gather], device), slot).attend()
+    layout = Layout((1, len(rows)), torch.device(device), doc=_flat([doc], device)[None])
+    attend = layout.through(_flat([rows], device), slot).attend()
     return model.hidden(tokens, pos, attend)[_flat(predict, device)]
 
 
@@ -218,33 +214,35 @@ def _flat(lists, device):
 
 
 def packed(groups, device):
-    """(idx (1, N), doc (1, N), at (n,)): every answer behind a copy of its prompt, and the positions that predict answers' tokens.
-    Prompt [5, 6], answer [7] -> idx [[5, 6, 7]], at [1]."""
+    """(idx, doc, predicts), all (1, N): every answer behind a copy of its prompt, which document a token belongs to, and
+    True where it predicts an answer's token: positions P - 1 ... P + R - 2.
+    Prompt [5, 6], answer [7] -> idx [[5, 6, 7]], predicts [[False, True, False]]."""
     pairs = [(prompt, answer) for prompt, answers in groups for answer in answers]
     lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs])
-    ends = lengths.cumsum(0).tolist()
-    at = [np.arange(end - 1 - len(answer), end - 1) for end, (_, answer) in zip(ends, pairs)]  # P - 1 ... P + R - 2
     doc = torch.arange(len(pairs)).repeat_interleave(lengths)[None].to(device)
-    return _flat([prompt + answer for prompt, answer in pairs], device)[None], doc, _flat(at, device)
+    predicts = [[0] * (len(prompt) - 1) + [1] * len(answer) + [0] for prompt, answer in pairs]
+    idx = _flat([prompt + answer for prompt, answer in pairs], device)
+    return idx[None], doc, _flat(predicts, device)[None].bool()
 
 
 def _shares(model, groups):
-    """Whether a prompt is computed once for several answers. Context parallelism cuts sequences, so there each has its own."""
+    """Is a prompt computed once for several answers? Context parallelism cuts sequences, so there each has its own."""
     mesh = getattr(model, 'mesh', parallel.ALONE)
     return mesh.cp.size == 1 and any(len(answers) > 1 for _, answers in groups)
 
 
 def answer_logprobs(model, groups, device, temperature=1.0):
-    """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])] -> (logp, entropy, mask), all (S, R):
-    S answers in order, R tokens of the longest, padded on the right with 0."""
+    """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])] -> (logp, entropy, mask), all
+    (S, R): S answers in order, R tokens of the longest, padded on the right with 0."""
     answers = [answer for _, answers in groups for answer in answers]
     if _shares(model, groups):
         states = shared_states(model, groups, device)
         found = model.token_logprobs(states, _flat(answers, device), temperature)
     else:
-        idx, doc, at = packed(groups, device)
-        where = torch.zeros_like(idx[:, 1:], dtype=torch.bool).index_fill(1, at, True)  # the head is computed there alone
-        found = [x[0, at] for x in model.logprobs(idx, temperature, doc=doc, where=where, entropy=True)]
+        idx, doc, predicts = packed(groups, device)
+        where = predicts[:, :-1]  # the head is computed there alone
+        found = model.logprobs(idx, temperature, doc=doc, where=where, entropy=True)
+        found = [x[where] for x in found]
     mask = _response_mask(answers, device)
     logp, entropy = (_padded(x, mask) for x in found)
     return logp, entropy, mask
@@ -255,9 +253,10 @@ def answer_values(model, groups, device):
     if _shares(model, groups):
         found = model.values(shared_states(model, groups, device))
     else:
-        idx, doc, at = packed(groups, device)
-        found = model(idx, doc=doc)[0][0, at]
-    return _padded(found, _response_mask([answer for _, answers in groups for answer in answers], device))
+        idx, doc, predicts = packed(groups, device)
+        found = model(idx, doc=doc)[0][predicts]
+    answers = [answer for _, answers in groups for answer in answers]
+    return _padded(found, _response_mask(answers, device))
 
 
 def _response_mask(answers, device):
@@ -384,13 +383,12 @@ class Rewards:
 
 @torch.no_grad()
 def model_rewards(model, sequences, device, micro_tokens):
-    """Rewards (S,) of token lists, read at the last token of each; packed without padding, float32 on the CPU."""
-    out, lengths = torch.empty(len(sequences)), [len(s) for s in sequences]
+    """Rewards (S,) of token lists, read at the last token of each, float32 on the CPU: the value before a token that
+    would come next."""
+    out, lengths = torch.empty(len(sequences)), [len(sequence) + 1 for sequence in sequences]
     for bin in pack(lengths, max([micro_tokens, *lengths])):
-        n = torch.tensor([lengths[i] for i in bin])
-        idx = _flat([sequences[i] for i in bin], device)[None]
-        doc = torch.arange(len(bin)).repeat_interleave(n)[None].to(device)
-        out[bin] = model(idx, doc=doc)[0][0, (n.cumsum(0) - 1).to(device)].float().cpu()
+        values = answer_values(model, [(sequences[i], [[0]]) for i in bin], device)
+        out[bin] = values[:, 0].float().cpu()
     return out
 
 
@@ -449,12 +447,12 @@ class Answers:
         return dict(position=self.position if self.pool is None else self.pool.position)
 
     def memory(self):
-        """{what: bytes} of what the sampling side holds, for Run.plan."""
-        net, weights = self.engine.net, sum(p.nbytes for p in self.sampler.parameters())
-        shared = self.sampler is getattr(self.policy, 'body', self.policy)
+        """{what: bytes} that the sampling side holds, for Run.plan."""
         rows = self.options['max_num_seqs'] * self.options['max_len']
-        return dict(sampler=0 if shared else weights, past=self.stale * weights,
-                    kv=kv_cache_bytes(net.c, rows, self.run.dtype.itemsize))
+        found = dict(kv=kv_cache_bytes(self.sampler.config, rows, self.run.dtype.itemsize))
+        if self.sampler is not getattr(self.policy, 'body', self.policy):
+            found['sampler'] = (1 + self.stale) * sum(p.nbytes for p in self.sampler.parameters())
+        return found
 
     def close(self):
         """Ends the processes that run ahead."""
@@ -570,30 +568,24 @@ class Answers:
 
     # ---- what is said of a batch
 
-    def report(self, batch, gen_s):
-        """What PPO and GRPO log of a batch that was trained on; asynchronous: `idle` is the share of the time that the
-        trainer waited for samples."""
-        tokens, seconds = sum(map(len, batch.responses)), time.time() - self.run.clock
-        row = dict(score=batch.scores.mean(), score_std=spread(batch.scores), len=tokens / len(batch), tokens=tokens,
-                   ended=batch.ended.float().mean(), gen_s=gen_s, completions_per_s=len(batch) / seconds)
-        if self.config['mode'] == 'async':
-            ages = batch.ages[batch.mask].float()
-            row |= dict(staleness=ages.mean(), staleness_max=int(ages.max()), prompts=batch.index[::self.group_size])
+    def lag(self, batch, idle):
+        """Asynchronous rollouts in a row of the log; idle: the share of the time that the trainer waited for samples."""
+        if self.config['mode'] == 'sync':
+            return {}
+        ages = batch.ages[batch.mask].float()
+        row = dict(staleness=ages.mean(), staleness_max=ages.max(), prompts=batch.index[::self.group_size])
         if self.pool is not None:
-            row |= dict(idle=gen_s / seconds, dropped=self.pool.dropped, restarts=self.pool.restarts,
-                        position=self.pool.position)
+            row |= dict(idle=idle, dropped=self.pool.dropped, restarts=self.pool.restarts, position=self.pool.position)
         return row
 
-    def evaluated(self, it, batch):
-        """Writes held-out answers to samples.jsonl, prints one -> {score, len, ended}."""
-        texts = [(self.tok.decode(prompt), self.tok.decode(ids)) for prompt, ids in zip(batch.prompts, batch.responses)]
+    def write_samples(self, it, batch):
+        """Held-out answers into samples.jsonl; one of them is printed."""
+        prompts, texts = ([self.tok.decode(ids) for ids in lists] for lists in (batch.prompts, batch.responses))
+        print(f'sample: {prompts[0] + texts[0]!r}')
         if self.mesh.master:
             with open(os.path.join(self.run.out_dir, 'samples.jsonl'), 'a') as f:
-                for (prompt, text), score in zip(texts, batch.scores.tolist()):
+                for prompt, text, score in zip(prompts, texts, batch.scores.tolist()):
                     f.write(json.dumps(dict(step=it, prompt=prompt, completion=text, score=score)) + '\n')
-        print('sample: ' + repr(''.join(texts[0])))
-        return dict(score=batch.scores.mean().item(), len=sum(map(len, batch.responses)) / len(batch),
-                    ended=batch.ended.float().mean().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
