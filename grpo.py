@@ -1,24 +1,27 @@
 """GRPO and its kin: PPO without a value network; the other answers to the same prompt are the baseline.
 
-    A_i = (r_i - mean(r_1 .. r_G)) / std(r_1 .. r_G)       DeepSeekMath, Shao et al. 2024 (2402.03300), eq. 3; DeepSeek-R1 (2501.12948)
+    A_i = (r_i - mean(r_1 .. r_G)) / std(r_1 .. r_G)
 
-One iteration:
-  1. rollout: the policy answers batch_size / group_size prompts, group_size times each; the prompt is prefilled once
+DeepSeekMath, Shao et al. 2024 (2402.03300), eq. 3; DeepSeek-R1 (2501.12948). One iteration:
+  1. rollout: the policy answers batch_size / group_size prompts, group_size times each
   2. score: reward functions of your own (a Python file each, weighted), or reward models
-  3. advantage of an answer = its reward against its group's; a group of equal rewards is dead: it teaches nothing
-     (dynamic_sampling asks further prompts in its place; what is dead is counted, and not computed when beta = 0)
-  4. log-probs of the trainer against the sampler's: the mismatch is in every log line, tis_cap corrects for it
-  5. clipped policy loss on every token of the answer, beta * k3 to the reference if beta > 0, AdamW, lr linear to 0
+  3. advantage of an answer = its reward against its group's; a group of equal rewards is dead, it teaches
+     nothing (dynamic_sampling asks further prompts instead; what is dead is counted, but not computed)
+  4. log-probs before the update and under the reference; the mismatch of trainer and sampler is in every log
+     line, and tis_cap corrects for it
+  5. clipped policy loss on every token of the answer, beta * k3 to the reference if beta > 0, AdamW, learning
+     rate linear to 0
   6. evaluation: pass@1 and pass@k on held-out prompts, read by the same reward function from step 0 on
 Variants are one key each: --advantage=dr_grpo, rloo or reinforce++; --loss_type=dr_grpo, dapo, gspo or cispo.
---mode=async (AReaL, 2505.24298): step 1 runs ahead in processes of its own, at most max_staleness updates old; the loop is the same.
-Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable rewards need no leash, and no second model).
+--mode=async (AReaL, 2505.24298): step 1 runs ahead in other processes, at most max_staleness updates old.
+Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable rewards need no leash, and no
+second model).
 
-    python grpo.py config/grpo_toy.py                            # CPU: pass@1 30 -> 95 % and more in 120 iterations
-    torchrun --nproc_per_node=8 grpo.py config/grpo_qwen3_gsm8k.py --zero=2   # eight GPUs
-    python grpo.py config/grpo_toy.py --mode=async               # rollouts run ahead in a process of their own
+    python grpo.py config/grpo_toy.py                            # CPU: pass@1 30 -> 95 % in 120 iterations
+    python grpo.py config/grpo_toy.py --mode=async               # the rollouts in a process of their own
     python grpo.py config/grpo_qwen3_gsm8k.py                    # one GPU
-    python grpo.py --init_from=Qwen/Qwen3-0.6B --reward=right.py,short.py --reward_weights=1,0.1 --dataset=my_prompts.jsonl
+    torchrun --nproc_per_node=8 grpo.py config/grpo_qwen3_gsm8k.py --zero=2   # eight
+    python grpo.py --init_from=gpt2 --dataset=my.jsonl --reward=right.py,short.py --reward_weights=1,0.1
 """
 import dataclasses
 import math
@@ -37,7 +40,7 @@ from run import check_finite, Run
 # -----------------------------------------------------------------------------------------------------------
 # I/O
 out_dir = 'out-grpo'
-init_from = 'out-sft' # 'resume' | HF name | HF or PEFT directory | an out_dir: where policy and reference start
+init_from = 'out-sft' # 'resume' | HF name | HF or PEFT directory | an out_dir: policy and reference
 overwrite = False # replace the run that out_dir already holds
 eval_interval = 20 # >= 1: iterations between evaluations; a checkpoint is written at each
 eval_iters = 64 # >= 0: held-out prompts an evaluation answers; 0 = all
@@ -50,11 +53,11 @@ val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
 max_prompt = 0 # >= 0: tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
 long_prompts = 'error' # one of 'error', 'drop', 'cut': a prompt over that; 'cut' = it loses its beginning
-seed = 1337 # in [0, 2147483648)
+seed = 1337 # in [0, 2147483648): of order, samples, new weights, dropout
 # reward
 reward = 'data/toy/reward.py' # as in ppo.py, several by comma; the first says what is correct
 reward_weights = '' # '1,0.2': one weight each; '' = 1 each
-overlong = 'none' # one of 'none', 'mask', 'shape': a cut-off answer is not trained on ('mask'); overlong_penalty
+overlong = 'none' # one of 'none', 'mask', 'shape': a cut-off answer is not trained on; overlong_penalty
 overlong_cache = 16 # >= 0: tokens before max_new_tokens over which 'shape' falls from 0 to -1
 # algorithm
 batch_size = 64 # >= 1: completions an iteration, over all processes
@@ -75,7 +78,7 @@ track_kl = True # KL to the reference at evaluations also when beta = 0 (costs t
 mode = 'sync' # one of 'sync', 'async': sample, then train; or workers sample while this process trains
 max_staleness = 1 # >= 0: async: updates that a sample's weights may be behind at most; 0 = sync with workers
 simulate_staleness = 0 # >= 0: async in one process: batches sampled with the weights of n updates ago
-decoupled = True # the ratio to the policy before the update, weighted by tis_cap; False: to the sampler (naive)
+decoupled = True # the ratio to the policy before the update, weighted by tis_cap; False: to the sampler
 tis_cap = 2.0 # >= 0: bound of the importance weight between sampler and trainer; 0 = off
 rollout_workers = 1 # >= 1: async: processes that sample, each with an engine of its own
 reward_workers = 1 # >= 1: async: processes that run the reward files (a reward model scores in this process)
@@ -89,7 +92,7 @@ lora_targets = '' # HF module names by comma, or 'all-linear'; '' = c_attn, or q
 # optimizer
 max_iters = 100 # >= 0: iterations: one batch of completions each
 learning_rate = 1e-6 # >= 0: linear to 0; 1e-6 for billions of parameters, 1e-4 and more for tiny ones
-warmup_iters = 0 # >= 0: of the learning rate
+warmup_iters = 0 # >= 0: iterations of linear warm-up
 weight_decay = 0.0 # >= 0: AdamW's, of matrices only
 beta1 = 0.9 # in [0, 1): decay of Adam's first moment
 beta2 = 0.999 # in [0, 1): decay of Adam's second moment
@@ -98,25 +101,25 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
-dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
+dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
 compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
-checkpointing = False # recompute each block in the backward: keeps less in memory, takes a third more time
+checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; talks in every layer, keep it inside a node
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; talks in every layer, so keep it in a node
 pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
 cp = 1 # >= 1: context parallel: not here, where the answers to a prompt share its tokens
 zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-rollout_tp = False # with tp: a tp group answers together, each rank with its part of the policy; False: each alone
-dist_timeout = 120 # >= 1: seconds that one rank waits for another; then the run ends and says for which
+rollout_tp = False # with tp: a tp group answers together, each rank holds its part of the policy
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and names it
 # -----------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
 config = {k: globals()[k] for k in config_keys} # will be useful for logging
 # -----------------------------------------------------------------------------------------------------------
-# the equations. (B, R) arrays: R response tokens, right-padded, mask (B, R) bool, True = counts. A masked position may hold
-# any finite value; it changes neither results nor gradients.
+# the equations. (B, R) arrays: R response tokens, right-padded, mask (B, R) bool, True = counts. A masked
+# position may hold any finite value; it changes neither results nor gradients.
 
 
 ADVANTAGES = ('grpo', 'dr_grpo', 'rloo', 'reinforce++')
@@ -125,17 +128,22 @@ PER_TOKEN = ('dapo', 'cispo')  # their loss is a mean over tokens, the others' o
 
 
 def group_advantages(rewards, group_size, kind='grpo'):
-    """rewards (B,) float, prompt-major: row i belongs to prompt i // group_size. Returns (B,), every token of a completion shares it.
-        grpo         (r - mean) / (std + 1e-4) within the group (2402.03300 section 4.1.2); the sample std, n - 1, as TRL's
+    """rewards (B,) float, prompt-major: row i belongs to prompt i // group_size. Returns (B,), every token
+    of a completion shares it.
+        grpo         (r - mean) / (std + 1e-4) within the group (2402.03300 section 4.1.2); the sample std,
+                     n - 1, as TRL's
         dr_grpo      r - mean: without the std, easy and hard prompts weigh as their rewards do (2503.20783)
         rloo         r - mean of the OTHERS = G / (G - 1) (r - mean): an unbiased baseline (2402.14740)
-        reinforce++  (r - mean) / (std + 1e-4) over the whole batch (2501.03262); the only one that means something for G = 1
-    A group whose rewards are all equal gets zeros (it is "dead"), and so does a group of one in the first three; never NaN.
-    ValueError: unknown kind, B not a multiple of group_size. [1, 0], G=2: grpo +-0.7070, dr_grpo +-0.5, rloo +-1."""
+        reinforce++  (r - mean) / (std + 1e-4) over the whole batch (2501.03262); the only one that means
+                     something for G = 1
+    A group whose rewards are all equal gets zeros (it is "dead"), and so does a group of one in the first
+    three; never NaN. ValueError: unknown kind, B not a multiple of group_size. [1, 0], G=2: grpo +-0.7070,
+    dr_grpo +-0.5, rloo +-1."""
     if kind not in ADVANTAGES:
         raise ValueError(f'advantage kind {kind!r} is unknown: one of {", ".join(ADVANTAGES)}')
     if group_size < 1 or len(rewards) % group_size:
-        raise ValueError(f'{len(rewards)} rewards do not divide into groups of {group_size}: make the batch a multiple of group_size')
+        raise ValueError(f'{len(rewards)} rewards do not divide into groups of {group_size}: make the batch '
+                         'a multiple of group_size')
     r = rewards.view(1, -1) if kind == 'reinforce++' else rewards.view(-1, group_size)
     n, equal = r.shape[1], r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     centred = torch.where(equal, 0.0, r - r.mean(1, keepdim=True))  # 0 exactly, whatever the mean rounds to
@@ -147,26 +155,31 @@ def group_advantages(rewards, group_size, kind='grpo'):
 
 
 def k3(logp, ref_logp):
-    """Schulman's estimate of KL(pi || ref) from tokens sampled by pi: exp(-d) - 1 + d, d = logp - ref_logp. Unbiased, never negative. d=0.5 -> 0.1065."""
+    """Schulman's estimate of KL(pi || ref) from tokens sampled by pi: exp(-d) - 1 + d, d = logp - ref_logp.
+    Unbiased, never negative. d=0.5 -> 0.1065."""
     d = logp - ref_logp
     return torch.exp(-d) - 1 + d
 
 
-def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_low=0.2, clip_high=0.2, loss_type='grpo',
-              max_len=None, weights=None, denom=None):
-    """PPO's clipped surrogate with one advantage for a whole completion. logp, old_logp, ref_logp (B, R) float, advantages (B,), or
-    (B, R) for one a token, mask (B, R) bool. r_t = pi / pi_old; per token
+def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_low=0.2, clip_high=0.2,
+              loss_type='grpo', max_len=None, weights=None, denom=None):
+    """PPO's clipped surrogate with one advantage for a whole completion. logp, old_logp, ref_logp (B, R)
+    float, advantages (B,), or (B, R) for one a token, mask (B, R) bool. r_t = pi / pi_old; per token
     -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) + beta * k3(pi, ref), then
-        grpo     mean over a completion's tokens, mean over completions (2402.03300 eq. 3): long wrong answers are punished less per token
+        grpo     mean over a completion's tokens, mean over completions (2402.03300 eq. 3): long wrong
+                 answers are punished less per token
         dr_grpo  sum over tokens / max_len, mean over completions: no length bias (2503.20783)
         dapo     mean over all tokens of the batch; use it with clip_high > clip_low (2503.14476 eq. 8)
-        gspo     ONE ratio for the completion, exp(mean_t log r_t), clipped; mean over completions (2507.18071 eq. 5)
-        cispo    -clip(r_t) A logp with the weight held constant: a clipped token still learns; mean over all tokens (2506.13585 eq. 4)
-    weights (B, R): importance correction between sampler and trainer (`tis_weights`). denom: what to divide by instead of this
-    batch's own count (tokens for dapo and cispo, else completions), so that the losses of micro-batches add up to the batch's.
-    Returns (loss, stats); stats: clip_frac, clip_low_frac, clip_high_frac, approx_kl = mean(log r^2) / 2, ratio_max = largest
-    |r - 1|, kl (k3, mean over tokens; with ref_logp). ValueError: unknown loss_type, dr_grpo without max_len.
-    Worked: A=[1], logp = old_logp, mask all True -> loss -1 (for dr_grpo -R / max_len); clipping and k3 are zero."""
+        gspo     ONE ratio for the completion, exp(mean_t log r_t), clipped; mean over completions
+                 (2507.18071 eq. 5)
+        cispo    -clip(r_t) A logp with the weight held constant: a clipped token still learns; mean over
+                 all tokens (2506.13585 eq. 4)
+    weights (B, R): importance correction between sampler and trainer (`tis_weights`). denom: what to divide
+    by instead of this batch's own count (tokens for dapo and cispo, else completions), so that the losses
+    of micro-batches add up to the batch's. Returns (loss, stats); stats: clip_frac, clip_low_frac,
+    clip_high_frac, approx_kl = mean(log r^2) / 2, ratio_max = largest |r - 1|, kl (k3, mean over tokens;
+    with ref_logp). ValueError: unknown loss_type, dr_grpo without max_len. Worked: A=[1], logp = old_logp,
+    mask all True -> loss -1 (for dr_grpo -R / max_len); clipping and k3 are zero."""
     if loss_type not in LOSSES:
         raise ValueError(f'loss_type {loss_type!r} is unknown: one of {", ".join(LOSSES)}')
     if loss_type == 'dr_grpo' and not max_len:
@@ -194,38 +207,42 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
         loss = (per_token.sum(1) / (max_len if loss_type == 'dr_grpo' else n)).sum() / (denom or len(mask))
     with torch.no_grad():
         low, high = (ratio < 1 - clip_low) & mask, (ratio > 1 + clip_high) & mask
-        if loss_type != 'cispo':  # the minimum keeps the unclipped term where clipping would help the objective
+        if loss_type != 'cispo':  # the minimum keeps the unclipped term where clipping would help
             low, high = low & (A < 0), high & (A > 0)
-        stats.update(clip_frac=(low | high).sum() / tokens, clip_low_frac=low.sum() / tokens, clip_high_frac=high.sum() / tokens,
+        stats.update(clip_frac=(low | high).sum() / tokens,
+                     clip_low_frac=low.sum() / tokens, clip_high_frac=high.sum() / tokens,
                      approx_kl=(torch.where(mask, log_ratio, 0.0) ** 2).sum() / 2 / tokens,
                      ratio_max=torch.where(mask, ratio - 1, 0.0).abs().max())
     return loss, stats
 
 
 def tis_weights(logp, sampler_logp, mask, cap):
-    """Truncated importance sampling: min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False; all (B, R), no gradient.
-    The sampler's kernels (paged, another dtype) are not the trainer's, and in async mode its weights are older, so the samples
-    come from another policy. With pi_trainer = the policy before the update this is the decoupled objective of 2505.24298
-    eq. 5: the weight leads from the policy that sampled to the one around which the loss clips. cap 0 = no bound.
-    Returns (weights, stats): mismatch and mismatch_max, mean and largest |delta log p|, and tis_frac, the share that was cut.
-    cap=2, delta = log 3 -> 2."""
+    """Truncated importance sampling: min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False;
+    all (B, R), no gradient. The sampler's kernels (paged, another dtype) are not the trainer's, and in
+    async mode its weights are older, so the samples come from another policy. With pi_trainer = the policy
+    before the update this is the decoupled objective of 2505.24298 eq. 5: the weight leads from the policy
+    that sampled to the one around which the loss clips. cap 0 = no bound. Returns (weights, stats):
+    mismatch and mismatch_max, mean and largest |delta log p|, and tis_frac, the share that was cut. cap=2,
+    delta = log 3 -> 2."""
     with torch.no_grad():
         delta = torch.where(mask, logp - sampler_logp, 0.0)
         n = mask.sum().clamp(min=1)
         weights, bound = delta.exp(), cap or math.inf
-        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(), tis_frac=(weights > bound).sum() / n)
+        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(),
+                     tis_frac=(weights > bound).sum() / n)
         return weights.clamp(max=bound), stats
 
 
 def overlong_penalty(lengths, max_len, cache):
-    """DAPO eq. 13: 0 up to max_len - cache tokens, then a straight line down to -1 at max_len. lengths (B,) -> (B,) float.
-    max_len=100, cache=20: lengths 80, 90, 100 -> 0, -0.5, -1."""
+    """DAPO eq. 13: 0 up to max_len - cache tokens, then a straight line down to -1 at max_len. lengths (B,)
+    -> (B,) float. max_len=100, cache=20: lengths 80, 90, 100 -> 0, -0.5, -1."""
     return ((max_len - cache - lengths.float()) / max(cache, 1)).clamp(-1, 0)
 
 
 def pass_at_k(correct, group_size, k):
-    """The chance that at least one of k samples is right, without bias from group_size >= k of them (Chen et al. 2021, 2107.03374 eq. 1):
-    1 - C(n - c, k) / C(n, k), mean over prompts. correct (B,) bool, prompt-major. n=4, c=1: pass@1 = 0.25, pass@2 = 0.5, pass@4 = 1."""
+    """The chance that at least one of k samples is right, without bias from group_size >= k of them (Chen
+    et al. 2021, 2107.03374 eq. 1): 1 - C(n - c, k) / C(n, k), mean over prompts. correct (B,) bool,
+    prompt-major. n=4, c=1: pass@1 = 0.25, pass@2 = 0.5, pass@4 = 1."""
     c = correct.view(-1, group_size).sum(1).tolist()
     return sum(1 - math.comb(group_size - x, k) / math.comb(group_size, k) for x in c) / len(c)
 
@@ -264,18 +281,18 @@ if __name__ == '__main__':
     if batch_size % minibatch_size or minibatch_size % group_size:
         fits = [m for m in range(group_size, batch_size + 1, group_size) if batch_size % m == 0]
         way = f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'
-        raise ValueError(f'batch_size {batch_size}, minibatch_size {minibatch_size}, group_size {group_size}: each must '
-                         f'divide the one before; set --minibatch_size to {way}')
+        raise ValueError(f'batch_size {batch_size}, minibatch_size {minibatch_size}, group_size {group_size}:'
+                         f' each must divide the one before; set --minibatch_size to {way}')
     if group_size == 1 and advantage != 'reinforce++':
-        raise ValueError(f'group_size 1 with advantage {advantage!r}: a group of one has no baseline, every advantage '
-                         'would be 0; --group_size=8, or --advantage=reinforce++')
+        raise ValueError(f'group_size 1 with advantage {advantage!r}: a group of one has no baseline, every '
+                         'advantage would be 0; --group_size=8, or --advantage=reinforce++')
     if batch_size == 1:
-        raise ValueError('batch_size 1: one answer has nothing to be compared with, its advantage would always be 0')
+        raise ValueError('batch_size 1: one answer has nothing to be compared with, its advantage would be 0')
     run = Run('grpo', config)
     policy, tok = run.model()  # no dropout: the ratio is 1 before the first step
     train, val, longest = load_prompts(run, tok, policy.config.block_size)
     wanted = beta > 0 or track_kl
-    reference = run.reference(policy, tok, longest) if wanted else None  # None: the policy without its adapter
+    reference = run.reference(policy, tok, longest) if wanted else None  # with an adapter: None, it is free
     compared = reference is not None or bool(lora.adapted(policy))
     rewards = Rewards(run, tok, longest)
 
@@ -295,7 +312,8 @@ if __name__ == '__main__':
         return total, each
 
     # the loss of a micro-batch (b answers, the longest of r tokens), see 5.
-    surrogate = dict(beta=beta, clip_low=clip_low, clip_high=clip_high, loss_type=loss_type, max_len=max_new_tokens)
+    surrogate = dict(beta=beta, clip_low=clip_low, clip_high=clip_high, loss_type=loss_type,
+                     max_len=max_new_tokens)
 
     def part(policy, item):
         """The share of some answers in the minibatch's loss and statistics."""
@@ -303,12 +321,16 @@ if __name__ == '__main__':
         logp, entropy = answers.logprobs(policy, micro)  # (b, r), with gradient
         before = logp.detach() if micro.old_logp is None else micro.old_logp  # the policy before the update
         weights, mismatch = tis_weights(before, micro.sampled, micro.mask, tis_cap)
-        loss, stats = grpo_loss(logp, before if decoupled else micro.sampled, micro.advantages, micro.mask, micro.ref_logp,
-                                weights=weights if tis_cap and decoupled else None, denom=denom, **surrogate)
+        if not decoupled:
+            before = micro.sampled  # naive: the ratio is to the sampler itself
+        if not decoupled or not tis_cap:
+            weights = None
+        loss, stats = grpo_loss(logp, before, micro.advantages, micro.mask, micro.ref_logp, weights=weights,
+                                denom=denom, **surrogate)
         stats |= dict(mismatch, entropy=masked_mean(entropy, micro.mask))
         return loss, {k: x if k.endswith('_max') else x * share for k, x in stats.items()}
 
-    on_policy = grpo_epochs == 1 and minibatch_size == batch_size  # one step a batch: no log-probs from before it
+    on_policy = grpo_epochs == 1 and minibatch_size == batch_size  # one step a batch
     need = batch_size // group_size  # groups an iteration
     for it in run.iterations(max_iters):
         # ---- 6. evaluate and save; step 0 is the baseline. Held-out prompts, fixed seeds
@@ -322,8 +344,8 @@ if __name__ == '__main__':
                 found |= {f'pass@{k}': pass_at_k(correct, eval_k, k) for k in (1, eval_k)}
             if compared:
                 some = [list(range(0, len(seen), eval_k))]  # one answer a prompt is enough for the KL
-                logp, ref_logp = answers.all_logprobs(policy, seen, some), answers.reference_logprobs(seen, some)
-                found['kl'] = k3(logp, ref_logp).sum().item() / len(some[0])  # 0 for the others
+                kl = k3(answers.all_logprobs(policy, seen, some), answers.reference_logprobs(seen, some))
+                found['kl'] = kl.sum().item() / len(some[0])  # it is 0 for the others
             run.evaluated(it, found, found['score'], f'score pass@1 pass@{eval_k} kl len ended')
         if it == max_iters or eval_only:
             break
@@ -337,7 +359,7 @@ if __name__ == '__main__':
             everyone = concatenate(asked)
             grouped = everyone.scores.view(-1, group_size)
             alive = grouped.amax(1) > grouped.amin(1)  # (groups,)
-        picked = torch.cat([alive.nonzero(), (~alive).nonzero()])[:need]  # (need, 1): the dead fill up what is missing
+        picked = torch.cat([alive.nonzero(), (~alive).nonzero()])[:need]  # (need, 1); the dead fill up
         batch = everyone[(picked * group_size + torch.arange(group_size)).flatten().tolist()]
         gen_s = time.time() - t0
 
@@ -347,12 +369,13 @@ if __name__ == '__main__':
         if overlong == 'mask':
             batch.mask &= batch.ended[:, None].to(run.device)
         teaches = batch.mask.any(1) & ((batch.advantages != 0) | (beta > 0))
-        teaches, sizes = teaches.tolist(), batch.mask.sum(1).tolist()  # the GPU is waited for; sizes: trained tokens
+        teaches, sizes = teaches.tolist(), batch.mask.sum(1).tolist()  # trained tokens; waits for the GPU
 
         # ---- 4. log-probs before the update and under the reference, (B, R)
         passes = [rows for epoch in range(grpo_epochs)
                   for rows in minibatches(batch_size, minibatch_size, seed, it, epoch, group_size)]
-        first = [[i for i in rows if teaches[i]] for rows in passes[:batch_size // minibatch_size]]  # as epoch 0 cuts them
+        first = passes[:batch_size // minibatch_size]  # cut as epoch 0 will: its ratios are 1 to the bit
+        first = [[i for i in rows if teaches[i]] for rows in first]
         if decoupled and not on_policy:
             batch.old_logp = answers.all_logprobs(policy, batch, first)
         if beta:
@@ -366,7 +389,7 @@ if __name__ == '__main__':
                 continue
             micros, copies = answers.micro_batches(batch, live)
             tokens = sum(sizes[i] for i in live) * copies
-            # the dead count in what the loss is divided by: a mean over the minibatch, whatever is computed of it
+            # a mean over the whole minibatch: the dead count in what the loss is divided by
             denom = (sum(sizes[i] for i in rows) if loss_type in PER_TOKEN else len(rows)) * copies
             items = [(batch[micro], denom, sum(sizes[i] for i in micro) / tokens) for micro in micros]
             # loss.backward() on each micro-batch
@@ -376,9 +399,8 @@ if __name__ == '__main__':
             # all-reduce over the ranks, clip, AdamW
             stats['grad_norm'] = parallel.clip_and_step([optimizer], [lr], grad_clip)
             if it == len(steps) == 0:
-                right = ' (a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)'
-                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e}, gradient norm "
-                      f"{stats['grad_norm']:.2f}" + right * (abs(stats['pg']) < 1e-3))
+                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} "
+                      '(a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)')
                 check_first_ratio(stats['ratio_max'], decoupled)
             steps.append(stats)
         if not steps:
@@ -387,17 +409,19 @@ if __name__ == '__main__':
         # ---- log
         stats = means(steps)
         if 'kl' in stats:
-            stats['k3'] = stats.pop('kl')  # a token; kl is of the answers as they were sampled, nats a sequence
+            stats['k3'] = stats.pop('kl')  # nats a token, as trained; kl: nats a sequence, as it was sampled
             stats['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
         seconds = time.time() - t0
-        row = dict(overview(batch), dead=1 - alive.float().mean().item(), rounds=len(asked), lr=lr, steps=len(steps),
-                   tokens=batch.tokens(), gen_s=gen_s, upd_s=time.time() - t1, completions_per_s=batch_size / seconds,
-                   **stats, **answers.lag(everyone, gen_s / seconds))
+        row = dict(overview(batch), dead=1 - alive.float().mean().item(), rounds=len(asked), lr=lr,
+                   steps=len(steps), tokens=batch.tokens(), gen_s=gen_s, upd_s=time.time() - t1,
+                   completions_per_s=batch_size / seconds, **stats, **answers.lag(everyone, gen_s / seconds))
         row |= dict(score=everyone.scores.mean(), score_std=spread(everyone.scores))  # of the dead, too
         if len(rewards.names) > 1:
             for name in rewards.names:
-                row[f'score/{os.path.basename(name)}'] = torch.cat([part.given[name] for part in asked]).mean()
-        run.log(it, row, 'score dead kl pg clip_frac grad_norm mismatch mismatch_max staleness idle dropped len gen_s upd_s')
+                scores = torch.cat([part.given[name] for part in asked])
+                row[f'score/{os.path.basename(name)}'] = scores.mean()
+        run.log(it, row, 'score dead kl pg clip_frac grad_norm mismatch mismatch_max staleness idle dropped '
+                         'len gen_s upd_s')
 
     # ---- end
     answers.close()

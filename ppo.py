@@ -1,21 +1,24 @@
-"""Proximal policy optimisation of a language model against a reward model, with a KL leash to where it started.
+"""Proximal policy optimisation of a language model against a reward model, on a KL leash to where it started.
 
     maximise  E_{x ~ prompts, y ~ pi}[ r(x, y) ] - beta KL(pi || pi_ref)
 
-PPO: Schulman et al. 2017 (1707.06347); for language models: Ziegler et al. 2019 (1909.08593), Stiennon et al. 2020
-(2009.01325); the details as in lm-human-preference-details and "N+ implementation details" (2403.17031). One iteration:
+PPO: Schulman et al. 2017 (1707.06347); for language models: Ziegler et al. 2019 (1909.08593), Stiennon et al.
+2020 (2009.01325); details as in lm-human-preference-details and "N+ implementation details" (2403.17031). One
+iteration:
   1. rollout: the policy answers batch_size prompts at `temperature`
-  2. score: the reward model reads each answer at its end token; an answer without an end gets a fixed bad score
-  3. log-probs under policy and reference at the SAME temperature; reward per token = -beta (logp - ref_logp), score on the last
+  2. score: the reward model reads each answer at its end token; an answer without one gets a fixed bad score
+  3. log-probs under policy and reference at the SAME temperature; the reward of a token is
+     -beta (logp - ref_logp), and the score comes on top at the last one
   4. values, GAE on the response tokens only (eq. 16 of 1506.02438), advantages whitened over the batch
-  5. ppo_epochs passes over minibatches: clipped policy loss (eq. 7) + vf_coef * clipped value loss, AdamW, lr linear to 0
+  5. ppo_epochs passes over minibatches: clipped policy loss (eq. 7) + vf_coef * clipped value loss, AdamW,
+     learning rate linear to 0
   6. beta moves so that the KL meets target_kl (section 2.2 of 1909.08593), or stays fixed
---mode=async (AReaL, 2505.24298): step 1 runs ahead in processes of its own, at most max_staleness updates old; the loop is the same.
-Changed from the papers: the value network is one of its own, started from the reward model (2009.01325) or the policy; padding is
-removed before every matrix product.
+--mode=async (AReaL, 2505.24298): step 1 runs ahead in other processes, at most max_staleness updates old.
+Changed from the papers: the value network is one of its own, started from the reward model (2009.01325) or
+the policy; padding is removed before every matrix product.
 
     python ppo.py config/ppo_toy.py                              # CPU
-    python ppo.py config/ppo_toy.py --mode=async                 # rollouts run ahead in a process of their own
+    python ppo.py config/ppo_toy.py --mode=async                 # the rollouts in a process of their own
     python ppo.py config/ppo_gpt2.py                             # one GPU
     torchrun --nproc_per_node=8 ppo.py config/ppo_gpt2.py --zero=1   # eight
     python ppo.py --init_from=out-sft --reward=my_reward.py --dataset=my_prompts.jsonl
@@ -33,7 +36,7 @@ from run import check_finite, load_model, Run
 # -----------------------------------------------------------------------------------------------------------
 # I/O
 out_dir = 'out-ppo'
-init_from = 'out-sft' # 'resume' | HF name | HF or PEFT directory | an out_dir: where policy and reference start
+init_from = 'out-sft' # 'resume' | HF name | HF or PEFT directory | an out_dir: policy and reference
 overwrite = False # replace the run that out_dir already holds
 eval_interval = 20 # >= 1: iterations between evaluations; a checkpoint is written at each
 eval_iters = 64 # >= 0: held-out prompts an evaluation answers; 0 = all
@@ -45,12 +48,12 @@ val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
 max_prompt = 0 # >= 0: tokens of a prompt at most; 0 = what max_new_tokens leaves of the context
 long_prompts = 'error' # one of 'error', 'drop', 'cut': a prompt over that; 'cut' = it loses its beginning
-seed = 1337 # in [0, 2147483648)
+seed = 1337 # in [0, 2147483648): of order, samples, new weights, dropout
 # reward
-reward = 'out-reward' # a reward model, or a Python file with reward(prompt, completion, row); several by comma
-missing_eos = 'score' # one of 'score', 'penalty', 'none': the rule for answers without end token, see end_rule
+reward = 'out-reward' # a reward model, or a file with reward(prompt, completion, row) -> float
+missing_eos = 'score' # one of 'score', 'penalty', 'none': see end_rule
 missing_eos_value = -1.0 # its bad score
-value = 'auto' # one of 'auto', 'reward', 'policy': how the value network starts; auto: as the reward model if it can
+value = 'auto' # one of 'auto', 'reward', 'policy': how the value network starts; auto: reward if it can
 # algorithm
 batch_size = 64 # >= 1: completions an iteration, over all processes
 minibatch_size = 32 # >= 1: completions an optimizer step
@@ -62,7 +65,7 @@ kl_kind = 'k1' # one of 'k1', 'k2', 'k3': estimator of the KL in the reward
 beta = 0.05 # >= 0: weight of the KL; the start value when target_kl > 0
 target_kl = 0.0 # >= 0: nats a sequence; 0 = beta stays fixed
 kl_horizon = 10000 # >= 1: completions over which beta adapts
-gamma = 1.0 # in [0, 1]: discount
+gamma = 1.0 # >= 0: the margin that simpo asks for
 lam = 0.95 # in [0, 1]: of GAE: 1 = Monte Carlo, 0 = one step
 clip = 0.2 # > 0: of the ratio
 vf_clip = 0.2 # >= 0: of the value's step; 0 = off
@@ -75,7 +78,7 @@ kl_stop = 0.0 # >= 0: end an update's passes when its approximate KL exceeds thi
 mode = 'sync' # one of 'sync', 'async': sample, then train; or workers sample while this process trains
 max_staleness = 1 # >= 0: async: updates that a sample's weights may be behind at most; 0 = sync with workers
 simulate_staleness = 0 # >= 0: async in one process: batches sampled with the weights of n updates ago
-decoupled = True # the ratio to the policy before the update, weighted by tis_cap; False: to the sampler (naive)
+decoupled = True # the ratio to the policy before the update, weighted by tis_cap; False: to the sampler
 tis_cap = 2.0 # >= 0: bound of the importance weight between sampler and trainer; 0 = off
 rollout_workers = 1 # >= 1: async: processes that sample, each with an engine of its own
 reward_workers = 1 # >= 1: async: processes that run the reward files (a reward model scores in this process)
@@ -98,31 +101,31 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
-dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
+dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
 compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
-checkpointing = False # recompute each block in the backward: keeps less in memory, takes a third more time
+checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; talks in every layer, keep it inside a node
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; talks in every layer, so keep it in a node
 pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
 cp = 1 # >= 1: context parallel: the tokens of a micro-batch shared out, for long ones
 zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-rollout_tp = False # with tp: a tp group answers together, each rank with its part of the policy; False: each alone
-dist_timeout = 120 # >= 1: seconds that one rank waits for another; then the run ends and says for which
+rollout_tp = False # with tp: a tp group answers together, each rank holds its part of the policy
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and names it
 # -----------------------------------------------------------------------------------------------------------
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
 config = {k: globals()[k] for k in config_keys} # will be useful for logging
 # -----------------------------------------------------------------------------------------------------------
-# the equations. (B, R) arrays: R response tokens, right-padded, mask (B, R) bool, True = counts. A masked position may hold
-# any finite value; it changes neither results nor gradients.
+# the equations. (B, R) arrays: R response tokens, right-padded, mask (B, R) bool, True = counts. A masked
+# position may hold any finite value; it changes neither results nor gradients.
 
 
 def kl_estimate(logp, ref_logp, kind='k1'):
-    """Per-token estimate of KL(pi || ref) from tokens sampled by pi; d = logp - ref_logp, any shape.
-    k1 = d (unbiased, may be negative), k2 = d^2/2 (biased, low variance), k3 = exp(-d) - 1 + d (unbiased, never negative).
-    Schulman, "Approximating KL divergence", 2020. d = 0.5 -> k1 0.5, k2 0.125, k3 0.1065."""
+    """Per-token estimate of KL(pi || ref) from tokens sampled by pi; d = logp - ref_logp, any shape. k1 = d
+    (unbiased, may be negative), k2 = d^2/2 (biased, low variance), k3 = exp(-d) - 1 + d (unbiased, never
+    negative). Schulman, "Approximating KL divergence", 2020. d = 0.5 -> k1 0.5, k2 0.125, k3 0.1065."""
     d = logp - ref_logp
     if kind == 'k1':
         return d
@@ -139,8 +142,9 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """(x - mean) / sqrt(var + 1e-8) over True positions, biased variance; with shift_mean=False the mean is added back
-    (rewards: only their scale changes). 0 where masked. [1, 3] all True -> [-1, 1]; shift_mean=False -> [1, 3]."""
+    """(x - mean) / sqrt(var + 1e-8) over True positions, biased variance; with shift_mean=False the mean is
+    added back (rewards: only their scale changes). 0 where masked. [1, 3] all True -> [-1, 1];
+    shift_mean=False -> [1, 3]."""
     mean = masked_mean(x, mask)
     var = masked_mean((torch.where(mask, x, mean) - mean) ** 2, mask)
     out = (x - mean) * torch.rsqrt(var + 1e-8)
@@ -148,14 +152,16 @@ def whiten(x, mask, shift_mean=True):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """GAE, Schulman et al. 2015 (1506.02438) eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1},
-    the response ends after its last True position. rewards, values (B, R) float, mask (B, R) bool. Returns advantages and
-    returns = advantages + values, (B, R), 0 where masked. ValueError on an empty row.
-    R=3, r=[1,0,0], V=0, gamma=lam=1 -> A = [1,0,0]; r=[0,0,1] -> A = [1,1,1]."""
+    """GAE, Schulman et al. 2015 (1506.02438) eq. 16: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t +
+    gamma lam A_{t+1}, the response ends after its last True position. rewards, values (B, R) float, mask
+    (B, R) bool. Returns advantages and returns = advantages + values, (B, R), 0 where masked. ValueError on
+    an empty row. R=3, r=[1,0,0], V=0, gamma=lam=1 -> A = [1,0,0]; r=[0,0,1] -> A = [1,1,1]."""
     if not bool(mask.any(1).all()):
-        raise ValueError(f'gae: row {int((~mask.any(1)).nonzero()[0])} has no response token: drop empty responses before')
+        row = int((~mask.any(1)).nonzero()[0])
+        raise ValueError(f'gae: row {row} has no response token: drop empty responses before')
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    advantages, last, next_value = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    advantages = torch.zeros_like(rewards)
+    last = next_value = torch.zeros_like(rewards[:, 0])  # behind the end: V = 0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         last = torch.where(mask[:, t], delta + gamma * lam * last, 0.0)
@@ -164,10 +170,11 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip, weights=None):
-    """PPO's clipped surrogate, eq. 7: mean of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = exp(logp - old_logp).
-    All (B, R). weights (B, R): importance correction between sampler and trainer (`tis_weights`), a factor of each token.
-    Returns (loss, stats): clip_frac, approx_kl = mean (logp - old_logp)^2 / 2, ratio_max = largest |ratio - 1|.
-    logp - old_logp = ln 2, A = 1, clip 0.2 -> loss -1.2, clip_frac 1."""
+    """PPO's clipped surrogate, eq. 7: mean of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio =
+    exp(logp - old_logp). All (B, R). weights (B, R): importance correction between sampler and trainer
+    (`tis_weights`), a factor of each token. Returns (loss, stats): clip_frac, approx_kl = mean (logp -
+    old_logp)^2 / 2, ratio_max = largest |ratio - 1|. logp - old_logp = ln 2, A = 1, clip 0.2 -> loss -1.2,
+    clip_frac 1."""
     if weights is not None:
         advantages = advantages * weights
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
@@ -182,23 +189,26 @@ def policy_loss(logp, old_logp, advantages, mask, clip, weights=None):
 
 
 def tis_weights(logp, sampler_logp, mask, cap):
-    """Truncated importance sampling: min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False; all (B, R), no gradient.
-    The sampler's kernels (paged, another dtype) are not the trainer's, and in async mode its weights are older, so the samples
-    come from another policy. With pi_trainer = the policy before the update this is the decoupled objective of 2505.24298
-    eq. 5: the weight leads from the policy that sampled to the one around which the loss clips. cap 0 = no bound.
-    Returns (weights, stats): mismatch and mismatch_max, mean and largest |delta log p|, and tis_frac, the share that was cut.
-    cap=2, delta = log 3 -> 2."""
+    """Truncated importance sampling: min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False;
+    all (B, R), no gradient. The sampler's kernels (paged, another dtype) are not the trainer's, and in
+    async mode its weights are older, so the samples come from another policy. With pi_trainer = the policy
+    before the update this is the decoupled objective of 2505.24298 eq. 5: the weight leads from the policy
+    that sampled to the one around which the loss clips. cap 0 = no bound. Returns (weights, stats):
+    mismatch and mismatch_max, mean and largest |delta log p|, and tis_frac, the share that was cut. cap=2,
+    delta = log 3 -> 2."""
     with torch.no_grad():
         delta = torch.where(mask, logp - sampler_logp, 0.0)
         n = mask.sum().clamp(min=1)
         weights, bound = delta.exp(), cap or math.inf
-        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(), tis_frac=(weights > bound).sum() / n)
+        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(),
+                     tis_frac=(weights > bound).sum() / n)
         return weights.clamp(max=bound), stats
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """0.5 mean max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of old_values (clip 0: no clipping). All (B, R).
-    Returns (loss, stats): vf_clip_frac, and the moments that explained_variance reads. V=1, old=0, R=0, clip=0.2 -> 0.5."""
+    """0.5 mean max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of old_values (clip 0: no
+    clipping). All (B, R). Returns (loss, stats): vf_clip_frac, and the moments that explained_variance
+    reads. V=1, old=0, R=0, clip=0.2 -> 0.5."""
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     plain = clipped = (values - returns) ** 2
     if clip:
@@ -211,30 +221,33 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def explained_variance(stats):
-    """1 - var(R - V) / var(R), 1 for perfect values, 0 for constant ones. stats: value_loss's moments, means over micro-batches,
-    replicas, steps: a ratio of sums, so the cut does not matter (a mean of ratios would). var(R) = 4, var(R - V) = 1 -> 0.75."""
+    """1 - var(R - V) / var(R), 1 for perfect values, 0 for constant ones. stats: value_loss's moments,
+    means over micro-batches, replicas, steps: a ratio of sums, so the cut does not matter (a mean of ratios
+    would). var(R) = 4, var(R - V) = 1 -> 0.75."""
     rest, target = (stats.pop(f'{name}_sq') - stats.pop(name) ** 2 for name in ('rest', 'target'))
     return 1 - rest / max(target, 1e-8)
 
 
 def token_rewards(scores, logp, ref_logp, mask, beta, kind='k1'):
-    """-beta * KL estimate at every response token, the score (B,) added at the last one -> (B, R), 0 where masked."""
+    """-beta * KL estimate at every response token, the score (B,) added at the last one -> (B, R), 0 where
+    masked."""
     rewards = torch.where(mask, -beta * kl_estimate(logp, ref_logp, kind), 0.0)
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
     return rewards.index_put((torch.arange(len(scores), device=scores.device), last), scores, accumulate=True)
 
 
 def end_rule(scores, ended, missing_eos, bad):
-    """What an answer without end token gets, (B,): 'score': `bad` instead of its score; 'penalty': `bad` added to it; 'none': nothing.
-    Without a rule stopping is not learned. scores [2, 3], ended [True, False], 'score', bad -1 -> [2, -1]."""
+    """What an answer without end token gets, (B,): 'score': `bad` instead of its score; 'penalty': `bad`
+    added to it; 'none': nothing. Without a rule stopping is not learned. scores [2, 3], ended [True,
+    False], 'score', bad -1 -> [2, -1]."""
     if missing_eos == 'none':
         return scores
     return torch.where(ended, scores, bad if missing_eos == 'score' else scores + bad)
 
 
 def adapt_beta(beta, kl, target, n, horizon):
-    """Proportional controller, 1909.08593 section 2.2: beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon).
-    0.15, KL 12, target 6, n 512, horizon 10000 -> 0.15154."""
+    """Proportional controller, 1909.08593 section 2.2: beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n /
+    horizon). 0.15, KL 12, target 6, n 512, horizon 10000 -> 0.15154."""
     return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
 
 
@@ -251,7 +264,7 @@ if __name__ == '__main__':
         raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: '
                          f'set --minibatch_size to one of {fits}')
     if target_kl and not beta:
-        raise ValueError(f'beta 0 with target_kl {target_kl}: the controller multiplies beta, so it would stay 0: '
+        raise ValueError(f'beta 0 with target_kl {target_kl}: the controller multiplies beta, so 0 stays 0: '
                          'start with --beta=0.05')
     run = Run('ppo', config)
     policy, tok = run.model()
@@ -264,10 +277,11 @@ if __name__ == '__main__':
     if value == 'auto':
         value = 'reward' if rewards.same_ids else 'policy'
     if value == 'reward' and not rewards.same_ids:
-        raise ValueError(f'--value=reward needs a reward model that shares the tokenizer of the policy; {reward} '
-                         'does not: --value=policy')
+        raise ValueError(f'value reward: it needs a reward model that shares the tokenizer of the policy, '
+                         f'{reward} does not: --value=policy')
     run.extra['value_kind'] = value
-    value_net, _ = load_model(rewards.same_ids[0] if value == 'reward' else config['init_from'], run.device, head='scalar')
+    start = rewards.same_ids[0] if value == 'reward' else config['init_from']
+    value_net, _ = load_model(start, run.device, head='scalar')
     if value == 'policy':
         torch.nn.init.zeros_(value_net.score.weight)  # the first values are 0
     if run.ckpt:
@@ -313,7 +327,7 @@ if __name__ == '__main__':
             kl = (old_logp - answers.reference_logprobs(seen, everything)).sum(1).mean().item()
             answers.write_samples(it, seen)
             found = dict(overview(seen), kl=kl, beta=beta)
-            # the best is found under ONE beta, the given one: under an adapted one marks could not be compared
+            # the best is found under ONE beta, the given one: marks under an adapted one cannot be compared
             run.evaluated(it, found, found['score'] - given_beta * kl, 'score kl len ended')
         if it == max_iters or eval_only:
             break
@@ -327,8 +341,9 @@ if __name__ == '__main__':
         batch.scores = marks(batch)
 
         # ---- 3. log-probs at the sampling temperature, reward per token, all (B, R)
-        passes = [rows for epoch in range(ppo_epochs) for rows in minibatches(batch_size, minibatch_size, seed, it, epoch)]
-        first = passes[:batch_size // minibatch_size]  # cut as the first epoch will cut them: its ratios are 1 to the bit
+        passes = [rows for epoch in range(ppo_epochs)
+                  for rows in minibatches(batch_size, minibatch_size, seed, it, epoch)]
+        first = passes[:batch_size // minibatch_size]  # cut as epoch 0 will: its ratios are 1 to the bit
         batch.old_logp = answers.all_logprobs(policy, batch, first)
         batch.ref_logp = answers.reference_logprobs(batch, first)
         shaped = token_rewards(batch.scores, batch.old_logp, batch.ref_logp, batch.mask, beta, kl_kind)
@@ -342,10 +357,12 @@ if __name__ == '__main__':
             batch.advantages = whiten(batch.advantages, batch.mask)
         weights, mismatch = tis_weights(batch.old_logp, batch.sampled, batch.mask, tis_cap)
         kl = batch.old_logp - batch.ref_logp
-        if mode == 'async':  # older weights have sampled: the KL is theirs, and the loss has a way to bridge the gap
+        if mode == 'async':  # older weights have sampled
             kl = batch.sampled - batch.ref_logp
-            batch.weights = weights if decoupled and tis_cap else None
-            batch.old_logp = batch.old_logp if decoupled else batch.sampled  # naive: the ratio to the sampler itself
+            if not decoupled:
+                batch.old_logp = batch.sampled  # naive: the ratio is to the sampler itself
+            elif tis_cap:
+                batch.weights = weights
         kl = kl.sum(1).mean().item()  # nats a sequence; here the GPU is waited for
 
         # ---- 5. the update
@@ -355,16 +372,16 @@ if __name__ == '__main__':
             micros, _ = answers.micro_batches(batch, rows)
             micros = [batch[micro] for micro in micros]
             tokens = [micro.tokens() for micro in micros]  # what each counts in the mean
-            # loss.backward() on each micro-batch; the activations of one network are gone before the other's come
+            # loss.backward() on each micro-batch; one network's activations are gone before the other's come
             stats = parallel.forward_backward(policy, optimizer, micros, policy_part, tokens)
             stats |= parallel.forward_backward(value_net, value_optimizer, micros, value_part, tokens)
             del stats['loss']  # pg and vf are told apart
             check_finite(it, out_dir, pg=stats['pg'], vf=stats['vf'])
             # all-reduce over the ranks, clip by ONE norm over both networks, AdamW
             stats['grad_norm'] = parallel.clip_and_step([optimizer, value_optimizer], [lr, v_lr], grad_clip)
-            if it == len(steps) == 0:  # the invariant of every correct PPO: before the first step nothing has moved
-                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, approx KL = {stats['approx_kl']:.1e} "
-                      '(both are 0 when rollout and update agree)')
+            if it == len(steps) == 0:  # the invariant of every correct PPO: nothing has moved yet
+                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, approx KL = "
+                      f"{stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
                 check_first_ratio(stats['ratio_max'], decoupled)
             steps.append(stats)
             if kl_stop and stats['approx_kl'] > kl_stop:

@@ -1,4 +1,4 @@
-"""What RL stages share: prompts, answers of the policy (now, stale or ahead of the trainer), rewards, the batch to train on.
+"""What RL stages share: prompts, answers of the policy (now, stale or ahead), rewards, the batch.
 
     train, val, longest = load_prompts(run, tok, context)
     rewards = Rewards(run, tok, longest)              # --reward=a.py,out-reward --reward_weights=1,0.5
@@ -8,7 +8,8 @@
     total, each = rewards(batch)                      # (B,) and {'a.py': (B,), 'out-reward': (B,)}
     logp, entropy = answers.logprobs(policy, batch[rows])       # (b, r), with gradient
 
-Asynchronous rollouts, the second half of the file, follow AReaL (2505.24298): engines in actors run ahead of the trainer.
+Asynchronous rollouts, the second half of the file, follow AReaL (2505.24298): engines in actors run ahead of
+the trainer.
 """
 import copy
 import dataclasses
@@ -34,13 +35,13 @@ from model import Layout
 from run import check_fit, encode_all, kv_cache_bytes, load_model, reference_of
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # prompts
 
 
 def read_prompt(row, tok, room, long_prompts):
-    """A row {"prompt", ...} -> ([(row, prompt ids)], note). A prompt over `room` tokens is an error, dropped, or cut: it
-    loses its beginning."""
+    """A row {"prompt", ...} -> ([(row, prompt ids)], note). A prompt over `room` tokens is an error,
+    dropped, or cut: it loses its beginning."""
     if 'prompt' not in row:
         raise ValueError(f'no "prompt", it has {sorted(row)}')
     ids = encode_prompt(row['prompt'], tok)
@@ -56,12 +57,13 @@ def read_prompt(row, tok, room, long_prompts):
 
 
 def load_prompts(run, tok, context):
-    """(training items, held-out items, longest): items [(row, prompt ids)], longest: tokens of a prompt and its answer at most.
-    ValueError where max_new_tokens leaves no room in a context of so many tokens."""
+    """(training items, held-out items, longest): items [(row, prompt ids)], longest: tokens of a prompt and
+    its answer at most. ValueError where max_new_tokens leaves no room in a context of so many tokens."""
     c = run.config
     room = context - c['max_new_tokens']
     if room < 1:
-        raise ValueError(f'max_new_tokens {c["max_new_tokens"]} leaves no room for a prompt in block_size {context}: lower it')
+        raise ValueError(f'max_new_tokens {c["max_new_tokens"]} leaves no room for a prompt in block_size '
+                         f'{context}: lower it')
     room = min(c['max_prompt'] or room, room)
     names = c['dataset'], c['val_dataset'] or c['dataset']
     train, val = (encode_all(rows, lambda row: read_prompt(row, tok, room, c['long_prompts']), name)
@@ -70,13 +72,14 @@ def load_prompts(run, tok, context):
     return train, val, max(len(ids) for _, ids in train + val) + c['max_new_tokens']
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # the batch
 
 
 @dataclass
 class Batch:
-    """B answers, those to one prompt beside each other, and what is known of them; R = tokens of the longest answer.
+    """B answers, those to one prompt beside each other, and what is known of them; R = tokens of the
+    longest answer.
 
         rows       [dict]          the data set's row of each answer, for reward files
         index      [int]           its number
@@ -86,7 +89,8 @@ class Batch:
         mask       (B, R) bool     True = response token; answers are padded on the right
         sampled    (B, R) float    log-prob that the sampler had for each token, 0 elsewhere
         ages       (B, R) int      updates that the sampler's weights were behind
-    The rest a stage fills in as it goes; None until then. `batch[rows]` is a Batch of some answers, cut to the longest."""
+    The rest a stage fills in as it goes; None until then. `batch[rows]` is a Batch of some answers, cut to
+    the longest."""
     rows: list
     index: list
     prompts: list
@@ -102,7 +106,7 @@ class Batch:
     values: torch.Tensor = None
     returns: torch.Tensor = None
     weights: torch.Tensor = None
-    given: dict = None  # {reward file: (B,)} that came along with asynchronous answers; not in parts of a batch
+    given: dict = None  # {reward file: (B,)}, come along with asynchronous answers; not in parts of a batch
 
     def __len__(self):
         return len(self.responses)
@@ -122,7 +126,8 @@ class Batch:
         return Batch(*(some(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
     def neighbours(self, rows, room=math.inf):
-        """[(prompt, [row number, ...])]: those that answer the same prompt, of at most `room` tokens, the prompt counted once."""
+        """[(prompt, [row number, ...])]: those that answer the same prompt, of at most `room` tokens, the
+        prompt counted once."""
         found, tokens = [], 0
         for i in rows:
             prompt, size = self.prompts[i], len(self.responses[i])
@@ -141,8 +146,9 @@ class Batch:
 
 
 def minibatches(batch_size, size, seed, it, epoch, group_size=1):
-    """The row numbers of an epoch's minibatches, [[int]]; groups stay together. Epoch 0 takes the batch as it lies, later ones
-    an order that is a function of (seed, it, epoch): no other draw can change it, and every rank has the same."""
+    """The row numbers of an epoch's minibatches, [[int]]; groups stay together. Epoch 0 takes the batch as
+    it lies, later ones an order that is a function of (seed, it, epoch): no other draw can change it, and
+    every rank has the same."""
     order = np.arange(batch_size).reshape(-1, group_size)
     if epoch:
         order = np.random.default_rng((seed, it, epoch)).permutation(order)
@@ -150,7 +156,8 @@ def minibatches(batch_size, size, seed, it, epoch, group_size=1):
 
 
 def means(steps):
-    """[{name: number}], one of each optimizer step -> {name: mean}; of a name that ends in _max the largest."""
+    """[{name: number}], one of each optimizer step -> {name: mean}; of a name that ends in _max the
+    largest."""
     found = {}
     for key in steps[0] if steps else ():
         values = [step[key] for step in steps]
@@ -159,16 +166,17 @@ def means(steps):
 
 
 def check_first_ratio(ratio_max, decoupled=True):
-    """Ends a run whose first update does not begin at ratio 1: no step has been made yet. The naive ratio may."""
+    """Ends a run whose first update does not begin at ratio 1: no step has been made yet. The naive ratio
+    may."""
     if ratio_max > 1e-3 and decoupled:
-        raise ValueError(f'first update: |ratio - 1| is {ratio_max:.3g} before any step: old and new log-probs come from '
-                         'different computations; is dropout on?')
+        raise ValueError(f'first update: |ratio - 1| is {ratio_max:.3g} before any step: old and new '
+                         'log-probs come from different computations; is dropout on?')
 
 
 def overview(batch):
     """What every row of the log says of answers."""
-    return dict(score=batch.scores.mean().item(), score_std=spread(batch.scores), len=batch.tokens() / len(batch),
-                ended=batch.ended.float().mean().item())
+    return dict(score=batch.scores.mean().item(), score_std=spread(batch.scores),
+                len=batch.tokens() / len(batch), ended=batch.ended.float().mean().item())
 
 
 def spread(x):
@@ -176,17 +184,18 @@ def spread(x):
     return x.std().item() if len(x) > 1 else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # log-probs and values of answers, without padding
 
 
 def shared_states(model, groups, device):
-    """Hidden states (n, C) at the n positions that predict the answers' tokens; a prompt is computed ONCE for all its answers.
+    """Hidden states (n, C) at the n positions that predict the answers' tokens; a prompt is computed ONCE
+    for all its answers.
 
-        flat tokens   p p p | a a | b b b | ...        what embeddings, linear layers and norms see: N = P + 2 + 3
-        attention     p p p a a | p p p b b b | ...    gathered for the attention alone: each answer sees its prompt and itself
+        flat tokens   p p p | a a | b b b | ...       what linear layers and norms see: N = P + 2 + 3
+        attention     p p p a a | p p p b b b | ...   gathered for the attention: each answer sees its prompt
     State once: the state at t predicts token t + 1, so an answer's last token is not in the input at all."""
-    sequences, paths, predict = [], [], []  # a path: the flat tokens that the attention of one answer goes through
+    sequences, paths, predict = [], [], []  # a path: the flat tokens that an answer's attention goes through
     n = 0
     for prompt, answers in groups:
         start, P = n, len(prompt)
@@ -202,7 +211,7 @@ def shared_states(model, groups, device):
     tokens = np.concatenate(sequences)[slot]
     pos = np.concatenate([np.arange(len(path)) for path in paths])[slot]
     doc = np.repeat(np.arange(len(paths)), [len(path) for path in paths])
-    extra = np.zeros(kernels.extra_rows(n))  # dummy rows that nobody reads: few shapes for the CPU's matrix products
+    extra = np.zeros(kernels.extra_rows(n))  # dummy rows that nobody reads: few shapes for oneDNN
     tokens, pos, slot = (_flat([x, extra], device) for x in (tokens, pos, slot))
     layout = Layout((1, len(rows)), torch.device(device), doc=_flat([doc], device)[None])
     attend = layout.through(_flat([rows], device), slot).attend()
@@ -214,9 +223,9 @@ def _flat(lists, device):
 
 
 def packed(groups, device):
-    """(idx, doc, predicts), all (1, N): every answer behind a copy of its prompt, which document a token belongs to, and
-    True where it predicts an answer's token: positions P - 1 ... P + R - 2.
-    Prompt [5, 6], answer [7] -> idx [[5, 6, 7]], predicts [[False, True, False]]."""
+    """(idx, doc, predicts), all (1, N): every answer behind a copy of its prompt, which document a token
+    belongs to, and True where it predicts an answer's token: positions P - 1 ... P + R - 2. Prompt [5, 6],
+    answer [7] -> idx [[5, 6, 7]], predicts [[False, True, False]]."""
     pairs = [(prompt, answer) for prompt, answers in groups for answer in answers]
     lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs])
     doc = torch.arange(len(pairs)).repeat_interleave(lengths)[None].to(device)
@@ -226,14 +235,15 @@ def packed(groups, device):
 
 
 def _shares(model, groups):
-    """Is a prompt computed once for several answers? Context parallelism cuts sequences, so there each has its own."""
+    """Is a prompt computed once for several answers? Context parallelism cuts sequences, so there each has
+    its own."""
     mesh = getattr(model, 'mesh', parallel.ALONE)
     return mesh.cp.size == 1 and any(len(answers) > 1 for _, answers in groups)
 
 
 def answer_logprobs(model, groups, device, temperature=1.0):
-    """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])] -> (logp, entropy, mask), all
-    (S, R): S answers in order, R tokens of the longest, padded on the right with 0."""
+    """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])] -> (logp,
+    entropy, mask), all (S, R): S answers in order, R tokens of the longest, padded on the right with 0."""
     answers = [answer for _, answers in groups for answer in answers]
     if _shares(model, groups):
         states = shared_states(model, groups, device)
@@ -270,16 +280,16 @@ def _padded(flat, mask):
     return flat.new_zeros(mask.numel()).index_copy(0, where, flat).view(mask.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # rewards
 
 
 def load_reward(path):
-    """The function `reward(prompt, completion: str, row: dict) -> float` of a Python file of the user's. prompt is the row's own: a
-    string, or the list of messages. The file's folder can be imported from while it loads. ValueError when the file is missing,
-    does not run, or has no such function."""
+    """The function `reward(prompt, completion: str, row: dict) -> float` of a Python file of the user's.
+    prompt is the row's own: a string, or the list of messages. The file's folder can be imported from while
+    it loads. ValueError when the file is missing, does not run, or has no such function."""
     if not os.path.isfile(path):
-        raise ValueError(f'reward {path}: no such file; it should define reward(prompt, completion, row) -> float')
+        raise ValueError(f'reward {path}: no such file; it defines reward(prompt, completion, row) -> float')
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
         space = runpy.run_path(path, run_name='reward')
@@ -293,7 +303,8 @@ def load_reward(path):
 
 
 def ask_reward(fn, name, row, text):
-    """The reward of one completion, a float that float32 can hold. ValueError names the file, what it did, and the row."""
+    """The reward of one completion, a float that float32 can hold. ValueError names the file, what it did,
+    and the row."""
     seen = f'for completion {text[:60]!r} of row {str(row)[:120]}'
     try:
         mark = float(fn(row['prompt'], text, row))
@@ -321,15 +332,17 @@ def weights_of(text, names):
     except ValueError:
         raise ValueError(f'reward_weights {text!r}: numbers, separated by commas') from None
     if len(weights) != len(names):
-        raise ValueError(f'{len(names)} rewards ({", ".join(names)}) but {len(weights)} reward_weights ({text}): one weight each')
+        raise ValueError(f'{len(names)} rewards ({", ".join(names)}) but {len(weights)} reward_weights '
+                         f'({text}): one weight each')
     return weights
 
 
 class Rewards:
     """Reward files and reward models, several by comma, added up with one weight each.
 
-    A file is asked in this process, one completion after the other. A model reads prompt and answer in its own tokens, as
-    in its training. Of several ranks each scores its share. longest: tokens of a prompt and its answer at most."""
+    A file is asked in this process, one completion after the other. A model reads prompt and answer in its
+    own tokens, as in its training. Of several ranks each scores its share. longest: tokens of a prompt and
+    its answer at most."""
 
     def __init__(self, run, tok, longest):
         self.run, self.tok, self.names = run, tok, names_of(run.config['reward'])
@@ -342,9 +355,11 @@ class Rewards:
                 model, tokenizer = load_model(name, run.device, head='scalar')
                 self.models[name] = model.requires_grad_(False).eval(), get_tokenizer(tokenizer)
                 run.memory['reward'] += sum(p.nbytes for p in model.parameters())
-        self.same_ids = [name for name, (_, own) in self.models.items() if (own.spec, own.eot) == (tok.spec, tok.eot)]
-        for name in self.same_ids:
-            check_fit(self.models[name][0], f'reward {name}', tok, longest)
+        self.same_ids = []  # the models whose token ids are the policy's
+        for name, (model, own) in self.models.items():
+            if (own.spec, own.eot) == (tok.spec, tok.eot):
+                check_fit(model, f'reward {name}', tok, longest)
+                self.same_ids.append(name)
 
     def __call__(self, batch):
         """-> (total (B,) float32, {name: (B,)}), on the CPU."""
@@ -366,25 +381,27 @@ class Rewards:
         if name in self.same_ids:
             sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
         else:
-            sequences = [self._reread(row, text, end, tok) for row, text, end in zip(batch.rows, texts, ended)]
+            read = zip(batch.rows, texts, ended)
+            sequences = [self._reread(row, text, end, tok) for row, text, end in read]
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
             scores = model_rewards(model, sequences, self.run.device, self.run.config['micro_tokens'])
         if not scores.isfinite().all():
-            raise ValueError(f'reward model {name} returned {scores[~scores.isfinite()][0].item()}: its weights are broken; '
-                             'train it again')
+            bad = scores[~scores.isfinite()][0].item()
+            raise ValueError(f'reward model {name} returned {bad}: its weights are broken; train it again')
         return scores.tolist()
 
     def _reread(self, row, text, ended, tok):
-        """Other tokens: the row as the reward model's training read it, with the end token where the answer ended."""
+        """Other tokens: the row as the reward model's training read it, with the end token where the answer
+        ended."""
         ids, _ = encode_row(dict(prompt=row['prompt'], completion=text), tok)
         return ids if ended else ids[:-1]
 
 
 @torch.no_grad()
 def model_rewards(model, sequences, device, micro_tokens):
-    """Rewards (S,) of token lists, read at the last token of each, float32 on the CPU: the value before a token that
-    would come next."""
+    """Rewards (S,) of token lists, read at the last token of each, float32 on the CPU: the value before a
+    token that would come next."""
     out, lengths = torch.empty(len(sequences)), [len(sequence) + 1 for sequence in sequences]
     for bin in pack(lengths, max([micro_tokens, *lengths])):
         values = answer_values(model, [(sequences[i], [[0]]) for i in bin], device)
@@ -392,7 +409,7 @@ def model_rewards(model, sequences, device, micro_tokens):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # answers
 
 
@@ -403,14 +420,14 @@ class Answers:
         async                 engines in other processes run ahead, see Rollouts below
         simulated staleness   the engine here answers with the weights of n updates ago: async's samples, but
                               deterministic
-    Which prompt is number k, and what is sampled for it, are functions of (seed, k). So all modes ask the same, and
-    the state to resume from is one number. items: [(row, prompt ids)]; longest: tokens of prompt and answer at most.
-    Made before the policy is cut to ranks, started after."""
+    Which prompt is number k, and what is sampled for it, are functions of (seed, k). So all modes ask the
+    same, and the state to resume from is one number. items: [(row, prompt ids)]; longest: tokens of prompt
+    and answer at most. Made before the policy is cut to ranks, started after."""
 
     def __init__(self, run, policy, tok, items, longest, group_size=1):
         c = self.config = run.config
         if c['simulate_staleness'] and c['mode'] == 'sync':
-            raise ValueError(f'simulate_staleness {c["simulate_staleness"]} with mode sync: it goes with --mode=async')
+            raise ValueError(f'simulate_staleness {c["simulate_staleness"]}: it goes with --mode=async')
         self.run, self.mesh, self.device, self.tok = run, run.mesh, run.device, tok
         self.items, self.group_size = items, group_size
         self.need = c['batch_size'] // group_size      # prompts an iteration
@@ -424,7 +441,8 @@ class Answers:
             self.sampler = parallel.sampler_of(policy, run.mesh, run.dtype, c['rollout_tp'])
 
     def start(self, policy, reference, rewards):
-        """policy: as it is trained. reference: a frozen model, or None: then it is the policy without its adapter."""
+        """policy: as it is trained. reference: a frozen model, or None: then it is the policy without its
+        adapter."""
         self.policy, self.reference = policy, reference
         self.engine = infer.Engine(self.sampler, self.tok, **self.options)
         self.position, self.run.cursor = 0, self
@@ -439,11 +457,12 @@ class Answers:
             model = copy.deepcopy(self.sampler).cpu().requires_grad_(False)
             keys = 'max_staleness rollout_workers reward_workers reward_timeout reward_retries runtime'
             workers = {key: self.config[key] for key in keys.split()}
-            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, list(rewards.files), **workers,
-                                 position=self.position, device=self.device, **self.options)
+            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, list(rewards.files),
+                                 position=self.position, device=self.device, **workers, **self.options)
 
     def state_dict(self):
-        """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled again."""
+        """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled
+        again."""
         return dict(position=self.position if self.pool is None else self.pool.position)
 
     def memory(self):
@@ -471,8 +490,8 @@ class Answers:
             k += 1
 
     def next(self, it, again=False):
-        """The next Batch of need * group_size answers, sampled with the weights before update `it` or older ones.
-        again: a second helping for the same update (dynamic sampling)."""
+        """The next Batch of need * group_size answers, sampled with the weights before update `it` or older
+        ones. again: a second helping for the same update (dynamic sampling)."""
         if not again:
             self._publish(it)
         if self.pool is None:
@@ -488,9 +507,11 @@ class Answers:
         return batch
 
     def held_out(self, items, n=1):
-        """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of their own."""
+        """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of
+        their own."""
         parallel.refresh(self.engine, self.policy)
-        return self._answer([(i, *item, dataclasses.replace(self.params, n=n, seed=i)) for i, item in enumerate(items)], 0)
+        params = [dataclasses.replace(self.params, n=n, seed=i) for i in range(len(items))]
+        return self._answer([(i, *items[i], params[i]) for i in range(len(items))], 0)
 
     def _publish(self, it):
         """The weights before update `it` go to whoever samples; with simulated staleness older ones do."""
@@ -504,7 +525,8 @@ class Answers:
             parallel.refresh(self.engine, self.policy)
 
     def _answer(self, jobs, age):
-        """A Batch, by the engine here. Each rank (with rollout_tp each team) answers its share, all get all."""
+        """A Batch, by the engine here. Each rank (with rollout_tp each team) answers its share, all get
+        all."""
         mine = jobs[self.mesh.mine(len(jobs), self.team)]
         done = self.engine.generate([prompt for _, _, prompt, _ in mine], [params for *_, params in mine])
         found = [(c.token_ids, c.logprobs, [age] * len(c.token_ids), c.finish_reason == 'stop') for c in done]
@@ -519,13 +541,15 @@ class Answers:
         sampled, _ = pad(logps, 0.0)
         ages, _ = pad(ages)
         mask, sampled, ages = (x.to(self.device) for x in (mask, sampled, ages))
-        return Batch(list(rows), list(index), list(prompts), list(ids), torch.tensor(ended), mask, sampled, ages)
+        lists = (list(x) for x in (rows, index, prompts, ids))
+        return Batch(*lists, torch.tensor(ended), mask, sampled, ages)
 
     # ---- a forward pass over a batch
 
     def micro_batches(self, batch, rows):
-        """Some row numbers in groups of at most micro_tokens tokens, always cut the same way; neighbours share their
-        prompt. Of several replicas each gets its share -> ([[int]], how many replicas compute the same ones)."""
+        """Some row numbers in groups of at most micro_tokens tokens, always cut the same way; neighbours
+        share their prompt. Of several replicas each gets its share -> ([[int]], how many replicas compute
+        the same ones)."""
         units = batch.neighbours(rows, self.config['micro_tokens'])
         sizes = [len(prompt) + sum(len(batch.responses[i]) for i in mine) for prompt, mine in units]
         bins = self.run.micro_batches(sizes)
@@ -556,8 +580,8 @@ class Answers:
         return self._all(self.values, model, batch, minibatches)
 
     def _all(self, fn, model, batch, minibatches):
-        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every rank. They
-        are cut as the update will cut them, so that its first ratios are 1 to the bit."""
+        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every
+        rank. They are cut as the update will cut them, so that its first ratios are 1 to the bit."""
         out = torch.zeros(batch.mask.shape, device=self.device)
         for rows in minibatches:
             micros, _ = self.micro_batches(batch, rows)
@@ -569,18 +593,21 @@ class Answers:
     # ---- what is said of a batch
 
     def lag(self, batch, idle):
-        """Asynchronous rollouts in a row of the log; idle: the share of the time that the trainer waited for samples."""
+        """Asynchronous rollouts in a row of the log; idle: the share of the time that the trainer waited
+        for samples."""
         if self.config['mode'] == 'sync':
             return {}
         ages = batch.ages[batch.mask].float()
         row = dict(staleness=ages.mean(), staleness_max=ages.max(), prompts=batch.index[::self.group_size])
         if self.pool is not None:
-            row |= dict(idle=idle, dropped=self.pool.dropped, restarts=self.pool.restarts, position=self.pool.position)
+            row |= dict(idle=idle, dropped=self.pool.dropped, restarts=self.pool.restarts,
+                        position=self.pool.position)
         return row
 
     def write_samples(self, it, batch):
         """Held-out answers into samples.jsonl; one of them is printed."""
-        prompts, texts = ([self.tok.decode(ids) for ids in lists] for lists in (batch.prompts, batch.responses))
+        prompts = [self.tok.decode(ids) for ids in batch.prompts]
+        texts = [self.tok.decode(ids) for ids in batch.responses]
         print(f'sample: {prompts[0] + texts[0]!r}')
         if self.mesh.master:
             with open(os.path.join(self.run.out_dir, 'samples.jsonl'), 'a') as f:
@@ -588,12 +615,12 @@ class Answers:
                     f.write(json.dumps(dict(step=it, prompt=prompt, completion=text, score=score)) + '\n')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # rollouts ahead of the trainer
 #
-#     jobs (prompts in order) --capacity--> RolloutWorker x n --finished groups--> Scorer x m --> done --take()--> trainer
-#                                                 ^                                                                   |
-#                                                 +-------- weights, one object in the store, a version --- publish() +
+#     jobs (prompts in order) --capacity--> RolloutWorker x n -answers-> Scorer x m -> done -take()-> trainer
+#                                                 ^                                                   |
+#                                                 +---- weights, one object in the store - publish() +
 
 SLICE = 0.05     # seconds that a worker samples before it looks for new prompts and weights
 START = 300.0    # seconds that a worker may take to start
@@ -603,8 +630,9 @@ DEATHS = 8       # replacements of one worker that did nothing in between: not b
 
 @dataclass
 class Rollout:
-    """All answers to one prompt. id: its place in the order of prompts, `index`: its row. answers: [(token ids, log-probs they
-    were sampled with, weight version of each, ended by itself)]. scores: {reward file: [float]}."""
+    """All answers to one prompt. id: its place in the order of prompts, `index`: its row. answers: [(token
+    ids, log-probs they were sampled with, weight version of each, ended by itself)]. scores: {reward file:
+    [float]}."""
     id: int
     index: int
     answers: list
@@ -612,8 +640,9 @@ class Rollout:
 
 
 class RolloutWorker:
-    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of an answer: what is in
-    flight is interrupted, its keys and values are computed again, it continues under the new weights; each token knows its version."""
+    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of
+    an answer: what is in flight is interrupted, its keys and values are computed again, it continues under
+    the new weights; each token knows its version."""
 
     def __init__(self, model, tokenizer, device, **options):
         torch.set_num_threads(1)
@@ -624,8 +653,9 @@ class RolloutWorker:
         """Answers once the process is up."""
 
     def run(self, jobs, version, weights, seconds):
-        """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids, SamplingParams)], samples for
-        `seconds` or until all is done. -> [(id, answers as in Rollout)] of the finished ones."""
+        """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids,
+        SamplingParams)], samples for `seconds` or until all is done. -> [(id, answers as in Rollout)] of
+        the finished ones."""
         if weights is not None:
             self.engine.load_weights(weights, version, recompute=True)
         for id, prompt, params in jobs:
@@ -639,7 +669,8 @@ class RolloutWorker:
         done = []
         for id in [id for id, (left, _) in self.open.items() if not left[0]]:
             found = [self.engine._completion(request) for request in self.open.pop(id)[1]]
-            done.append((id, [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in found]))
+            answers = [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in found]
+            done.append((id, answers))
         return done
 
 
@@ -661,8 +692,8 @@ class Scorer:
 
 
 class _Hand:
-    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it has; version = its
-    weights'; deaths = how often it was replaced since it last did something."""
+    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it
+    has; version = its weights'; deaths = how often it was replaced since it last did something."""
 
     def __init__(self, hire):
         self.hire, self.deaths = hire, 0
@@ -681,18 +712,22 @@ class _Hand:
 class Rollouts:
     """A stream of answered and scored prompts, for a trainer that does not wait for them.
 
-    jobs(k) -> iterator of (row number, row, prompt ids, SamplingParams) from prompt k on, endless; `batch` of them are an update's.
-    publish(state_dict, version) once before each update: the workers go on with these weights. take(n) -> the next n Rollouts, in the
-    ORDER OF THE PROMPTS, so that a batch holds what it would hold in sync mode (first come, first trained would prefer short answers),
-    and `position`, the id behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is left out.
-    Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch at each publish, so no token that is
-    taken is older than max_staleness versions; 0 = the workers sample with the weights of the update itself, as in sync mode.
-    Faults: a worker that dies, or is silent for SILENCE seconds, is replaced and its unfinished prompts are sampled again (`restarts`);
-    a reward that raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries times more, then
-    the whole group is left out and the next one takes its place (`dropped`). runtime: 'local', 'ray', or 'HOST:PORT' of a cluster."""
+    jobs(k) -> iterator of (row number, row, prompt ids, SamplingParams) from prompt k on, endless; `batch`
+    of them are an update's. publish(state_dict, version) once before each update: the workers go on with
+    these weights. take(n) -> the next n Rollouts, in the ORDER OF THE PROMPTS, so that a batch holds what
+    it would hold in sync mode (first come, first trained would prefer short answers), and `position`, the
+    id behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is
+    left out. Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch
+    at each publish, so no token that is taken is older than max_staleness versions; 0 = the workers sample
+    with the weights of the update itself, as in sync mode. Faults: a worker that dies, or is silent for
+    SILENCE seconds, is replaced and its unfinished prompts are sampled again (`restarts`); a reward that
+    raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries
+    times more, then the whole group is left out and the next one takes its place (`dropped`). runtime:
+    'local', 'ray', or 'HOST:PORT' of a cluster."""
 
-    def __init__(self, model, tokenizer, jobs, batch, rewards=(), max_staleness=1, rollout_workers=1, reward_workers=1,
-                 reward_timeout=30.0, reward_retries=2, runtime='local', position=0, device='cpu', **engine):
+    def __init__(self, model, tokenizer, jobs, batch, rewards=(), max_staleness=1, rollout_workers=1,
+                 reward_workers=1, reward_timeout=30.0, reward_retries=2, runtime='local', position=0,
+                 device='cpu', **engine):
         import actors  # here: a synchronous stage starts nothing and imports nothing of it
         self.actors, self.batch, self.max_staleness = actors, batch, max_staleness
         self.reward_timeout, self.retries = reward_timeout, reward_retries
@@ -705,7 +740,7 @@ class Rollouts:
         self.cv, self.closed = threading.Condition(), False
         self.own = not actors.is_initialized()
         if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
-            actors.PRELOAD.append('rollout')  # imported once for all workers; with a GPU it would start CUDA before the fork
+            actors.PRELOAD.append('rollout')  # imported once for all workers; never with CUDA, before a fork
         scorers = reward_workers if rewards else 0
         gpus = self._init(runtime, rollout_workers + scorers, device)
         files = {name: os.path.abspath(name) for name in rewards}  # a node has a working directory of its own
@@ -714,15 +749,18 @@ class Rollouts:
         worker = actors.remote(RolloutWorker).options(num_cpus=1, **share)
         scorer = actors.remote(Scorer).options(num_cpus=1)
         first, place = actors.put(model), 'cuda' if gpus else str(device)
-        self.rollers = [_Hand(lambda: worker.remote(first, tokenizer, place, **engine)) for _ in range(rollout_workers)]
+        def roller():
+            return worker.remote(first, tokenizer, place, **engine)
+        self.rollers = [_Hand(roller) for _ in range(rollout_workers)]
         self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(scorers)]
         self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
         self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
         self.thread.start()
 
     def _init(self, runtime, processes, device):
-        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there are several, else they
-        share it. The runtime reads CUDA_VISIBLE_DEVICES; torch in this process has its device already."""
+        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there
+        are several, else they share it. The runtime reads CUDA_VISIBLE_DEVICES; torch in this process has
+        its device already."""
         gpus = torch.cuda.device_count() if str(device).startswith('cuda') else 0
         before, mine = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
         if gpus > 1:
@@ -742,12 +780,13 @@ class Rollouts:
         if runtime == 'local':
             self.actors.init(num_cpus=processes)
         elif runtime == 'ray':
-            cpus = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=processes)  # a cluster has its own CPUs
-            self.actors.init(backend='ray', include_dashboard=False, **cpus)
+            cpus = None if os.environ.get('RAY_ADDRESS') else processes  # a cluster has its own
+            self.actors.init(backend='ray', include_dashboard=False, num_cpus=cpus)
         elif ':' in runtime:
             self.actors.init(address=runtime)
         else:
-            raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py --head=True")
+            raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py "
+                             "--head=True")
 
     # ---- the trainer's side
 
@@ -763,7 +802,7 @@ class Rollouts:
         """Waits for the next n Rollouts. Raises what went wrong with the workers."""
         out = []
         with self.cv:
-            self.limit = max(self.limit, self.taken + n)  # a second helping within one update (dynamic sampling)
+            self.limit = max(self.limit, self.taken + n)  # a second helping in one update (dynamic sampling)
             self.cv.notify_all()
             while len(out) < n:
                 if self.error is not None:
@@ -820,7 +859,8 @@ class Rollouts:
         return self.weights is not None and self.taken + len(self.work) < self.limit
 
     def _issue(self):
-        """Hands out prompts within the capacity, lowest id first, and gives every idle worker its next call."""
+        """Hands out prompts within the capacity, lowest id first, and gives every idle worker its next
+        call."""
         with self.cv:
             while self._may_issue():
                 self.work[self.next] = next(self.jobs)
@@ -842,7 +882,8 @@ class Rollouts:
                 hand.go(hand.actor.score.remote(self.work[id][1], texts), self.reward_timeout)
 
     def _share(self, hand):
-        """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its engine has rows for."""
+        """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its
+        engine has rows for."""
         open_ = len(self.pending) + sum(len(other.work) for other in self.rollers)
         answers = self.work[(hand.work or self.pending)[0]][3].n
         most = min(-(-open_ // len(self.rollers)), max(1, self.size // answers))
@@ -894,11 +935,12 @@ class Rollouts:
         self.tries[id] = self.tries.get(id, 0) + 1
         if self.tries[id] <= self.retries:
             return self.unscored.append(work)
-        print(f'rollouts: prompt {id} (row {self.work[id][0] + 1}) is dropped, its reward failed {self.tries[id]} times: '
-              + why[:200], flush=True)
+        row, tries, why = self.work[id][0] + 1, self.tries[id], why[:200]
+        print(f'rollouts: prompt {id} (row {row}) is dropped, its reward failed {tries} times: {why}')
         self._finish(id, None)
         if self.in_a_row >= max(16, self.batch):
-            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last with: {why[:200]}')
+            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '
+                             f'with: {why}')
 
     def _replace(self, hand, why):
         """Another actor takes the place of one that died or fell silent, and its work."""
@@ -910,7 +952,7 @@ class Rollouts:
         hand.deaths += 1
         if hand.deaths >= DEATHS:
             kind = 'rollout' if hand in self.rollers else 'reward'
-            raise RuntimeError(f'a {kind} worker died {hand.deaths} times before it did anything, at last: {why}')
+            raise RuntimeError(f'a {kind} worker died {hand.deaths} times before it did anything: {why}')
         self.restarts += 1
-        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts are sampled again', flush=True)
+        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts start again', flush=True)
         self.pending = sorted(work + self.pending)
