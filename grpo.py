@@ -399,8 +399,8 @@ if __name__ == '__main__':
             # all-reduce over the ranks, clip, AdamW
             stats['grad_norm'] = parallel.clip_and_step([optimizer], [lr], grad_clip)
             if it == len(steps) == 0:
-                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} "
-                      '(a loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)')
+                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} (a loss of "
+                      '0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)')
                 check_first_ratio(stats['ratio_max'], decoupled)
             steps.append(stats)
         if not steps:

@@ -65,7 +65,7 @@ kl_kind = 'k1' # one of 'k1', 'k2', 'k3': estimator of the KL in the reward
 beta = 0.05 # >= 0: weight of the KL; the start value when target_kl > 0
 target_kl = 0.0 # >= 0: nats a sequence; 0 = beta stays fixed
 kl_horizon = 10000 # >= 1: completions over which beta adapts
-gamma = 1.0 # >= 0: the margin that simpo asks for
+gamma = 1.0 # in [0, 1]: discount
 lam = 0.95 # in [0, 1]: of GAE: 1 = Monte Carlo, 0 = one step
 clip = 0.2 # > 0: of the ratio
 vf_clip = 0.2 # >= 0: of the value's step; 0 = off

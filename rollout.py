@@ -610,7 +610,7 @@ class Answers:
         texts = [self.tok.decode(ids) for ids in batch.responses]
         print(f'sample: {prompts[0] + texts[0]!r}')
         if self.mesh.master:
-            with open(os.path.join(self.run.out_dir, 'samples.jsonl'), 'a') as f:
+            with open(os.path.join(self.run.out_dir, 'samples.jsonl'), 'a', encoding='utf-8') as f:
                 for prompt, text, score in zip(prompts, texts, batch.scores.tolist()):
                     f.write(json.dumps(dict(step=it, prompt=prompt, completion=text, score=score)) + '\n')
 
