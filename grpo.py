@@ -114,8 +114,10 @@ zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 +
 rollout_tp = False # with tp: a tp group answers together, each rank holds its part of the policy
 dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and names it
 # -----------------------------------------------------------------------------------------------------------
-config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+config_keys = [k for k, v in globals().items()
+               if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+# overrides from the command line or a config file
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: globals()[k] for k in config_keys} # will be useful for logging
 # -----------------------------------------------------------------------------------------------------------
 # the equations. (B, R) arrays: R response tokens, right-padded, mask (B, R) bool, True = counts. A masked
