@@ -311,7 +311,7 @@ def ask_reward(fn, name, row, text):
     except Exception as e:
         raise ValueError(f'reward {name} raised {type(e).__name__}: {e}, {seen}') from e
     if not math.isfinite(np.float32(mark)):
-        raise ValueError(f'reward {name} returned {mark} {seen}: rewards must be finite (in float32)')
+        raise ValueError(f'reward {name} returned {mark} (rewards must be finite, in float32) {seen}')
     return mark
 
 
@@ -630,10 +630,10 @@ DEATHS = 8       # replacements of one worker that did nothing in between: not b
 
 @dataclass
 class Rollout:
-    """All answers to one prompt. id: its place in the order of prompts, `index`: its row. answers: [(token
+    """All answers to one prompt. number: its place in the order of prompts, `index`: its row. answers: [(token
     ids, log-probs they were sampled with, weight version of each, ended by itself)]. scores: {reward file:
     [float]}."""
-    id: int
+    number: int
     index: int
     answers: list
     scores: dict
@@ -647,30 +647,30 @@ class RolloutWorker:
     def __init__(self, model, tokenizer, device, **options):
         torch.set_num_threads(1)
         self.engine = infer.Engine(model.to(device), get_tokenizer(tokenizer), **options)
-        self.open = {}  # id -> ([answers still to come], requests)
+        self.open = {}  # number -> ([answers still to come], requests)
 
     def ready(self):
         """Answers once the process is up."""
 
     def run(self, jobs, version, weights, seconds):
-        """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids,
-        SamplingParams)], samples for `seconds` or until all is done. -> [(id, answers as in Rollout)] of
+        """Loads weights (a state dict; None: stays as it is), takes on jobs [(number, prompt ids,
+        SamplingParams)], samples for `seconds` or until all is done. -> [(number, answers as in Rollout)] of
         the finished ones."""
         if weights is not None:
             self.engine.load_weights(weights, version, recompute=True)
-        for id, prompt, params in jobs:
+        for number, prompt, params in jobs:
             left = [params.n]
             prompt = self.engine._check(prompt, params)
-            self.open[id] = left, self.engine._add(prompt, params, left=left)
+            self.open[number] = left, self.engine._add(prompt, params, left=left)
         until = time.monotonic() + seconds
         while self.engine.has_unfinished() and time.monotonic() < until:
             with self.engine.lock:
                 self.engine._step()
         done = []
-        for id in [id for id, (left, _) in self.open.items() if not left[0]]:
-            found = [self.engine._completion(request) for request in self.open.pop(id)[1]]
+        for number in [number for number, (left, _) in self.open.items() if not left[0]]:
+            found = [self.engine._completion(request) for request in self.open.pop(number)[1]]
             answers = [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in found]
-            done.append((id, answers))
+            done.append((number, answers))
         return done
 
 
@@ -716,7 +716,7 @@ class Rollouts:
     of them are an update's. publish(state_dict, version) once before each update: the workers go on with
     these weights. take(n) -> the next n Rollouts, in the ORDER OF THE PROMPTS, so that a batch holds what
     it would hold in sync mode (first come, first trained would prefer short answers), and `position`, the
-    id behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is
+    number behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is
     left out. Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch
     at each publish, so no token that is taken is older than max_staleness versions; 0 = the workers sample
     with the weights of the update itself, as in sync mode. Faults: a worker that dies, or is silent for
@@ -859,7 +859,7 @@ class Rollouts:
         return self.weights is not None and self.taken + len(self.work) < self.limit
 
     def _issue(self):
-        """Hands out prompts within the capacity, lowest id first, and gives every idle worker its next
+        """Hands out prompts within the capacity, lowest number first, and gives every idle worker its next
         call."""
         with self.cv:
             while self._may_issue():
@@ -872,14 +872,14 @@ class Rollouts:
                 new = self._share(hand)
                 fresh = weights if hand.version != version else None
                 hand.version = version
-                jobs = [(id, *self.work[id][2:]) for id in new]
+                jobs = [(number, *self.work[number][2:]) for number in new]
                 hand.go(hand.actor.run.remote(jobs, version, fresh, SLICE), SILENCE)
         for hand in self.scorers:
             if hand.call is None and self.unscored:
                 hand.work = [self.unscored.popleft()]
-                id, answers = hand.work[0]
+                number, answers = hand.work[0]
                 texts = [spoken(ids, ended) for ids, _, _, ended in answers]
-                hand.go(hand.actor.score.remote(self.work[id][1], texts), self.reward_timeout)
+                hand.go(hand.actor.score.remote(self.work[number][1], texts), self.reward_timeout)
 
     def _share(self, hand):
         """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its
@@ -909,35 +909,35 @@ class Rollouts:
             return
         hand.deaths = 0
         if hand in self.scorers:
-            id, answers = hand.work.pop()
-            return self._finish(id, Rollout(id, self.work[id][0], answers, result))
-        for id, answers in result:
-            hand.work.remove(id)
+            number, answers = hand.work.pop()
+            return self._finish(number, Rollout(number, self.work[number][0], answers, result))
+        for number, answers in result:
+            hand.work.remove(number)
             if self.scorers:
-                self.unscored.append((id, answers))
+                self.unscored.append((number, answers))
             else:
-                self._finish(id, Rollout(id, self.work[id][0], answers, {}))
+                self._finish(number, Rollout(number, self.work[number][0], answers, {}))
 
-    def _finish(self, id, group):
+    def _finish(self, number, group):
         """A group is ready, or dropped (None). From here on it is the trainer's."""
         with self.cv:
             self.in_a_row = 0 if group is not None else self.in_a_row + 1
-            self.tries.pop(id, None)
-            self.done[id] = group
+            self.tries.pop(number, None)
+            self.done[number] = group
             if group is None:
-                del self.work[id]
+                del self.work[number]
                 self.dropped += 1
             self.cv.notify_all()
 
     def _again(self, work, why):
         """A reward failed: once more at the end of the line, or the group is dropped."""
-        id = work[0]
-        self.tries[id] = self.tries.get(id, 0) + 1
-        if self.tries[id] <= self.retries:
+        number = work[0]
+        self.tries[number] = self.tries.get(number, 0) + 1
+        if self.tries[number] <= self.retries:
             return self.unscored.append(work)
-        row, tries, why = self.work[id][0] + 1, self.tries[id], why[:200]
-        print(f'rollouts: prompt {id} (row {row}) is dropped, its reward failed {tries} times: {why}')
-        self._finish(id, None)
+        row, tries, why = self.work[number][0] + 1, self.tries[number], why[:200]
+        print(f'rollouts: prompt {number} (row {row}) is dropped, its reward failed {tries} times: {why}')
+        self._finish(number, None)
         if self.in_a_row >= max(16, self.batch):
             raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '
                              f'with: {why}')
