@@ -2,9 +2,9 @@
 #
 #     python ppo.py config/ppo_gpt2.py --batch_size=32 --compile     # file(s) first, then keys; later wins
 #
-# The caller has its config as plain globals, their names in `config_keys`. A config file is Python. It runs in
-# a namespace of its own that holds the keys with their values so far: it may compute (`max_iters // 2`), but it
-# cannot clobber a function of the script; its helper names start with an underscore.
+# The caller has its config as plain globals, their names in `config_keys`. A config file is Python. It has a
+# namespace of its own that holds the keys with their values so far: it may compute (`max_iters // 2`) but can
+# not clobber a function of the script. Its helper names start with an underscore.
 #
 # A key's comment begins with its range where it has one, and the range ends with a colon:
 #

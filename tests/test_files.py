@@ -12,7 +12,7 @@ import torch
 
 import files
 from conftest import ROOT
-from dataset import get_tokenizer
+from tokenizer import get_tokenizer
 from hub import COMMIT, Hub, git_sha1
 from model import GPT, GPTConfig
 
