@@ -361,7 +361,7 @@ def eta(seconds):
 
 
 SHOWN = dict(  # how a metric looks on the console
-    loss='loss {:.4f}', accuracy='acc {:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
+    loss='loss {:.4f}', accuracy='acc {:.1%}', accuracy_95='{0[0]:.1%} to {0[1]:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
     grad_norm='norm {:.2f}', lr='lr {:.1e}', tok_per_s='{:,.0f} tok/s', score='score {:.3f}', kl='kl {:.2f} nats/seq',
     len='len {:.1f} tok', ended='ended {:.0%}', ece='ece {:.3f}', length_correlation='length correlation {:+.2f}')
 
@@ -394,6 +394,15 @@ def encode_all(rows, encode, name):
     return items
 
 
+def prompt_room(model, max_new_tokens):
+    """How many tokens a prompt may have when so many are to follow. ValueError when none is left."""
+    room = model.config.block_size - max_new_tokens
+    if room < 1:
+        raise ValueError(f'max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of '
+                         f'{model.config.block_size} tokens: lower it')
+    return room
+
+
 @contextlib.contextmanager
 def reference_of(policy, frozen):
     """Inside: the model that the policy is compared with, the frozen one, or (None) the policy with its adapter off."""
@@ -419,6 +428,7 @@ class Run:
         self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'], quiet=True)
         self.device = self.mesh.device
         data = config['dataset']
+        self.val_name = config['val_dataset'] or f'{data} (5 % kept aside)'
         if not os.path.exists(data):
             raise ValueError(f'{data}: no such data; python {os.path.dirname(data) or "data/toy"}/prepare.py makes it (or '
                              f'name a file of your own)')
@@ -577,6 +587,13 @@ class Run:
                                  **checkpoint_keys(model), **self.extra, config=self.config, tokenizer=self.tokenizer, iter=it,
                                  best=self.best, data=data, time=self.log_file.elapsed(), evaluated=evaluated)
         self.saved = time.time()
+
+    def replace(self, path, saved):
+        """Writes a checkpoint that was read and changed; whoever reads sees the old file or the new one."""
+        if self.mesh.master:
+            torch.save(saved, path + '.tmp')
+            os.replace(path + '.tmp', path)
+        self.mesh.barrier()
 
     def log(self, it, metrics, show):
         """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes a second."""

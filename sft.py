@@ -204,7 +204,7 @@ if __name__ == '__main__':
             for ids, trained in train[:show_masks]:
                 print(coloured(ids.tolist(), trained.tolist(), tok) + '\n' + '-' * 80)
             raise SystemExit
-        val = encode_all(val_rows, lambda row: read_row(row, tok, T), val_dataset or f'{dataset} (5 % kept aside)')
+        val = encode_all(val_rows, lambda row: read_row(row, tok, T), run.val_name)
         order = run.order([ids.tobytes() + trained.tobytes() for ids, trained in train], batch_size)
         n_tokens = sum(len(ids) for ids, _ in train)
         n_trained = sum(int(trained.sum()) for _, trained in train)
