@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import infer
 import parallel
 from model import rewards_of, write_json
+from rollout import answers_to
 from run import check_finite, encode_all, load_model, prompt_room, Run
 from tokenizer import encode_pair
 
@@ -155,7 +156,7 @@ def linear_lr(it, peak, warmup, total):
 # data, rewards of many sequences, samples
 
 
-def read_pair(row, tok, T, ties):
+def read_preference(row, tok, T, ties):
     """One row -> ([(prompt, chosen, rejected, margin, tie)], note). A prompt that does not fit loses its beginning (the
     answer and its end token must stay)."""
     tie = bool(row.get('tie'))
@@ -176,7 +177,7 @@ def rewards_in_order(run, model, sequences):
     return torch.stack(found).float()
 
 
-def evaluate(run, model, pairs):
+def held_out_report(run, model, pairs):
     """What there is to say about a reward model on held-out pairs; docs/metrics explains the words."""
     model.eval()
     both = rewards_in_order(run, model, [p[0] + answer for p in pairs for answer in p[1:3]])
@@ -193,15 +194,7 @@ def evaluate(run, model, pairs):
                 accuracy_95=wilson(right, len(pairs)), pairs=len(pairs), margin=float(margins.mean()), ece=ece,
                 reliability=reliability, length_correlation=correlation(both, lengths),
                 longer_is_chosen=float(np.mean(longer)), reward_mean=float(both.mean()),
-                reward_std=float(both.std(correction=0)), histogram=dict(edges=edges.tolist(), **counts))
-
-
-def answers_to(run, engine, prompts, max_new_tokens, temperature, seed):
-    """Token ids of one answer to each prompt, in order; each rank answers its share."""
-    mine = range(len(prompts))[run.mesh.mine(len(prompts))]
-    params = [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed + i) for i in mine]
-    done = engine.generate([prompts[i] for i in mine], params)
-    return run.mesh.collect([c.token_ids for c in done], everyone=True)
+                reward_std=float(both.std()), histogram=dict(edges=edges.tolist(), **counts))
 
 
 def sampled_sequences(run, tok, pairs, n, max_new_tokens, temperature, seed):
@@ -261,8 +254,8 @@ if __name__ == '__main__':
     # ---- pairs
     rows, val_rows = run.rows()
     rows = rows.select(range(min(max_rows or len(rows), len(rows))))
-    pairs = encode_all(rows, lambda row: read_pair(row, tok, T, ties), dataset)
-    val_pairs = encode_all(val_rows, lambda row: read_pair(row, tok, T, 'drop'), run.val_name)
+    pairs = encode_all(rows, lambda row: read_preference(row, tok, T, ties), dataset)
+    val_pairs = encode_all(val_rows, lambda row: read_preference(row, tok, T, 'drop'), run.val_name)
     max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
     order = run.order(pairs, batch_size)
     print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of {batch_size} = '
@@ -288,7 +281,7 @@ if __name__ == '__main__':
     for it in run.iterations(max_iters):
         # ---- evaluate, and write a checkpoint; step 0 is the baseline, a coin toss
         if run.due(it):
-            seen = evaluate(run, model, val_pairs[:eval_iters * batch_size or None])
+            seen = held_out_report(run, model, val_pairs[:eval_iters * batch_size or None])
             run.evaluated(it, seen, seen['accuracy'], 'accuracy accuracy_95 loss margin ece length_correlation')
         if it == max_iters or eval_only:
             break
@@ -317,7 +310,7 @@ if __name__ == '__main__':
                 normalise(run, model, sequences, name)
 
     # ---- 5. the report, on all held-out pairs
-    seen = evaluate(run, model, val_pairs)
+    seen = held_out_report(run, model, val_pairs)
     if run.mesh.master:
         write_json(os.path.join(out_dir, 'report.json'), seen)
     print('reliability: confidence of its choice | how often right | pairs')

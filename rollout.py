@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import parallel
+from infer import Engine, SamplingParams
+from model import answer_logprobs
+from run import reference_of
 from tokenizer import get_tokenizer
-from infer import Engine
 
 
 def load_reward(path):
@@ -342,3 +345,32 @@ class Rollouts:
         self.restarts += 1
         print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts begin anew', flush=True)
         self.pending = sorted(work + self.pending)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# answers of one moment, for the evaluations of reward.py, dpo.py and kto.py
+
+
+def answers_to(run, engine, prompts, max_new_tokens, temperature, seed=0):
+    """Token ids of one answer to each prompt, in order, on every rank; each answers its share. Row i has seed + i."""
+    mine = range(len(prompts))[run.mesh.mine(len(prompts))]
+    params = [SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed + i) for i in mine]
+    done = engine.generate([prompts[i] for i in mine], params)
+    return run.mesh.collect([c.token_ids for c in done], everyone=True)
+
+
+def kl_on_samples(run, engine, policy, frozen, prompts, max_new_tokens, temperature):
+    """({'kl': KL(policy || reference) in nats a sequence, 'len': tokens}, ids of the first prompt and its answer), on the
+    policy's own answers with fixed seeds. k3 of each token: unbiased, never negative. frozen: see reference_of."""
+    parallel.refresh(engine, policy)
+    answers = answers_to(run, engine, prompts, max_new_tokens, temperature)
+    groups = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers)]
+
+    def logps(net, rows):
+        return answer_logprobs(net, [groups[i] for i in rows], temperature)[0]  # 0 behind an answer's end
+    own = run.each(policy, lengths, logps)
+    with reference_of(policy, frozen) as reference:
+        theirs = run.each(reference, lengths, logps)
+    nats = sum((torch.exp(b - a) - 1 + a - b).sum().item() for a, b in zip(own, theirs))
+    return dict(kl=nats / len(groups), len=sum(map(len, answers)) / len(answers)), prompts[0] + answers[0]

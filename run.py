@@ -299,7 +299,7 @@ def digest(items):
     """SHA-256 of a list of plain rows: are they the same ones?"""
     found = hashlib.sha256()
     for item in items:
-        found.update(repr(item).encode())
+        found.update(item if isinstance(item, bytes) else repr(item).encode())
     return found.hexdigest()
 
 
@@ -506,6 +506,7 @@ class Run:
             self.base = memory_now(self.device) - whole - sum(self.memory.values())
         for name, size in zip(('weights', 'grads', 'adam'), training_bytes(model, self.mesh)):
             self.memory[name] += size
+        self.n_trained = sum(p.numel() for _, p in lora.trainable(model))
         model = parallel.shard(model, self.mesh)
         optimizer = parallel.Optimizer(model, self.mesh, learning_rate, (c['beta1'], c['beta2']), eps, c['weight_decay'])
         self.mesh.split_seeds(c['seed'])
@@ -522,7 +523,7 @@ class Run:
         more['activations'] = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
         more['logits'] = kernels.logits_bytes(self.device, tokens, c.vocab_size)
         self.planned = memory_plan({**self.memory, **more})
-        print(f'{self.n_params / 1e6:.2f} M parameters on {self.device}{self.mesh.words()}, {self.dtype}, {self.threads} '
+        print(f'{self.n_params / 1e6:.2f} M parameters ({self.n_trained:,} trained) on {self.device}{self.mesh.words()}, {self.dtype}, {self.threads} '
               f'threads, kernels: {kernels.which()}')
 
     # ---- micro-batches

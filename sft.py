@@ -158,7 +158,7 @@ def micro_batches(run, rows):
     return [micro_batch([rows[i] for i in picked]) for picked in run.micro_batches(lengths)]
 
 
-def evaluate(run, model, batches, loss_of):
+def validation_loss(run, model, batches, loss_of):
     """Mean loss over the trained tokens of all batches."""
     model.eval()  # no dropout
     micros, copies = [], []
@@ -228,7 +228,7 @@ if __name__ == '__main__':
     for it in run.iterations(max_iters):
         # ---- evaluate, and write a checkpoint; step 0 is the baseline
         if run.due(it):
-            val_loss = evaluate(run, model, held_out, loss_of)
+            val_loss = validation_loss(run, model, held_out, loss_of)
             run.evaluated(it, dict(loss=val_loss), val_loss, 'loss', lower=True)  # nats a trained token
         if it == max_iters or eval_only:
             break
