@@ -1247,7 +1247,7 @@ def _train_nano(folder, source, rounds):
 
 def bench_train(args):
     """Stages against TRL's trainers and nanoGPT's train.py: python bench.py train [model=tiny|gpt2] [stages=sft,dpo] [rounds=3]
-    [ppo_python=PYTHON of an environment with trl==0.24.0, the newer ones have no PPO] [nanogpt=FOLDER of its checkout]."""
+    [ppo_python=PYTHON of an environment with trl==0.24.0, the newest have no PPO, 1.12 still has one] [nanogpt=FOLDER of its checkout]."""
     import tempfile
     given = dict(a.split('=', 1) for a in args)
     model, rounds = given.get('model', 'tiny'), int(given.get('rounds', 3))

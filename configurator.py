@@ -2,9 +2,9 @@
 #
 #     python ppo.py config/ppo_gpt2.py --batch_size=32 --compile     # file(s) first, then keys; later wins
 #
-# The caller has its config as plain globals, their names in `config_keys`. A config file is Python. It runs in a
-# namespace of its own that holds the keys with their values so far, so it may compute (`max_iters // 2`) but
-# cannot clobber a function of the script; its helper names start with an underscore.
+# The caller has its config as plain globals, their names in `config_keys`. A config file is Python. It has a
+# namespace of its own that holds the keys with their values so far: it may compute (`max_iters // 2`) but can
+# not clobber a function of the script. Its helper names start with an underscore.
 #
 # A key's comment begins with its range where it has one, and the range ends with a colon:
 #
@@ -27,11 +27,12 @@ if __name__ in ('__main__', '__mp_main__'):  # '__mp_main__': a spawned worker; 
         print(f'error: {message}', file=sys.stderr, flush=True)
         sys.exit(2)
 
-    def _excepthook(kind, error, tb, _root=_path.dirname(_path.abspath(__file__))):
+    def _excepthook(kind, error, tb, root=globals().get('_root') or _path.dirname(_path.abspath(__file__))):
         frames = traceback.extract_tb(tb)
-        ours = frames and _path.dirname(_path.abspath(frames[-1].filename)).startswith(_root)
+        ours = frames and _path.dirname(_path.abspath(frames[-1].filename)).startswith(root)
         if issubclass(kind, KeyboardInterrupt):
-            print('\ninterrupted; --init_from=resume goes on from the last checkpoint', file=sys.stderr)
+            again = '--init_from=resume continues the run' if 'init_from' in config_keys else 'run it again'
+            print(f'\ninterrupted; {again}', file=sys.stderr)
             sys.exit(130)
         if (issubclass(kind, ValueError) and ours) or (issubclass(kind, OSError) and error.errno):
             _die(' '.join(str(error).split()))

@@ -13,15 +13,12 @@ Weights are HF's safetensors (8 bytes + JSON + raw tensors, parsed here); nothin
 References: GPT-2 (Radford et al. 2019), Llama (2302.13971), RoPE (2104.09864), GQA (2305.13245), Qwen2 (2407.10671),
 Qwen3 (2505.09388); structure and initialisation as in nanoGPT.
 """
-import hashlib
 import functools
 import json
 import math
 import mmap
 import os
 import re
-import sys
-import time
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -30,6 +27,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import files
 import kernels
 
 
@@ -481,7 +479,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_dir, head=None, dtype=torch.float32, **overrides):
         """A model of the hub or a directory with config.json + *.safetensors. `overrides` are GPTConfig fields. head=None
         takes what the directory holds; an LM body under head='scalar' gets a fresh head."""
-        folder = resolve(name_or_dir)
+        folder = files.resolve(name_or_dir)
         with open(os.path.join(folder, 'config.json')) as f:
             raw = json.load(f)
         config, found = config_from_hf(raw, folder), 'scalar' if 'SequenceClassification' in str(raw.get('architectures')) else 'lm'
@@ -829,7 +827,7 @@ def load_safetensors_dir(folder):
 
 
 def save_safetensors(path, state):
-    """Atomic: temporary file, fsync, rename. Largest dtype first, so that every tensor is aligned."""
+    """Whole or not at all. Largest dtype first, so that every tensor is aligned."""
     kinds, header, at = {v: k for k, v in _DTYPES.items()}, {'__metadata__': {'format': 'pt'}}, 0
     order = sorted(state, key=lambda k: (-state[k].dtype.itemsize, k))
     for name in order:
@@ -838,96 +836,12 @@ def save_safetensors(path, state):
         at += t.nbytes
     head = json.dumps(header, separators=(',', ':')).encode()
     head += b' ' * (-len(head) % 8)
-    with open(path + '.tmp', 'wb') as f:
+    with files.replaced(path) as f:
         f.write(len(head).to_bytes(8, 'little') + head)
         for name in order:
             f.write(memoryview(state[name].contiguous().reshape(-1).view(torch.uint8).numpy()))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
 
 
 def write_json(path, obj):
-    with open(path + '.tmp', 'w') as f:
+    with files.replaced(path, 'w') as f:
         f.write(json.dumps(obj, indent=2) + '\n')
-    os.replace(path + '.tmp', path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# models by name: into the usual HF cache, so that what transformers downloaded is found and the other way round
-
-_WANTED = re.compile(r'^(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|added_tokens)\.json$'
-                     r'|^merges\.txt$|^[\w.-]*\.safetensors(\.index\.json)?$|^chat_template\.jinja$')
-
-
-def resolve(name_or_dir):
-    """A directory as it is; a hub name ('gpt2', 'Qwen/Qwen3-0.6B') -> its snapshot folder, downloaded if need be."""
-    if os.path.isdir(name_or_dir):
-        if not os.path.exists(os.path.join(name_or_dir, 'config.json')):
-            raise ValueError(f'{name_or_dir}: no config.json (nor ckpt.pt) in it: neither a Hugging Face directory nor an out_dir')
-        return name_or_dir
-    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', name_or_dir) or name_or_dir.startswith(('.', 'out')):
-        raise ValueError(f'{name_or_dir}: no such file or directory, and not a name of the hub')
-    home = os.environ.get('HF_HUB_CACHE') or os.path.join(os.environ.get('HF_HOME') or os.path.expanduser('~/.cache/huggingface'), 'hub')
-    repo = os.path.join(home, 'models--' + name_or_dir.replace('/', '--'))
-    ref = os.path.join(repo, 'refs', 'main')
-    if os.path.exists(ref):
-        folder = os.path.join(repo, 'snapshots', open(ref).read().strip())
-        if os.path.exists(os.path.join(folder, 'config.json')) and any(f.endswith('.safetensors') for f in os.listdir(folder)):
-            return folder
-    return _download(name_or_dir, repo, ref)
-
-
-def _download(name, repo, ref):
-    import requests
-    base = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-    auth = {'Authorization': 'Bearer ' + os.environ['HF_TOKEN']} if os.environ.get('HF_TOKEN') else {}
-    try:
-        r = requests.get(f'{base}/api/models/{name}', headers=auth, timeout=30)
-        if r.status_code != 200:
-            raise ValueError(f'{name}: the hub answered {r.status_code}: no such model, or it needs HF_TOKEN; a local directory works too')
-        info = r.json()
-        folder = os.path.join(repo, 'snapshots', info['sha'])
-        files = [s['rfilename'] for s in info['siblings'] if _WANTED.fullmatch(s['rfilename'])]
-        for d in (folder, os.path.join(repo, 'blobs'), os.path.dirname(ref)):
-            os.makedirs(d, exist_ok=True)
-        for file in sorted(files, key=lambda f: f.endswith('.safetensors')):
-            if not os.path.exists(os.path.join(folder, file)):
-                _fetch(f'{base}/{name}/resolve/{info["sha"]}/{file}', auth, repo, os.path.join(folder, file))
-    except requests.RequestException as e:
-        raise ValueError(f'{name}: could not be downloaded ({type(e).__name__}): no network? give a local directory, or set HF_ENDPOINT') from None
-    with open(ref, 'w') as f:
-        f.write(info['sha'])
-    return folder
-
-
-def _fetch(url, auth, repo, link):
-    """One file into blobs/<etag>, resumed where it stopped, size and hash checked, then linked into the snapshot."""
-    import requests
-    head = requests.head(url, headers={**auth, 'Accept-Encoding': 'identity'}, timeout=30)
-    etag = (head.headers.get('X-Linked-Etag') or head.headers.get('ETag') or '').removeprefix('W/').strip('"')
-    size = int(head.headers.get('X-Linked-Size') or head.headers.get('Content-Length') or 0)
-    if not re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', etag):
-        raise ValueError(f'{url}: no usable checksum in the answer (etag {etag!r}, status {head.status_code})')
-    blob = os.path.join(repo, 'blobs', etag)
-    part, t0 = blob + '.incomplete', time.time()
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    if not os.path.exists(blob):
-        with requests.get(url, headers={**auth, 'Accept-Encoding': 'identity', **({'Range': f'bytes={have}-'} if have else {})}, stream=True, timeout=60) as r:
-            r.raise_for_status()
-            have = have if r.status_code == 206 else 0
-            with open(part, 'ab' if have else 'wb') as f:
-                for piece in r.iter_content(1 << 20):
-                    f.write(piece)
-                    have += len(piece)
-                    print(f'\r{os.path.basename(link)} {have / 1e6:.1f}/{size / 1e6:.1f} MB', end='', file=sys.stderr)
-        print(f' in {time.time() - t0:.0f} s', file=sys.stderr)
-        digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b'blob %d\0' % os.path.getsize(part))  # LFS or git object
-        with open(part, 'rb') as f:
-            while piece := f.read(1 << 22):
-                digest.update(piece)
-        if digest.hexdigest() != etag or (size and have != size):
-            os.remove(part)
-            raise ValueError(f'{url}: {have} bytes with hash {digest.hexdigest()[:12]}, expected {size} with {etag[:12]}; removed, run again')
-        os.replace(part, blob)
-    os.symlink(os.path.relpath(blob, os.path.dirname(link)), link)

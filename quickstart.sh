@@ -27,7 +27,11 @@ run() {
 }
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    if [ ! -d .venv ]; then say python3 -m venv .venv; python3 -m venv .venv; fi
+    # a .venv that was interrupted while it was made is half a one: it counts when its python and pip answer
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || [ ! -f .venv/bin/activate ]; then
+        say python3 -m venv --clear .venv
+        python3 -m venv --clear .venv || { echo 'error: no virtual environment (on Debian: apt install python3-venv)' >&2; exit 2; }
+    fi
     . .venv/bin/activate
 fi
 if ! python -c 'import torch, numpy, tiktoken, requests, gradio, matplotlib' 2>/dev/null; then

@@ -34,11 +34,12 @@ import time
 
 import torch
 
+import files
 import kernels
 import lora
 import parallel
 from dataset import load_dataset, pack, Sampler
-from model import GPT, GPTConfig, _fill, resolve
+from model import GPT, GPTConfig, _fill
 from tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
@@ -52,12 +53,9 @@ def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
     inside = os.path.join(init_from, 'ckpt.pt')
     file = inside if os.path.exists(inside) else init_from
     if not os.path.isfile(file):
-        if init_from.startswith('out') and not os.path.isdir(init_from):
-            raise ValueError(f'{init_from}: no such checkpoint; run the stage that writes it first '
-                             f'(--out_dir={init_from})')
         if os.path.exists(os.path.join(init_from, 'adapter_config.json')):
             return _from_peft(init_from, device, dtype, head)
-        folder = resolve(init_from)
+        folder = files.resolve(init_from)
         return GPT.from_pretrained(folder, head, dtype).to(device), folder
     try:
         ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=True)

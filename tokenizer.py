@@ -8,6 +8,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
+import files
 from dataset import _write_json
 
 
@@ -234,7 +235,7 @@ class LibraryTokenizer(Tokenizer):
 
 def get_tokenizer(name):
     """'byte'; 'char:<meta.json of prepare.py, or a string's file>'; 'gpt2' (from tiktoken's cache or download); a directory with
-    tokenizer.json, vocab.json + merges.txt or encoder.json + vocab.bpe; a hub name whose model is in the HF cache."""
+    tokenizer.json, vocab.json + merges.txt or encoder.json + vocab.bpe; a name of the hub, of which the tokenizer's files are fetched."""
     if name == 'byte':
         vocab = {c: b for b, c in sorted(BYTE_CHARS.items())}
         config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'clean_up_tokenization_spaces': False, 'chat_template': BYTE_TEMPLATE}
@@ -249,15 +250,18 @@ def get_tokenizer(name):
         return _from_spec(spec, {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}, name)
     if os.path.isdir(name):
         return _from_dir(name)
+    tried = ''
     if re.fullmatch(r'(openai-community/)?gpt2(-medium|-large|-xl)?', name):
-        return _from_spec(*_gpt2(_tiktoken_file), 'gpt2')
-    home = os.environ.get('HF_HUB_CACHE') or os.path.join(os.environ.get('HF_HOME') or os.path.expanduser('~/.cache/huggingface'), 'hub')
-    repo = os.path.join(home, 'models--' + name.replace('/', '--'))
-    if os.path.exists(os.path.join(repo, 'refs', 'main')):
-        with open(os.path.join(repo, 'refs', 'main')) as f:
-            return _from_dir(os.path.join(repo, 'snapshots', f.read().strip()))
-    raise ValueError(f"tokenizer {name!r}: no such directory, and no model of that name in the HF cache; expected 'byte', 'char:<meta.json>', 'gpt2', "
-                     'a directory with tokenizer.json, or a hub name whose model was loaded before (--init_from downloads both)')
+        try:
+            return _from_spec(*_gpt2(_tiktoken_file), 'gpt2')
+        except OSError as error:  # then from the hub, or from what `hf download gpt2` has put into its cache
+            tried = f'{error}; '
+    try:
+        folder = files.resolve(name, weights=False)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {name!r}: expected 'byte', 'char:<meta.json>', 'gpt2', a directory with tokenizer.json or a name of the hub "
+                         f'(HF cache): {tried}{error}') from None
+    return _from_dir(folder)
 
 
 def _json(path):
@@ -275,6 +279,9 @@ def _from_dir(folder):
     has = lambda f: os.path.exists(os.path.join(folder, f))
     read = lambda f: _json(os.path.join(folder, f)) if has(f) else {}
     config = {**read('special_tokens_map.json'), **read('tokenizer_config.json')}
+    kind = config.get('tokenizer_class') or {'gpt2': 'GPT2Tokenizer'}.get(read('config.json').get('model_type'), '')
+    if kind.startswith('GPT2') and EOT in {t['content'] for t in read('tokenizer.json').get('added_tokens', [])}:
+        config = {'tokenizer_class': kind, 'eos_token': EOT, 'bos_token': EOT, **config}  # the class knows them, gpt2's own files do not say it
     if has('chat_template.jinja'):
         with open(os.path.join(folder, 'chat_template.jinja'), encoding='utf-8') as f:
             config['chat_template'] = f.read()
@@ -316,12 +323,11 @@ def _tiktoken_file(file):
     url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{file}'
     cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR') or os.path.join(tempfile.gettempdir(), 'data-gym-cache')
     try:
-        if os.environ.get('HF_HUB_OFFLINE') == '1' and not os.path.exists(os.path.join(cache, hashlib.sha1(url.encode()).hexdigest())):
-            raise OSError('offline by HF_HUB_OFFLINE=1')
+        if files.offline() and not os.path.exists(os.path.join(cache, hashlib.sha1(url.encode()).hexdigest())):
+            raise OSError('HF_HUB_OFFLINE is set')
         return read_file_cached(url, GPT2_FILES[file])
     except (requests.RequestException, OSError) as e:
-        raise ValueError(f"tokenizer 'gpt2': {file} is not in tiktoken's cache ({cache}) and could not be downloaded ({type(e).__name__}): give a directory that "
-                         'holds encoder.json + vocab.bpe (or tokenizer.json) instead of the name, or set TIKTOKEN_CACHE_DIR') from None
+        raise OSError(f"{file} is not in tiktoken's cache ({cache}, TIKTOKEN_CACHE_DIR) and did not come from its host ({type(e).__name__})") from None
 
 
 def _bpe_spec(vocab, merges, added, pattern, plain=()):

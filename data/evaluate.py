@@ -349,5 +349,4 @@ def main():
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()

@@ -140,6 +140,9 @@ def test_every_key_of_a_script_is_read(script):
     head, _, tail = open(os.path.join(ROOT, script)).read().partition('config_keys =')
     keys = [n.targets[0].id for n in ast.parse(head).body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
     body = tail.split('\n', 3)[-1]
+    if 'Run(' in body:  # it hands its config to run.py's Run
+        body += ' '.join(re.findall(r"config\[[^]]+\]|c\[[^]]+\]|get\([^)]+\)|(?<=_keys = ).*|(?<=fixed = ).*",
+                                    open(os.path.join(ROOT, 'run.py')).read()))
     keys = [k for k in keys if not k.startswith('_') and not k.isupper()]
     assert keys and [k for k in keys if not re.search(rf'\b{k}\b', body)] == []
     assert len(keys) == len(set(keys)), 'a key is declared twice'

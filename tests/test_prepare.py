@@ -1,7 +1,5 @@
-"""The prepare scripts on sources made here (no network: a server on 127.0.0.1 stands in), and the downloader they share."""
+"""The prepare scripts on sources made here (no network: a hub on 127.0.0.1 stands in)."""
 import gzip
-import hashlib
-import http.server
 import io
 import json
 import os
@@ -9,7 +7,6 @@ import runpy
 import subprocess
 import sys
 import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -18,15 +15,25 @@ from conftest import ROOT
 from dataset import load_dataset
 from tokenizer import encode_pair, encode_prompt, encode_row, get_tokenizer
 
-sys.path.insert(0, os.path.join(ROOT, 'data'))
-import download
+from hub import Hub
 
 
 def prepare(name, monkeypatch, **options):
     """The script as its command runs it, in this process."""
     monkeypatch.setattr(sys, 'argv', ['prepare.py', *(f'--{k}={v}' for k, v in options.items())])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the configurator sets it; undone with the test
+    monkeypatch.setattr(sys, 'path', sys.path[:])
     return runpy.run_path(os.path.join(ROOT, 'data', name, 'prepare.py'), run_name='__main__')
+
+
+def refused(name, monkeypatch, capsys, **options):
+    """(exit code, stderr) of a script that cannot do it; the configurator's hook speaks as it does for the command."""
+    with pytest.raises(SystemExit) as ended:
+        try:
+            prepare(name, monkeypatch, **options)
+        except Exception as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+    return ended.value.code, capsys.readouterr().err
 
 
 def jsonl(path, rows):
@@ -61,16 +68,18 @@ def test_shakespeare_and_openwebtext_by_bytes(tmp_path, monkeypatch):
     assert sorted(train + val) == sorted(r['text'] for r in rows) and 2 <= len(val) <= 25
 
 
+def tar(files, mode):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as t:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
 def test_openwebtext_archives(tmp_path, monkeypatch):
     """Text files in a tar in xz in a tar, as the corpus comes."""
-    def tar(files, mode):
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode=mode) as t:
-            for name, data in files.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                t.addfile(info, io.BytesIO(data))
-        return out.getvalue()
     inner = [tar({f'{k}-{i}.txt': f'page {k}{i}\n\n\n\nend '.encode() for i in range(4)}, 'w:xz') for k in 'ab']
     (tmp_path / 'urlsf_subset00.tar').write_bytes(tar({'openwebtext/a_data.xz': inner[0], 'openwebtext/b_data.xz': inner[1]}, 'w'))
     prepare('openwebtext', monkeypatch, src=tmp_path, out_dir=tmp_path / 'out', tokenizer='byte')
@@ -155,90 +164,94 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     for name, options, words in (('hh', {'src': tmp_path / 'none'}, 'no such file or folder'), ('hh', {'src': tmp_path}, 'none of its'), ('hh', {'src': tmp_path / 'empty.jsonl'}, 'empty'),
                                  ('hh', {'src': tmp_path / 'broken.jsonl'}, '2'), ('hh', {'src': wrong}, 'expected'), ('alpaca', {'src': wrong}, 'expected'), ('gsm8k', {'src': wrong}, 'expected'),
                                  ('gsm8k', {'src': wrong, 'form': 'x'}, 'text or chat'), ('shakespeare_char', {'src': tmp_path / 'latin.txt'}, 'not UTF-8 at byte 3'),
-                                 ('shakespeare', {'src': wrong, 'tokenizer': 'nothing'}, 'no such directory'), ('openwebtext', {'src': wrong, 'tokenizer': 'byte'}, 'expected'), ('hh', {'sorce': 'x'}, "did you mean 'src'")):
-        with pytest.raises(SystemExit) as e:
-            prepare(name, monkeypatch, **{'out_dir': tmp_path / 'out', **options})
-        err = capsys.readouterr().err
-        assert e.value.code == 2 and err.startswith('error: ') and err.count('\n') == 1 and words in err, (name, options, err)
+                                 ('shakespeare', {'src': wrong, 'tokenizer': 'nothing'}, 'name of the hub'), ('openwebtext', {'src': wrong, 'tokenizer': 'byte'}, 'expected'), ('hh', {'sorce': 'x'}, "did you mean 'src'")):
+        code, err = refused(name, monkeypatch, capsys, **{'out_dir': tmp_path / 'out', **options})
+        assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and words in err, (name, options, err)
     assert not list(tmp_path.glob('out/*.jsonl')) and not list(tmp_path.glob('out/*.bin'))
+
+
+ALL = ('alpaca', 'gsm8k', 'hh', 'math', 'openwebtext', 'shakespeare', 'shakespeare_char', 'toy')
+ROWS = {'alpaca': [{'instruction': f'Do {i}.', 'input': '', 'output': f'done {i}'} for i in range(9)], 'gsm8k': [{'question': f'q{i}', 'answer': f'#### {i}'} for i in range(40)],
+        'hh': [{'chosen': dialogue(i, 'a'), 'rejected': dialogue(i, 'b')} for i in range(9)], 'math': [{'problem': f'p{i}', 'answer': f'{i}'} for i in range(30)],
+        'openwebtext': [{'text': f'page {i}\n\n\n\nend'} for i in range(40)], 'shakespeare': [{'text': f'line {i}'} for i in range(40)]}
+ROWS['shakespeare_char'] = ROWS['shakespeare']
+TOKENIZER = {'openwebtext': {'tokenizer': 'byte'}, 'shakespeare': {'tokenizer': 'byte'}}
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_where_one_may_not_write(tmp_path, monkeypatch, capsys, name):
+    """A file stands where the folder should be; a folder that belongs to another (root may write anywhere: then only the first)."""
+    options = {'src': jsonl(tmp_path / 'rows.jsonl', ROWS[name]), **TOKENIZER.get(name, {})} if name != 'toy' else {'scale': 0.001}
+    (tmp_path / 'closed').mkdir(mode=0o500)
+    for folder in ('rows.jsonl/x', 'closed/x')[:1 if os.getuid() == 0 else 2]:
+        (tmp_path / 'rows.jsonl').touch()
+        code, err = refused(name, monkeypatch, capsys, out_dir=tmp_path / folder, **options)
+        assert code == 2 and err.startswith('error: [Errno') and err.count('\n') == 1 and str(tmp_path / folder) in err
+
+
+@pytest.mark.parametrize('name, file', [('alpaca', 'data/train-00000-of-00001-a09b.parquet'), ('gsm8k', 'main/{}-00000-of-00001.parquet'), ('hh', 'helpful-base/train.jsonl.gz'),
+                                        ('math', 'data/train-00000-of-00001.parquet'), ('openwebtext', 'plain_text/train-00000-of-00080.parquet'),
+                                        ('shakespeare', 'my shakespeare, all.jsonl'), ('shakespeare_char', 'input.jsonl')])
+def test_a_folder_as_hf_download_leaves_it(tmp_path, monkeypatch, capsys, name, file):
+    folder = tmp_path / 'snapshot, of today'  # a comma in a path that is there separates nothing
+    for split in ('train', 'test'):
+        path = folder / file.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == '.parquet':
+            table = pytest.importorskip('pyarrow').Table.from_pylist(ROWS[name])
+            pytest.importorskip('pyarrow.parquet').write_table(table, path)
+        else:
+            jsonl(path, ROWS[name])
+    (folder / 'README.md').write_text('train test')
+    prepare(name, monkeypatch, src=folder, out_dir=tmp_path / 'out', **TOKENIZER.get(name, {}))
+    assert 'next: python' in capsys.readouterr().out and len(list((tmp_path / 'out').glob('*.*'))) >= 2
+
+
+@pytest.mark.parametrize('main, converted, read', [
+    (['subsets/urlsf_subset00.tar', 'subsets/urlsf_subset01.tar'], [], 2), (['plain_text/train-00000-of-00002.parquet', 'plain_text/train-00001-of-00002.parquet'], [], 2),
+    (['openwebtext.py'], ['plain_text/partial-train/0000.parquet'], 1), (['README.md'], [], 0)])
+def test_openwebtext_from_the_hub_in_either_form(tmp_path, monkeypatch, capsys, main, converted, read):
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS['openwebtext']), tmp_path / 'x')
+    inner = tar({f'{i}.txt': row['text'].encode() for i, row in enumerate(ROWS['openwebtext'])}, 'w:xz')
+    bodies = {'tar': tar({'openwebtext/a_data.xz': inner}, 'w'), 'parquet': (tmp_path / 'x').read_bytes(), 'py': b'', 'md': b''}
+    name = 'Skylion007/openwebtext'
+    hub = Hub({}, **{name: {f: bodies[f.rsplit('.')[-1]] for f in main}, f'{name}/refs/convert/parquet': {f: bodies['parquet'] for f in converted} or {'x': b''}})
+    for key, value in {'HF_ENDPOINT': hub.url, 'HF_HUB_OFFLINE': '0', 'NO_PROXY': '127.0.0.1'}.items():
+        monkeypatch.setenv(key, value)
+    try:
+        if not read:
+            assert 'neither archives nor parquet' in refused('openwebtext', monkeypatch, capsys, out_dir=tmp_path / 'out', tokenizer='byte')[1]
+            return
+        for subsets, files_read in ((0, read), (1, 1)):
+            prepare('openwebtext', monkeypatch, out_dir=tmp_path / 'out', tokenizer='byte', subsets=subsets, val=0.1)
+            assert f'{40 * files_read} documents' in capsys.readouterr().out
+        assert len(hub.asked('GET', host='cdn')) == read  # what is there is not fetched again
+        text = get_tokenizer('byte').decode(np.fromfile(tmp_path / 'out/val.bin', np.uint16).tolist())
+        assert text.startswith('page 0\n\nend<|endoftext|>')
+        monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+        code, err = refused('openwebtext', monkeypatch, capsys, out_dir=tmp_path / 'new', tokenizer='byte')
+        assert code == 2 and 'HF_HUB_OFFLINE is set; --src=' in err and err.count('\n') == 1
+    finally:
+        hub.close()
+
+
+def test_hh_from_the_hub(tmp_path, monkeypatch, capsys):
+    for part in ('train', 'test'):
+        jsonl(tmp_path / f'{part}.jsonl.gz', [{'chosen': dialogue(f'{part} {i}', 'a'), 'rejected': dialogue(f'{part} {i}', 'b')} for i in range(9)])
+    hub = Hub({}, **{'Anthropic/hh-rlhf': {f'harmless-base/{part}.jsonl.gz': (tmp_path / f'{part}.jsonl.gz').read_bytes() for part in ('train', 'test')}})
+    for key, value in {'HF_ENDPOINT': hub.url, 'HF_HUB_OFFLINE': '0', 'NO_PROXY': '127.0.0.1'}.items():
+        monkeypatch.setenv(key, value)
+    try:
+        prepare('hh', monkeypatch, out_dir=tmp_path / 'out', subsets='harmless-base')
+        assert len(load_dataset(str(tmp_path / 'out/pref_train.jsonl'))) == 9 and '18 rows read, 0 left out' in capsys.readouterr().out
+        code, err = refused('hh', monkeypatch, capsys, out_dir=tmp_path / 'out', subsets='helpful-online')
+        assert code == 2 and '404' in err and '--src=' in err and err.count('\n') == 1
+    finally:
+        hub.close()
 
 
 def test_the_command_from_another_folder(tmp_path):
     src = jsonl(tmp_path / 'q.jsonl', [{'question': f'q{i}', 'answer': f'#### {i}'} for i in range(20)])
     run = subprocess.run([sys.executable, os.path.join(ROOT, 'data/gsm8k/prepare.py'), f'--src={src}', '--out_dir=made'], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and 'next: python sft.py --dataset=made/sft_train.jsonl' in run.stdout and len(load_dataset(str(tmp_path / 'made/test.jsonl'))) == 2
-
-
-# ---- the downloader ----
-
-@pytest.fixture
-def server():
-    """GET and HEAD with Range; /cut sends half of what it promises; /ignore knows no Range; seen lists (method, path, range, authorization)."""
-    body, seen = bytes(range(256)) * 4000, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self, send=True):
-            seen.append((self.command, self.path, self.headers.get('Range'), self.headers.get('Authorization')))
-            if 'missing' in self.path:
-                return self.send_error(404)
-            start = int((self.headers.get('Range') or 'bytes=0-')[6:-1]) if 'ignore' not in self.path else 0
-            if start >= len(body):
-                return self.send_error(416)
-            self.send_response(206 if start else 200)
-            self.send_header('Content-Length', str(len(body) - start))
-            if 'hub' in self.path:
-                self.send_header('X-Linked-Etag', f'"{hashlib.sha256(body if "bad" not in self.path else b"").hexdigest()}"')
-                self.send_header('X-Linked-Size', str(len(body)))
-            self.end_headers()
-            if send:
-                self.wfile.write(body[start:start + len(body) // 2] if 'cut' in self.path else body[start:])
-
-        def do_HEAD(self):
-            self.do_GET(send=False)
-
-        def log_message(self, *args):
-            """Quiet."""
-
-    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{httpd.server_port}', body, seen
-    httpd.shutdown()
-
-
-def test_fetch_resumes_and_checks(server, tmp_path):
-    url, body, seen = server
-    good, path = hashlib.sha256(body).hexdigest(), str(tmp_path / 'deep' / 'file')
-    assert download.fetch(url + '/a', path, len(body), good) == path and open(path, 'rb').read() == body
-    n = len(seen)
-    assert download.fetch(url + '/a', path, len(body), good) == path and len(seen) == n  # there already
-    cut = str(tmp_path / 'cut')
-    with pytest.raises(ValueError, match='run it again to go on'):
-        download.fetch(url + '/cut', cut, len(body), good)
-    came = os.path.getsize(cut + '.part')
-    assert len(body) // 2 - (1 << 16) <= came <= len(body) // 2 and came and not os.path.exists(cut)
-    download.fetch(url + '/a', cut, len(body), good)
-    assert seen[-1][2] == f'bytes={came}-' and open(cut, 'rb').read() == body
-    for address in ('/ignore', '/a'):  # a server that starts from the beginning again; a part that is whole already
-        part = str(tmp_path / address[1:])
-        open(part + '.part', 'wb').write(body if address == '/a' else body[:1000])
-        download.fetch(url + address, part, len(body), good)
-        assert open(part, 'rb').read() == body
-    with pytest.raises(ValueError, match='removed, run it again'):
-        download.fetch(url + '/a', str(tmp_path / 'bad'), len(body), '0' * 64)
-    assert not os.path.exists(tmp_path / 'bad') and not os.path.exists(tmp_path / 'bad.part')
-    with pytest.raises(ValueError, match='answered 404.*--src='):
-        download.fetch(url + '/missing', str(tmp_path / 'x'))
-    with pytest.raises(ValueError, match='ConnectionError.*--src='):
-        download.fetch('http://127.0.0.1:9/x', str(tmp_path / 'x'))
-
-
-def test_fetch_from_the_hub(server, tmp_path, monkeypatch):
-    url, body, seen = server
-    monkeypatch.setenv('HF_ENDPOINT', url + '/hub')
-    monkeypatch.setenv('HF_TOKEN', 'secret')
-    download.fetch('https://huggingface.co/datasets/a/b.gz', str(tmp_path / 'a'))
-    assert [s[:2] for s in seen] == [('HEAD', '/hub/datasets/a/b.gz'), ('GET', '/hub/datasets/a/b.gz')] and all(s[3] == 'Bearer secret' for s in seen)
-    with pytest.raises(ValueError, match='removed'):  # its own hash does not fit
-        download.fetch('https://huggingface.co/datasets/bad', str(tmp_path / 'b'))
-    download.fetch(url + '/elsewhere', str(tmp_path / 'c'))
-    assert seen[-1][3] is None  # the token goes to the hub alone

@@ -13,17 +13,17 @@ import sys
 _root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
-src = '' # folder with (gsm8k_)train.jsonl and test.jsonl, or one file (a tenth of it becomes test); '' fetches
+src = '' # folder with (gsm8k_)train and test .jsonl or .parquet, or one file (a tenth becomes test); '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
 form = 'text' # 'text': 'Question: ...\nAnswer:' verbatim; 'chat': [{"role": "user", ...}]
 val = 0.05 # share of train kept for validation of SFT
 seed = 1337 # of the draws
-config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl'
-KNOWN = {'train': (4166206, '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465'),
-         'test': (749738, '3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14')}
+KNOWN = {'train': '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465',
+         'test': '3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14'}
 ASK = 'Think step by step and put the final number after "####".'
 
 
@@ -32,27 +32,41 @@ def grpo_row(row):
     final = re.search(r'####\s*(-?[\d,]*\.?\d+)\s*$', row['answer'])
     if not final or not row['question'].strip():
         return None
-    prompt = f'Question: {row["question"].strip()}\nAnswer:' if form == 'text' else [{'role': 'user', 'content': f'{row["question"].strip()}\n{ASK}'}]
+    asked = row['question'].strip()
+    prompt = f'Question: {asked}\nAnswer:' if form == 'text' else [{'role': 'user', 'content': f'{asked}\n{ASK}'}]
     return {'prompt': prompt, 'question': row['question'], 'answer': row['answer'], 'final': final[1].replace(',', '')}
 
 
 def sft_row(row):
+    """The worked solution without its calculator notes: '<<48/2=24>>24' -> '24'."""
     said = re.sub(r'<<[^<>]*>>', '', row['answer'])
-    return {'prompt': row['prompt'], 'completion': ' ' + said if form == 'text' else [{'role': 'assistant', 'content': said}]}
+    completion = ' ' + said if form == 'text' else [{'role': 'assistant', 'content': said}]
+    return {'prompt': row['prompt'], 'completion': completion}
+
+
+def read(split):
+    """The problems of 'train' or 'test'. On the hub they are main/train-00000-of-00001.parquet."""
+    from files import fetch
+    from rows import find, rows_of
+    if src:
+        path = find(src, rf'(^|/)(gsm8k_)?{split}(-\d+-of-\d+)?\.(jsonl?(\.gz)?|parquet)$')[0]
+    else:
+        path = fetch(URL.format(split), os.path.join(out_dir, f'origin_{split}.jsonl'), KNOWN[split])
+    return list(rows_of(path, 'question', 'answer'))
 
 
 def main():
-    from download import fetch, find, rows_of, write_rows
+    from rows import rows_of, write_rows
     if form not in ('text', 'chat'):
         raise ValueError(f'form is {form!r}, expected text or chat')
     if src and os.path.isfile(src):
         rows = list(rows_of(src, 'question', 'answer'))
         random.Random(seed).shuffle(rows)
-        read = {'test': rows[:max(1, len(rows) // 10)], 'train': rows[max(1, len(rows) // 10):]}
+        n = max(1, len(rows) // 10)
+        problems = {'test': rows[:n], 'train': rows[n:]}
     else:
-        read = {s: list(rows_of(find(src, rf'(^|/)(gsm8k_)?{s}\.jsonl?(\.gz)?$')[0] if src else fetch(URL.format(s), os.path.join(out_dir, f'origin_{s}.jsonl'), *KNOWN[s]),
-                                'question', 'answer')) for s in ('train', 'test')}
-    made = {s: [r for r in map(grpo_row, rows) if r] for s, rows in read.items()}
+        problems = {split: read(split) for split in ('train', 'test')}
+    made = {split: [r for r in map(grpo_row, rows) if r] for split, rows in problems.items()}
     for s, rows in made.items():
         write_rows(out_dir, f'{s}.jsonl', rows)
     rows = made['train'][:]
@@ -60,12 +74,13 @@ def main():
     n = max(1, int(len(rows) * val))
     write_rows(out_dir, 'sft_val.jsonl', list(map(sft_row, rows[:n])))
     write_rows(out_dir, 'sft_train.jsonl', list(map(sft_row, rows[n:])))
-    print(f'{sum(map(len, read.values())):,} problems read, {sum(map(len, read.values())) - sum(map(len, made.values())):,} without a final number left out')
+    count, kept = (sum(map(len, parts.values())) for parts in (problems, made))
+    print(f'{count:,} problems read, {count - kept:,} without a final number left out')
     print(f'sample: {rows[0]["prompt"]!r}\n  answer {rows[0]["answer"][-80:]!r}, final {rows[0]["final"]}')
     there = os.path.relpath(out_dir)
-    print(f'next: python sft.py --dataset={there}/sft_train.jsonl --init_from=gpt2, then python grpo.py --dataset={there}/train.jsonl --reward=data/gsm8k/reward.py')
+    print(f'next: python sft.py --dataset={there}/sft_train.jsonl --init_from=gpt2, then '
+          f'python grpo.py --dataset={there}/train.jsonl --reward=data/gsm8k/reward.py')
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()

@@ -5,8 +5,9 @@
     pref_{train,val}.jsonl     {"prompt", "chosen", "rejected"}: prompt verbatim, "\\n\\nHuman: ...\\n\\nAssistant:", answers with their leading blank
     prompts_{train,val}.jsonl  {"prompt"}: the distinct ones, for PPO
     sft_{train,val}.jsonl      {"prompt", "completion"}: the preferred answer
-Files named train go to train, test to val; with only one of the two, a share `val` of the prompts is held out of it. No prompt stands on both
-sides. Left out and counted: equal answers, empty ones, pairs that differ before the last answer. The dialogues contain offensive text.
+Files named train go to train, test to val; with only one of the two, a share `val` of the prompts is held out of it. No
+prompt stands on both sides. Left out and counted: equal answers, empty ones, pairs that differ before the last answer. The
+dialogues contain offensive text.
 """
 import os
 import random
@@ -18,28 +19,36 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
 src = '' # .jsonl(.gz) with "chosen" and "rejected", or a folder of such; '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-subsets = 'helpful-base,harmless-base' # of helpful-base, harmless-base, helpful-online, helpful-rejection-sampled; names looked for in a folder too
+subsets = 'helpful-base,harmless-base' # of helpful-, harmless-base, helpful-online, helpful-rejection-sampled; in a folder too
 val = 0.05 # share of the prompts held out where there is no test file
 seed = 1337 # of that draw and of the shuffle
 max_chars = 0 # leave out rows whose prompt and longer answer have more characters; 0 = keep all
-config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{}/{}.jsonl.gz'
-KNOWN = {('helpful-base', 'train'): (16200131, '518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4'),
-         ('helpful-base', 'test'): (875191, '8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b')}  # the others: the hub says it
+KNOWN = {('helpful-base', 'train'): '518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4',
+         ('helpful-base', 'test'): '8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b'}
+# (the hub itself says the hash of the others)
+
+
+def sources():
+    from files import fetch
+    from rows import find
+    wanted = [s for s in subsets.split(',') if s]
+    if src:
+        names = '|'.join(re.escape(s).replace(r'\-', '[-_]') for s in wanted)
+        return find(src, rf'({names}).*\.(jsonl(\.gz)?|parquet)$')
+    pairs = [(subset, part) for subset in wanted for part in ('train', 'test')]
+    return [fetch(URL.format(*pair), os.path.join(out_dir, '{}-{}.jsonl.gz'.format(*pair)), KNOWN.get(pair, ''))
+            for pair in pairs]
 
 
 def main():
     from tokenizer import split_pair
-    from download import fetch, find, rows_of, write_rows
-    wanted = [s for s in subsets.split(',') if s]
-    if src:
-        files = find(src, '(' + '|'.join(re.escape(s).replace(r'\-', '[-_]') for s in wanted) + r').*\.jsonl(\.gz)?$')
-    else:
-        files = [fetch(URL.format(s, p), os.path.join(out_dir, f'{s}-{p}.jsonl.gz'), *KNOWN.get((s, p), ())) for s in wanted for p in ('train', 'test')]
+    from rows import rows_of, write_rows
     sides, left_out, read = {'train': [], 'val': []}, {}, 0
-    for path in files:
+    for path in sources():
         rows = rows_of(path, 'chosen', 'rejected')
         print(f'{path}: {len(rows):,} rows')
         for row in rows:
@@ -52,13 +61,15 @@ def main():
                 why = str(e).split(':')[0]
                 left_out[why] = left_out.get(why, 0) + 1
                 continue
-            sides['val' if re.search(r'test[^/]*$', path) else 'train'].append({'prompt': prompt, 'chosen': chosen, 'rejected': rejected})
+            side = 'val' if re.search(r'test[^/]*$', path) else 'train'
+            sides[side].append({'prompt': prompt, 'chosen': chosen, 'rejected': rejected})
     if not sides['train'] or not sides['val']:
         rows = sides['train'] + sides['val']
         prompts = sorted({r['prompt'] for r in rows})
         random.Random(seed).shuffle(prompts)
         held = set(prompts[:max(1, int(len(prompts) * val))])
-        sides = {'train': [r for r in rows if r['prompt'] not in held], 'val': [r for r in rows if r['prompt'] in held]}
+        sides = {'train': [r for r in rows if r['prompt'] not in held],
+                 'val': [r for r in rows if r['prompt'] in held]}
     else:
         held = {r['prompt'] for r in sides['val']}
         both = [r for r in sides['train'] if r['prompt'] in held]
@@ -67,17 +78,22 @@ def main():
     for name, rows in sides.items():
         random.Random(seed).shuffle(rows)
         write_rows(out_dir, f'pref_{name}.jsonl', rows)
-        write_rows(out_dir, f'prompts_{name}.jsonl', [{'prompt': p} for p in dict.fromkeys(r['prompt'] for r in rows)])
-        write_rows(out_dir, f'sft_{name}.jsonl', [{'prompt': r['prompt'], 'completion': r['chosen']} for r in rows])
+        distinct = dict.fromkeys(r['prompt'] for r in rows)
+        write_rows(out_dir, f'prompts_{name}.jsonl', [{'prompt': p} for p in distinct])
+        preferred = [{'prompt': r['prompt'], 'completion': r['chosen']} for r in rows]
+        write_rows(out_dir, f'sft_{name}.jsonl', preferred)
     rows = sides['train'] + sides['val']
     longer = sum(len(r['chosen']) > len(r['rejected']) for r in rows) / len(rows)
-    print(f'{read:,} rows read, {sum(left_out.values()):,} left out' + ''.join(f'\n  {n:,}: {why}' for why, n in left_out.items() if n))
+    print(f'{read:,} rows read, {sum(left_out.values()):,} left out')
+    for why, n in left_out.items():
+        if n:
+            print(f'  {n:,}: {why}')
     print(f'the chosen answer is the longer one in {100 * longer:.1f} % (50 % = length says nothing)')
-    print(f'sample: {rows[0]["prompt"][-200:]!r}\n  chosen {rows[0]["chosen"][:120]!r}\n  rejected {rows[0]["rejected"][:120]!r}')
+    print(f'sample: {rows[0]["prompt"][-200:]!r}')
+    print(f'  chosen {rows[0]["chosen"][:120]!r}\n  rejected {rows[0]["rejected"][:120]!r}')
     there = os.path.relpath(out_dir)
     print(f'next: python reward.py config/reward_gpt2.py --dataset={there}/pref_train.jsonl --val_dataset={there}/pref_val.jsonl')
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()

@@ -1,10 +1,13 @@
-"""Competition mathematics -> prompts with checkable answers for GRPO and PPO, and worked solutions for SFT. MATH by default, or files of your own.
+"""Competition mathematics -> prompts with checkable answers for GRPO and PPO, and worked solutions for SFT.
+MATH by default, or files of your own.
 
-    python data/math/prepare.py                                             # MATH: fetches 12,000 problems and the 500 of MATH-500 (11.3 MB)
-    python data/math/prepare.py --src=train.jsonl.gz --test=math500.jsonl   # files that you have; several by comma, .jsonl .jsonl.gz .json .parquet
+    python data/math/prepare.py                 # MATH: fetches 12,000 problems and the 500 of MATH-500 (11.3 MB)
+    python data/math/prepare.py --src=train.jsonl.gz --test=math500.jsonl   # files or folders that you have
     python data/math/prepare.py --src=deepscaler.parquet --form=asis        # prompts that carry their own instruction
-Read are rows of MATH {"problem", "solution"} (the answer is its last \\boxed), of MATH-500 (with "answer"), of DAPO and AReaL {"prompt", "answer": "\\boxed{34}"},
-of verl and DeepScaleR {"prompt": [messages], "reward_model": {"ground_truth"}}, of GSM8K {"question", "answer": "... #### 72"}, of ASDiv {"body", "question", "answer"}.
+Rows that are read:
+    MATH {"problem", "solution"} (the answer is its last \\boxed), MATH-500 (with "answer"), ASDiv {"body", "question", "answer"}
+    DAPO and AReaL {"prompt", "answer": "\\boxed{34}"}, GSM8K {"question", "answer": "... #### 72"}
+    verl and DeepScaleR {"prompt": [messages], "reward_model": {"ground_truth"}}
     train.jsonl, test.jsonl    {"prompt", "answer", "level", "subject"}; data/math/reward.py checks the answers
     sft_{train,val}.jsonl      {"prompt", "completion"}: the worked solutions, where there are any (a cold start); val is taken from train
 Left out and counted: rows without an answer, problems that stand twice, problems of train that stand in test.
@@ -19,20 +22,20 @@ _root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 sys.path[:0] = [_root, os.path.join(_root, 'data')]
 _checker = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reward.py'))
 
-src = '' # training files, by comma; '' fetches MATH
-test = '' # test files, by comma; '' fetches MATH-500, or takes a share of src aside
+src = '' # training files (.jsonl, .jsonl.gz, .json, .parquet) or a folder with *train*, several by comma; '' fetches MATH
+test = '' # test files or a folder with *test*, likewise; '' fetches MATH-500, or takes a share of src aside
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-form = 'chat' # 'chat': [{"role": "user", ...}] with the instruction below; 'text': 'Problem: ...\nSolution:'; 'asis': the prompts as they are
+form = 'chat' # 'chat': [{"role": "user", ...}] with the instruction below; 'text': 'Problem: ...\nSolution:'; 'asis': as it is
 levels = '' # '1,2,3' keeps the problems of these levels (rows that have one); '' = all
 max_chars = 0 # leave out problems with more characters; 0 = keep all
 val = 0.05 # share kept aside: of src for test where no test is given, of train for the validation of SFT
 seed = 1337 # of the draws
-config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/{}.jsonl'
-KNOWN = {'train': (10896985, '90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076'),
-         'test': (446564, '35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132')}
+KNOWN = {'train': '90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076',
+         'test': '35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132'}
 ASK = 'Please reason step by step, and put your final answer within \\boxed{}.'  # what the model cards of Qwen ask with
 
 
@@ -60,7 +63,13 @@ def prompt_of(problem):
         return [{'role': 'user', 'content': problem}]
     if form == 'text':
         return f'Problem: {problem.strip()}\nSolution:'
-    return [{'role': 'user', 'content': problem.strip() if 'boxed' in problem else f'{problem.strip()}\n{ASK}'}]
+    problem = problem.strip()
+    return [{'role': 'user', 'content': problem if 'boxed' in problem else f'{problem}\n{ASK}'}]
+
+
+def completion_of(row):
+    """The worked solution in the form of the row's prompt."""
+    return [{'role': 'assistant', 'content': row['solution']}] if isinstance(row['prompt'], list) else ' ' + row['solution']
 
 
 def identity(problem):
@@ -70,17 +79,20 @@ def identity(problem):
 
 
 def leaked(rows, held, width=40):
-    """Identities of the rows that hold a test problem: as a whole, or within instructions of their own. Windows of `width` characters are looked up,
-    so 30,000 rows take a second or two; test problems under that length are found only whole."""
+    """Identities of the rows that hold a test problem: as a whole, or within instructions of their own. Windows of `width`
+    characters are looked up, so 30,000 rows take a second or two; test problems under that length are found only whole."""
     starts, whole = {}, {k for k, _ in held}
     for k in whole:
         starts.setdefault(k[:width], []).append(k)
-    return {k for k, _ in rows if k in whole or any(k.startswith(t, i) for i in range(len(k) - width) for t in starts.get(k[i:i + width], ()))}
+
+    def holds(k):
+        return any(k.startswith(t, i) for i in range(len(k) - width) for t in starts.get(k[i:i + width], ()))
+    return {k for k, _ in rows if k in whole or holds(k)}
 
 
 def read(paths, counts):
     """Files -> [(identity, row with prompt, answer, level, subject, solution)], counted in counts."""
-    from download import rows_of
+    from rows import rows_of
     wanted, found = {int(x) for x in levels.split(',') if x}, []
     for path in paths:
         for row in rows_of(path):
@@ -93,19 +105,27 @@ def read(paths, counts):
             elif (wanted and level and level not in wanted) or (max_chars and len(identity(problem)) > max_chars):
                 counts['of another level, or too long'] += 1
             else:
-                found.append((identity(problem), dict(prompt=prompt_of(problem), answer=answer, level=level, solution=row.get('solution'),
-                                                      subject=row.get('subject') or row.get('type') or '')))
+                subject = row.get('subject') or row.get('type') or ''
+                found.append((identity(problem), dict(prompt=prompt_of(problem), answer=answer, level=level,
+                                                      solution=row.get('solution'), subject=subject)))
     return found
 
 
+def sources(given, split):
+    from files import fetch
+    from rows import find
+    if given:
+        return find(given, rf'(^|/)[^/]*{split}[^/]*\.(jsonl?(\.gz)?|parquet)$')
+    return [fetch(URL.format(split), os.path.join(out_dir, f'origin_{split}.jsonl'), KNOWN[split])]
+
+
 def main():
-    from download import fetch, write_rows
+    from rows import write_rows
     if form not in ('chat', 'text', 'asis'):
         raise ValueError(f'form is {form!r}, expected chat, text or asis')
-    counts = {'read': 0, 'without problem or answer': 0, 'of another level, or too long': 0, 'standing twice': 0, 'of train that stand in test': 0}
-    files = lambda given, split: given.split(',') if given else [fetch(URL.format(split), os.path.join(out_dir, f'origin_{split}.jsonl'), *KNOWN[split])]
-    rows = read(files(src, 'train'), counts)
-    held = read(files(test, 'test'), counts) if test or not src else []
+    counts = dict.fromkeys(('read', 'without problem or answer', 'of another level, or too long', 'standing twice'), 0)
+    rows = read(sources(src, 'train'), counts)
+    held = read(sources(test, 'test'), counts) if test or not src else []
     unique = {}
     for k, r in rows:
         unique.setdefault(k, r)
@@ -124,16 +144,17 @@ def main():
     if len(worked) > 1:
         random.Random(seed).shuffle(worked)
         n = max(1, int(len(worked) * val))
-        reply = lambda r: [{'role': 'assistant', 'content': r['solution']}] if isinstance(r['prompt'], list) else ' ' + r['solution']
         for name, part in (('sft_val', worked[:n]), ('sft_train', worked[n:])):
-            write_rows(out_dir, f'{name}.jsonl', [{'prompt': r['prompt'], 'completion': reply(r)} for r in part])
+            write_rows(out_dir, f'{name}.jsonl', [{'prompt': r['prompt'], 'completion': completion_of(r)} for r in part])
     print(f'{counts.pop("read"):,} rows read; left out: ' + ', '.join(f'{v:,} {k}' for k, v in counts.items()))
     there = os.path.relpath(out_dir)
     print(f'sample: {str(made["train"][0]["prompt"])[:160]!r}, answer {made["train"][0]["answer"]!r}')
-    print(f'next: python grpo.py config/grpo_qwen3_math.py --dataset={there}/train.jsonl --val_dataset={there}/test.jsonl' if not worked else
-          f'next: python sft.py config/sft_qwen3_math.py --dataset={there}/sft_train.jsonl --val_dataset={there}/sft_val.jsonl, then config/grpo_qwen3_math.py')
+    if worked:
+        print(f'next: python sft.py config/sft_qwen3_math.py --dataset={there}/sft_train.jsonl '
+              f'--val_dataset={there}/sft_val.jsonl, then config/grpo_qwen3_math.py')
+    else:
+        print(f'next: python grpo.py config/grpo_qwen3_math.py --dataset={there}/train.jsonl --val_dataset={there}/test.jsonl')
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()

@@ -10,28 +10,34 @@ import sys
 _root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
-src = '' # text file (.txt, .jsonl with "text", .gz); '' fetches tiny Shakespeare
+src = '' # text file (.txt, .jsonl with "text", .gz) or a folder with one; '' fetches tiny Shakespeare
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
 val = 0.1 # share of the text, from its end, kept for validation
 tokenizer = 'gpt2' # 'gpt2', 'byte', or a tokenizer's directory; at most 65,536 tokens
-config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SIZE, SHA256 = 1115394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def main():
     from tokenizer import get_tokenizer
-    from download import fetch, find, read_text, write_tokens
+    from files import fetch
+    from rows import find, read_text, write_tokens
     tok = get_tokenizer(tokenizer)
-    text = '\n\n'.join(map(read_text, find(src, r'shakespeare.*\.txt$'))) if src else read_text(fetch(URL, os.path.join(out_dir, 'input.txt'), SIZE, SHA256))
+    if src:
+        paths = find(src, r'(shakespeare|(^|/)input).*\.(txt|jsonl)(\.gz)?$')
+    else:
+        paths = [fetch(URL, os.path.join(out_dir, 'input.txt'), SHA256)]
+    text = '\n\n'.join(map(read_text, paths))
     n = int(len(text) * (1 - val))
     write_tokens(out_dir, {'train.bin': [tok.encode(text[:n])], 'val.bin': [tok.encode(text[n:])]}, tok)
     ids = tok.encode(text[:60])
-    print(f'sample: {text[:60]!r} -> {ids[:12]}\nnext: python sft.py --dataset={os.path.relpath(out_dir)} --tokenizer={tokenizer} --init_from=gpt2 --block_size=1024 --learning_rate=3e-5')
+    print(f'sample: {text[:60]!r} -> {ids[:12]}')
+    print(f'next: python sft.py --dataset={os.path.relpath(out_dir)} --tokenizer={tokenizer} --init_from=gpt2 '
+          '--block_size=1024 --learning_rate=3e-5')
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()

@@ -11,26 +11,30 @@ import sys
 _root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
-src = '' # text file (.txt, .jsonl with "text", .gz); '' fetches tiny Shakespeare
+src = '' # text file (.txt, .jsonl with "text", .gz) or a folder with one; '' fetches tiny Shakespeare
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
 val = 0.1 # share of the text, from its end, kept for validation
-config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
 exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SIZE, SHA256 = 1115394, '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def main():
     from tokenizer import get_tokenizer
-    from download import fetch, find, read_text, write_tokens
-    text = '\n\n'.join(map(read_text, find(src, r'shakespeare.*\.txt$'))) if src else read_text(fetch(URL, os.path.join(out_dir, 'input.txt'), SIZE, SHA256))
+    from files import fetch, replaced
+    from rows import find, read_text, write_tokens
+    if src:
+        paths = find(src, r'(shakespeare|(^|/)input).*\.(txt|jsonl)(\.gz)?$')
+    else:
+        paths = [fetch(URL, os.path.join(out_dir, 'input.txt'), SHA256)]
+    text = '\n\n'.join(map(read_text, paths))
     chars, n = ''.join(sorted(set(text))), int(len(text) * (1 - val))
     meta = os.path.join(out_dir, 'meta.json')
     os.makedirs(out_dir, exist_ok=True)
-    with open(meta + '.tmp', 'w') as f:
+    with replaced(meta, 'w') as f:
         json.dump({'vocab_size': len(chars), 'chars': chars}, f)
-    os.replace(meta + '.tmp', meta)
     tok = get_tokenizer('char:' + meta)
     print(f'{len(text):,} characters, {len(chars)} distinct: {chars[:100]!r}')
     write_tokens(out_dir, {'train.bin': [tok.encode(text[:n])], 'val.bin': [tok.encode(text[n:])]}, tok)
@@ -38,5 +42,4 @@ def main():
 
 
 if __name__ == '__main__':
-    from download import run
-    run(main)
+    main()

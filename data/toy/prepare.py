@@ -18,17 +18,22 @@ Strings and sums of val and test are not in train, nor in each other (facts and 
 Arithmetic, the honest trap: a sum with steps reads '7+8=15, 4+2+1=7, 75.'. In SFT data most people forget the carry ('4+2=6, 65.'),
 and some just say a number. A model that imitates them is right in 30 to 50 of 100, though it has seen how it is done: RL finds that out.
 """
-import json
 import os
 import random
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+_here = os.path.dirname(os.path.abspath(__file__))
+_root = os.path.dirname(os.path.dirname(_here))
+sys.path[:0] = [_root, os.path.join(_root, 'data'), _here]
 import gold
+from rows import write_rows
 
-out_dir = os.path.dirname(os.path.abspath(__file__))
-seed = 1337
-scale = 1.0  # of all row counts; tests use 0.02
+out_dir = _here # where the files go
+seed = 1337 # of everything
+scale = 1.0 # > 0: of all row counts; tests use 0.02
+config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
+exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+
 ROWS = {'text': 9000, 'sft': 10000, 'pref': 6000, 'prompts': 4000, 'arith': 4000}  # train; val and test are a sixteenth each
 
 FACTS = [  # questions, sentence, {key: answer}: the answer stands last in its sentence
@@ -215,32 +220,20 @@ def arith_row(rng, split):
     return {'prompt': q['prompt'], 'answer': q['want']}
 
 
-def write(name, rows):
-    path = os.path.join(out_dir, name)
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(row) + '\n' for row in rows)
-    os.replace(path + '.tmp', path)  # atomic: an interrupted run leaves no half file
-    print(f'{name:20} {len(rows):6,} rows {os.path.getsize(path):10,} bytes   {json.dumps(rows[0])[:110]}')
-
-
 def main():
-    os.makedirs(out_dir, exist_ok=True)
+    if not scale > 0:
+        raise ValueError(f'scale is {scale}, expected more than 0')
     makers = {'sft': sft_row, 'pref': pref_row, 'prompts': prompt_row, 'arith': arith_row}
     rng = random.Random(f'{seed} text')
-    write('text.jsonl', [{'text': thread(rng, 'train')} for _ in range(max(int(ROWS['text'] * scale), 16))])
+    write_rows(out_dir, 'text.jsonl', [{'text': thread(rng, 'train')} for _ in range(max(int(ROWS['text'] * scale), 16))])
     for name, make in makers.items():
         for split, share in (('train', 1), ('val', 16), ('test', 16)):
             if split == 'test' and name not in ('prompts', 'arith'):
                 continue
             rng = random.Random(f'{seed} {name} {split}')  # one stream a file: a new family changes no other file
-            write(f'{name}_{split}.jsonl', [make(rng, split) for _ in range(max(int(ROWS[name] * scale / share), 16))])
+            write_rows(out_dir, f'{name}_{split}.jsonl', [make(rng, split) for _ in range(max(int(ROWS[name] * scale / share), 16))])
     print('next: python sft.py config/pretrain_toy.py, then config/sft_toy.py')
 
 
 if __name__ == '__main__':
-    for arg in sys.argv[1:]:
-        key, _, value = arg.lstrip('-').partition('=')
-        if key not in ('out_dir', 'seed', 'scale') or not value:
-            sys.exit(f'error: unknown argument {arg!r}: --out_dir=DIR, --seed=INT or --scale=FLOAT')
-        globals()[key] = type(globals()[key])(value)
     main()
