@@ -28,10 +28,9 @@ import numpy as np
 import torch
 
 import infer
-import kernels
 import parallel
 from dataset import Sampler, pack, pad
-from model import Layout
+from model import answer_logprobs, answer_values, rewards_of
 from run import check_fit, encode_all, kv_cache_bytes, load_model, reference_of
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
@@ -185,102 +184,6 @@ def spread(x):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# log-probs and values of answers, without padding
-
-
-def shared_states(model, groups, device):
-    """Hidden states (n, C) at the n positions that predict the answers' tokens; a prompt is computed ONCE
-    for all its answers.
-
-        flat tokens   p p p | a a | b b b | ...       what linear layers and norms see: N = P + 2 + 3
-        attention     p p p a a | p p p b b b | ...   gathered for the attention: each answer sees its prompt
-    State once: the state at t predicts token t + 1, so an answer's last token is not in the input at all."""
-    sequences, paths, predict = [], [], []  # a path: the flat tokens that an answer's attention goes through
-    n = 0
-    for prompt, answers in groups:
-        start, P = n, len(prompt)
-        n += P
-        for answer in answers:
-            path = np.r_[start:start + P, n:n + len(answer) - 1]
-            n += len(answer) - 1
-            paths.append(path)
-            predict.append(path[P - 1:])
-            sequences.append(prompt + answer[:-1])
-    rows = np.concatenate(paths)
-    _, slot = np.unique(rows, return_index=True)  # the attention's row in which a flat token is met first
-    tokens = np.concatenate(sequences)[slot]
-    pos = np.concatenate([np.arange(len(path)) for path in paths])[slot]
-    doc = np.repeat(np.arange(len(paths)), [len(path) for path in paths])
-    extra = np.zeros(kernels.extra_rows(n))  # dummy rows that nobody reads: few shapes for oneDNN
-    tokens, pos, slot = (_flat([x, extra], device) for x in (tokens, pos, slot))
-    layout = Layout((1, len(rows)), torch.device(device), doc=_flat([doc], device)[None])
-    attend = layout.through(_flat([rows], device), slot).attend()
-    return model.hidden(tokens, pos, attend)[_flat(predict, device)]
-
-
-def _flat(lists, device):
-    return torch.from_numpy(np.concatenate(lists).astype(np.int64)).to(device)
-
-
-def packed(groups, device):
-    """(idx, doc, predicts), all (1, N): every answer behind a copy of its prompt, which document a token
-    belongs to, and True where it predicts an answer's token: positions P - 1 ... P + R - 2. Prompt [5, 6],
-    answer [7] -> idx [[5, 6, 7]], predicts [[False, True, False]]."""
-    pairs = [(prompt, answer) for prompt, answers in groups for answer in answers]
-    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs])
-    doc = torch.arange(len(pairs)).repeat_interleave(lengths)[None].to(device)
-    predicts = [[0] * (len(prompt) - 1) + [1] * len(answer) + [0] for prompt, answer in pairs]
-    idx = _flat([prompt + answer for prompt, answer in pairs], device)
-    return idx[None], doc, _flat(predicts, device)[None].bool()
-
-
-def _shares(model, groups):
-    """Is a prompt computed once for several answers? Context parallelism cuts sequences, so there each has
-    its own."""
-    mesh = getattr(model, 'mesh', parallel.ALONE)
-    return mesh.cp.size == 1 and any(len(answers) > 1 for _, answers in groups)
-
-
-def answer_logprobs(model, groups, device, temperature=1.0):
-    """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])] -> (logp,
-    entropy, mask), all (S, R): S answers in order, R tokens of the longest, padded on the right with 0."""
-    answers = [answer for _, answers in groups for answer in answers]
-    if _shares(model, groups):
-        states = shared_states(model, groups, device)
-        found = model.token_logprobs(states, _flat(answers, device), temperature)
-    else:
-        idx, doc, predicts = packed(groups, device)
-        where = predicts[:, :-1]  # the head is computed there alone
-        found = model.logprobs(idx, temperature, doc=doc, where=where, entropy=True)
-        found = [x[where] for x in found]
-    mask = _response_mask(answers, device)
-    logp, entropy = (_padded(x, mask) for x in found)
-    return logp, entropy, mask
-
-
-def answer_values(model, groups, device):
-    """The value network's estimate before each token of the answers, (S, R); shapes as in answer_logprobs."""
-    if _shares(model, groups):
-        found = model.values(shared_states(model, groups, device))
-    else:
-        idx, doc, predicts = packed(groups, device)
-        found = model(idx, doc=doc)[0][predicts]
-    answers = [answer for _, answers in groups for answer in answers]
-    return _padded(found, _response_mask(answers, device))
-
-
-def _response_mask(answers, device):
-    sizes = torch.tensor([len(answer) for answer in answers], device=device)
-    return torch.arange(max(map(len, answers)), device=device) < sizes[:, None]
-
-
-def _padded(flat, mask):
-    """(n,) in the order of mask's True positions -> mask's shape, 0 elsewhere."""
-    where = mask.reshape(-1).nonzero()[:, 0]
-    return flat.new_zeros(mask.numel()).index_copy(0, where, flat).view(mask.shape)
-
-
-# -----------------------------------------------------------------------------------------------------------
 # rewards
 
 
@@ -385,7 +288,7 @@ class Rewards:
             sequences = [self._reread(row, text, end, tok) for row, text, end in read]
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
-            scores = model_rewards(model, sequences, self.run.device, self.run.config['micro_tokens'])
+            scores = model_rewards(model, sequences, self.run.config['micro_tokens'])
         if not scores.isfinite().all():
             bad = scores[~scores.isfinite()][0].item()
             raise ValueError(f'reward model {name} returned {bad}: its weights are broken; train it again')
@@ -399,13 +302,11 @@ class Rewards:
 
 
 @torch.no_grad()
-def model_rewards(model, sequences, device, micro_tokens):
-    """Rewards (S,) of token lists, read at the last token of each, float32 on the CPU: the value before a
-    token that would come next."""
-    out, lengths = torch.empty(len(sequences)), [len(sequence) + 1 for sequence in sequences]
+def model_rewards(model, sequences, micro_tokens):
+    """Rewards (S,) of token lists in micro-batches, float32 on the CPU."""
+    out, lengths = torch.empty(len(sequences)), [len(sequence) for sequence in sequences]
     for bin in pack(lengths, max([micro_tokens, *lengths])):
-        values = answer_values(model, [(sequences[i], [[0]]) for i in bin], device)
-        out[bin] = values[:, 0].float().cpu()
+        out[bin] = rewards_of(model, [sequences[i] for i in bin]).float().cpu()
     return out
 
 
@@ -558,13 +459,14 @@ class Answers:
     def logprobs(self, model, micro):
         """(log-probs, entropies) of a micro-batch at the temperature that it was sampled with, (b, r)."""
         with self.run.amp():
-            logp, entropy, _ = answer_logprobs(model, micro.groups(), self.device, self.params.temperature)
+            logp, entropy, _ = answer_logprobs(model, micro.groups(), self.params.temperature)
         return logp, entropy
 
     def values(self, model, micro):
         """The value before each token of a micro-batch, (b, r)."""
         with self.run.amp():
-            return answer_values(model, micro.groups(), self.device)
+            values, _ = answer_values(model, micro.groups())
+        return values
 
     def all_logprobs(self, model, batch, minibatches):
         """Log-probs of all answers (B, R), without gradient."""
@@ -610,9 +512,41 @@ class Answers:
         texts = [self.tok.decode(ids) for ids in batch.responses]
         print(f'sample: {prompts[0] + texts[0]!r}')
         if self.mesh.master:
-            with open(os.path.join(self.run.out_dir, 'samples.jsonl'), 'a', encoding='utf-8') as f:
+            file = os.path.join(self.run.out_dir, 'samples.jsonl')
+            with open(file, 'a', encoding='utf-8') as f:
                 for prompt, text, score in zip(prompts, texts, batch.scores.tolist()):
                     f.write(json.dumps(dict(step=it, prompt=prompt, completion=text, score=score)) + '\n')
+
+
+# -----------------------------------------------------------------------------------------------------------
+# answers of one moment, for the evaluations of reward.py, dpo.py and kto.py
+
+
+def answers_to(run, engine, prompts, max_new_tokens, temperature, seed=0):
+    """Token ids of one answer to each prompt, in order, on every rank; each answers its share. Row i has
+    seed + i."""
+    mine = range(len(prompts))[run.mesh.mine(len(prompts))]
+    params = [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed + i) for i in mine]
+    done = engine.generate([prompts[i] for i in mine], params)
+    return run.mesh.collect([c.token_ids for c in done], everyone=True)
+
+
+def kl_on_samples(run, engine, policy, frozen, prompts, max_new_tokens, temperature):
+    """({'kl': KL(policy || reference) in nats a sequence, 'len': tokens}, ids of the first prompt and its
+    answer), on the policy's own answers with fixed seeds. k3 of each token: unbiased, never negative.
+    frozen: see reference_of."""
+    parallel.refresh(engine, policy)
+    answers = answers_to(run, engine, prompts, max_new_tokens, temperature)
+    groups = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers)]
+
+    def logps(net, rows):
+        return answer_logprobs(net, [groups[i] for i in rows], temperature)[0]  # 0 behind an answer's end
+    own = run.each(policy, lengths, logps)
+    with reference_of(policy, frozen) as reference:
+        theirs = run.each(reference, lengths, logps)
+    nats = sum((torch.exp(b - a) - 1 + a - b).sum().item() for a, b in zip(own, theirs))
+    return dict(kl=nats / len(groups), len=sum(map(len, answers)) / len(answers)), prompts[0] + answers[0]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -630,9 +564,9 @@ DEATHS = 8       # replacements of one worker that did nothing in between: not b
 
 @dataclass
 class Rollout:
-    """All answers to one prompt. number: its place in the order of prompts, `index`: its row. answers: [(token
-    ids, log-probs they were sampled with, weight version of each, ended by itself)]. scores: {reward file:
-    [float]}."""
+    """All answers to one prompt. number: its place in the order of prompts, `index`: its row. answers:
+    [(token ids, log-probs they were sampled with, weight version of each, ended by itself)]. scores:
+    {reward file: [float]}."""
     number: int
     index: int
     answers: list

@@ -297,7 +297,7 @@ def digest(items):
     """SHA-256 of a list of plain rows: are they the same ones?"""
     found = hashlib.sha256()
     for item in items:
-        found.update(repr(item).encode())
+        found.update(item if isinstance(item, bytes) else repr(item).encode())
     return found.hexdigest()
 
 
@@ -359,7 +359,7 @@ def eta(seconds):
 
 
 SHOWN = dict(  # how a metric looks on the console
-    loss='loss {:.4f}', accuracy='acc {:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
+    loss='loss {:.4f}', accuracy='acc {:.1%}', accuracy_95='{0[0]:.1%} to {0[1]:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
     grad_norm='norm {:.2f}', lr='lr {:.1e}', tok_per_s='{:,.0f} tok/s', score='score {:.3f}', kl='kl {:.2f} nats/seq',
     len='len {:.1f} tok', ended='ended {:.0%}', ece='ece {:.3f}', length_correlation='length correlation {:+.2f}',
     pg='pg {:.3f}', vf='vf {:.3f}', clip_frac='clip {:.1%}', dead='dead {:.0%}', mismatch='mismatch {:.1e}',
@@ -394,6 +394,15 @@ def encode_all(rows, encode, name):
     return items
 
 
+def prompt_room(model, max_new_tokens):
+    """How many tokens a prompt may have when so many are to follow. ValueError when none is left."""
+    room = model.config.block_size - max_new_tokens
+    if room < 1:
+        raise ValueError(f'max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of '
+                         f'{model.config.block_size} tokens: lower it')
+    return room
+
+
 @contextlib.contextmanager
 def reference_of(policy, frozen):
     """Inside: the model that the policy is compared with, the frozen one, or (None) the policy with its adapter off."""
@@ -419,6 +428,7 @@ class Run:
         self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'], quiet=True)
         self.device = self.mesh.device
         data = config['dataset']
+        self.val_name = config['val_dataset'] or f'{data} (5 % kept aside)'
         if not os.path.exists(data):
             raise ValueError(f'{data}: no such data; python {os.path.dirname(data) or "data/toy"}/prepare.py makes it (or '
                              f'name a file of your own)')
@@ -496,6 +506,7 @@ class Run:
             self.base = memory_now(self.device) - whole - sum(self.memory.values())
         for name, size in zip(('weights', 'grads', 'adam'), training_bytes(model, self.mesh)):
             self.memory[name] += size
+        self.n_trained = sum(p.numel() for _, p in lora.trainable(model))
         model = parallel.shard(model, self.mesh)
         optimizer = parallel.Optimizer(model, self.mesh, learning_rate, (c['beta1'], c['beta2']), eps, c['weight_decay'])
         self.mesh.split_seeds(c['seed'])
@@ -512,7 +523,7 @@ class Run:
         more['activations'] = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
         more['logits'] = kernels.logits_bytes(self.device, tokens, c.vocab_size)
         self.planned = memory_plan({**self.memory, **more})
-        print(f'{self.n_params / 1e6:.2f} M parameters on {self.device}{self.mesh.words()}, {self.dtype}, {self.threads} '
+        print(f'{self.n_params / 1e6:.2f} M parameters ({self.n_trained:,} trained) on {self.device}{self.mesh.words()}, {self.dtype}, {self.threads} '
               f'threads, kernels: {kernels.which()}')
 
     # ---- micro-batches
@@ -577,6 +588,13 @@ class Run:
                                  **checkpoint_keys(model), **self.extra, config=self.config, tokenizer=self.tokenizer, iter=it,
                                  best=self.best, data=data, time=self.log_file.elapsed(), evaluated=evaluated)
         self.saved = time.time()
+
+    def replace(self, path, saved):
+        """Writes a checkpoint that was read and changed; whoever reads sees the old file or the new one."""
+        if self.mesh.master:
+            torch.save(saved, path + '.tmp')
+            os.replace(path + '.tmp', path)
+        self.mesh.barrier()
 
     def log(self, it, metrics, show):
         """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes a second."""

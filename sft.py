@@ -158,7 +158,7 @@ def micro_batches(run, rows):
     return [micro_batch([rows[i] for i in picked]) for picked in run.micro_batches(lengths)]
 
 
-def evaluate(run, model, batches, loss_of):
+def validation_loss(run, model, batches, loss_of):
     """Mean loss over the trained tokens of all batches."""
     model.eval()  # no dropout
     micros, copies = [], []
@@ -204,7 +204,7 @@ if __name__ == '__main__':
             for ids, trained in train[:show_masks]:
                 print(coloured(ids.tolist(), trained.tolist(), tok) + '\n' + '-' * 80)
             raise SystemExit
-        val = encode_all(val_rows, lambda row: read_row(row, tok, T), val_dataset or f'{dataset} (5 % kept aside)')
+        val = encode_all(val_rows, lambda row: read_row(row, tok, T), run.val_name)
         order = run.order([ids.tobytes() + trained.tobytes() for ids, trained in train], batch_size)
         n_tokens = sum(len(ids) for ids, _ in train)
         n_trained = sum(int(trained.sum()) for _, trained in train)
@@ -228,7 +228,7 @@ if __name__ == '__main__':
     for it in run.iterations(max_iters):
         # ---- evaluate, and write a checkpoint; step 0 is the baseline
         if run.due(it):
-            val_loss = evaluate(run, model, held_out, loss_of)
+            val_loss = validation_loss(run, model, held_out, loss_of)
             run.evaluated(it, dict(loss=val_loss), val_loss, 'loss', lower=True)  # nats a trained token
         if it == max_iters or eval_only:
             break
