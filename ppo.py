@@ -262,8 +262,9 @@ def linear_lr(it, peak, warmup, total):
 if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: overwrite, val_dataset, eval_interval, save_minutes, lora_r,
     # lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing, threads, tp, pp, cp, zero,
-    # dist_timeout; rollout.py reads dataset, max_prompt, long_prompts, max_new_tokens, max_num_seqs, rollout_tp,
-    # max_staleness, simulate_staleness, rollout_workers, reward_workers, reward_timeout, reward_retries, runtime
+    # dist_timeout; rollout.py reads dataset, max_prompt, long_prompts, max_new_tokens, max_num_seqs,
+    # rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers, reward_timeout,
+    # reward_retries, runtime
     if batch_size % minibatch_size:
         fits = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
         raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: '

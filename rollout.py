@@ -305,8 +305,8 @@ class Rewards:
 def model_rewards(model, sequences, micro_tokens):
     """Rewards (S,) of token lists in micro-batches, float32 on the CPU."""
     out, lengths = torch.empty(len(sequences)), [len(sequence) for sequence in sequences]
-    for bin in pack(lengths, max([micro_tokens, *lengths])):
-        out[bin] = rewards_of(model, [sequences[i] for i in bin]).float().cpu()
+    for some in pack(lengths, max([micro_tokens, *lengths])):
+        out[some] = rewards_of(model, [sequences[i] for i in some]).float().cpu()
     return out
 
 
@@ -454,7 +454,7 @@ class Answers:
         units = batch.neighbours(rows, self.config['micro_tokens'])
         sizes = [len(prompt) + sum(len(batch.responses[i]) for i in mine) for prompt, mine in units]
         bins = self.run.micro_batches(sizes)
-        return [[i for unit in bin for i in units[unit][1]] for bin in bins], self.mesh.copies(len(units))
+        return [[i for unit in some for i in units[unit][1]] for some in bins], self.mesh.copies(len(units))
 
     def logprobs(self, model, micro):
         """(log-probs, entropies) of a micro-batch at the temperature that it was sampled with, (b, r)."""
@@ -526,7 +526,8 @@ def answers_to(run, engine, prompts, max_new_tokens, temperature, seed=0):
     """Token ids of one answer to each prompt, in order, on every rank; each answers its share. Row i has
     seed + i."""
     mine = range(len(prompts))[run.mesh.mine(len(prompts))]
-    params = [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed + i) for i in mine]
+    params = infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature)
+    params = [dataclasses.replace(params, seed=seed + i) for i in mine]
     done = engine.generate([prompts[i] for i in mine], params)
     return run.mesh.collect([c.token_ids for c in done], everyone=True)
 
