@@ -33,8 +33,7 @@ import torch.nn.functional as F
 
 import lora
 import parallel
-from rollout import (Answers, Batch, check_first_ratio, load_prompts, means, minibatches, overview, Rewards,
-                     spread)
+from rollout import Answers, Batch, load_prompts, means, minibatches, overview, Rewards
 from run import check_finite, Run
 
 # -----------------------------------------------------------------------------------------------------------
@@ -407,7 +406,9 @@ if __name__ == '__main__':
             if it == len(steps) == 0:
                 print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} (a loss of "
                       '0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)')
-                check_first_ratio(stats['ratio_max'], decoupled)
+                if stats['ratio_max'] > 1e-3 and decoupled:
+                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and "
+                                     'new log-probs come from different computations; is dropout on?')
             steps.append(stats)
         if not steps:
             print(f'iter {it}: no group alive, no step')
@@ -417,11 +418,12 @@ if __name__ == '__main__':
         if 'kl' in stats:
             stats['k3'] = stats.pop('kl')  # nats a token, as trained; kl: nats a sequence, as it was sampled
             stats['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
-        seconds = time.time() - t0
+        idle = gen_s / (time.time() - t0)
         row = dict(overview(batch), dead=1 - alive.float().mean().item(), rounds=len(asked), lr=lr,
-                   steps=len(steps), tokens=batch.tokens(), gen_s=gen_s, upd_s=time.time() - t1,
-                   completions_per_s=batch_size / seconds, **stats, **answers.lag(everyone, gen_s / seconds))
-        row |= dict(score=everyone.scores.mean(), score_std=spread(everyone.scores))  # of the dead, too
+                   steps=len(steps), tokens=batch.tokens(), gen_s=gen_s, upd_s=time.time() - t1, **stats,
+                   **answers.lag(everyone, idle))
+        whole = overview(everyone)
+        row |= dict(score=whole['score'], score_std=whole['score_std'])  # of the dead, too
         if len(rewards.names) > 1:
             for name in rewards.names:
                 scores = torch.cat([part.given[name] for part in asked])

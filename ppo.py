@@ -30,7 +30,7 @@ import time
 import torch
 
 import parallel
-from rollout import Answers, check_first_ratio, load_prompts, means, minibatches, overview, Rewards
+from rollout import Answers, load_prompts, means, minibatches, overview, Rewards
 from run import check_finite, load_model, Run
 
 # -----------------------------------------------------------------------------------------------------------
@@ -280,6 +280,11 @@ if __name__ == '__main__':
     # ratio is 1 before the first step. With an adapter the reference is the policy without it, for free
     reference = run.reference(policy, tok, longest)
     rewards = Rewards(run, tok, longest)
+    if run.ckpt:
+        kind = run.ckpt['value_kind']
+        if value not in ('auto', kind) or kind == 'trunk':
+            raise ValueError(f'value {value}: {out_dir} was started with {kind}, which a resumed run cannot change')
+        value = kind
     if value == 'auto':
         value = 'reward' if rewards.same_ids else 'policy'
     if value == 'reward' and not rewards.same_ids:
@@ -388,7 +393,9 @@ if __name__ == '__main__':
             if it == len(steps) == 0:  # the invariant of every correct PPO: nothing has moved yet
                 print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, approx KL = "
                       f"{stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
-                check_first_ratio(stats['ratio_max'], decoupled)
+                if stats['ratio_max'] > 1e-3 and decoupled:
+                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and "
+                                     'new log-probs come from different computations; is dropout on?')
             steps.append(stats)
             if kl_stop and stats['approx_kl'] > kl_stop:
                 break

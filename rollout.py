@@ -12,7 +12,6 @@ Asynchronous rollouts, the second half of the file, follow AReaL (2505.24298): e
 the trainer.
 """
 import copy
-import dataclasses
 import itertools
 import json
 import math
@@ -22,14 +21,14 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
 import infer
 import parallel
-from dataset import Sampler, pack, pad
+from dataset import pack, pad
 from model import answer_logprobs, answer_values, rewards_of
 from run import check_fit, encode_all, kv_cache_bytes, load_model, reference_of
 from tokenizer import encode_prompt, encode_row, get_tokenizer
@@ -114,15 +113,14 @@ class Batch:
         return sum(map(len, self.responses))
 
     def __getitem__(self, rows):
-        longest = max(len(self.responses[i]) for i in rows)
-
-        def some(x):
+        longest, part = max(len(self.responses[i]) for i in rows), {}
+        for field in fields(self):
+            x = getattr(self, field.name)
             if isinstance(x, list):
-                return [x[i] for i in rows]
-            if not torch.is_tensor(x):
-                return None
-            return x[rows] if x.dim() == 1 else x[rows, :longest]
-        return Batch(*(some(getattr(self, field.name)) for field in dataclasses.fields(self)))
+                part[field.name] = [x[i] for i in rows]
+            elif torch.is_tensor(x):
+                part[field.name] = x[rows] if x.dim() == 1 else x[rows, :longest]
+        return Batch(**part)
 
     def neighbours(self, rows, room=math.inf):
         """[(prompt, [row number, ...])]: those that answer the same prompt, of at most `room` tokens, the
@@ -164,23 +162,11 @@ def means(steps):
     return found
 
 
-def check_first_ratio(ratio_max, decoupled=True):
-    """Ends a run whose first update does not begin at ratio 1: no step has been made yet. The naive ratio
-    may."""
-    if ratio_max > 1e-3 and decoupled:
-        raise ValueError(f'first update: |ratio - 1| is {ratio_max:.3g} before any step: old and new '
-                         'log-probs come from different computations; is dropout on?')
-
-
 def overview(batch):
-    """What every row of the log says of answers."""
-    return dict(score=batch.scores.mean().item(), score_std=spread(batch.scores),
-                len=batch.tokens() / len(batch), ended=batch.ended.float().mean().item())
-
-
-def spread(x):
-    """Standard deviation of a sample (n - 1), a float; 0 for a single number. [1, 3] -> 1.4142."""
-    return x.std().item() if len(x) > 1 else 0.0
+    """What every row of the log says of answers; score_std is the sample's (n - 1), 0 for a single answer."""
+    spread = batch.scores.std().item() if len(batch) > 1 else 0.0
+    return dict(score=batch.scores.mean().item(), score_std=spread, len=batch.tokens() / len(batch),
+                ended=batch.ended.float().mean().item())
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -213,7 +199,7 @@ def ask_reward(fn, name, row, text):
         mark = float(fn(row['prompt'], text, row))
     except Exception as e:
         raise ValueError(f'reward {name} raised {type(e).__name__}: {e}, {seen}') from e
-    if not math.isfinite(np.float32(mark)):
+    if not abs(mark) < 3.4e38:  # nan, too
         raise ValueError(f'reward {name} returned {mark} (rewards must be finite, in float32) {seen}')
     return mark
 
@@ -276,16 +262,16 @@ class Rewards:
         return sum(weight * each[name] for name, weight in zip(self.names, self.weights)), each
 
     def _scores(self, name, batch):
-        ended = batch.ended.tolist()
-        texts = [self.tok.decode(spoken(ids, end)) for ids, end in zip(batch.responses, ended)]
-        if name in self.files:
-            return [ask_reward(self.files[name], name, row, text) for row, text in zip(batch.rows, texts)]
-        model, tok = self.models[name]
         if name in self.same_ids:
+            model, _ = self.models[name]
             sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
         else:
-            read = zip(batch.rows, texts, ended)
-            sequences = [self._reread(row, text, end, tok) for row, text, end in read]
+            ended = batch.ended.tolist()
+            texts = [self.tok.decode(spoken(ids, end)) for ids, end in zip(batch.responses, ended)]
+            if name in self.files:
+                return [ask_reward(self.files[name], name, row, text) for row, text in zip(batch.rows, texts)]
+            model, tok = self.models[name]
+            sequences = [self._reread(*read, tok) for read in zip(batch.rows, texts, ended)]
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
             scores = model_rewards(model, sequences, self.run.config['micro_tokens'])
@@ -383,12 +369,13 @@ class Answers:
 
     def _jobs(self, k):
         """Endless: (row number, row, prompt ids, how to sample) of prompt number k, k + 1, ..."""
-        order = Sampler(len(self.items), 1, self.config['seed'])
-        order.batch = k
-        for (i,) in order:
-            seed = (self.config['seed'] * 1000003 + k) % (1 << 31)
-            yield int(i), *self.items[i], dataclasses.replace(self.params, n=self.group_size, seed=seed)
-            k += 1
+        seed, n, epoch = self.config['seed'], len(self.items), -1
+        for k in itertools.count(k):
+            if k // n != epoch:  # a permutation an epoch, laid end to end
+                epoch = k // n
+                order = np.random.default_rng((seed, epoch)).permutation(n).tolist()
+            own = (seed * 1000003 + k) % (1 << 31)
+            yield order[k % n], *self.items[order[k % n]], replace(self.params, n=self.group_size, seed=own)
 
     def next(self, it, again=False):
         """The next Batch of need * group_size answers, sampled with the weights before update `it` or older
@@ -411,7 +398,7 @@ class Answers:
         """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of
         their own."""
         parallel.refresh(self.engine, self.policy)
-        params = [dataclasses.replace(self.params, n=n, seed=i) for i in range(len(items))]
+        params = [replace(self.params, n=n, seed=i) for i in range(len(items))]
         return self._answer([(i, *items[i], params[i]) for i in range(len(items))], 0)
 
     def _publish(self, it):
@@ -527,7 +514,7 @@ def answers_to(run, engine, prompts, max_new_tokens, temperature, seed=0):
     seed + i."""
     mine = range(len(prompts))[run.mesh.mine(len(prompts))]
     params = infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature)
-    params = [dataclasses.replace(params, seed=seed + i) for i in mine]
+    params = [replace(params, seed=seed + i) for i in mine]
     done = engine.generate([prompts[i] for i in mine], params)
     return run.mesh.collect([c.token_ids for c in done], everyone=True)
 
