@@ -783,7 +783,7 @@ def _kernels_cuda_memory(copy, rand, both, end):
     angle = torch.linspace(0, 100, 4096 * 64, device='cuda').view(4096, 64)
     cos, sin = angle.cos(), angle.sin()
     memory('rope', 2 * (q.nbytes + k.nbytes), 2 * (q.nbytes + k.nbytes), lambda: K.rope(q, k, cos, sin),
-           lambda: (K._rotate(q, cos, sin, False), K._rotate(k, cos, sin, False)), (q, k))
+           lambda: (K._rotate(q, cos, sin), K._rotate(k, cos, sin)), (q, k))
     g, u = rand(N, I), rand(N, I)
     memory('swiglu', 3 * g.nbytes, 5 * g.nbytes, lambda: K.swiglu(g, u), lambda: F.silu(g) * u, (g, u))
     memory('gelu', 2 * g.nbytes, 3 * g.nbytes, lambda: K.gelu(g), lambda: F.gelu(g, approximate='tanh'), (g,))
@@ -804,7 +804,7 @@ def _kernels_cuda_attention(rand, both):
     for hs in (128, 64):
         q, k, v = rand(32768, 32, hs), rand(32768, 8, hs), rand(32768, 8, hs)
         cu = torch.arange(17, device='cuda', dtype=torch.int32) * 2048
-        ours = lambda: K._Flash.apply(q, k, v, cu, cu, (2048, 2048), True, 0, hs ** -0.5)  # flash_attention, its one host sync done
+        ours = lambda: K._Flash.apply(q, k, v, cu, cu, (2048, 2048), hs ** -0.5)  # flash_attention, its one host sync done
         dense = lambda: F.scaled_dot_product_attention(*(t.view(16, 2048, -1, hs).transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
         sides = {'ours, packed': (ours, (q, k, v)), 'SDPA, dense': (dense, (q, k, v))}
         try:
@@ -1080,13 +1080,13 @@ def _infer_cuda():
     for p in prompts:
         engine.add_request((p * 11)[:1000], SamplingParams(max_tokens=60, ignore_eos=True))
     t = time.perf_counter()
-    while engine.waiting or any(r.n < r.P for r in engine.running):
+    while engine.scheduler.waiting or any(r.n < r.P for r in engine.scheduler.running):
         engine.step()
     torch.cuda.synchronize()
     print(f'prefill of 256 x 1,000 tokens: {time.perf_counter() - t:.2f} s')
     engine.step()
     torch.cuda.synchronize()
-    t, context = time.perf_counter(), sum(r.n for r in engine.running)
+    t, context = time.perf_counter(), sum(r.n for r in engine.scheduler.running)
     for _ in range(20):
         engine.step()
     torch.cuda.synchronize()

@@ -1,23 +1,24 @@
 """DPO and its kin: learn from preferences without a reward model and without sampling.
 
-    L = - log sigmoid(beta (log pi/pi_ref (chosen) - log pi/pi_ref (rejected)))     Rafailov et al. 2023 (2305.18290), eq. 7
+    L = - log sigmoid(beta (log pi/pi_ref (chosen) - log pi/pi_ref (rejected)))
 
-The optimum of "reward minus beta KL" is pi_ref exp(r / beta) / Z. Solved for r, the reward is beta log pi/pi_ref plus a
-constant that cancels in Bradley-Terry's difference: the policy is its own reward model. How it goes:
-  1. the reference is the start point: a frozen copy, the LoRA adapter switched off, or its log-probs computed once
-  2. chosen and rejected of a micro-batch go through ONE forward without padding, the prompt they share computed once
+Rafailov et al. 2023 (2305.18290), eq. 7. The optimum of "reward minus beta KL" is pi_ref exp(r / beta) / Z.
+Solved for r, the reward is beta log pi/pi_ref plus a constant that cancels in Bradley-Terry's difference: the
+policy is its own reward model. How it goes:
+  1. the reference is the start point: a frozen copy, the adapter switched off, or its log-probs on the disk
+  2. chosen and rejected of a micro-batch go through ONE forward without padding, their prompt computed once
   3. log pi(y|x) is the sum over the answer's tokens, its end token included; the loss is a mean over pairs:
      sigmoid (smoothed: cDPO), robust, ipo, hinge, apo_zero; simpo and orpo need no reference
   4. AdamW, learning rate linear to 0
-  5. held-out accuracy, margin, log-probs, and the KL to the reference on samples of the policy. The chosen log-prob may
-     fall while the margin grows (it often does): the log says so; sft_coef holds it up
+  5. held-out accuracy, margin, log-probs, and the KL to the reference on samples of the policy. The chosen
+     log-prob may fall while the margin grows (it often does): the log says so; sft_coef holds it up
 Changed from the paper: nothing in the equation; RMSprop is AdamW here.
 
-    python dpo.py config/dpo_toy.py                              # CPU: held-out accuracy 50 -> 79 %, about a minute
-    python dpo.py config/dpo_gpt2.py                             # one GPU
+    python dpo.py config/dpo_toy.py                  # CPU: held-out accuracy 50 -> 79 %, about a minute
+    python dpo.py config/dpo_gpt2.py                 # one GPU
     torchrun --nproc_per_node=8 dpo.py config/dpo_gpt2.py --zero=1   # eight
-Measured on a CPU: a 0.66 M TinyStories model, 1,630 pairs of HH helpful-base, one epoch, seeds 1337, 2, 3: accuracy on
-531 held-out pairs 50 -> 62.1 / 60.5 / 60.5 % (each within 4). "The longer answer" alone is right in 60 %.
+Measured on a CPU: 0.66 M TinyStories model, 1,630 pairs of HH helpful-base, one epoch, three seeds: accuracy
+on 531 held-out pairs 50 -> 62.1 / 60.5 / 60.5 % (each within 4). "The longer answer" is right in 60 %.
 """
 import os
 import math
@@ -81,7 +82,7 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
-compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
+compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
@@ -105,26 +106,31 @@ REFERENCE_FREE = ('simpo', 'orpo')  # length-normalised by definition
 
 
 def sequence_logp(logp, mask, average=False):
-    """log pi(y|x) = sum of the token log-probs that count, (B, R) float and bool -> (B,); average=True divides by their number.
-    [[-1, -2, 9]], mask [[1, 1, 0]] -> -3, average -1.5. A row without a token gives 0."""
+    """log pi(y|x) = sum of the token log-probs that count, (B, R) float and bool -> (B,); average=True
+    divides by their number. [[-1, -2, 9]], mask [[1, 1, 0]] -> -3, average -1.5. A row without a token gives
+    0."""
     total = torch.where(mask, logp, 0.0).sum(1)
     return total / mask.sum(1).clamp(min=1) if average else total
 
 
-def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss_type='sigmoid', label_smoothing=0.0):
-    """DPO (Rafailov et al. 2023, eq. 7) and its kin. Returns (losses, chosen_rewards, rejected_rewards), rewards = beta log pi/pi_ref (eq. 5).
-    With h = chosen reward - rejected reward and e = label_smoothing, the share of swapped labels that is expected:
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss_type='sigmoid',
+             label_smoothing=0.0):
+    """DPO (Rafailov et al. 2023, eq. 7) and its kin. Returns (losses, chosen_rewards, rejected_rewards),
+    rewards = beta log pi/pi_ref (eq. 5). With h = chosen reward - rejected reward and e = label_smoothing,
+    the share of swapped labels that is expected:
         sigmoid   -(1 - e) log s(h) - e log s(-h)               e > 0: conservative DPO (Mitchell 2023)
-        robust    (-(1 - e) log s(h) + e log s(-h)) / (1 - 2e)  unbiased under swapped labels (2403.00409 eq. 9)
-        ipo       (h / beta - 1 / (2 beta))^2                   a target margin, no way to infinity (2310.12036 eq. 17)
+        robust    (-(1 - e) log s(h) + e log s(-h)) / (1 - 2e)  unbiased if swapped (2403.00409 eq 9)
+        ipo       (h / beta - 1 / (2 beta))^2                   a target margin (2310.12036 eq. 17)
         hinge     max(0, 1 - h)                                 SLiC (2305.10425)
         apo_zero  1 - s(chosen reward) + s(rejected reward)     chosen up, rejected down (2408.06266 eq. 7)
-    ValueError: unknown loss_type; label_smoothing outside [0, 0.5) or where it has no meaning. TRL's 'ipo' is this with averaged log-probs.
-    beta=1, all (B,) equal but policy_chosen one nat higher -> h=1, sigmoid loss -log s(1) = 0.3133."""
+    ValueError: unknown loss_type; label_smoothing outside [0, 0.5) or where it has no meaning. TRL's 'ipo' is
+    this with averaged log-probs. beta=1, all (B,) equal but policy_chosen one nat higher -> h=1, sigmoid loss
+    -log s(1) = 0.3133."""
     if loss_type not in PAIRED:
         raise ValueError(f'loss_type {loss_type!r} is unknown here: one of {", ".join(PAIRED)}')
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type not in ('sigmoid', 'robust')):
-        raise ValueError(f"label_smoothing {label_smoothing} with loss_type {loss_type!r}: it is in [0, 0.5), for 'sigmoid' (cDPO) and 'robust' only")
+        raise ValueError(f"label_smoothing {label_smoothing} with loss_type {loss_type!r}: it lies in "
+                         f"[0, 0.5), for 'sigmoid' (cDPO) and 'robust' only")
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     h, e = chosen - rejected, label_smoothing
     if loss_type == 'sigmoid':
@@ -141,17 +147,19 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
 
 
 def simpo_loss(policy_chosen, policy_rejected, beta, gamma, label_smoothing=0.0):
-    """SimPO (Meng et al. 2024, 2405.14734 eq. 6): no reference, the mean log-prob of a token is the reward, gamma the margin it wants.
-    AVERAGED log-probs in; returns (losses, chosen_rewards, rejected_rewards). beta=2, gamma=1, -1 against -2 -> -log s(2 - 1) = 0.3133."""
+    """SimPO (Meng et al. 2024, 2405.14734 eq. 6): no reference, the mean log-prob of a token is the reward,
+    gamma the margin it wants. AVERAGED log-probs in; returns (losses, chosen_rewards, rejected_rewards).
+    beta=2, gamma=1, -1 against -2 -> -log s(2 - 1) = 0.3133."""
     h = beta * (policy_chosen - policy_rejected) - gamma
     losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     return losses, (beta * policy_chosen).detach(), (beta * policy_rejected).detach()
 
 
 def orpo_loss(policy_chosen, policy_rejected, beta, chosen_nll=None):
-    """ORPO (Hong et al. 2024, 2403.07691 eq. 6 and 7): SFT on the chosen answer + beta * -log s(log odds ratio), odds p = p / (1 - p), p the mean
-    token probability. AVERAGED log-probs in; chosen_nll (B,) is the SFT term, by default -policy_chosen (the answer only). Returns (losses,
-    chosen_rewards, rejected_rewards). p 1/2 against 1/3, beta=1: odds 1 and 1/2, loss 0.6931 - log s(log 2) = 0.6931 + 0.4055."""
+    """ORPO (Hong et al. 2024, 2403.07691 eq. 6 and 7): SFT on the chosen answer + beta * -log s(log odds
+    ratio), odds p = p / (1 - p), p the mean token probability. AVERAGED log-probs in; chosen_nll (B,) is the
+    SFT term, by default -policy_chosen (the answer only). Returns (losses, chosen_rewards, rejected_rewards).
+    p 1/2 against 1/3, beta=1: odds 1 and 1/2, loss 0.6931 - log s(log 2) = 0.6931 + 0.4055."""
     def log_odds(logp):  # log p - log(1 - p), exact for p near 0 and near 1; p = 1 itself has no odds
         logp = logp.clamp(max=-1e-6)
         return logp - torch.log(-torch.expm1(logp))
@@ -161,7 +169,8 @@ def orpo_loss(policy_chosen, policy_rejected, beta, chosen_nll=None):
 
 
 def wilson(k, n, z=1.96):
-    """95 % interval of a share k/n (Wilson 1927): sensible near 0 and 1, where the normal one is not. 60 of 100 -> (0.502, 0.691)."""
+    """95 % interval of a share k/n (Wilson 1927): sensible near 0 and 1, where the normal one is not. 60 of
+    100 -> (0.502, 0.691)."""
     p, w = k / n, z * z / n
     mid, half = (p + w / 2) / (1 + w), z * math.sqrt(p * (1 - p) / n + w / (4 * n)) / (1 + w)
     return mid - half, mid + half
@@ -177,8 +186,8 @@ def linear_lr(it, peak, warmup, total):
 
 
 def read_pair(row, tok, T):
-    """One row -> ([(prompt, chosen, rejected)], note). A prompt that does not fit loses its beginning; a pair with an
-    answer that alone is too long is dropped."""
+    """One row -> ([(prompt, chosen, rejected)], note). A prompt that does not fit loses its beginning; a pair
+    with an answer that alone is too long is dropped."""
     if row.get('tie'):
         return [], 'ties left out'
     prompt, chosen, rejected = encode_pair(row, tok)
@@ -196,7 +205,8 @@ def tokens_of(pairs):
 
 
 def pair_logps(model, pairs, average):
-    """log pi(chosen | prompt) and log pi(rejected | prompt): (B, 2), and the mean log-prob of a chosen token (B,)."""
+    """log pi(chosen | prompt) and log pi(rejected | prompt): (B, 2), and the mean log-prob of a chosen token
+    (B,)."""
     logp, _, mask = answer_logprobs(model, [(prompt, answers) for prompt, *answers in pairs])
     both = sequence_logp(logp, mask, average).view(-1, 2)
     return both, sequence_logp(logp, mask, True).view(-1, 2)[:, 0]
@@ -206,7 +216,8 @@ COLUMNS = ('loss', 'accuracy', 'chosen_reward', 'rejected_reward', 'chosen_logp'
 
 
 def compare(model, pairs, ref_logps, loss_type, beta, label_smoothing, gamma, sft_coef, average):
-    """(losses (B,) with gradient, COLUMNS of each pair (B, 7) without). ref_logps (B, 2), None for simpo and orpo."""
+    """(losses (B,) with gradient, COLUMNS of each pair (B, 7) without). ref_logps (B, 2), None for simpo and
+    orpo."""
     logps, chosen_mean = pair_logps(model, pairs, average)
     chosen, rejected = logps.unbind(1)
     if loss_type == 'simpo':
@@ -226,16 +237,19 @@ def compare(model, pairs, ref_logps, loss_type, beta, label_smoothing, gamma, sf
 def reference_logps(run, policy, frozen, pairs, average):
     """(n, 2) of the reference, on the CPU."""
     with reference_of(policy, frozen) as reference:
-        found = run.each(reference, tokens_of(pairs), lambda net, rows: pair_logps(net, [pairs[i] for i in rows], average)[0])
+        def logps(net, rows):
+            return pair_logps(net, [pairs[i] for i in rows], average)[0]
+        found = run.each(reference, tokens_of(pairs), logps)
     return torch.stack(found).float()
 
 
 def stored_logps(run, policy, frozen, pairs, average, split):
-    """The same from out_dir/ref_<split>.safetensors; computed when that file belongs to other weights or pairs."""
+    """The same from out_dir/ref_<split>.safetensors; computed when that file belongs to other weights or
+    pairs."""
     file = os.path.join(run.out_dir, f'ref_{split}.safetensors')
     with reference_of(policy, frozen) as reference:
         weights = parallel.full_state(reference, only_master=True)  # names may lie, weights do not
-    weights = [name.encode() + w.numpy().tobytes() for name, w in sorted(weights.items()) if not is_adapter(name)]
+    weights = [weights[name].numpy().tobytes() for name in sorted(weights) if not is_adapter(name)]
     name = run.mesh.everyone.share_object(digest([*weights, *pairs, average, run.dtype]), 0, 'reference')
     name = torch.frombuffer(bytearray.fromhex(name), dtype=torch.uint8)
     if os.path.exists(file):
@@ -254,7 +268,8 @@ def held_out_pairs(run, policy, pairs, ref_logps, how):
     policy.eval()
 
     def columns(net, rows):
-        return compare(net, [pairs[i] for i in rows], None if ref_logps is None else ref_logps[rows], **how)[1]
+        refs = None if ref_logps is None else ref_logps[rows]
+        return compare(net, [pairs[i] for i in rows], refs, **how)[1]
     found = torch.stack(run.each(policy, tokens_of(pairs), columns)).mean(0)
     policy.train()
     seen = dict(zip(COLUMNS, found.tolist()))
@@ -263,21 +278,23 @@ def held_out_pairs(run, policy, pairs, ref_logps, how):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval, save_minutes,
-    # lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype, compile,
-    # checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
+    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval,
+    # save_minutes, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype,
+    # compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
     if loss_type == 'kto':
         raise ValueError("loss_type 'kto' is a script of its own: python kto.py, with the same keys")
     if loss_type not in (*PAIRED, *REFERENCE_FREE):
-        raise ValueError(f'loss_type {loss_type!r} is unknown: one of {", ".join((*PAIRED, *REFERENCE_FREE))}')
+        known = ', '.join(PAIRED + REFERENCE_FREE)
+        raise ValueError(f'loss_type {loss_type!r} is unknown: one of {known}')
     if label_smoothing and loss_type not in ('sigmoid', 'robust', 'simpo'):
-        raise ValueError(f'label_smoothing {label_smoothing} with loss_type {loss_type!r}: for sigmoid, robust and simpo only')
+        raise ValueError(f'label_smoothing {label_smoothing} with loss_type {loss_type!r}: for '
+                         f'sigmoid, robust and simpo only')
     needs_ref, average = loss_type in PAIRED, length_norm or loss_type in REFERENCE_FREE
     for key in () if needs_ref else ('precompute_ref', 'ref'):
         if config[key]:
             raise ValueError(f'{key}={config[key]} means nothing to loss_type {loss_type!r}: leave it out')
     if sft_coef and loss_type == 'orpo':
-        raise ValueError(f"sft_coef={sft_coef} means nothing to loss_type 'orpo', which holds an SFT loss: leave it out")
+        raise ValueError(f"sft_coef={sft_coef} means nothing to loss_type 'orpo': leave it out")
     run = Run('dpo', config)
     policy, tok = run.model()
     T = min(block_size or policy.config.block_size, policy.config.block_size)
@@ -291,14 +308,16 @@ if __name__ == '__main__':
     val_pairs = val_pairs[:eval_iters * batch_size or None]
     max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
     order = run.order(pairs, batch_size)
-    print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of {batch_size} = '
-          f'{max_iters * batch_size / len(pairs):.2f} epochs')
+    print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of '
+          f'{batch_size} = {max_iters * batch_size / len(pairs):.2f} epochs')
 
-    # ---- 1. the reference: a frozen copy, or None: the policy with its adapter off; its log-probs may lie on the disk
+    # ---- 1. the reference: a frozen copy, or None: the policy with its adapter off; its log-probs may lie on
+    # the disk
     engine = None
     if room:  # answers held-out prompts, for the KL
         engine = infer.Engine(parallel.sampler_of(policy, run.mesh), tok, max_num_seqs=64)
-        asked = [list(prompt) for prompt in dict.fromkeys(tuple(p[-room:]) for p, _, _ in val_pairs)][:eval_samples]
+        asked = dict.fromkeys(tuple(prompt[-room:]) for prompt, _, _ in val_pairs)  # each prompt once
+        asked = [list(prompt) for prompt in asked][:eval_samples]
     frozen = run.reference(policy, tok, T, ref) if needs_ref else None
     policy, optimizer = run.trained(policy, learning_rate, adam_eps)
     ref_logps = val_ref_logps = None
@@ -313,8 +332,8 @@ if __name__ == '__main__':
         frozen, run.memory['reference'] = None, 0  # an evaluation loads it for the moment
     longest = max(tokens_of(pairs))
     run.plan(min(max(micro_tokens, longest), batch_size * longest), T)
-    how = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, gamma=gamma, sft_coef=sft_coef,
-               average=average)
+    how = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
+    how |= dict(sft_coef=sft_coef, average=average)
 
     def loss_of(policy, micro):
         """(mean loss of some pairs, means of COLUMNS)."""
@@ -325,7 +344,8 @@ if __name__ == '__main__':
     first_logp = run.ckpt['first_logp'] if run.ckpt else None
     policy.train()
     for it in run.iterations(max_iters):
-        # ---- 5. evaluate, and write a checkpoint; step 0 is the baseline, where policy and reference are the same
+        # ---- 5. evaluate, and write a checkpoint; step 0 is the baseline, where policy and reference are the
+        # same
         if run.due(it):
             seen = held_out_pairs(run, policy, val_pairs, val_ref_logps, how)
             first_logp = seen['chosen_logp'] if first_logp is None else first_logp
@@ -335,24 +355,30 @@ if __name__ == '__main__':
                 samples, sample = kl_on_samples(run, engine, policy, now, asked, max_new_tokens, temperature)
                 seen |= samples
                 print(f'  sample: {tok.decode(sample)!r}')
-            run.evaluated(it, seen, seen['loss'], 'loss accuracy accuracy_95 margin chosen_logp rejected_logp kl len', lower=True)
+            shown = 'loss accuracy accuracy_95 margin chosen_logp rejected_logp kl len'
+            run.evaluated(it, seen, seen['loss'], shown, lower=True)
             if -seen['chosen_logp_change'] > 0.05 * abs(first_logp):
-                print(f"  the chosen log-prob has fallen by {-seen['chosen_logp_change']:.2f} nats since step 0: DPO widens "
-                      f'the margin by pushing both down; sft_coef, a larger beta or fewer steps hold it')
+                fell = -seen['chosen_logp_change']
+                print(f'  the chosen log-prob has fallen by {fell:.2f} nats since step 0: DPO widens the '
+                      f'margin by pushing both down; sft_coef, a larger beta or fewer steps hold it')
         if it == max_iters or eval_only:
             break
 
         # ---- 2. a batch of pairs, in micro-batches; what the reference says of them
         picked = next(order).tolist()
         batch = [pairs[i] for i in picked]
-        refs = None
-        if needs_ref:
-            refs = reference_logps(run, policy, frozen, batch, average) if ref_logps is None else ref_logps[picked]
+        refs = ref_logps[picked] if precompute_ref else None
+        if needs_ref and not precompute_ref:
+            refs = reference_logps(run, policy, frozen, batch, average)
         lengths = tokens_of(batch)
-        micros = [([batch[i] for i in rows], None if refs is None else refs[rows]) for rows in run.micro_batches(lengths)]
+        micros = []
+        for rows in run.micro_batches(lengths):
+            micros.append(([batch[i] for i in rows], None if refs is None else refs[rows]))
 
-        # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its pairs (the GPU is waited for here)
-        stats = parallel.forward_backward(policy, optimizer, micros, loss_of, [len(pairs) for pairs, _ in micros])
+        # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its pairs (the GPU is waited for
+        # here)
+        sizes = [len(pairs) for pairs, _ in micros]
+        stats = parallel.forward_backward(policy, optimizer, micros, loss_of, sizes)
         check_finite(it, out_dir, **stats)
 
         # ---- 4. all-reduce of the gradients, clip, AdamW

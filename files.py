@@ -1,16 +1,17 @@
 """Whole files or none: whatever is downloaded or written here, no reader ever meets half of it.
 
-    folder = files.resolve('gpt2')                 # a model of the hub: its folder in the usual Hugging Face cache
-    path = files.fetch(url, path, size, sha256)    # any file of the web
+    folder = files.resolve('gpt2')                 # a model of the hub: its folder in the usual cache
+    path = files.fetch(url, path, sha256)          # any file of the web
     with files.replaced('out/ckpt.pt') as f:       # written beside it, then renamed over it
     with files.locked('out/.lock'):                # the kernel gives the lock back, however the process ends
 
-A download goes on where it stopped, its hash is checked, and of several processes one fetches while the others wait.
-The cache is huggingface_hub's: what `hf download` fetched is found here, and the other way round. Of its environment
-we follow HF_HOME, XDG_CACHE_HOME, HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HUGGING_FACE_HUB_TOKEN,
-HF_TOKEN_PATH (`hf auth login`), HF_HUB_DISABLE_IMPLICIT_TOKEN, HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE,
-HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT, HF_HUB_DISABLE_PROGRESS_BARS and HF_HUB_DISABLE_SYMLINKS. The others are
-about Xet, telemetry, logging and OIDC, which are not used here.
+A download goes on where it stopped, its hash is checked, and of several processes one fetches while the
+others wait. The cache is huggingface_hub's: what `hf download` fetched is found here, and the other way
+round. Of its environment we follow HF_HOME, XDG_CACHE_HOME, HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_ENDPOINT,
+HF_TOKEN, HUGGING_FACE_HUB_TOKEN, HF_TOKEN_PATH (`hf auth login`), HF_HUB_DISABLE_IMPLICIT_TOKEN,
+HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE, HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT,
+HF_HUB_DISABLE_PROGRESS_BARS and HF_HUB_DISABLE_SYMLINKS. The others are about Xet, telemetry, logging and
+OIDC, which are not used here.
 """
 import errno
 import glob
@@ -21,7 +22,7 @@ import secrets
 import sys
 import time
 from contextlib import contextmanager, suppress
-from os.path import basename, dirname, exists, getmtime, getsize, join
+from os.path import basename, dirname, exists, expanduser, expandvars, getmtime, getsize, relpath
 from urllib.parse import quote, urljoin, urlsplit
 
 import requests
@@ -35,7 +36,6 @@ HUB = 'https://huggingface.co'
 PAUSES = (1, 2, 4, 8)  # seconds before the second, third, ... try
 PIECE = 1 << 14  # bytes written at a time: what a broken line costs at most
 GRACE = 60  # seconds in which a file that is being begun may have no lock yet
-LATER = (408, 425, 429, 500, 502, 503, 504)  # answers that another try may change
 REFUSALS = {
     401: 'there is no such name, or it is private: HF_TOKEN is missing or wrong',
     403: 'no access: ask for it on its page of the hub, and set HF_TOKEN',
@@ -52,14 +52,15 @@ class Refused(ValueError):
     """Why a download cannot go on. resolve and fetch add what it was, and the way that always works."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # written and locked
 
 @contextmanager
 def replaced(path, mode='wb'):
-    """Opens a new file ('wb', or 'w' in UTF-8) that takes the name `path` when the block has ended well and its bytes are
-    on the disk. If the block fails, the new file is removed and `path` is what it was. A full disk is an OSError of one
-    line, also where torch.save makes a RuntimeError of it. f.name is the temporary name, for writers that want a name."""
+    """Opens a new file ('wb', or 'w' in UTF-8) that takes the name `path` when the block has ended well and
+    its bytes are on the disk. If the block fails, the new file is removed and `path` is what it was. A full
+    disk is an OSError of one line, also where torch.save makes a RuntimeError of it. f.name is the temporary
+    name, for writers that want a name."""
     name = f'{path}.{secrets.token_hex(4)}.tmp'
     _sweep(path)
     try:
@@ -84,8 +85,8 @@ def replaced(path, mode='wb'):
 
 def _sweep(path):
     """Removes what killed writers left: who still writes holds a lock, or has only just begun."""
-    for left in glob.glob(glob.escape(str(path)) + '.????????.tmp'):
-        with suppress(OSError), open(left) as f:
+    for left in glob.glob(glob.escape(str(path)) + '.' + '[0-9a-f]' * 8 + '.tmp'):
+        with suppress(OSError), open(left, 'rb') as f:
             _flock(f, wait=False)
             if time.time() - getmtime(left) > GRACE:
                 os.remove(left)
@@ -107,16 +108,17 @@ def _flock(f, wait=True):
 
 
 def locked(path, wait=True):
-    """Takes the lock that the file `path` stands for and returns that file, open: closing it frees the lock, and so does
-    the end of the process, SIGKILL included. The file stays. A child made by fork shares the lock. wait=False: a
-    BlockingIOError if another holds it. Two calls in one process exclude each other, too."""
+    """Takes the lock that the file `path` stands for and returns that file, open: closing it frees the lock,
+    and so does the end of the process, SIGKILL included. The file stays. A child made by fork shares the
+    lock. wait=False: a BlockingIOError if another holds it. Two calls in one process exclude each other,
+    too."""
     os.makedirs(dirname(path) or '.', exist_ok=True)
-    f = open(path, 'a+')
+    f = open(path, 'a+', encoding='utf-8')
     _flock(f, wait)
     return f
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the environment of huggingface_hub
 
 def _env(*keys):
@@ -127,15 +129,15 @@ def _says(*keys):
     return _env(*keys).upper() in ('1', 'ON', 'YES', 'TRUE')
 
 
-def _path(key, *below):
-    """What a variable says, else a place below HF_HOME."""
-    home = _env('HF_HOME') or join(_env('XDG_CACHE_HOME') or '~/.cache', 'huggingface')
-    return os.path.expandvars(os.path.expanduser(_env(*key) or join(home, *below)))
+def _path(below, *keys):
+    """What one of the variables says, else a place below HF_HOME."""
+    home = _env('HF_HOME') or (_env('XDG_CACHE_HOME') or '~/.cache') + '/huggingface'
+    return expandvars(expanduser(_env(*keys) or f'{home}/{below}'))
 
 
 def cache():
     """The folder that holds models--OWNER--NAME."""
-    return _path(('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE'), 'hub')
+    return _path('hub', 'HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE')
 
 
 def _endpoint():
@@ -143,7 +145,7 @@ def _endpoint():
 
 
 def _auth():
-    token = _env('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN') or _text(_path(['HF_TOKEN_PATH'], 'token'))
+    token = _env('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN') or _text(_path('token', 'HF_TOKEN_PATH'))
     hidden = _says('HF_HUB_DISABLE_IMPLICIT_TOKEN') or not token.strip()
     return {} if hidden else {'Authorization': 'Bearer ' + token.strip()}
 
@@ -153,38 +155,36 @@ def offline():
     return _says('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # asked: redirects, tries, words
-
-def _number(text):
-    return int(text) if re.fullmatch('[0-9]{1,18}', text or '') else 0
-
 
 def _host(url):
     return urlsplit(url)[:2]
 
 
 def _ask(method, url, stay=False, **headers):
-    """One answer below 400, or 416. Redirects are followed, with stay=True to hosts of the hub only: what it says of a
-    file stands in its own answer, a CDN does not know it. The token goes to the hub alone (auth: or requests would send
-    what ~/.netrc has for a host)."""
+    """A good answer, or 416. Redirects are followed, with stay=True to hosts of the hub only: what it says of
+    a file stands in its own answer, a CDN does not know it. The token goes to the hub alone (auth: or
+    requests would send what ~/.netrc has for a host). requests.HTTPError if another try may help."""
     hub = _host(_endpoint())
     headers['Accept-Encoding'] = 'identity'
-    seconds = _number(_env('HF_HUB_ETAG_TIMEOUT' if stay else 'HF_HUB_DOWNLOAD_TIMEOUT')) or 30
+    seconds = float(_env('HF_HUB_ETAG_TIMEOUT' if stay else 'HF_HUB_DOWNLOAD_TIMEOUT') or 30)
     for _ in range(10):
         ours = _host(url) == hub
         if ours and offline():
             raise Refused('HF_HUB_OFFLINE is set')
-        answer = requests.request(method, url, headers={**headers, **(_auth() if ours else {})}, timeout=seconds,
-                                  auth=lambda request: request, stream=True, allow_redirects=False)
+        answer = requests.request(method, url, headers={**headers, **(_auth() if ours else {})}, stream=True,
+                                  auth=lambda request: request, allow_redirects=False, timeout=seconds)
         url = urljoin(url, answer.headers.get('Location', ''))
         if not answer.is_redirect or stay and _host(url) not in (hub, _host(HUB)):
             break
     code = answer.status_code
-    if code < 400 or code == 416:
+    if code < 300 or code == 416 or stay and code < 400:
         return answer
-    why = f'the server answered {code}: ' + REFUSALS.get(code, REFUSALS[503 if code in LATER else 403])
-    raise requests.HTTPError(why) if code in LATER else Refused(why)
+    later = code == 429 or code >= 500  # another try may change this answer
+    said = REFUSALS.get(code) or REFUSALS[503] * later or 'it gives no reason'
+    why = f'the server answered {code}: {said}'
+    raise requests.HTTPError(why) if later else Refused(why)
 
 
 def _patiently(step, part=''):
@@ -193,28 +193,31 @@ def _patiently(step, part=''):
     while True:
         try:
             return step()
-        except requests.RequestException as error:
+        except requests.HTTPError as error:
             why = error
-            if not isinstance(error, requests.HTTPError):
-                why = f'no answer, or the line broke ({type(error).__name__})'
-            again = not isinstance(error, ValueError)  # an address that requests cannot read
+        except requests.RequestException as error:
+            why = f'no answer, or the line broke ({type(error).__name__})'
+            if isinstance(error, ValueError):  # an address that requests cannot read
+                pauses = []
         if _size(part) > most:
             most, pauses = _size(part), list(PAUSES)
-        if not again or not pauses:
+        if not pauses:
             raise Refused(f'{why}; {most:,} bytes are kept, run it again to go on' if most else why)
         time.sleep(pauses.pop(0))
 
 
 def _hash(url):
-    """The hash of a file of the hub by its HEAD: SHA-256 of large files, git's SHA-1 of small ones, '' if it is not said."""
+    """The hash of a file of the hub by its HEAD: SHA-256 of large files, git's SHA-1 of small ones, '' if it
+    is not said."""
     said = _patiently(lambda: _ask('HEAD', url, stay=True)).headers
-    tag = re.fullmatch('(W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?', said.get('X-Linked-Etag') or said.get('ETag') or '')
+    tag = re.fullmatch('(W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?',
+                       said.get('X-Linked-Etag') or said.get('ETag') or '')
     return tag[2] if tag else ''
 
 
 def listing(name, kind='models', revision='main'):
-    """(commit, names of the files) of a repository of the hub, kind 'models' or 'datasets'. A commit becomes a folder
-    here, so it is 40 hexadecimal digits or Refused; who makes a path of a name looks at it first."""
+    """(commit, names of the files) of a repository of the hub, kind 'models' or 'datasets'. A commit becomes
+    a folder here, so it is 40 hexadecimal digits or Refused; who makes a path of a name looks at it first."""
     url = f'{_endpoint()}/api/{kind}/{name}/revision/{quote(revision, safe="")}'
     answer = _patiently(lambda: _ask('GET', url, stay=True))
     with suppress(ValueError, LookupError, TypeError, OSError):
@@ -225,7 +228,7 @@ def listing(name, kind='models', revision='main'):
     raise Refused(f'{url} did not answer with a commit and its files')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # fetched
 
 def _size(path):
@@ -248,29 +251,29 @@ def _digest(path, tag):
 
 def _show(url, have, size, end=''):
     """Progress for the eye: a line that moves on a terminal, elsewhere its end."""
-    if (end or sys.stderr.isatty()) and not _says('HF_HUB_DISABLE_PROGRESS_BARS'):
+    if have >> 20 and (end or sys.stderr.isatty()) and not _says('HF_HUB_DISABLE_PROGRESS_BARS'):
         name = basename(urlsplit(url).path)
         print(f'\r{name} {have / 1e6:.1f}/{size / 1e6:.1f} MB', end=end, file=sys.stderr, flush=True)
 
 
 def _stream(url, part, tag):
-    """One request for what `part` lacks; returns the length of the whole, 0 if the part is of no use. Without a hash a
-    part is continued only if the server still has the version that it began with (If-Range, RFC 9110 13.1.5; a weak
-    W/"..." says nothing of bytes)."""
+    """One request for what `part` lacks; returns the length of the whole, 0 if the part is of no use. Without
+    a hash a part is continued only if the server still has the version that it began with (If-Range, RFC 9110
+    13.1.5; a weak W/"..." says nothing of bytes)."""
     have, mark, asked = _size(part), part + '.etag', {}
     version = '' if tag else _text(mark)
     if have and (tag or version.startswith('"')):
         asked = {'Range': f'bytes={have}-', 'If-Range': version or None}
     answer = _ask('GET', url, **asked)
     said = answer.headers
-    begins, _, whole = said.get('Content-Range', '').partition('/')
+    span = said.get('Content-Range', '')
     if answer.status_code == 416:  # nothing lies behind the part
-        return _number(whole)
+        return have if span == f'bytes */{have}' else 0
     if answer.status_code != 206:
         have = 0
-    elif not begins.startswith(f'bytes {have}-'):
+    elif not span.startswith(f'bytes {have}-') and (span or not tag):
         return 0
-    size = have + _number(said.get('Content-Length'))
+    size = have + int(said.get('Content-Length') or 0)
     if 'Content-Encoding' in said:  # it may be there unasked, and then the length is that of the packed bytes
         size = 0
     if not tag:
@@ -289,10 +292,11 @@ def _stream(url, part, tag):
 
 
 def _complete(url, path, part, tag):
-    """Makes `path` of `part`, unless it is there: right is what has the hash, or the length where no hash is known. A part
-    that was there before and turns out wrong is begun anew."""
-    while not exists(path):
-        fresh = not _size(part)
+    """Makes `path` of `part`, unless it is there: right is what has the hash, or the length where no hash is
+    known. What turns out wrong is begun anew, once."""
+    for _ in range(2):
+        if exists(path):
+            return
         try:
             whole = _patiently(lambda: _stream(url, part, tag), part)
         except OSError as error:
@@ -301,21 +305,20 @@ def _complete(url, path, part, tag):
         digest = _digest(part, tag)
         if digest == tag or not tag and whole == _size(part):
             os.replace(part, path)
-        elif fresh:
-            os.remove(part)
-            raise Refused(f'what came has the hash {digest[:12]}, not {tag[:12]}; it was removed, run it again')
         else:
             os.remove(part)
+    if not exists(path):
+        raise Refused(f'what came has the hash {digest[:12]}, not {tag[:12]}; it was removed, run it again')
 
 
 def fetch(url, path, sha256=''):
-    """Downloads url to `path`, unless it is there, and returns `path`. Files of huggingface.co come from HF_ENDPOINT, with
-    the user's token. Without sha256 the hub's own is taken, elsewhere the length is checked. ValueError in one line."""
+    """Downloads url to `path`, unless it is there, and returns `path`. Files of huggingface.co come from
+    HF_ENDPOINT, with the user's token. Without sha256 the hub's own is taken, elsewhere the length is
+    checked. ValueError in one line."""
     if exists(path):
         return path
-    ours = url.startswith(HUB + '/')
     try:
-        if ours:
+        if url.startswith(HUB + '/'):
             url = url.replace(HUB, _endpoint(), 1)
             sha256 = sha256 or _hash(url)
         with locked(path + '.lock'):
@@ -328,91 +331,92 @@ def fetch(url, path, sha256=''):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # models by name
 
 def resolve(name, weights=True):
-    """A folder as it is; a name of the hub ('gpt2', 'Qwen/Qwen3-0.6B') -> its folder in the cache, after a download of
-    what is missing there: the model with its tokenizer, or the tokenizer alone (weights=False). ValueError in one line."""
+    """A folder as it is; a name of the hub ('gpt2', 'Qwen/Qwen3-0.6B') -> its folder in the cache, after a
+    download of what is missing there: the model with its tokenizer, or the tokenizer alone (weights=False).
+    ValueError in one line."""
     if os.path.isdir(name):
         if 'config.json' not in os.listdir(name):
-            raise ValueError(f'{name}: no config.json (nor ckpt.pt) in it: neither a Hugging Face directory nor an out_dir')
+            raise ValueError(f'{name}: no config.json (nor ckpt.pt), so neither a model nor an out_dir')
         return name
     if re.fullmatch('out[^/]*|out(-.*)?/.*', name):
-        raise ValueError(f'{name}: no such checkpoint; run the stage that writes it first (--out_dir={name.split("/")[0]})')
+        raise ValueError(f'{name}: no such checkpoint; first run the stage that writes it (--out_dir={name})')
     if not re.fullmatch(r'(?!.*(--|\.\.|\.git$))(\w[\w.-]*/)?\w[\w.-]*(?<![.-])', name, re.ASCII):
         raise ValueError(f'{name}: no such file or directory, and not a name of the hub')
-    repo = join(cache(), 'models--' + name.replace('/', '--'))
-    folder = join(repo, 'snapshots', basename(_text(join(repo, 'refs', 'main'))) or '-')
-    if not _lacks(folder, weights):
+    repo = f'{cache()}/models--' + name.replace('/', '--')
+    commit = basename(_text(f'{repo}/refs/main'))
+    folder = f'{repo}/snapshots/{commit or "-"}'
+    whole = not weights or _has_model(folder)
+    if whole and _has_tokenizer(folder):
         return folder
     try:
         return _download(name, repo, weights)
     except Refused as error:
-        if weights and not _lacks(folder, weights, tokenizer=False):
+        if weights and whole:
             return folder  # only the tokenizer is missing: it may never have had one
-        raise ValueError(f'{name}: no folder of this name here, and from the hub: {error}; `hf download {name}` fills '
-                         f'the same cache ({cache()}), or give a directory that you have') from None
+        raise ValueError(f'{name}: no such folder here, and from the hub: {error}; `hf download {name}` '
+                         f'fills the same cache ({cache()}), or give a directory that you have') from None
 
 
 def _has(folder, *names):
-    return all(exists(join(folder, name)) for name in names)
+    return all(exists(f'{folder}/{name}') for name in names)
 
 
 def _shards(folder):
     """Names of the files that hold the weights, as far as the folder says it."""
     if _has(folder, SINGLE):
         return [SINGLE]
-    return sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', _text(join(folder, INDEX)))))
+    return sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', _text(f'{folder}/{INDEX}'))))
 
 
-def _lacks(folder, weights, tokenizer=True):
-    """Does a snapshot lack something of the model, or of a tokenizer?"""
-    model = not weights or _has(folder, 'config.json', *_shards(folder) or '-')
-    words = _has(folder, 'tokenizer.json') or _has(folder, 'vocab.json', 'merges.txt')
-    return not (model and (words or not tokenizer))
+def _has_model(folder):
+    return _has(folder, 'config.json', *_shards(folder) or '-')
+
+
+def _has_tokenizer(folder):
+    return _has(folder, 'tokenizer.json') or _has(folder, 'vocab.json', 'merges.txt')
 
 
 def _download(name, repo, weights):
-    """The files that are wanted and missing -> blobs/HASH, linked into snapshots/COMMIT; then refs/main names the commit."""
+    """What is wanted and missing -> blobs/HASH, linked into snapshots/COMMIT, which refs/main then names."""
     commit, names = listing(name)
-    folder = join(repo, 'snapshots', commit)
-
-    def bring(wanted):
-        for file in wanted:
-            if not _has(folder, file):
-                _bring(f'{_endpoint()}/{name}/resolve/{commit}/{file}', repo, join(folder, file))
-
-    bring(filter(TEXTS.fullmatch, names))
+    folder = f'{repo}/snapshots/{commit}'
+    wanted = [file for file in names if TEXTS.fullmatch(file)]
     if weights:
-        bring([file for file in (SINGLE, INDEX) if file in names][:1])
-        bring(_shards(folder))
-    if _lacks(folder, weights, tokenizer=False):
-        raise Refused('it has no config.json with safetensors; pickled weights are not read, they can run code')
-    os.makedirs(join(repo, 'refs'), exist_ok=True)
-    with replaced(join(repo, 'refs', 'main'), 'w') as f:
+        wanted += [file for file in (INDEX, SINGLE) if file in names][-1:]
+    for file in wanted:
+        if not _has(folder, file):
+            _bring(f'{_endpoint()}/{name}/resolve/{commit}/{file}', repo, f'{folder}/{file}')
+        if file == INDEX:
+            wanted += _shards(folder)  # the loop goes on with them
+    if weights and not _has_model(folder):
+        raise Refused('no config.json with safetensors; pickled weights are not read: they can run code')
+    os.makedirs(f'{repo}/refs', exist_ok=True)
+    with replaced(f'{repo}/refs/main', 'w') as f:
         f.write(commit)
     return folder
 
 
 def _bring(url, repo, link):
-    """One file into the cache. Its lock is huggingface_hub's, so that its programs and ours wait for each other."""
+    """One file into the cache. Its lock is huggingface_hub's: its programs and ours wait for each other."""
     tag = _hash(url)
     if not tag:
         raise Refused(f'no checksum in the answer for {url}')
-    above, folder = os.path.split(repo)
-    blob = join(repo, 'blobs', tag)
-    for made in (blob, link):
-        os.makedirs(dirname(made), exist_ok=True)
-    with locked(join(above, '.locks', folder, tag + '.lock')):
-        _complete(url, blob, blob + '.incomplete', tag)
+    blob = f'{repo}/blobs/{tag}'
+    beside = f'{link}.{secrets.token_hex(4)}.tmp'
+    for path in (blob, link):
+        os.makedirs(dirname(path), exist_ok=True)
+    with locked(f'{cache()}/.locks/{basename(repo)}/{tag}.lock'):
         if exists(link):
             return
-        beside = f'{link}.{secrets.token_hex(4)}.tmp'
+        _complete(url, blob, blob + '.incomplete', tag)
         try:
             if _says('HF_HUB_DISABLE_SYMLINKS'):
                 raise OSError('no links wanted')
-            os.symlink(os.path.relpath(blob, dirname(link)), beside)
+            os.symlink(relpath(blob, dirname(link)), beside)
         except OSError:  # no links here: the file itself
             beside = blob
         os.replace(beside, link)

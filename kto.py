@@ -3,13 +3,14 @@
     good:  1 - sigmoid(beta (log pi/pi_ref (y) - z))        bad:  1 - sigmoid(beta (z - log pi/pi_ref (y)))
     z = KL(pi || pi_ref) >= 0                               Ethayarajh et al. 2024 (2402.01306), eq. 8
 
-An answer is judged against a reference point, as people judge gains and losses (prospect theory). How it goes:
-  1. rows {"prompt", "completion", "label"}; a pair gives one good and one bad answer. The reference is the start point: a
-     frozen copy, or the LoRA adapter switched off
-  2. z: how much more the policy likes answers that belong to OTHER prompts than the reference does, the batch's mean;
-     no gradient, never below 0
-  3. log pi(y|x) is the sum over the answer's tokens, its end token included; the loss is a mean over answers, good and
-     bad ones weighted (desirable_weight, undesirable_weight)
+An answer is judged against a reference point, as people judge gains and losses (prospect theory). How it
+goes:
+  1. rows {"prompt", "completion", "label"}; a pair gives one good and one bad answer. The reference is the
+     start point: a frozen copy, or the LoRA adapter switched off
+  2. z: how much more the policy likes answers that belong to OTHER prompts than the reference does, the
+     batch's mean; no gradient, never below 0
+  3. log pi(y|x) is the sum over the answer's tokens, its end token included; the loss is a mean over answers,
+     good and bad ones weighted (desirable_weight, undesirable_weight)
   4. AdamW, learning rate linear to 0
   5. held-out rewards of good and bad answers, and the KL to the reference on samples of the policy
 Changed from the paper: nothing.
@@ -75,7 +76,7 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
-compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
+compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
@@ -96,19 +97,22 @@ config = {k: globals()[k] for k in config_keys} # will be useful for logging
 
 
 def sequence_logp(logp, mask, average=False):
-    """log pi(y|x) = sum of the token log-probs that count, (B, R) float and bool -> (B,); average=True divides by their number.
-    [[-1, -2, 9]], mask [[1, 1, 0]] -> -3, average -1.5. A row without a token gives 0."""
+    """log pi(y|x) = sum of the token log-probs that count, (B, R) float and bool -> (B,); average=True
+    divides by their number. [[-1, -2, 9]], mask [[1, 1, 0]] -> -3, average -1.5. A row without a token gives
+    0."""
     total = torch.where(mask, logp, 0.0).sum(1)
     return total / mask.sum(1).clamp(min=1) if average else total
 
 
 def kto_loss(policy_logp, ref_logp, desirable, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
-    """KTO (Ethayarajh et al. 2024, 2402.01306 eq. 8), unpaired: each answer is good or bad (desirable (B,) bool), measured against the reference
-    point kl = KL(pi || pi_ref) >= 0 (a float or 0-d, no gradient; estimated on mismatched prompt and answer). Returns (losses, rewards).
-    beta=1, kl=0, log-ratio 0 -> 1 - s(0) = 0.5, good or bad."""
+    """KTO (Ethayarajh et al. 2024, 2402.01306 eq. 8), unpaired: each answer is good or bad (desirable (B,)
+    bool), measured against the reference point kl = KL(pi || pi_ref) >= 0 (a float or 0-d, no gradient;
+    estimated on mismatched prompt and answer). Returns (losses, rewards). beta=1, kl=0, log-ratio 0 -> 1 -
+    s(0) = 0.5, good or bad."""
     rewards = beta * (policy_logp - ref_logp)
     z = beta * torch.as_tensor(kl, dtype=rewards.dtype, device=rewards.device).detach().clamp(min=0)
-    losses = torch.where(desirable, desirable_weight * (1 - torch.sigmoid(rewards - z)), undesirable_weight * (1 - torch.sigmoid(z - rewards)))
+    good, bad = 1 - torch.sigmoid(rewards - z), 1 - torch.sigmoid(z - rewards)
+    losses = torch.where(desirable, desirable_weight * good, undesirable_weight * bad)
     return losses, rewards.detach()
 
 
@@ -121,20 +125,21 @@ def linear_lr(it, peak, warmup, total):
 # answers with a label, their log-probs
 
 
-WORDS = {'true': True, 'false': False, '1': True, '0': False, 'good': True, 'bad': False, 'yes': True, 'no': False}
+GOOD, BAD = ('true', '1', 'good', 'yes'), ('false', '0', 'bad', 'no')
 
 
 def label_of(value):
-    """true, 1, "true", "good", "yes" -> True; false, 0, ... -> False. ValueError for anything else: -1, "maybe"."""
+    """true, 1, "true", "good", "yes" -> True; false, 0, ... -> False. ValueError for anything else: -1,
+    "maybe"."""
     word = str(int(value) if isinstance(value, float) and value in (0, 1) else value).strip().lower()
-    if word not in WORDS:
-        raise ValueError(f'label {value!r}: expected true or false, 1 or 0, or one of {", ".join(WORDS)}')
-    return WORDS[word]
+    if word not in GOOD + BAD:
+        raise ValueError(f'label {value!r}: expected true or false, or one of {", ".join(GOOD + BAD)}')
+    return word in GOOD
 
 
 def read_answers(row, tok, T):
-    """One row -> ([(prompt, answer, label)], note). A prompt that does not fit loses its beginning; an answer that alone
-    is too long is dropped."""
+    """One row -> ([(prompt, answer, label)], note). A prompt that does not fit loses its beginning; an answer
+    that alone is too long is dropped."""
     if row.get('tie'):
         return [], 'ties left out'
     if row.get('label') is None:
@@ -142,33 +147,41 @@ def read_answers(row, tok, T):
         found = [(prompt, chosen, True), (prompt, rejected, False)]
     else:
         talk = row.get('messages')
-        both = dict(prompt=talk[:-1], completion=talk[-1:]) if talk else dict(prompt=row.get('prompt'), completion=row.get('completion'))
-        if both['prompt'] is None or not both['completion']:
-            raise ValueError('a row with "label" has "prompt" and "completion", or "messages" that end with the answer')
-        ids, trained = encode_row({**row, 'messages': None, **both}, tok)  # the one reading of a row
+        if talk:
+            row = {**row, 'messages': None, 'prompt': talk[:-1], 'completion': talk[-1:]}
+        if row.get('prompt') is None or not row.get('completion'):
+            raise ValueError('a row with "label" has "prompt" and "completion", or "messages"')
+        ids, trained = encode_row(row, tok)  # the one reading of a row
         start = trained.index(True)
         found = [(ids[:start], ids[start:], label_of(row['label']))]
     if not found[0][0]:
         raise ValueError('the prompt is empty: the first token of an answer needs one before it')
-    kept = [(prompt[-(T - len(answer)):], answer, label) for prompt, answer, label in found if len(answer) < T]
-    note = f'rows with an answer dropped (longer than {T})' if len(kept) < len(found) else ''
-    cut = any(len(prompt) + len(answer) > T for prompt, answer, _ in found if len(answer) < T)
-    return kept, note or ('prompts cut on the left' if cut else '')
+    kept, note = [], ''
+    for prompt, answer, label in found:
+        if len(answer) >= T:
+            note = f'rows with an answer that was dropped (it alone has more than {T} tokens)'
+            continue
+        if len(prompt) + len(answer) > T:
+            note = note or 'prompts cut on the left'
+        kept.append((prompt[-(T - len(answer)):], answer, label))
+    return kept, note
 
 
 def with_other_answers(items, T):
-    """(prompt, answer, label, other): an answer of the next item with another prompt, y' for x in the estimate of z."""
+    """(prompt, answer, label, other): an answer of the next item with another prompt, y' for x in the
+    estimate of z."""
     out = []
     for i, (prompt, answer, label) in enumerate(items):
         others = (items[(i + k) % len(items)] for k in range(1, len(items)))
         other = next((a for p, a, _ in others if p != prompt), None)
         if other is None:
-            raise ValueError('kto estimates the KL on answers to other prompts, and all rows have the same prompt: add rows')
+            raise ValueError('kto estimates the KL on answers to other prompts, and all rows have the same '
+                             'prompt: add rows')
         out.append((prompt, answer, label, other[:T - len(prompt)]))
     return out
 
 
-def answer_logps(model, items, which, average):
+def answers_logp(model, items, which, average):
     """log pi(answer | prompt) (B, len(which)); which: (1,) the own answer, (3,) another one, (1, 3) both."""
     logp, _, mask = answer_logprobs(model, [(item[0], [item[k] for k in which]) for item in items])
     return sequence_logp(logp, mask, average).view(-1, len(which))
@@ -177,19 +190,23 @@ def answer_logps(model, items, which, average):
 def logps_in_order(run, model, items, which, average):
     """The same for any number of items, without gradient, on the CPU."""
     lengths = [len(item[0]) + sum(len(item[k]) for k in which) for item in items]
-    found = run.each(model, lengths, lambda net, rows: answer_logps(net, [items[i] for i in rows], which, average))
-    return torch.stack(found).float()
+
+    def logps(net, rows):
+        return answers_logp(net, [items[i] for i in rows], which, average)
+    return torch.stack(run.each(model, lengths, logps)).float()
 
 
-COLUMNS = ('loss', 'accuracy', 'good', 'bad', 'chosen_reward', 'rejected_reward', 'chosen_logp', 'rejected_logp')
+COLUMNS = ('loss', 'accuracy', 'good', 'bad',
+           'chosen_reward', 'rejected_reward', 'chosen_logp', 'rejected_logp')
 
 
 def judge(model, items, ref_logp, z, beta, desirable_weight, undesirable_weight, average):
-    """(losses (B,) with gradient, COLUMNS of each answer (B, 8) without); 0 in the columns of the side that it is not
-    on. ref_logp (B,), z a float."""
-    logp = answer_logps(model, items, (1,), average)[:, 0]
+    """(losses (B,) with gradient, COLUMNS of each answer (B, 8) without); 0 in the columns of the side that
+    it is not on. ref_logp (B,), z a float."""
+    logp = answers_logp(model, items, (1,), average)[:, 0]
     label = torch.tensor([item[2] for item in items], device=logp.device)
-    losses, rewards = kto_loss(logp, ref_logp.to(logp.device), label, z, beta, desirable_weight, undesirable_weight)
+    ref_logp = ref_logp.to(logp.device)
+    losses, rewards = kto_loss(logp, ref_logp, label, z, beta, desirable_weight, undesirable_weight)
     right = (rewards > beta * z) == label
     good, bad = label.float(), (~label).float()
     columns = losses, right.float(), good, bad, good * rewards, bad * rewards, good * logp, bad * logp
@@ -197,7 +214,8 @@ def judge(model, items, ref_logp, z, beta, desirable_weight, undesirable_weight,
 
 
 def metrics_of(means):
-    """COLUMNS' means over answers -> means over the answers of each side (a batch may lack one), and their margin."""
+    """COLUMNS' means over answers -> means over the answers of each side (a batch may lack one), and their
+    margin."""
     out = dict(loss=means['loss'], accuracy=means['accuracy'])
     for side, share in (('chosen', means['good']), ('rejected', means['bad'])):
         if share:
@@ -208,7 +226,8 @@ def metrics_of(means):
 
 
 def reference_point(run, policy, items, ref_logps, average):
-    """z: the mean of log pi/pi_ref of answers to other prompts, at least 0; ref_logps (B, 2), its column 1 theirs."""
+    """z: the mean of log pi/pi_ref of answers to other prompts, at least 0; ref_logps (B, 2), its column 1
+    theirs."""
     logps = logps_in_order(run, policy, items, (3,), average)[:, 0]
     return (logps - ref_logps[:, 1]).mean().clamp(min=0).item()
 
@@ -221,7 +240,10 @@ def held_out_answers(run, policy, items, ref_logps, batch_size, how):
         batch, refs = items[i:i + batch_size], ref_logps[i:i + batch_size]
         z = reference_point(run, policy, batch, refs, how['average'])
         lengths = [len(item[0]) + len(item[1]) for item in batch]
-        columns += run.each(policy, lengths, lambda net, rows: judge(net, [batch[k] for k in rows], refs[rows, 0], z, **how)[1])
+
+        def judged(net, rows):
+            return judge(net, [batch[k] for k in rows], refs[rows, 0], z, **how)[1]
+        columns += run.each(policy, lengths, judged)
         points += [z] * len(batch)
     policy.train()
     seen = metrics_of(dict(zip(COLUMNS, torch.stack(columns).mean(0).tolist())))
@@ -230,15 +252,16 @@ def held_out_answers(run, policy, items, ref_logps, batch_size, how):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval, save_minutes,
-    # lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype, compile,
-    # checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
+    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval,
+    # save_minutes, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype,
+    # compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
     run = Run('kto', config)
     policy, tok = run.model()
     T = min(block_size or policy.config.block_size, policy.config.block_size)
     room = prompt_room(policy, max_new_tokens) if eval_samples else 0
 
-    # ---- 1. answers with their labels, and the reference: a frozen copy, or None: the policy with its adapter off
+    # ---- 1. answers with their labels, and the reference: a frozen copy, or None: the policy with its
+    # adapter off
     rows, val_rows = run.rows()
     rows = rows.select(range(min(max_rows or len(rows), len(rows))))
     items = with_other_answers(encode_all(rows, lambda row: read_answers(row, tok, T), dataset), T)
@@ -246,8 +269,8 @@ if __name__ == '__main__':
     val_items = with_other_answers(val_items, T)[:eval_iters * batch_size or None]
     max_iters = max_iters or math.ceil(epochs * len(items) / batch_size)
     order = run.order(items, batch_size)
-    print(f'{dataset}: {len(items):,} answers, {sum(item[2] for item in items):,} of them good, {len(val_items):,} held '
-          f'out; {max_iters} iterations of {batch_size} = {max_iters * batch_size / len(items):.2f} epochs')
+    print(f'{dataset}: {len(items):,} answers, {sum(item[2] for item in items):,} good, {len(val_items):,} '
+          f'held out; {max_iters} iterations: {max_iters * batch_size / len(items):.2f} epochs')
     engine = None
     if room:  # answers held-out prompts, for the KL
         engine = infer.Engine(parallel.sampler_of(policy, run.mesh), tok, max_num_seqs=64)
@@ -256,10 +279,11 @@ if __name__ == '__main__':
     policy, optimizer = run.trained(policy, learning_rate, adam_eps)
     average = length_norm
     with reference_of(policy, frozen) as reference:
-        val_refs = logps_in_order(run, reference, val_items, (1, 3), average)  # (n, 2): own answer, another one
+        val_refs = logps_in_order(run, reference, val_items, (1, 3), average)  # (n, 2): own answer, another
     longest = max(len(prompt) + len(answer) + len(other) for prompt, answer, _, other in items)
     run.plan(min(max(micro_tokens, longest), batch_size * longest), T)
-    how = dict(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight, average=average)
+    how = dict(beta=beta, average=average)
+    how |= dict(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
     def loss_of(policy, micro):
         """(mean loss of some answers, means of COLUMNS); micro: (items, their ref_logp (b,), z)."""
@@ -269,12 +293,13 @@ if __name__ == '__main__':
 
     policy.train()
     for it in run.iterations(max_iters):
-        # ---- 5. evaluate, and write a checkpoint; step 0 is the baseline, where policy and reference are the same
+        # ---- 5. evaluate, and write a checkpoint; step 0 is the baseline, where policy and reference are the
+        # same
         if run.due(it):
             seen = held_out_answers(run, policy, val_items, val_refs, batch_size, how)
             if room:
-                samples, sample = kl_on_samples(run, engine, policy, frozen, asked, max_new_tokens, temperature)
-                seen |= samples
+                found, sample = kl_on_samples(run, engine, policy, frozen, asked, max_new_tokens, temperature)
+                seen |= found
                 print(f'  sample: {tok.decode(sample)!r}')
             shown = 'loss accuracy margin chosen_logp rejected_logp kto_kl kl len'
             run.evaluated(it, seen, seen['loss'], shown, lower=True)
@@ -289,8 +314,10 @@ if __name__ == '__main__':
         lengths = [len(item[0]) + len(item[1]) for item in batch]
         micros = [([batch[i] for i in rows], refs[rows, 0], z) for rows in run.micro_batches(lengths)]
 
-        # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its answers (the GPU is waited for here)
-        stats = parallel.forward_backward(policy, optimizer, micros, loss_of, [len(items) for items, _, _ in micros])
+        # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its answers (the GPU is waited
+        # for here)
+        sizes = [len(items) for items, _, _ in micros]
+        stats = parallel.forward_backward(policy, optimizer, micros, loss_of, sizes)
         check_finite(it, out_dir, **stats)
 
         # ---- 4. all-reduce of the gradients, clip, AdamW

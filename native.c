@@ -9,15 +9,21 @@ torch's tensors. Three parts, compiled one by one, so that sizes are constants a
 Each has a PyTorch twin (kernels.flash_attention, the engine's forward in infer.py, kernels.draw), which runs
 where there is no C compiler and is what the tests compare with. The numbers of a row depend neither on the
 rows beside it nor on the number of threads. OpenMP is used where the compiler has it.
+A function that gets something wrong, such as more rows than its buffer has, writes nothing and says what.
 */
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 typedef const int64_t *ints;
+typedef const char *fault;  // what a function returns: NULL, or why it has done nothing
+
+// No function writes before it knows that its buffers have the rows and that all numbers point into them.
+#define NEED(fact) if (!(fact)) return #fact
 
 // LANES floats fill a register of this machine. A wider type would live in memory, ten times slower.
 #if defined __AVX512F__
@@ -48,7 +54,7 @@ static inline float exp_(float x) {
     float f = y - n * 0.693359375f + n * 2.12194440e-4f;
     float p = (((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f;
     p = (p + 1.6666665459e-1f) * f + 5.0000001201e-1f;
-    union { int32_t bits; float value; } two = { ((int32_t)n + 127) << 23 };
+    union { uint32_t bits; float value; } two = { (uint32_t)((int32_t)n + 127) << 23 };
     return x < -87.f ? 0.f : (p * f * f + f + 1.f) * two.value;
 }
 
@@ -65,6 +71,16 @@ static float most(const float *x, int64_t n) {  // the largest of n numbers, in 
 
 
 #ifndef DRAW
+#ifdef _OPENMP
+static int threads(void) { return omp_get_max_threads(); }  // of the next parallel region
+static int64_t me(void) { return omp_get_thread_num(); }
+#else
+static int threads(void) { return 1; }
+static int64_t me(void) { return 0; }
+#endif
+
+static int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
+
 static inline vec load(const float *x) {
     vec v;
     memcpy(&v, x, sizeof v);
@@ -88,8 +104,6 @@ static inline vec load(const float *x) {
 //
 //    forward   p = exp(q K' - max),  out = p V / sum,  lse = max + log sum
 //    backward  p = exp(q K' - lse), ds = p * (dout V' - out . dout); dq = ds K, dk += ds' q, dv += p' dout
-#include <stdlib.h>
-
 enum { R = LANES == 16 ? 8 : 5 };  // queries at a time
 enum { C = HS / LANES, W = C % 2 ? 1 : 2 };  // vectors of a head; how many of them at a time
 
@@ -98,8 +112,11 @@ typedef struct {
     ints rows, cu, first;    // document s: rows[cu[s]] .. rows[cu[s + 1] - 1]; its queries: from first[s] on
     ints tasks;              // task i: documents tasks[i] .. tasks[i + 1] - 1
     float *out, *lse;        // (N, nh, HS), (N, nh)
+    const float *dout;       // the gradient of out; NULL in the forward
+    float *dq, *dk, *dv;     // dense, and zero so far
     int64_t sq, sk, sv;      // floats from row to row of q, k, v
-    int64_t n_tasks, longest, nkv, group;
+    int64_t N, M, docs, n_tasks;  // how many rows; numbers in `rows`; documents; tasks
+    int64_t longest, nkv, group;
     float scale;
 } docs;
 
@@ -173,16 +190,13 @@ static void spread(const float *p, int64_t width, int64_t n, const float **a, fl
     }
 }
 
-static int64_t padded(int64_t T) { return (T + 31) / 32 * 32; }
+// One head of a document takes this many floats, of which this cuts the pieces.
+static int64_t floats(const docs *m) { return padded(m->longest) * (m->dout ? 6 * HS + 2 * R : 3 * HS + R); }
 
-static space take(int64_t longest, int back) {  // one allocation, to be freed by its first pointer
-    int64_t n = padded(longest), head = n * HS;
-    space s = {0};
-    s.kt = aligned_alloc(64, sizeof(float) * n * (back ? 6 * HS + 2 * R : 3 * HS + R));
-    s.k = s.kt + head;
-    s.v = s.k + head;
-    s.p = s.v + head;
-    if (back) {
+static space cut(const docs *m, float *from) {
+    int64_t n = padded(m->longest), head = n * HS;
+    space s = {.kt = from, .k = from + head, .v = from + 2 * head, .p = from + 3 * head};
+    if (m->dout) {
         s.ds = s.p + n * R;
         s.vt = s.ds + n * R;
         s.dk = s.vt + head;
@@ -191,7 +205,7 @@ static space take(int64_t longest, int back) {  // one allocation, to be freed b
     return s;
 }
 
-static queries ask(const docs *m, ints at, int64_t i, int64_t T, int64_t h, const float *dout, float *to) {
+static queries ask(const docs *m, ints at, int64_t i, int64_t T, int64_t h) {
     int64_t nh = m->nkv * m->group;
     queries a;
     for (int r = 0; r < R; r++) {
@@ -200,8 +214,8 @@ static queries ask(const docs *m, ints at, int64_t i, int64_t T, int64_t h, cons
         a.row[r] = row;
         a.sees[r] = real ? i + r + 1 : 0;
         a.q[r] = m->q + row * m->sq + h * HS;
-        a.dout[r] = dout ? dout + place : NULL;
-        a.to[r] = real ? to + place : NULL;
+        a.dout[r] = m->dout ? m->dout + place : NULL;
+        a.to[r] = real ? (m->dout ? m->dq : m->out) + place : NULL;
         a.by[r] = m->scale;
     }
     return a;
@@ -216,7 +230,7 @@ static void document(const docs *m, int64_t s, int64_t g, space b) {  // documen
     for (int64_t h = g * m->group; h < (g + 1) * m->group; h++)
         for (int64_t i = m->first[s]; i < T; i += R) {
             int64_t n = i + R < T ? i + R : T;
-            queries a = ask(m, at, i, T, h, NULL, m->out);
+            queries a = ask(m, at, i, T, h);
             dots(a.q, b.kt, width, n, b.p);
             for (int r = 0; r < R; r++) {
                 int64_t sees = a.to[r] ? a.sees[r] : T;
@@ -231,8 +245,7 @@ static void document(const docs *m, int64_t s, int64_t g, space b) {  // documen
         }
 }
 
-static void document_backward(const docs *m, int64_t s, int64_t g, space b, const float *dout, float *dq,
-                              float *dk, float *dv) {
+static void document_backward(const docs *m, int64_t s, int64_t g, space b) {
     ints at = m->rows + m->cu[s];
     int64_t T = m->cu[s + 1] - m->cu[s], width = padded(T), nh = m->nkv * m->group;
     fetch(m->k + g * HS, m->sk, at, T, b.k);
@@ -244,7 +257,7 @@ static void document_backward(const docs *m, int64_t s, int64_t g, space b, cons
     for (int64_t h = g * m->group; h < (g + 1) * m->group; h++)
         for (int64_t i = m->first[s]; i < T; i += R) {
             int64_t n = i + R < T ? i + R : T;
-            queries a = ask(m, at, i, T, h, dout, dq);
+            queries a = ask(m, at, i, T, h);
             dots(a.q, b.kt, width, n, b.p);
             dots(a.dout, b.vt, width, n, b.ds);
             for (int r = 0; r < R; r++) {
@@ -265,34 +278,38 @@ static void document_backward(const docs *m, int64_t s, int64_t g, space b, cons
         }
     for (int64_t t = 0; t < T; t++)
         for (int d = 0; d < HS; d++) {
-            dk[(at[t] * m->nkv + g) * HS + d] += b.dk[t * HS + d];
-            dv[(at[t] * m->nkv + g) * HS + d] += b.dv[t * HS + d];
+            m->dk[(at[t] * m->nkv + g) * HS + d] += b.dk[t * HS + d];
+            m->dv[(at[t] * m->nkv + g) * HS + d] += b.dv[t * HS + d];
         }
 }
 
-void attend(const docs *m) {
-    #pragma omp parallel
-    {
-        space b = take(m->longest, 0);
-        #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < m->n_tasks * m->nkv; i++)
-            for (int64_t s = m->tasks[i / m->nkv]; s < m->tasks[i / m->nkv + 1]; s++)
-                document(m, s, i % m->nkv, b);
-        free(b.kt);
+static fault check(const docs *m) {
+    NEED(m->n_tasks == 0 || (m->tasks[0] >= 0 && m->tasks[m->n_tasks] <= m->docs));
+    for (int64_t i = 0; i < m->n_tasks; i++) NEED(m->tasks[i] <= m->tasks[i + 1]);
+    NEED(m->docs == 0 || (m->cu[0] >= 0 && m->cu[m->docs] <= m->M));
+    for (int64_t s = 0; s < m->docs; s++) {
+        int64_t T = m->cu[s + 1] - m->cu[s];
+        NEED(T >= 0 && T <= m->longest && m->first[s] >= 0);
     }
+    for (int64_t i = 0; i < m->M; i++) NEED(m->rows[i] >= 0 && m->rows[i] < m->N);
+    return NULL;
 }
 
-// dq, dk, dv: dense, and zero so far
-void attend_backward(const docs *m, const float *dout, float *dq, float *dk, float *dv) {
+fault attend(const docs *m) {  // the forward, or with dout the backward
+    fault wrong = check(m);
+    if (wrong) return wrong;
+    float *memory = aligned_alloc(64, sizeof(float) * (threads() * floats(m) + 16));
+    NEED(memory);
     #pragma omp parallel
     {
-        space b = take(m->longest, 1);
+        space b = cut(m, memory + me() * floats(m));
         #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < m->n_tasks * m->nkv; i++)
             for (int64_t s = m->tasks[i / m->nkv]; s < m->tasks[i / m->nkv + 1]; s++)
-                document_backward(m, s, i % m->nkv, b, dout, dq, dk, dv);
-        free(b.kt);
+                (m->dout ? document_backward : document)(m, s, i % m->nkv, b);
     }
+    free(memory);
+    return NULL;
 }
 #endif
 
@@ -321,27 +338,39 @@ enum { HS = (D + 15) / 16 * 16, L = HS / LANES };        // heads of D are padde
 enum { U = 8 / (L * G) > 1 ? 8 / (L * G) : 1, NH = NKV * G };
 enum { SET, ADD, RELU, GELU, GATED };
 
+static int team(void) {  // the threads of this region
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
 typedef struct {  // ..b: the bias, or NULL
     const float *n1, *n1b, *qkv, *qkvb, *qn, *kn, *o, *ob, *n2, *n2b, *up, *upb, *down, *downb;
 } layer;
 typedef struct {
     const layer *layers;
     const float *wte, *wpe, *cos, *sin, *nf, *nfb, *head, *headb;
-    float *x, *y, *qkv, *att, *mid;  // the rows that the forward works in
-    int64_t C, inner, V, sx, sq, sa, sm, act, rms;  // s.: floats from row to row of x and y, qkv, att, mid
+    float *x, *y, *qkv, *att, *mid;  // `rows` rows that the forward works in
+    int64_t C, inner, V, positions, rows;
+    int64_t sx, sq, sa, sm;  // floats from row to row of x and y, qkv, att, mid
+    int64_t act, rms;
     float eps, scale;
 } net;
-typedef struct {  // a token's row of the cache in layer 0
-    float *keys;  // (NKV, cap, HS)
-    int64_t values, cap, layer;  // floats from the keys to the values; positions; floats to the next layer
-} row;
+typedef struct {
+    float *keys;            // (layers, blocks, NKV, size, HS), and the values the same
+    const int32_t *table;   // (requests, width): block i of a request holds its tokens from i * size on
+    int64_t values, layer;  // floats from the keys to the values; from layer to layer
+    int64_t blocks, size;   // of the cache; tokens of a block, a multiple of 16
+    int64_t requests, width;
+} cache;
 typedef struct { int arrived, round; } gate;
 
 // All threads wait for the last. OpenMP's barrier spins for milliseconds: five times slower on a busy
 // machine.
 static void meet(gate *g) {
-#ifdef _OPENMP
-    int n = omp_get_num_threads(), round = __atomic_load_n(&g->round, __ATOMIC_ACQUIRE);
+    int n = team(), round = __atomic_load_n(&g->round, __ATOMIC_ACQUIRE);
     if (n == 1) return;
     if (__atomic_add_fetch(&g->arrived, 1, __ATOMIC_ACQ_REL) == n) {
         g->arrived = 0;
@@ -350,9 +379,6 @@ static void meet(gate *g) {
     }
     for (int i = 0; __atomic_load_n(&g->round, __ATOMIC_ACQUIRE) == round; i++)
         if (i > 2000) sched_yield();
-#else
-    (void)g;
-#endif
 }
 
 static inline vec pairs(vec a, vec b) {  // a0 + a1, a2 + a3 .. and then those of b
@@ -412,13 +438,9 @@ static void finish(const float *z, const float *b, float *y, int act) {  // of a
 static void linear(const float *x, int64_t sx, const float *w, const float *b, int64_t K, int64_t columns,
                    float *y, int64_t sy, int64_t n, int act) {
     int64_t wide = act == GATED ? 16 : 32, panels = (columns + wide - 1) / wide, blocks = (n + 95) / 96;
-    int64_t part = act == SET || act == ADD ? 1024 : K, jobs = blocks * panels, id = 0, threads = 1;
-#ifdef _OPENMP
-    id = omp_get_thread_num();
-    threads = omp_get_num_threads();
-#endif
-    int64_t to, last = jobs * (id + 1) / threads;
-    for (int64_t from = jobs * id / threads; from < last; from = to) {
+    int64_t part = act == SET || act == ADD ? 1024 : K, jobs = blocks * panels;
+    int64_t to, last = jobs * (me() + 1) / team();
+    for (int64_t from = jobs * me() / team(); from < last; from = to) {
         int64_t block = from / panels, first = block * 96, end = first + 96 < n ? first + 96 : n;
         int64_t step = 4 * TILE / ((end - first + ROWS - 1) / ROWS);
         to = (block + 1) * panels < last ? (block + 1) * panels : last;
@@ -473,21 +495,28 @@ static void rotate(const net *m, float *x, int64_t pos) {  // (x[i], x[i + D / 2
     }
 }
 
-static void heads(const net *m, const layer *l, int64_t number, const row *rows, ints pos, int64_t n) {
+// Where the key of head g of token t lies; behind it those of the next tokens of its block.
+static float *key(const cache *kv, int64_t layer, int64_t request, int64_t t, int64_t g) {
+    int64_t block = kv->table[request * kv->width + t / kv->size];
+    return kv->keys + layer * kv->layer + ((block * NKV + g) * kv->size + t % kv->size) * HS;
+}
+
+static void heads(const net *m, const layer *l, int64_t number, const cache *kv, ints owner, ints pos,
+                  int64_t n) {
     #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < n; r++) {  // q and k: norm, rotation; k and v: into the cache
-        float *x = m->qkv + r * m->sq, *to = rows[r].keys + number * rows[r].layer + pos[r] * HS;
+        float *x = m->qkv + r * m->sq;
         for (int h = 0; h < NH + NKV; h++, x += HS) {
             if (l->qn) scale(x, h < NH ? l->qn : l->kn, NULL, x, D, 1, m->eps);
             if (m->cos) rotate(m, x, pos[r]);
-            if (h >= NH) memcpy(to + (h - NH) * rows[r].cap * HS, x, sizeof(float[HS]));
+            if (h >= NH) memcpy(key(kv, number, owner[r], pos[r], h - NH), x, sizeof(float[HS]));
         }
-        to += rows[r].values;
-        for (int h = 0; h < NKV; h++, x += HS) memcpy(to + h * rows[r].cap * HS, x, sizeof(float[HS]));
+        for (int h = 0; h < NKV; h++, x += HS)
+            memcpy(key(kv, number, owner[r], pos[r], h) + kv->values, x, sizeof(float[HS]));
     }
 }
 
-// p (G, width) = scale * q (G, HS) k' for T keys: LANES keys give as many vectors of partial sums, whose
+// p (G, width) = scale * q (G, HS) k' for T keys of a block: LANES keys give as many vectors of partial sums, whose
 // lanes are added up pairwise. Memory is the limit (8 KB of keys and values a token in a model of 7 M): the
 // values are fetched while the keys are multiplied, and the next head's keys while these values are: 1.5
 // times faster.
@@ -522,9 +551,10 @@ static void softmax(float *s, int64_t T) {  // of s[0 .. T], which has room for 
     for (int64_t t = 0; t < T16; t++) s[t] /= sum;
 }
 
-// out (G, HS) = p (G, T) v (T, HS), in U sums of every U-th value: an addition need not wait for the last
-static void mix(const float *v, const float *soon, int64_t T, int64_t width, float (*p)[width], float *out) {
-    vec o[U][G][L] = {0};
+// o += p (G, T) v (T, HS) for T tokens of a block, in U sums of every U-th value: an addition need not wait
+// for the last.
+static void mix(const float *v, const float *soon, int64_t T, int64_t width, float (*p)[width],
+                vec (*o)[G][L]) {
     int64_t t = 0;
     for (; t + U <= T; t += U)
         #pragma GCC unroll 8
@@ -536,62 +566,92 @@ static void mix(const float *v, const float *soon, int64_t T, int64_t width, flo
     for (; t < T; t++)
         for (int h = 0; h < G; h++)
             for (int c = 0; c < L; c++) o[0][h][c] += p[h][t] * load(v + t * HS + LANES * c);
-    for (int u = 1; u < U; u++)
-        for (int h = 0; h < G; h++)
-            for (int c = 0; c < L; c++) o[0][h][c] += o[u][h][c];
-    memcpy(out, o, sizeof o[0]);
 }
 
-static void attention(const net *m, int64_t number, const row *rows, ints pos, ints who, int64_t queries,
-                      int64_t width) {
-    float p[G][width];
+static void attention(const net *m, int64_t number, const cache *kv, ints owner, ints pos, int64_t n,
+                      int64_t width, float (*p)[width]) {
     #pragma omp for schedule(dynamic, NKV) nowait
-    for (int64_t i = 0; i < queries * NKV; i++) {  // G queries share a head of keys
-        int64_t r = who[i / NKV], g = i % NKV, T = pos[r] + 1;
-        const row *next = rows + (i + 1 < queries * NKV ? who[(i + 1) / NKV] : r);
-        const float *k = rows[r].keys + number * rows[r].layer + g * rows[r].cap * HS;
-        const float *v = k + rows[r].values;
-        const float *soon = next->keys + number * next->layer + (g + 1) % NKV * next->cap * HS;
-        scores(m->qkv + r * m->sq + g * G * HS, k, v, T, m->scale, width, p);
+    for (int64_t i = 0; i < n * NKV; i++) {  // G queries share a head of keys
+        int64_t r = i / NKV, g = i % NKV, T = pos[r] + 1, next = i + 1 < n * NKV ? (i + 1) / NKV : r;
+        const float *q = m->qkv + r * m->sq + g * G * HS;
+        vec o[U][G][L] = {0};
+        for (int64_t t = 0; t < T; t += kv->size) {
+            const float *k = key(kv, number, owner[r], t, g);
+            int64_t count = T - t < kv->size ? T - t : kv->size;
+            scores(q, k, k + kv->values, count, m->scale, width, (float (*)[width])&p[0][t]);
+        }
         for (int h = 0; h < G; h++) softmax(p[h], T);
-        mix(v, soon, T, width, p, m->att + r * m->sa + g * G * HS);
+        for (int64_t t = 0; t < T; t += kv->size) {
+            const float *v = key(kv, number, owner[r], t, g) + kv->values;
+            const float *soon = key(kv, number, owner[next], t, (i + 1) % NKV);
+            int64_t count = T - t < kv->size ? T - t : kv->size;
+            mix(v, soon, count, width, (float (*)[width])&p[0][t], o);
+        }
+        for (int u = 1; u < U; u++)
+            for (int h = 0; h < G; h++)
+                for (int c = 0; c < L; c++) o[0][h][c] += o[u][h][c];
+        memcpy(m->att + r * m->sa + g * G * HS, o, sizeof o[0]);
     }
 }
 
-// Half-layers from .. to: the even ones up to attention, the odd ones the rest of the layer.
-void forward(const net *m, int64_t from, int64_t to, ints ids, const row *rows, ints pos, int64_t n, ints who,
-             int64_t queries, int64_t width) {
+static fault check(const net *m, const cache *kv, ints ids, ints owner, ints pos, int64_t n, int64_t width) {
+    NEED(n <= m->rows && width % 16 == 0 && kv->size > 0 && kv->size % 16 == 0);
+    NEED(m->sx >= padded(m->C) && m->sq >= padded((NH + 2 * NKV) * HS));
+    NEED(m->sa >= NH * HS && m->sm >= padded(m->inner));
+    for (int64_t i = 0; i < n; i++) {
+        NEED(ids[i] >= 0 && ids[i] < m->V);
+        NEED(owner[i] >= 0 && owner[i] < kv->requests);
+        NEED(pos[i] >= 0 && pos[i] < m->positions && pos[i] < width && pos[i] < kv->width * kv->size);
+        const int32_t *block = kv->table + owner[i] * kv->width;
+        for (int64_t t = 0; t <= pos[i] / kv->size; t++) NEED(block[t] >= 0 && block[t] < kv->blocks);
+    }
+    return NULL;
+}
+
+static void walk(const net *m, int64_t layers, const cache *kv, ints ids, ints owner, ints pos, int64_t n,
+                 int64_t width, float (*p)[width], gate *g) {
+    embed(m, ids, pos, n);
+    meet(g);
+    for (int64_t i = 0; i < layers; i++) {
+        const layer *l = m->layers + i;
+        norm(m, l->n1, l->n1b, NULL, n);
+        meet(g);
+        linear(m->y, m->sx, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * HS, m->qkv, m->sq, n, SET);
+        meet(g);
+        heads(m, l, i, kv, owner, pos, n);
+        meet(g);
+        attention(m, i, kv, owner, pos, n, width, p);
+        meet(g);
+        linear(m->att, m->sa, l->o, l->ob, NH * HS, m->C, m->x, m->sx, n, ADD);
+        meet(g);
+        norm(m, l->n2, l->n2b, NULL, n);
+        meet(g);
+        linear(m->y, m->sx, l->up, l->upb, m->C, m->inner, m->mid, m->sm, n, m->act);
+        meet(g);
+        linear(m->mid, m->sm, l->down, l->downb, m->inner, m->C, m->x, m->sx, n, ADD);
+        meet(g);
+    }
+}
+
+// n tokens: their ids, the request (a row of kv's table) and the position of each. width: more than the
+// largest position, a multiple of 16. Leaves the last layer's output in x.
+fault forward(const net *m, int64_t layers, const cache *kv, ints ids, ints owner, ints pos, int64_t n,
+              int64_t width) {
+    fault wrong = check(m, kv, ids, owner, pos, n, width);
+    if (wrong) return wrong;
+    float *scores = malloc(sizeof(float) * (threads() * G * width + 1));  // a thread's: (G, width)
+    NEED(scores);
     gate g = {0, 0};
     #pragma omp parallel
-    for (int64_t half = from; half < to; half++) {
-        const layer *l = m->layers + half / 2;
-        if (!half) {
-            embed(m, ids, pos, n);
-            meet(&g);
-        }
-        if (half % 2 == 0) {
-            norm(m, l->n1, l->n1b, NULL, n);
-            meet(&g);
-            linear(m->y, m->sx, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * HS, m->qkv, m->sq, n, SET);
-            meet(&g);
-            heads(m, l, half / 2, rows, pos, n);
-            meet(&g);
-            attention(m, half / 2, rows, pos, who, queries, width);
-            meet(&g);
-        } else {
-            linear(m->att, m->sa, l->o, l->ob, NH * HS, m->C, m->x, m->sx, n, ADD);
-            meet(&g);
-            norm(m, l->n2, l->n2b, NULL, n);
-            meet(&g);
-            linear(m->y, m->sx, l->up, l->upb, m->C, m->inner, m->mid, m->sm, n, m->act);
-            meet(&g);
-            linear(m->mid, m->sm, l->down, l->downb, m->inner, m->C, m->x, m->sx, n, ADD);
-            meet(&g);
-        }
-    }
+    walk(m, layers, kv, ids, owner, pos, n, width, (float (*)[width])(scores + me() * G * width), &g);
+    free(scores);
+    return NULL;
 }
 
-void logits(const net *m, ints at, int64_t n, float *z, int64_t sz) {  // z (n, V) of the rows `at` of x
+// z (zn, sz): its first n rows become the logits of the rows `at` of x.
+fault logits(const net *m, ints at, int64_t n, float *z, int64_t zn, int64_t sz) {
+    NEED(n <= m->rows && n <= zn && sz >= padded(m->V) && m->sx >= padded(m->C));
+    for (int64_t i = 0; i < n; i++) NEED(at[i] >= 0 && at[i] < m->rows);
     gate g = {0, 0};
     #pragma omp parallel
     {
@@ -600,6 +660,7 @@ void logits(const net *m, ints at, int64_t n, float *z, int64_t sz) {  // z (n, 
         linear(m->y, m->sx, m->head, m->headb, m->C, m->V, z, sz, n, SET);
         meet(&g);
     }
+    return NULL;
 }
 #endif
 
@@ -630,8 +691,10 @@ static int64_t find(const float *x, int64_t V, const double *mass, int64_t parts
     return token;
 }
 
-void draw(const float *z, int64_t sz, int64_t n, int64_t V, const double *u, const float *temperature,
-          int64_t *token, float *logp, float *raw) {
+// z: n rows of V words, sz floats apart; u, temperature, token, logp, raw: N numbers
+fault draw(const float *z, int64_t sz, int64_t n, int64_t V, int64_t N, const double *u,
+           const float *temperature, int64_t *token, float *logp, float *raw) {
+    NEED(n <= N && V > 0 && (n < 2 || sz >= V));
     int64_t parts = (V + PART - 1) / PART;
     #pragma omp parallel for
     for (int64_t r = 0; r < n; r++) {
@@ -664,5 +727,6 @@ void draw(const float *z, int64_t sz, int64_t n, int64_t V, const double *u, con
         raw[r] = x[t] - top - log(one);
         logp[r] = temperature[r] > 0 ? (x[t] - top) * cool - log(all) : raw[r];
     }
+    return NULL;
 }
 #endif

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -71,7 +72,7 @@ def _compiler():
 
 @functools.lru_cache(None)
 def library(part, **sizes):
-    """One part of native.c ('DOCS', 'FORWARD', 'DRAW') for these sizes; None, and a line says why, without it."""
+    """One part of native.c ('DOCS', 'FORWARD', 'DRAW') for these sizes; else None, and a line says why."""
     if _compiler() is None:
         return _say('no C compiler: install gcc or clang')
     # A folder of our own: nobody can leave a library there for us. Windows cannot remove a loaded one.
@@ -85,8 +86,14 @@ def library(part, **sizes):
             return _say(f'native.c does not load ({e}; TMPDIR may name a folder from which it does)')
 
 
-def _declare(function, *arguments):
-    function.argtypes, function.restype = arguments, None
+def _check(fault, function, arguments):
+    if fault:
+        raise RuntimeError(f'native.c: {function.__name__} needs {fault.decode()}')
+
+
+def _declared(function, *arguments):
+    function.argtypes, function.restype, function.errcheck = arguments, ctypes.c_char_p, _check
+    return function
 
 
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -103,49 +110,54 @@ def _fields(pointers, ints, floats):
 
 class Docs(ctypes.Structure):
     """docs in native.c."""
-    _fields_ = _fields('q k v rows cu first tasks out lse', 'sq sk sv n_tasks longest nkv group', 'scale')
+    _fields_ = _fields('q k v rows cu first tasks out lse dout dq dk dv',
+                       'sq sk sv N M docs n_tasks longest nkv group', 'scale')
 
     @staticmethod
-    def of(q, k, v, out, lse, layout, scale):
-        """Tensors as DocAttention keeps them -> what C reads. The tensors must outlive it."""
-        rows, cu, first, tasks, longest = layout
-        tensors = dict(q=q, k=k, v=v, rows=rows, cu=cu, first=first, tasks=tasks, out=out, lse=lse)
-        sizes = dict(n_tasks=len(tasks) - 1, longest=longest, nkv=k.shape[1], group=q.shape[1] // k.shape[1])
+    def of(tensors, longest, scale):
+        """tensors: by their names in C; they must outlive what this returns."""
+        q, k, v, cu, first = (tensors[name] for name in ('q', 'k', 'v', 'cu', 'first'))
         strides = dict(sq=q.stride(0), sk=k.stride(0), sv=v.stride(0))
-        return Docs(**{name: t.data_ptr() for name, t in tensors.items()}, **sizes, **strides, scale=scale)
+        counts = dict(N=len(q), M=len(tensors['rows']), docs=min(len(cu) - 1, len(first)))
+        counts.update(n_tasks=len(tensors['tasks']) - 1, nkv=k.shape[1], group=q.shape[1] // k.shape[1])
+        places = {name: t.data_ptr() for name, t in tensors.items()}
+        return Docs(**places, **strides, **counts, longest=longest, scale=scale)
 
 
 @functools.lru_cache(None)
 def docs(head_size):
-    """The library for heads of this size, a multiple of 16; None without one."""
+    """attend(Docs) for heads of this size, a multiple of 16; None without a library."""
     lib = library('DOCS', HS=head_size)
-    if lib is not None:
-        _declare(lib.attend, POINTER)
-        _declare(lib.attend_backward, *[POINTER] * 5)
-    return lib
+    return lib and _declared(lib.attend, POINTER)
 
 
 class DocAttention(torch.autograd.Function):
-    """kernels.doc_attention; layout: (rows, cu, first, tasks, longest)."""
+    """kernels.doc_attention; layout: rows, cu, first, tasks, longest."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale, *layout):
+        if q.shape[::2] != k.shape[::2] or k.shape != v.shape or q.shape[1] % k.shape[1]:
+            shapes = ', '.join(str(tuple(x.shape)) for x in (q, k, v))
+            raise ValueError(f'q, k and v of the shapes {shapes} do not fit together')
         dense = [x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] for x in (q, k, v)]
         q, k, v = (x if ok else x.contiguous() for x, ok in zip((q, k, v), dense))
         out, lse = torch.zeros(q.shape), torch.empty(q.shape[:2])
-        docs(q.shape[-1]).attend(ctypes.byref(Docs.of(q, k, v, out, lse, layout, scale)))
-        ctx.save_for_backward(q, k, v, out, lse, *layout[:-1])
-        ctx.longest, ctx.scale = layout[-1], scale
+        *places, longest = layout
+        ctx.tensors = dict(zip(('rows', 'cu', 'first', 'tasks'), (t.long().contiguous() for t in places)))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.longest, ctx.scale = longest, scale
+        m = Docs.of(dict(ctx.tensors, q=q, k=k, v=v, out=out, lse=lse), longest, scale)
+        docs(q.shape[-1])(ctypes.byref(m))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        q, k, v, out, lse, *layout = ctx.saved_tensors
-        grads = [torch.zeros(x.shape) for x in (q, k, v)]
-        m = Docs.of(q, k, v, out, lse, (*layout, ctx.longest), ctx.scale)
-        docs(q.shape[-1]).attend_backward(ctypes.byref(m), *(t.data_ptr() for t in (g.contiguous(), *grads)))
-        return *grads, *[None] * 6
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
+        tensors = dict(ctx.tensors, q=q, k=k, v=v, out=out, lse=lse, dout=g.contiguous(), dq=dq, dk=dk, dv=dv)
+        docs(q.shape[-1])(ctypes.byref(Docs.of(tensors, ctx.longest, ctx.scale)))
+        return dq, dk, dv, *[None] * 6
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -158,7 +170,12 @@ ACTS = dict(relu=2, gelu_tanh=3, gated=4)
 class Net(ctypes.Structure):
     """net in native.c: addresses of float32 weights (0: there is none) and of buffers, sizes, strides."""
     _fields_ = _fields('layers wte wpe cos sin nf nfb head headb x y qkv att mid',
-                       'C inner V sx sq sa sm act rms', 'eps scale')
+                       'C inner V positions rows sx sq sa sm act rms', 'eps scale')
+
+
+class Cache(ctypes.Structure):
+    """cache in native.c."""
+    _fields_ = _fields('keys table', 'values layer blocks size requests width', '')
 
 
 def panels(w, gate=None):
@@ -169,19 +186,181 @@ def panels(w, gate=None):
     return torch.cat(parts, 1).transpose(1, 2).contiguous()
 
 
-def forward(nkv, group, head_size):
-    """The library for nkv heads of keys, `group` queries to each, head_size numbers a head; None without one.
-    forward(net, from, to, ids (N,), rows (N, 4), pos (N,), N, who (n,), n, width): half-layers from .. to of
-    all tokens, the even ones up to attention, which is that of the tokens `who` over their positions 0 .. pos
-    and writes net.att; rows, int64: address of the keys of the token's row in layer 0 (nkv, cap, head_size
-    padded to 16), floats from keys to values, cap % 16 = 0, floats from layer to layer; width: the longest
-    row, a multiple of 16.
-    logits(net, at (n,) rows of x or NULL, n, z (n, stride), stride)."""
-    lib = library('FORWARD', NKV=nkv, G=group, D=head_size)
+def padded(head_size):
+    """Floats of a head in the cache."""
+    return -(-head_size // 16) * 16
+
+
+def forward(c):
+    """The library for the heads of this GPTConfig; None without one, or for an activation unknown to C."""
+    if activation(c) is None:
+        return None
+    lib = library('FORWARD', NKV=c.n_kv_head, G=c.n_head // c.n_kv_head, D=c.head_size)
     if lib is not None:
-        _declare(lib.forward, POINTER, INT, INT, POINTER, POINTER, POINTER, INT, POINTER, INT, INT)
-        _declare(lib.logits, POINTER, POINTER, INT, POINTER, INT)
+        _declared(lib.forward, POINTER, INT, *[POINTER] * 4, INT, INT)
+        _declared(lib.logits, POINTER, POINTER, INT, POINTER, INT, INT)
     return lib
+
+
+def activation(c):
+    return ACTS.get('gated' if c.gated else c.act)
+
+
+class Forward:
+    """The forward in C: float32 on a CPU, one call a step. Every matrix is copied in the order in which C
+    multiplies it. A request's numbers are the same to the bit whatever is beside it and on however many
+    threads."""
+
+    def __init__(self, model, cache):
+        self.model, self.config, self.cache = model, model.config, cache
+        self.code, self.width = forward(model.config), padded(model.config.head_size)
+        self.kept, self.work, self.z = {}, {}, torch.empty(0, 0)
+        self.rows = 0  # that the work space has
+        self.refresh()
+
+    def keep(self, key, new):
+        """The address of `new`, which is written into the same memory each time; 0 for None."""
+        if new is None:
+            return 0
+        old = self.kept.setdefault(key, new)
+        return _address(old if old is new else old.copy_(new))
+
+    @torch.no_grad()
+    def refresh(self):
+        """Reads the model again: after an optimizer step, or when another adapter is in force. False: there
+        is no graph to be stale."""
+        c, m = self.config, self.model
+        cos = sin = None
+        if c.pos == 'rope':
+            angle = torch.arange(c.block_size)[:, None].float() * m.inv_freq.float()
+            cos, sin = angle.cos(), angle.sin()
+        self.layers = np.array([self._layer(i, block) for i, block in enumerate(m.h)], np.int64)
+        head, head_bias = _in_force(m.lm_head)
+        norm, norm_bias = self._norm(m.ln_f)
+        self.wte = _in_force(m.wte)[0]
+        wpe = None if m.wpe is None else m.wpe.weight
+        self.net = Net(
+            layers=self.layers.ctypes.data,
+            wte=_address(self.wte),
+            wpe=_address(wpe),
+            cos=self.keep('cos', cos),
+            sin=self.keep('sin', sin),
+            nf=norm,
+            nfb=norm_bias,
+            head=self.keep('head', panels(head)),
+            headb=self._bias('head_bias', head_bias),
+            C=c.n_embd,
+            inner=c.n_inner,
+            V=c.vocab_size,
+            positions=c.block_size,
+            act=activation(c),
+            rms=c.norm == 'rms',
+            eps=c.norm_eps,
+            scale=c.head_size ** -0.5,
+        )
+        self.rows = 0
+        return False
+
+    def _layer(self, i, block):
+        """Addresses of a layer's weights and biases, in the order of LAYER."""
+        attn, mlp, gated = block.attn, block.mlp, self.config.gated
+        if hasattr(attn, 'c_attn'):
+            qkv, qkv_bias = _in_force(attn.c_attn)
+        else:
+            parts = [_in_force(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj)]
+            qkv = torch.cat([weight for weight, _ in parts])
+            qkv_bias = None if parts[0][1] is None else torch.cat([bias for _, bias in parts])
+        out, out_bias = _in_force(attn.c_proj if hasattr(attn, 'c_proj') else attn.o_proj)
+        up, up_bias = _in_force(mlp.up_proj if gated else mlp.c_fc)
+        gate, gate_bias = _in_force(mlp.gate_proj) if gated else (None, None)
+        down, down_bias = _in_force(mlp.down_proj if gated else mlp.c_proj)
+        norms = [0 if norm is None else norm.weight.data_ptr() for norm in (attn.q_norm, attn.k_norm)]
+        qkv_bias = None if qkv_bias is None else self._pad_heads(qkv_bias[:, None])[:, 0]
+        return [
+            *self._norm(block.ln_1),
+            self.keep((i, 'qkv'), panels(self._pad_heads(qkv))),
+            self._bias((i, 'qkv_bias'), qkv_bias),
+            *norms,
+            self.keep((i, 'out'), panels(self._pad_heads(out.t()).t())),
+            self._bias((i, 'out_bias'), out_bias),
+            *self._norm(block.ln_2),
+            self.keep((i, 'up'), panels(up, gate)),
+            self._bias((i, 'up_bias'), up_bias, gate_bias),
+            self.keep((i, 'down'), panels(down)),
+            self._bias((i, 'down_bias'), down_bias),
+        ]
+
+    def _bias(self, key, bias, gate=None):
+        if bias is None:
+            return 0
+        return self.keep(key, panels(bias[:, None], None if gate is None else gate[:, None]))
+
+    def _norm(self, norm):
+        return _address(norm.weight), _address(norm.bias)
+
+    def _pad_heads(self, w):
+        """(heads * head_size, K) -> (heads * width, K)"""
+        size = self.config.head_size
+        return F.pad(w.reshape(-1, size, w.shape[1]), (0, 0, 0, self.width - size)).flatten(0, 1)
+
+    def _make_room(self, n):
+        """The work space for n tokens. Rows a power of two apart would fall on the same lines of the CPU's
+        cache: hence 16 floats more."""
+        c = self.config
+        self.rows = self.net.rows = max(n, 2 * self.rows, 64)
+        heads = c.n_head * self.width
+        qkv = heads + 2 * c.n_kv_head * self.width
+        widths = dict(x=c.n_embd, y=c.n_embd, qkv=qkv, att=heads, mid=c.n_inner)
+        strides = dict(x='sx', y='sx', qkv='sq', att='sa', mid='sm')
+        for name, width in widths.items():
+            self.work[name] = torch.zeros(self.rows, -(-width // 32) * 32 + 16)
+            setattr(self.net, name, self.work[name].data_ptr())
+            setattr(self.net, strides[name], self.work[name].stride(0))
+
+    def hidden(self, batch):
+        """-> (N, C) before the last norm, valid until the next call"""
+        n, kv = len(batch.pos), self.cache.kv
+        if n > self.rows:
+            self._make_room(n)
+        tables, ids = self.cache.tables.fill(batch.requests), np.array(batch.ids(), np.int64)
+        cache = Cache(
+            keys=kv.data_ptr(),
+            values=kv.stride(0),
+            layer=kv.stride(1),
+            blocks=kv.shape[2],
+            size=kv.shape[4],
+            table=tables.ctypes.data,
+            requests=len(tables),
+            width=tables.shape[1],
+        )
+        longest = (int(batch.pos.max()) + 16) // 16 * 16
+        arrays = [a.ctypes.data for a in (ids, batch.owner, batch.pos)]
+        net, places = ctypes.byref(self.net), ctypes.byref(cache)
+        self.code.forward(net, len(self.layers), places, *arrays, n, longest)
+        return self.work['x'][:n, :self.config.n_embd]
+
+    def logits(self, x, at):
+        """-> (len(at), V) of those rows of x, valid until the next call. `at` has no row twice: the work
+        space has as many as x."""
+        n, V = len(at), self.config.vocab_size
+        assert n <= len(x), f'{n} rows of logits from {len(x)} tokens'
+        if len(self.z) < n:
+            self.z = torch.empty(max(n, 2 * len(self.z)), -(-V // 32) * 32)
+        rows = np.array(at, np.int64)
+        self.code.logits(ctypes.byref(self.net), rows.ctypes.data, n, self.z.data_ptr(), *self.z.shape)
+        return self.z[:n, :V]
+
+
+def _address(x):
+    return 0 if x is None else x.data_ptr()
+
+
+def _in_force(layer):
+    """(weight, bias) of a Linear or Embedding; an adapter's is merged."""
+    adapted = getattr(layer, 'active', None) is not None and not layer.kept
+    weight = layer.merged_weight() if adapted else layer.weight
+    bias = getattr(layer, 'bias', None)
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -192,8 +371,9 @@ def draw(z, u, temperature):
     lib = library('DRAW')
     if lib is None:
         return None
-    _declare(lib.draw, POINTER, INT, INT, INT, *[POINTER] * 5)
     n, V = z.shape
     token, logp, raw = torch.empty(n, dtype=torch.long), torch.empty(n), torch.empty(n)
-    lib.draw(z.data_ptr(), z.stride(0), n, V, *(x.data_ptr() for x in (u, temperature, token, logp, raw)))
+    numbers = [u.double().contiguous(), temperature.float().contiguous(), token, logp, raw]
+    fn = _declared(lib.draw, POINTER, INT, INT, INT, INT, *[POINTER] * 5)
+    fn(z.data_ptr(), z.stride(0), n, V, min(map(len, numbers)), *(t.data_ptr() for t in numbers))
     return token, logp, raw

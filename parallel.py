@@ -31,9 +31,8 @@ tensor parallelism gives each rank some heads and MLP columns, and keeps N / (cp
 Everything that a Parameter needs to know is in its `Part`: which piece of which full tensor, who sums its gradient.
 
 What is accepted is what tests run: see `accept` (the stages) and `_check_fit` (the models); both refuse with the nearest that works.
-    python parallel.py merge out-sft             # per-rank files of --sharded_ckpt -> ckpt.pt; needs no torchrun
 """
-import atexit, collections, contextlib, copy, dataclasses, json, math, os, signal, socket, sys, threading, time
+import atexit, collections, contextlib, copy, dataclasses, errno, json, math, os, signal, socket, sys, threading, time
 from datetime import timedelta
 from multiprocessing.connection import wait as readable  # select.select takes no descriptor above 1,023
 
@@ -42,6 +41,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
+import files
 import kernels
 
 _gather_into = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # torch 2.13 renamed them
@@ -72,7 +72,7 @@ class Watch:
             signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)  # the C handler writes at once, whatever the main thread does
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()
-        self.failed = False
+        self.failed, self.grace = False, 0
         atexit.register(self.stop, leave=True)
 
     def stop(self, leave=False, gloo=not torch.cuda.is_available()):
@@ -102,6 +102,7 @@ class Watch:
         dist.destroy_process_group()
 
     def _beat(self):
+        told = 0  # when SIGTERM came
         while self.what != 'closed':
             try:
                 self.store.set(f'beat{self.rank}', json.dumps([socket.gethostname(), os.getpid(), time.time(), self.calls, self.what, self.since]))
@@ -111,6 +112,8 @@ class Watch:
                 print(self.failure(TimeoutError('given up by the watch')), file=sys.stderr, flush=True)
                 os._exit(1)
             if readable([self.pipe[0]], self.EVERY) and signal.SIGTERM in os.read(self.pipe[0], 64):
+                told = told or time.time()
+            if told and time.time() - told > self.grace:  # the loop has not come to its end: it waits for a dead rank
                 print(f'{self._me()} was told to end (SIGTERM) while in {self.what}: another rank failed, '
                       f'or the job was stopped. {self._advice()}', file=sys.stderr, flush=True)
                 os._exit(143)
@@ -159,6 +162,34 @@ class Watch:
         first = [b for b in bad if 'behind' not in b] or bad or ['no rank is missing now']
         return Failure(f'{self._me()}: {self.what} failed after {time.time() - self.since:.1f} s: {"; ".join(first)}. '
                        f'[{str(error).splitlines()[0][:160]}] {self._advice()}')
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM for a training loop: the first lets the iteration end, so that the run can write its checkpoint;
+    the second ends at once. `number` is the signal that has come, 0 before."""
+
+    def __init__(self):
+        self.number = 0
+
+    def listen(self):
+        """From now on signals are noted. Only the main thread may (a stage that somebody runs in another one goes without)."""
+        if threading.current_thread() is threading.main_thread():
+            self.number = 0
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._note)
+
+    def forget(self):
+        """The usual answers again."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _note(self, number, frame):
+        if self.number:
+            self.forget()
+            signal.raise_signal(number)
+        self.number = number
+        os.write(2, b'\nthe iteration ends, then ckpt.pt is written; once more ends at once\n')  # print may not be entered twice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,6 +300,7 @@ class Mesh:
         self.pp, self.pp_back = self.group('pp'), self.group('pp', tag='back')  # one channel per direction: no order to get wrong
         self.everyone = self.group('dp', 'pp', 'cp', 'tp')
         self.dp, self.dp_rank, self.master, self.checkpoint = self.replicas.size, self.replicas.rank, self.rank == 0, 'none yet'
+        self.interrupt = Interrupt()
 
     def group(self, *axes, tag='', split=None):
         """The group of this rank along `axes`; split (with one axis): runs of that many ranks along it."""
@@ -386,6 +418,18 @@ class Mesh:
             if self.device.type == 'cuda' and 'cuda' in state:
                 torch.cuda.set_rng_state(state['cuda'], self.device)
 
+    def listen(self):
+        """From now on the first Ctrl-C or SIGTERM is only noted; see `interrupted`. torchrun waits 30 s before it kills."""
+        self.interrupt.listen()
+        if self.watch:
+            self.watch.grace = 25
+
+    def interrupted(self):
+        """The number of the signal that has come to any rank since `listen`, 0 for none. All ranks call it: they leave the
+        loop at the same iteration."""
+        came = self._near(torch.tensor([float(self.interrupt.number)]))
+        return int(self.everyone.all_reduce(came, 'interrupts', dist.ReduceOp.MAX))
+
     def _near(self, x):
         return x.float().to(self.device) if self.device.type == 'mps' else x.to(self.device)
 
@@ -398,6 +442,7 @@ class Mesh:
 
     def close(self):
         """At the end of the run, so that no rank leaves while another still talks to it."""
+        self.interrupt.forget()
         if self.world > 1:
             self.barrier()
             self.watch.stop()
@@ -725,7 +770,7 @@ def _check_fit(c, mesh, model, layers):
                          f'and together they are {c.n_layer}; the nearest that works is --pp={min(pp, c.n_layer)}')
 
 
-STAGES = dict(sft='tp pp cp', reward='tp pp cp', dpo='tp pp', ppo='tp pp cp', grpo='tp pp')
+STAGES = dict(sft='tp pp cp', reward='tp pp cp', dpo='tp pp', kto='tp pp', ppo='tp pp cp', grpo='tp pp')
 
 
 def accept(stage, tp=1, pp=1, cp=1, compile=False, mode='sync', value='', rollout_tp=False):
@@ -1012,7 +1057,7 @@ def shard(model, mesh, layers=None, attention='auto'):
 def sampler_of(model, mesh, dtype=torch.float32, shard=False):
     """What a rollout engine on this rank reads, to be asked for BEFORE `shard`. shard=False: the plain GPT. shard=True: this rank's
     tensor-parallel part of all layers; the ranks of a tp group then run one engine in step, each with its heads' keys and values (see
-    infer.ShardNet). In both cases the trained model itself where that holds it in this dtype (pp = 1, below ZeRO-3; the plain GPT
+    infer.Forward). In both cases the trained model itself where that holds it in this dtype (pp = 1, below ZeRO-3; the plain GPT
     also wants tp = 1), so that no weight lies in memory twice; else a copy that `refresh` fills."""
     _check_fit(model.config, mesh, model, None)
     whole = mesh.pp.size == 1 and (mesh.zero < 3 or mesh.data.size == 1) and (shard or mesh.tp.size == 1)
@@ -1541,34 +1586,48 @@ def full_state(model, only_master=False, keep=None):
     return state
 
 
-def _atomic(write, path):
-    """write(temporary path), fsync, rename: a reader sees the old file or the new one, never half of one."""
-    write(path + '.tmp')
-    fd = os.open(path + '.tmp', os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-    os.replace(path + '.tmp', path)
+def _write(saved, path):
+    """torch.save into a whole file or none: a full disk is one line with the name, and the file that was there stays."""
+    try:
+        with files.replaced(path) as f:
+            torch.save(saved, f)
+    except RuntimeError as e:  # torch's word for a failed write
+        raise OSError(errno.EIO, f'could not be written ({str(e).splitlines()[0][:100]})', path) from None
 
 
-def save_checkpoint(path, mesh, model, optimizer, value=None, value_optimizer=None, sharded=False, keep=None, also=None, **rest):
+def read_checkpoint(path, mmap=False):
+    """The one reader of checkpoints: a dict, on the CPU. mmap: its tensors stay on the disk until they are used.
+    ValueError, one line, for a file that is none of ours or was cut short; OSError for one that may not be read."""
+    with open(path, 'rb'):  # no such file, permission denied: the system's own word
+        pass
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        if not isinstance(saved, dict) or 'model' not in saved:
+            raise ValueError('no "model" in it')
+        return saved
+    except Exception as e:  # torch raises whatever its readers of zip and pickle meet
+        best = os.path.join(os.path.dirname(path), 'ckpt_best.pt')
+        other = f'; {best} may still be good' if os.path.exists(best) and best != path else ''
+        why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:100]}'
+        raise ValueError(f'{path}: not a checkpoint of ours, or cut short ({why}){other}') from None
+
+
+def save_checkpoint(path, mesh, model, optimizer, value=None, value_optimizer=None, keep=None, also=None, **rest):
     """One file, the same whatever the layout: model, optimizer (and value, value_optimizer: PPO's second network), rng (one state a
     rank) and what is given in `rest` (config, iter, data, best, model_args, tokenizer: plain types and tensors). Atomic. All
     ranks call it. Full tensors are made one at a time; rank 0 holds them all (12 bytes a parameter: 8B -> 96 GB of host memory).
     keep(name) -> bool: which of the model's tensors are written (an adapter's). also: a second file, without the optimizer (the best so
-    far). sharded=True: each rank writes what it holds, `python parallel.py merge` makes the file; there is no second one then."""
+    far)."""
     networks = {'model': model, 'value': value}
     optimizers = {'optimizer': optimizer, 'value_optimizer': value_optimizer}
     rest = {**rest, 'rng': mesh.rng_state()}
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    if sharded:
-        _save_pieces(path, mesh, networks, optimizers, keep, rest)
-    else:
-        out = {key: full_state(net, only_master=True, keep=keep if key == 'model' else None) for key, net in networks.items() if net is not None}
-        moments = {key: opt.state_dict() for key, opt in optimizers.items() if opt is not None}
-        if mesh.master:
-            _atomic(lambda tmp: torch.save({**out, **moments, **rest}, tmp), path)
-            if also:
-                _atomic(lambda tmp: torch.save({**out, **dict.fromkeys(moments), **rest}, tmp), also)
+    out = {key: full_state(net, only_master=True, keep=keep if key == 'model' else None) for key, net in networks.items() if net is not None}
+    moments = {key: opt.state_dict() for key, opt in optimizers.items() if opt is not None}
+    if mesh.master:
+        _write({**out, **moments, **rest}, path)
+        if also:
+            _write({**out, **dict.fromkeys(moments), **rest}, also)
     mesh.barrier()
     mesh.saved(path, rest.get('iter', '?'))
 
@@ -1577,19 +1636,16 @@ def load_checkpoint(path, mesh, model, optimizer=None, value=None, value_optimiz
     """Puts a file of save_checkpoint into models and optimizers of ANY layout, bitwise, and returns the rest of it (a dict). The
     random states are restored when as many ranks run as wrote it; another layout draws on from its own seeds. ValueError for a
     file that is not ours or does not fit."""
-    pieces = os.path.join(os.path.dirname(path), 'ckpt.shards.json')
-    if not os.path.exists(path) and os.path.exists(pieces):
-        raise ValueError(f'{path}: only per-rank files are there; join them first: python parallel.py merge {os.path.dirname(path) or "."}')
+    saved = read_checkpoint(path, mmap=True)
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         for key, net in (('model', model), ('value', value)):
             if net is not None:
                 _load_network(saved[key], net, path)
         for key, opt in (('optimizer', optimizer), ('value_optimizer', value_optimizer)):
             if opt is not None:
                 opt.load_state_dict(saved[key], path)
-    except (RuntimeError, KeyError, EOFError, TypeError) as e:
-        raise ValueError(f'{path}: not a checkpoint of ours, or cut short ({type(e).__name__}: {str(e).splitlines()[0][:100]})') from None
+    except KeyError as e:
+        raise ValueError(f'{path}: a checkpoint without {e}') from None
     mesh.set_rng_state(saved.get('rng', ()))
     mesh.saved(path, saved.get('iter', '?'))
     return {k: v for k, v in saved.items() if k not in ('model', 'value', 'optimizer', 'value_optimizer', 'rng')}
@@ -1607,65 +1663,6 @@ def _load_network(state, model, where, only=None):
             p.weight.view(-1).copy_(local.reshape(-1)[p.lo:p.hi])
             if p.master is not p.weight:
                 p.master.copy_(p.weight)
-
-
-def _save_pieces(path, mesh, networks, optimizers, keep, rest):
-    """This rank's pieces to DIR/ckpt.iter<i>.rank<r>.pt, then the pointer file DIR/ckpt.shards.json, then the old ones go."""
-    folder, stamp, rows = os.path.dirname(path) or '.', f'ckpt.iter{rest.get("iter", 0)}.', []
-    owner_of = {id(o.model): (key, o) for key, o in optimizers.items() if o is not None}
-    split = mesh.zero > 0 and mesh.data.size > 1
-    for net, model in networks.items():
-        opt_key, opt = owner_of.get(id(model), (None, None))
-        for part in _parts(model) if model is not None else ():
-            if part.owner and (mesh.data.rank == 0 or (split and part.bucketed)) and (keep is None or net != 'model' or keep(part.name)):
-                common = dict(net=net, opt=opt_key, name=part.name, shape=list(part.shape), dim=part.dim, ranges=[list(r) for r in part.ranges],
-                              local=list(part.param.shape))
-                for p in part.pieces:
-                    kinds = {k: opt.read(p, k).cpu().clone() for k in opt.kinds()} if opt else {}
-                    rows.append(dict(common, lo=p.lo, weight=p.weight.detach().view(-1).cpu().clone(), **kinds))
-                if not part.bucketed:
-                    rows.append(dict(common, opt=None, lo=0, weight=part.param.detach().reshape(-1).cpu().clone()))
-    rest = dict(rest, **{key: {'step': o.steps()} for key, o in optimizers.items() if o is not None},
-                tied=[net for net, model in networks.items() if model is not None and model.config.tie and model.head == 'lm' and keep is None])
-    _atomic(lambda tmp: torch.save(dict(rows=rows, rest=rest if mesh.master else {}), tmp), os.path.join(folder, f'{stamp}rank{mesh.rank}.pt'))
-    mesh.barrier()
-    if mesh.master:
-        def write(tmp):
-            with open(tmp, 'w') as f:
-                json.dump(dict(stamp=stamp, world=mesh.world, file=os.path.basename(path)), f)
-        _atomic(write, os.path.join(folder, 'ckpt.shards.json'))
-        for name in os.listdir(folder):
-            if name.startswith('ckpt.iter') and not name.startswith(stamp):
-                os.remove(os.path.join(folder, name))
-
-
-def merge(folder):
-    """Joins the per-rank files of a sharded save into the one file that every layout (and a single process) reads. Returns its path."""
-    try:
-        with open(os.path.join(folder, 'ckpt.shards.json')) as f:
-            index = json.load(f)
-    except OSError:
-        raise ValueError(f'{folder}: no ckpt.shards.json in it: nothing to merge (a run with --sharded_ckpt=True writes it)') from None
-    merged, slices = {}, {}
-    for rank in range(index['world']):
-        file = os.path.join(folder, f'{index["stamp"]}rank{rank}.pt')
-        if not os.path.exists(file):
-            raise ValueError(f'{file} is missing: {index["world"]} ranks wrote this checkpoint, all their files are needed')
-        ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-        merged.update(ckpt['rest'])
-        for row in ckpt['rows']:
-            for kind in (k for k in ('weight', 'exp_avg', 'exp_avg_sq', 'master') if k in row):
-                tree = merged.setdefault(row['net'], {}) if kind == 'weight' else merged[row['opt']].setdefault(kind, {})
-                full = tree.setdefault(row['name'], torch.zeros(row['shape'], dtype=row[kind].dtype))
-                spot = (row['net'], kind, row['name'], str(row['ranges']))  # one tp slice: filled by the pieces of its ZeRO ranks
-                local = slices.setdefault(spot, torch.zeros(row['local'], dtype=row[kind].dtype))
-                local.view(-1)[row['lo']:row['lo'] + len(row[kind])] = row[kind]
-                Part(row['name'], None, tuple(row['shape']), row['dim'], tuple(map(tuple, row['ranges']))).put(full, local)
-    for net in merged.pop('tied'):
-        merged[net]['lm_head.weight'] = merged[net]['wte.weight']
-    path = os.path.join(folder, index['file'])
-    _atomic(lambda tmp: torch.save(merged, tmp), path)
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1698,14 +1695,3 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, itemsize=4, activations=0):
         out['total'] = sum(out.values())
         worst = max(worst, out, key=lambda o: o['total'])
     return worst
-
-
-if __name__ == '__main__':
-    if len(sys.argv) != 3 or sys.argv[1] != 'merge':
-        print('usage: python parallel.py merge OUT_DIR     # per-rank files of --sharded_ckpt -> OUT_DIR/ckpt.pt', file=sys.stderr)
-        sys.exit(2)
-    try:
-        print(f'wrote {merge(sys.argv[2])}')
-    except ValueError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(2)

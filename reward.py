@@ -2,13 +2,16 @@
 
     L = - mean log sigmoid(r(x, chosen) - r(x, rejected) - margin)  +  center * mean (r_chosen + r_rejected)^2
 
-Bradley & Terry 1952; Christiano et al. 2017 (1706.03741); Stiennon et al. 2020 (2009.01325); margin and centring
-as in Llama 2 (2307.09288) and Eisenstein et al. 2023 (2312.09244). How it goes:
-  1. a language model gets a scalar head, N(0, 1/sqrt(d+1)); the reward is read at the last real token, the end token
-  2. chosen and rejected of a micro-batch go through ONE forward without padding, the prompt they share computed once
-  3. the loss is a mean over pairs; one epoch, learning rate linear to 0 (more overfits: 2009.01325 section 3.4)
-  4. gain and bias: rewards of samples of the initial policy get mean 0 and standard deviation 1, folded into the
-     weights of ckpt.pt and ckpt_best.pt
+Bradley & Terry 1952; Christiano et al. 2017 (1706.03741); Stiennon et al. 2020 (2009.01325); margin and
+centring as in Llama 2 (2307.09288) and Eisenstein et al. 2023 (2312.09244). How it goes:
+  1. a language model gets a scalar head, N(0, 1/sqrt(d+1)); the reward is read at the last real token, the
+     end token
+  2. chosen and rejected of a micro-batch go through ONE forward without padding, the prompt they share
+     computed once
+  3. the loss is a mean over pairs; one epoch, learning rate linear to 0 (more overfits: 2009.01325 section
+     3.4)
+  4. gain and bias: rewards of samples of the initial policy get mean 0 and standard deviation 1, folded into
+     the weights of ckpt.pt and ckpt_best.pt
   5. held-out accuracy with its interval, margin, calibration, correlation of reward and length: report.json
 Changed from the papers: ties are either left out or trained with both orders at half weight (ties='half').
 
@@ -41,7 +44,7 @@ eval_iters = 0 # >= 0: batches an evaluation; 0 = the whole validation set
 eval_only = False # evaluate once and stop
 save_minutes = 5.0 # >= 0: minutes between checkpoints besides those of evaluations; 0 = evaluations only
 # data
-dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}, optionally "margin", "tie": true
+dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}, and "margin", "tie": true
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
 block_size = 0 # >= 0: tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
@@ -75,7 +78,7 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
-compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
+compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
@@ -96,9 +99,9 @@ config = {k: globals()[k] for k in config_keys} # will be useful for logging
 
 
 def bradley_terry_loss(chosen, rejected, margin=None, tie=None):
-    """-log sigmoid(chosen - rejected - margin), mean over pairs. chosen, rejected (B,) rewards; margin float or (B,);
-    tie (B,) bool: neither answer is better, so both orders count half. Bradley-Terry: P(chosen beats rejected) =
-    sigmoid(r_chosen - r_rejected). chosen [1], rejected [0] -> 0.3133; as a tie 0.8133."""
+    """-log sigmoid(chosen - rejected - margin), mean over pairs. chosen, rejected (B,) rewards; margin float
+    or (B,); tie (B,) bool: neither answer is better, so both orders count half. Bradley-Terry: P(chosen beats
+    rejected) = sigmoid(r_chosen - r_rejected). chosen [1], rejected [0] -> 0.3133; as a tie 0.8133."""
     margin = 0.0 if margin is None else margin
     losses = -F.logsigmoid(chosen - rejected - margin)
     if tie is not None:
@@ -108,34 +111,40 @@ def bradley_terry_loss(chosen, rejected, margin=None, tie=None):
 
 
 def centring_loss(chosen, rejected):
-    """(r_chosen + r_rejected)^2, mean over pairs: pairs fix differences alone, this keeps rewards around 0."""
+    """(r_chosen + r_rejected)^2, mean over pairs: pairs fix differences alone, this keeps rewards around
+    0."""
     return ((chosen + rejected) ** 2).mean()
 
 
 def gain_and_bias(rewards, bias=0.0):
     """(gain, new bias) that give rewards (n,), which hold `bias` already, mean 0 and standard deviation 1:
-    gain * (r - bias) + new bias. Rewards that are all equal have no scale: gain 1. [1, 3], bias 0 -> 1, -2."""
+    gain * (r - bias) + new bias. Rewards that are all equal have no scale: gain 1. [1, 3], bias 0 -> 1,
+    -2."""
     mean, std = rewards.mean().item(), rewards.std(correction=0).item()
     gain = 1 / std if std > 1e-5 * max(1.0, abs(mean)) else 1.0
     return gain, gain * (bias - mean)
 
 
 def wilson(k, n, z=1.96):
-    """95 % interval of a share k/n (Wilson 1927): sensible near 0 and 1, where the normal one is not. 60 of 100 -> (0.502, 0.691)."""
+    """95 % interval of a share k/n (Wilson 1927): sensible near 0 and 1, where the normal one is not. 60 of
+    100 -> (0.502, 0.691)."""
     p, w = k / n, z * z / n
     mid, half = (p + w / 2) / (1 + w), z * math.sqrt(p * (1 - p) / n + w / (4 * n)) / (1 + w)
     return mid - half, mid + half
 
 
 def calibration(margins, bins=10):
-    """Is sigmoid(margin) the share of pairs that it claims? margins (B,): r_chosen - r_rejected. The model's confidence in
-    its own choice, sigmoid(|margin|) in [0.5, 1], against how often that choice is right. Returns (ECE, rows of
-    (from, to, pairs, mean confidence, accuracy)). Guo et al. 2017 (1706.04599)."""
+    """Is sigmoid(margin) the share of pairs that it claims? margins (B,): r_chosen - r_rejected. The model's
+    confidence in its own choice, sigmoid(|margin|) in [0.5, 1], against how often that choice is right.
+    Returns (ECE, rows of (from, to, pairs, mean confidence, accuracy)). Guo et al. 2017 (1706.04599)."""
     confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
     edges = np.linspace(0.5, 1.0, bins + 1)
     which = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
-    rows = [(float(edges[b]), float(edges[b + 1]), int(m.sum()), float(confidence[m].mean()), float(right[m].mean()))
-            for b in range(bins) if (m := which == b).any()]
+    rows = []
+    for b in np.unique(which):
+        here = which == b
+        rows.append((float(edges[b]), float(edges[b + 1]), int(here.sum()), float(confidence[here].mean()),
+                     float(right[here].mean())))
     return sum(n * abs(conf - acc) for _, _, n, conf, acc in rows) / len(margins), rows
 
 
@@ -157,8 +166,8 @@ def linear_lr(it, peak, warmup, total):
 
 
 def read_preference(row, tok, T, ties):
-    """One row -> ([(prompt, chosen, rejected, margin, tie)], note). A prompt that does not fit loses its beginning (the
-    answer and its end token must stay)."""
+    """One row -> ([(prompt, chosen, rejected, margin, tie)], note). A prompt that does not fit loses its
+    beginning (the answer and its end token must stay)."""
     tie = bool(row.get('tie'))
     if tie and ties == 'drop':
         return [], 'ties left out'
@@ -186,15 +195,16 @@ def held_out_report(run, model, pairs):
     margins = chosen - rejected
     ece, reliability = calibration(margins)
     right = int((margins > 0).sum())
-    edges = np.histogram_bin_edges(both.numpy(), 30)
-    counts = {name: np.histogram(x, edges)[0].tolist() for name, x in (('chosen', chosen), ('rejected', rejected))}
+    edges = np.histogram_bin_edges(np.nan_to_num(both.numpy()), 30)  # NaN: the run stops at the loss
+    histogram = {'edges': edges.tolist(), 'chosen': np.histogram(chosen, edges)[0].tolist(),
+                 'rejected': np.histogram(rejected, edges)[0].tolist()}
     lengths = [len(answer) for p in pairs for answer in p[1:3]]
     longer = [len(p[1]) > len(p[2]) for p in pairs]
     return dict(loss=float(np.logaddexp(0, -margins).mean()), accuracy=right / len(pairs),
-                accuracy_95=wilson(right, len(pairs)), pairs=len(pairs), margin=float(margins.mean()), ece=ece,
-                reliability=reliability, length_correlation=correlation(both, lengths),
+                accuracy_95=wilson(right, len(pairs)), pairs=len(pairs), margin=float(margins.mean()),
+                ece=ece, reliability=reliability, length_correlation=correlation(both, lengths),
                 longer_is_chosen=float(np.mean(longer)), reward_mean=float(both.mean()),
-                reward_std=float(both.std()), histogram=dict(edges=edges.tolist(), **counts))
+                reward_std=float(both.std()), histogram=histogram)
 
 
 def sampled_sequences(run, tok, pairs, n, max_new_tokens, temperature, seed):
@@ -208,8 +218,8 @@ def sampled_sequences(run, tok, pairs, n, max_new_tokens, temperature, seed):
 
 
 def normalise(run, model, sequences, name):
-    """Folds gain and bias into the checkpoint `name` of out_dir and into the model, whose weights are then that file's.
-    The weights as trained stay in it (raw_score, raw_bias): a resumed run trains those."""
+    """Folds gain and bias into the checkpoint `name` of out_dir and into the model, whose weights are then
+    that file's. The weights as trained stay in it (raw_score, raw_bias): a resumed run trains those."""
     path = os.path.join(run.out_dir, name)
     saved = torch.load(path, map_location='cpu', weights_only=True)
     saved.setdefault('raw_bias', 0.0 if 'raw_score' in saved else saved['model_args']['reward_bias'])
@@ -220,7 +230,7 @@ def normalise(run, model, sequences, name):
     rewards = rewards_in_order(run, model, sequences)
     gain, bias = gain_and_bias(rewards, saved['raw_bias'])
     if not math.isfinite(gain) or not math.isfinite(bias):
-        raise ValueError(f'{path}: rewards with gain {gain} and bias {bias}: its weights are broken, and stay as they are')
+        raise ValueError(f'{path}: gain {gain} and bias {bias}: broken weights, left as they are')
     saved['model']['score.weight'] = saved['raw_score'] * gain
     for part in ('model_args', 'lora'):
         if saved[part]:
@@ -229,15 +239,15 @@ def normalise(run, model, sequences, name):
     model.config.reward_bias = bias
     run.replace(path, saved)
     rewards = rewards_in_order(run, model, sequences)
-    print(f'{name} normalised on {len(sequences)} sequences: gain {gain:.3f}, bias {bias:+.3f}; their rewards now have '
-          f'mean {rewards.mean():.4f} and std {rewards.std(correction=0):.4f}')
+    print(f'{name} normalised on {len(sequences)} sequences: gain {gain:.3f}, bias {bias:+.3f}; their '
+          f'rewards now have mean {rewards.mean():.4f} and std {rewards.std(correction=0):.4f}')
 
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval, save_minutes,
-    # lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype, compile,
-    # checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
+    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval,
+    # save_minutes, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype,
+    # compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
     run = Run('reward', config)
 
     # ---- 1. a language model with a scalar head
@@ -248,7 +258,7 @@ if __name__ == '__main__':
     if normalize == 'samples':  # said now, not after the training
         prompt_room(model, max_new_tokens)
         if not getattr(model, 'fresh_head', True):
-            raise ValueError(f'{init_from} is a reward model and cannot answer: --normalize=responses, or none')
+            raise ValueError(f'{init_from} is a reward model and cannot answer: --normalize=responses, none')
     T = min(block_size or model.config.block_size, model.config.block_size)
 
     # ---- pairs
@@ -258,8 +268,8 @@ if __name__ == '__main__':
     val_pairs = encode_all(val_rows, lambda row: read_preference(row, tok, T, 'drop'), run.val_name)
     max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
     order = run.order(pairs, batch_size)
-    print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of {batch_size} = '
-          f'{max_iters * batch_size / len(pairs):.2f} epochs')
+    print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of '
+          f'{batch_size} = {max_iters * batch_size / len(pairs):.2f} epochs')
     model, optimizer = run.trained(model, learning_rate, adam_eps)
     longest = max(2 * len(p[0]) + len(p[1]) + len(p[2]) for p in pairs)  # of a pair, its prompt counted twice
     run.plan(min(max(micro_tokens, longest), batch_size * longest), T)
@@ -282,7 +292,8 @@ if __name__ == '__main__':
         # ---- evaluate, and write a checkpoint; step 0 is the baseline, a coin toss
         if run.due(it):
             seen = held_out_report(run, model, val_pairs[:eval_iters * batch_size or None])
-            run.evaluated(it, seen, seen['accuracy'], 'accuracy accuracy_95 loss margin ece length_correlation')
+            shown = 'accuracy accuracy_95 loss margin ece length_correlation'
+            run.evaluated(it, seen, seen['accuracy'], shown)
         if it == max_iters or eval_only:
             break
 
@@ -291,13 +302,15 @@ if __name__ == '__main__':
         lengths = [2 * len(p[0]) + len(p[1]) + len(p[2]) for p in batch]
         micros = [[batch[i] for i in picked] for picked in run.micro_batches(lengths)]
 
-        # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its pairs (the GPU is waited for here)
+        # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its pairs (the GPU is waited for
+        # here)
         stats = parallel.forward_backward(model, optimizer, micros, loss_of, [len(m) for m in micros])
         check_finite(it, out_dir, **stats)
         # all-reduce of the gradients, clip, AdamW
         lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
         norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
-        run.log(it, dict(stats, grad_norm=norm, lr=lr, tokens=sum(lengths)), 'loss accuracy margin grad_norm lr')
+        metrics = dict(stats, grad_norm=norm, lr=lr, tokens=sum(lengths))
+        run.log(it, metrics, 'loss accuracy margin grad_norm lr')
 
     # ---- 4. gain and bias, of both files that leave this stage; the last one stays in memory
     if not eval_only and normalize != 'none':

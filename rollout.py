@@ -28,8 +28,8 @@ import torch
 
 import infer
 import parallel
-from dataset import pack, pad
-from model import answer_logprobs, answer_values, rewards_of
+from dataset import pad
+from model import all_rewards, answer_logprobs, answer_values
 from run import check_fit, encode_all, kv_cache_bytes, load_model, reference_of
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
@@ -274,7 +274,7 @@ class Rewards:
             sequences = [self._reread(*read, tok) for read in zip(batch.rows, texts, ended)]
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
-            scores = model_rewards(model, sequences, self.run.config['micro_tokens'])
+            scores = all_rewards(model, sequences, self.run.config['micro_tokens'])
         if not scores.isfinite().all():
             bad = scores[~scores.isfinite()][0].item()
             raise ValueError(f'reward model {name} returned {bad}: its weights are broken; train it again')
@@ -285,15 +285,6 @@ class Rewards:
         ended."""
         ids, _ = encode_row(dict(prompt=row['prompt'], completion=text), tok)
         return ids if ended else ids[:-1]
-
-
-@torch.no_grad()
-def model_rewards(model, sequences, micro_tokens):
-    """Rewards (S,) of token lists in micro-batches, float32 on the CPU."""
-    out, lengths = torch.empty(len(sequences)), [len(sequence) for sequence in sequences]
-    for some in pack(lengths, max([micro_tokens, *lengths])):
-        out[some] = rewards_of(model, [sequences[i] for i in some]).float().cpu()
-    return out
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -569,7 +560,7 @@ class RolloutWorker:
     def __init__(self, model, tokenizer, device, **options):
         torch.set_num_threads(1)
         self.engine = infer.Engine(model.to(device), get_tokenizer(tokenizer), **options)
-        self.open = {}  # number -> ([answers still to come], requests)
+        self.open = {}  # number -> its requests
 
     def ready(self):
         """Answers once the process is up."""
@@ -581,18 +572,16 @@ class RolloutWorker:
         if weights is not None:
             self.engine.load_weights(weights, version, recompute=True)
         for number, prompt, params in jobs:
-            left = [params.n]
-            prompt = self.engine._check(prompt, params)
-            self.open[number] = left, self.engine._add(prompt, params, left=left)
+            self.open[number] = self.engine.submit(prompt, params)
         until = time.monotonic() + seconds
         while self.engine.has_unfinished() and time.monotonic() < until:
-            with self.engine.lock:
-                self.engine._step()
+            self.engine.step()
         done = []
-        for number in [number for number, (left, _) in self.open.items() if not left[0]]:
-            found = [self.engine._completion(request) for request in self.open.pop(number)[1]]
-            answers = [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in found]
-            done.append((number, answers))
+        for number, group in list(self.open.items()):
+            if all(request.finish_reason for request in group):
+                found = [request.completion() for request in self.open.pop(number)]
+                answers = [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in found]
+                done.append((number, answers))
         return done
 
 
@@ -690,7 +679,7 @@ class Rollouts:
             os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])
         try:
             if self.own:
-                self._start(runtime, processes)
+                self._start(runtime, processes, gpus - (gpus > 1))
         finally:
             if gpus > 1 and before is None:
                 del os.environ['CUDA_VISIBLE_DEVICES']
@@ -698,9 +687,9 @@ class Rollouts:
                 os.environ['CUDA_VISIBLE_DEVICES'] = before
         return gpus - (gpus > 1)
 
-    def _start(self, runtime, processes):
+    def _start(self, runtime, processes, gpus):
         if runtime == 'local':
-            self.actors.init(num_cpus=processes)
+            self.actors.init(num_cpus=processes, num_gpus=gpus)
         elif runtime == 'ray':
             cpus = None if os.environ.get('RAY_ADDRESS') else processes  # a cluster has its own
             self.actors.init(backend='ray', include_dashboard=False, num_cpus=cpus)

@@ -2,7 +2,8 @@
 
 What every stage does around its algorithm stands here once; a stage holds its equations and its loop:
 
-    run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from, or None
+    run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from, or
+    None
     model, tok = run.model()            # from anywhere, with lora_r > 0 under an adapter
     train, val = run.rows()             # dataset and val_dataset, or 5 % of dataset kept aside
     items = encode_all(train, fn, name)     # rows to token ids; a bad row is named by file and number
@@ -18,17 +19,20 @@ What every stage does around its algorithm stands here once; a stage holds its e
         run.log(it, metrics, show)      # a row of log.jsonl, and a line that shows some of it
     run.finish(said)                    # the memory that it took
 
-A resumed run finds models, optimizers and order where they stood. The words of several processes (mesh, replica,
-rank) are explained in parallel.py; a single process is a mesh of one.
+A resumed run finds models, optimizers and order where they stood. The words of several processes (mesh,
+replica, rank) are explained in parallel.py; a single process is a mesh of one.
 """
 import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import mmap
 import os
+import re
 import sys
 import time
 
@@ -47,9 +51,9 @@ from tokenizer import get_tokenizer
 
 
 def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
-    """(GPT, tokenizer name or directory) from an out_dir, a ckpt file, an HF or PEFT directory, or a hub name. Always
-    a plain model: an adapter is merged into its base. A language model asked for with head='scalar' gets a fresh
-    head. ValueError, one line, for what is no model."""
+    """(GPT, tokenizer name or directory) from an out_dir, a ckpt file, an HF or PEFT directory, or a hub
+    name. Always a plain model: an adapter is merged into its base. A language model asked for with
+    head='scalar' gets a fresh head. ValueError, one line, for what is no model."""
     inside = os.path.join(init_from, 'ckpt.pt')
     file = inside if os.path.exists(inside) else init_from
     if not os.path.isfile(file):
@@ -57,12 +61,8 @@ def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
             return _from_peft(init_from, device, dtype, head)
         folder = files.resolve(init_from)
         return GPT.from_pretrained(folder, head, dtype).to(device), folder
-    try:
-        ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-        config, state = GPTConfig(**ckpt['model_args']), ckpt['model']
-    except (RuntimeError, KeyError, TypeError, EOFError) as e:
-        why = f'{type(e).__name__}: {str(e).splitlines()[0][:80]}'
-        raise ValueError(f'{file}: not a checkpoint of ours ({why})') from None
+    ckpt = parallel.read_checkpoint(file, mmap=True)
+    config, state = GPTConfig(**ckpt['model_args']), ckpt['model']
     if ckpt.get('lora'):
         own_head = 'scalar' if 'score.weight' in state else 'lm'
         base, _ = load_model(ckpt['lora']['base'], 'cpu', dtype, own_head)
@@ -86,7 +86,8 @@ def _merged(adapted, where, dtype, head):
 
 
 def _from_peft(folder, device, dtype, head):
-    """load_model for a PEFT directory: the base that it names, the adapter merged; its own tokenizer if it has one."""
+    """load_model for a PEFT directory: the base that it names, the adapter merged; its own tokenizer if it
+    has one."""
     with open(os.path.join(folder, 'adapter_config.json')) as f:
         config = json.load(f)
     if not config.get('base_model_name_or_path'):
@@ -101,7 +102,8 @@ def _from_peft(folder, device, dtype, head):
 def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora_r=0, lora_alpha=16.0,
                lora_dropout=0.0, lora_targets=''):
     """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of open_run), new from `scratch` (a
-    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the adapter."""
+    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the
+    adapter."""
     if ckpt and ckpt.get('lora'):
         model, _ = load_model(ckpt['lora']['base'], head=head)
         model.lora_info = ckpt['lora']
@@ -122,8 +124,8 @@ def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora
 
 
 def checkpoint_keys(model):
-    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps: all, or with LoRA
-    those of the adapters and the scalar head; `lora` then says where their base lies."""
+    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps: all, or with
+    LoRA those of the adapters and the scalar head; `lora` then says where their base lies."""
     info = getattr(getattr(model, 'body', model), 'lora_info', None)
     if info is None:
         return dict(model_args=dataclasses.asdict(model.config), lora=None)
@@ -147,9 +149,9 @@ def check_fit(model, name, tok, T):
 
 
 def activation_bytes(c, tokens, T, itemsize=4, checkpointing=False):
-    """What one forward pass keeps for its backward: per token and layer the inputs of norms, linears and activation.
-    GPT-2 block, in units of C: x, x + attn, two norm outputs, qkv (3), attention output, 4 + 4 around the GELU = 16.
-    GPT-2 small, 1024 tokens, fp32: 12 * 1024 * 16 * 768 * 4 B = 604 MB."""
+    """What one forward pass keeps for its backward: per token and layer the inputs of norms, linears and
+    activation. GPT-2 block, in units of C: x, x + attn, two norm outputs, qkv (3), attention output, 4 + 4
+    around the GELU = 16. GPT-2 small, 1024 tokens, fp32: 12 * 1024 * 16 * 768 * 4 B = 604 MB."""
     qkv = (c.n_head + 2 * c.n_kv_head) * c.head_size
     block = 4 * c.n_embd + qkv + c.n_head * c.head_size + (3 if c.gated else 2) * c.n_inner
     if c.pos == 'rope':
@@ -163,8 +165,8 @@ def kv_cache_bytes(c, tokens, itemsize=4):
 
 
 def training_bytes(model, mesh=None, itemsize=4):
-    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only. With a mesh of
-    several ranks: on the fullest rank once `parallel.shard` has cut the model."""
+    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only. With a
+    mesh of several ranks: on the fullest rank once `parallel.shard` has cut the model."""
     if mesh is not None and mesh.world > 1:
         part = mesh.plan(model)
         return part['weights'], part['gradients'] + part['in_flight'], part['optimizer']
@@ -181,7 +183,8 @@ def memory_plan(parts):
 
 
 def memory_now(device, peak=False):
-    """Bytes that this process holds: torch's allocator on CUDA, the resident set on CPU (peak: the highest so far)."""
+    """Bytes that this process holds: torch's allocator on CUDA, the resident set on CPU (peak: the highest so
+    far)."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     if peak:
@@ -190,7 +193,7 @@ def memory_now(device, peak=False):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     try:
         with open('/proc/self/statm') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+            return int(f.read().split()[1]) * mmap.PAGESIZE
     except OSError:
         return 0  # no /proc (Mac): the measured peak then includes the interpreter
 
@@ -200,9 +203,10 @@ _heap = None  # resident bytes one step after the last trim
 
 
 def trim_heap(grown=1.25):
-    """Gives freed memory back to the system once the process has grown by a quarter since the last time; returns the bytes
-    (0: not now, or no glibc). Batches whose lengths always differ leave glibc's heap full of holes: 120 steps of a model of
-    0.66 M parameters held 0.54 GB in use and 1.39 GB in all. Called after a step, when its activations are free."""
+    """Gives freed memory back to the system once the process has grown by a quarter since the last time;
+    returns the bytes (0: not now, or no glibc). Batches whose lengths always differ leave glibc's heap full
+    of holes: 120 steps of a model of 0.66 M parameters held 0.54 GB in use and 1.39 GB in all. Called after a
+    step, when its activations are free."""
     global _heap
     now = memory_now(torch.device('cpu'))
     if _malloc_trim is None or _heap is not None and now < grown * _heap:
@@ -220,13 +224,23 @@ def trim_heap(grown=1.25):
 
 
 def pick_device(device, dtype):
-    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights stay float32;
-    dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling), float32 on CPU."""
+    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights
+    stay float32; dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling),
+    float32 on CPU. The device becomes torch's current one: streams, events and graphs are made on it. ValueError
+    names what is here."""
+    here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    here += ['mps'] * torch.backends.mps.is_available()
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        unused = next((f for f in ('/dev/nvidia0', '/dev/dxg', '/dev/kfd') if os.path.exists(f)), None)
+        if device == 'cpu' and unused:
+            print(f'{unused} is there, but this torch ({torch.__version__}, CUDA {torch.version.cuda}) sees no GPU: it runs on the '
+                  f'CPU. Install the torch build that fits your driver.', file=sys.stderr)
+    if device not in here and (device != 'cuda' or 'cuda:0' not in here):
+        raise ValueError(f'device {device!r}: not here; this torch sees {", ".join(here)}')
     device = torch.device(device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: this torch sees no GPU; --device=cpu runs here")
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     if dtype not in ('float32', 'bfloat16'):
@@ -235,8 +249,8 @@ def pick_device(device, dtype):
 
 
 def pick_threads(threads, n_params, device):
-    """threads=0: at most two for models under 5 M parameters, whose products are too small for more (threads then spin on
-    each other), else torch's choice. Sets it and returns it."""
+    """threads=0: at most two for models under 5 M parameters, whose products are too small for more (threads
+    then spin on each other), else torch's choice. Sets it and returns it."""
     if device.type == 'cpu' and (threads or n_params < 5e6):
         torch.set_num_threads(threads or min(2, torch.get_num_threads()))
     return torch.get_num_threads()
@@ -247,21 +261,37 @@ def stage_of(config):
     return 'kto' if config.get('loss_type') == 'kto' else config['stage']
 
 
+owned = {}  # folder -> its lock file, open as long as this process lives
+
+
+def own_folder(out_dir, mesh):
+    """One run writes a folder at a time. The kernel holds the lock and gives it back however the process ends, so a
+    killed run blocks nobody; children made by fork do not keep it. ValueError where another process has it."""
+    name = os.path.realpath(out_dir)
+    taken = False
+    if mesh.master and name not in owned:
+        try:
+            owned[name] = lock = files.locked(os.path.join(name, '.lock'), wait=False)
+            os.register_at_fork(after_in_child=lock.close)
+        except BlockingIOError:
+            taken = True
+    if mesh.everyone.share_object(taken, 0, 'lock of the folder'):
+        raise ValueError(f'{out_dir} is being written by a run right now: stop that one, or give another --out_dir')
+
+
 def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
-    """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never overwritten
-    unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells what to do."""
+    """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never
+    overwritten unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells
+    what to do."""
     file = os.path.join(out_dir, 'ckpt.pt')
     if mesh.restarted(out_dir) and os.path.exists(file):
         init_from = 'resume'
     if init_from == 'resume':
         if not os.path.exists(file):
             raise ValueError(f'{file}: nothing to resume from; start without --init_from=resume')
-        try:
-            ckpt = torch.load(file, map_location='cpu', weights_only=True, mmap=mesh.world > 1)  # ranks share its pages
-            theirs = stage_of(ckpt['config'])
-        except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as e:
-            raise ValueError(f'{file}: not a checkpoint of ours ({type(e).__name__}); {out_dir}/ckpt_best.pt may still be '
-                             f'good') from None
+        own_folder(out_dir, mesh)
+        ckpt = parallel.read_checkpoint(file, mmap=mesh.world > 1)  # ranks share its pages
+        theirs = stage_of(ckpt['config'])
         if theirs != stage:
             raise ValueError(f'{out_dir} is a run of {theirs}.py, this is {stage}.py: give another --out_dir')
         mesh.mark(out_dir)
@@ -270,7 +300,7 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
     if os.path.exists(file) and not overwrite:
         raise ValueError(f'{out_dir} already holds a run: --init_from=resume continues it, --out_dir=... starts another, '
                          f'--overwrite=True replaces it')
-    os.makedirs(out_dir, exist_ok=True)
+    own_folder(out_dir, mesh)
     mesh.barrier()  # all have looked
     if mesh.torchrun and mesh.master and os.path.exists(file):
         os.remove(file)  # or torchrun, starting us again before the first checkpoint, would go on with the old run
@@ -279,8 +309,8 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
 
 
 def same_settings(config, old, out_dir):
-    """On resume: what the old config has and a new one cannot change is taken over, or refused by name where the new one
-    says something else. Everything else takes effect as it is given."""
+    """On resume: what the old config has and a new one cannot change is taken over, or refused by name where
+    the new one says something else. Everything else takes effect as it is given."""
     fixed = ['seed', 'batch_size', 'group_size', 'tokenizer']
     lora_keys = ['lora_r', 'lora_alpha', 'lora_dropout', 'lora_targets']
     if config['lora_r']:
@@ -302,9 +332,9 @@ def digest(items):
 
 
 class RunLog:
-    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed, what was logged (and
-    what samples.jsonl holds) of later steps than the checkpoint's is dropped, so that no step stands there twice.
-    master: of several ranks one writes."""
+    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed, what
+    was logged (and what samples.jsonl holds) of later steps than the checkpoint's is dropped, so that no step
+    stands there twice. master: of several ranks one writes."""
 
     def __init__(self, out_dir, config, ckpt=None, master=True):
         self.file, self.t0 = None, time.time() - (ckpt['time'] if ckpt else 0)
@@ -376,8 +406,8 @@ def line(metrics, keys):
 
 
 def encode_all(rows, encode, name):
-    """Items of all rows. encode(row) -> ([item, ...], note), the note ('' or words) is counted and printed. ValueError names
-    file and row of what encode refuses, and a data set of which nothing is left."""
+    """Items of all rows. encode(row) -> ([item, ...], note), the note ('' or words) is counted and printed.
+    ValueError names file and row of what encode refuses, and a data set of which nothing is left."""
     items, notes = [], collections.Counter()
     for i, row in enumerate(rows):
         try:
@@ -405,7 +435,8 @@ def prompt_room(model, max_new_tokens):
 
 @contextlib.contextmanager
 def reference_of(policy, frozen):
-    """Inside: the model that the policy is compared with, the frozen one, or (None) the policy with its adapter off."""
+    """Inside: the model that the policy is compared with, the frozen one, or (None) the policy with its
+    adapter off."""
     if frozen is not None:
         yield frozen
     else:
@@ -414,12 +445,14 @@ def reference_of(policy, frozen):
 
 
 class Run:
-    """What all stages do around their algorithm; see the top of this file for the order. config: the keys of the stage; what
-    was only typed ('resume') gives way in it to what it stands for. folder=False: writes nothing."""
+    """What all stages do around their algorithm; see the top of this file for the order. config: the keys of
+    the stage; what was only typed ('resume') gives way in it to what it stands for. folder=False: writes
+    nothing."""
 
     def __init__(self, stage, config, folder=True):
         config['stage'] = stage
-        self.config, self.out_dir = config, config['out_dir']
+        self.config, self.out_dir, self.planned = config, config['out_dir'], 0
+        sys.excepthook = functools.partial(self.failed, sys.excepthook)
         device, self.dtype = pick_device(config['device'], config['dtype'])
         kernels.use(config['kernels'])
         tp, pp, cp = config['tp'], config['pp'], config['cp']
@@ -442,6 +475,17 @@ class Run:
     def amp(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def failed(self, otherwise, kind, error, tb):
+        """Python's last word on an error: running out of memory, the most certain one of all, gets one line of its own."""
+        if kind.__name__ != 'OutOfMemoryError' and not issubclass(kind, MemoryError) and 'DefaultCPUAllocator' not in str(error):
+            return otherwise(kind, error, tb)
+        asked = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.I)
+        savers = ('micro_tokens', 'checkpointing', 'max_num_seqs', 'lora_r', 'batch_size')
+        keys = ', '.join(f'{key} (now {self.config[key]})' for key in savers if key in self.config)
+        print(f'error: out of memory{": " + asked[0] if asked else ""}; the plan was {self.planned / 1e9:.2f} GB. What helps, '
+              f'the cheapest first: {keys}', file=sys.stderr)
+        sys.exit(2)
+
     # ---- models and rows
 
     def model(self, head='lm', scratch=None, dropout=0.0):
@@ -463,8 +507,8 @@ class Run:
         return model, tok
 
     def reference(self, policy, tok, T, name=''):
-        """The frozen model that the policy is compared with (init_from, or `name`), for sequences of T tokens; None where it
-        is the policy itself with its adapter off, which costs nothing."""
+        """The frozen model that the policy is compared with (init_from, or `name`), for sequences of T
+        tokens; None where it is the policy itself with its adapter off, which costs nothing."""
         if lora.adapted(policy) and not name:
             return None
         model, _ = load_model(name or self.config['init_from'], self.device)
@@ -500,7 +544,8 @@ class Run:
         return self.cursor
 
     def trained(self, model, learning_rate, eps=1e-8, key='model'):
-        """(this rank's part of the model, its AdamW). key: where they stand in a checkpoint, 'model' or 'value'."""
+        """(this rank's part of the model, its AdamW). key: where they stand in a checkpoint, 'model' or
+        'value'."""
         c, whole = self.config, training_bytes(model)[0]
         if not self.networks:  # what the process holds besides models: interpreter, torch, data
             self.base = memory_now(self.device) - whole - sum(self.memory.values())
@@ -516,8 +561,8 @@ class Run:
         return model, optimizer
 
     def plan(self, tokens, T, **more):
-        """Prints what runs where and the memory that it will take. tokens: of one micro-batch on one rank, of sequences of up
-        to T; more: {what: bytes} that the stage holds besides."""
+        """Prints what runs where and the memory that it will take. tokens: of one micro-batch on one rank, of
+        sequences of up to T; more: {what: bytes} that the stage holds besides."""
         c = self.networks['model'][0].config
         tokens = tokens // (self.config['tp'] * self.config['cp'])
         more['activations'] = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
@@ -529,13 +574,13 @@ class Run:
     # ---- micro-batches
 
     def micro_batches(self, lengths):
-        """Row numbers of a batch in lists of at most micro_tokens tokens (or one longer row); of several replicas each gets
-        its share."""
+        """Row numbers of a batch in lists of at most micro_tokens tokens (or one longer row); of several
+        replicas each gets its share."""
         return self.mesh.deal(pack(lengths, max([self.config['micro_tokens'], *lengths])), lengths)
 
     def each(self, model, lengths, fn):
-        """[what fn finds for each row], on the CPU, without gradient, on every rank. fn(model, [row numbers]) -> tensor with
-        one entry a row; lengths: tokens of the rows."""
+        """[what fn finds for each row], on the CPU, without gradient, on every rank. fn(model, [row numbers])
+        -> tensor with one entry a row; lengths: tokens of the rows."""
         out, micros = [None] * len(lengths), self.micro_batches(lengths)
         with self.amp():
             found = parallel.evaluate(model, micros, fn)
@@ -552,13 +597,20 @@ class Run:
         if self.ckpt:
             self.mesh.set_rng_state(self.ckpt['rng'])
         self.log_file = RunLog(self.out_dir, self.config, self.ckpt, self.mesh.master)
+        self.mesh.listen()  # from here on the first Ctrl-C or SIGTERM lets the iteration end
         self.saved = time.time()
         for it in range(self.start, max_iters + 1):
             self.clock = time.time()
             yield it
             minutes = self.mesh.everyone.share_object((time.time() - self.saved) / 60, 0, 'clock')
-            if 0 < self.config['save_minutes'] < minutes:
+            signal = self.mesh.interrupted()
+            if signal or 0 < self.config['save_minutes'] < minutes:
                 self.save(it + 1, evaluated=False)
+            if signal:
+                print(f'stopped after iteration {it}, which {self.out_dir}/ckpt.pt holds: the same command with '
+                      f'--init_from=resume continues it')
+                self.mesh.close()
+                sys.exit(128 + signal)  # as a shell counts
 
     def due(self, it):
         """Is it time to evaluate? Not where a checkpoint that holds this very evaluation was resumed."""
@@ -567,9 +619,9 @@ class Run:
         return it % self.config['eval_interval'] == 0 or it == self.max_iters or self.config['eval_only']
 
     def evaluated(self, it, metrics, mark, show, lower=False):
-        """Ends an evaluation: numbers that are not finite stop the run, and the last good checkpoint stays; else they are
-        logged and (but for eval_only) saved, the best so far also to ckpt_best.pt. mark: what "best" goes by, higher is
-        better unless lower=True; show: the metrics on the console."""
+        """Ends an evaluation: numbers that are not finite stop the run, and the last good checkpoint stays;
+        else they are logged and (but for eval_only) saved, the best so far also to ckpt_best.pt. mark: what
+        "best" goes by, higher is better unless lower=True; show: the metrics on the console."""
         check_finite(it, self.out_dir, mark=mark, **metrics)
         print(f'step {it}: val {line(metrics, show)}')
         self.log_file.row(it, 'eval', **{k: v for k, v in metrics.items() if isinstance(v, (int, float))})
@@ -597,7 +649,8 @@ class Run:
         self.mesh.barrier()
 
     def log(self, it, metrics, show):
-        """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes a second."""
+        """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes
+        a second."""
         seconds = time.time() - self.clock
         metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
         metrics['tok_per_s'] = metrics['tokens'] / seconds

@@ -1,4 +1,5 @@
-"""What the prepare scripts share: the files of --src, rows or text out of them, and rows or tokens written whole or not at all."""
+"""What the prepare scripts share: the files of --src, rows or text out of them, and rows or tokens written
+whole or not at all."""
 import contextlib
 import gzip
 import json
@@ -11,7 +12,8 @@ from files import replaced
 
 
 def find(src, pattern):
-    """The files of --src: a file, those of a folder whose path matches the pattern, or several of these with commas between."""
+    """The files of --src: a file, those of a folder whose path matches the pattern, or several of these with
+    commas between."""
     found = []
     for given in [src] if os.path.exists(src) else src.split(','):
         if os.path.isdir(given):
@@ -63,7 +65,7 @@ def write_rows(out_dir, name, rows):
 def write_tokens(out_dir, parts, tok):
     """{name: iterable of id lists} -> uint16 files as nanoGPT's, streamed; all of them, or none."""
     if tok.vocab_size > 1 << 16:
-        raise ValueError(f'tokenizer {tok.name!r} has {tok.vocab_size:,} tokens, but .bin files hold 16 bits: '
+        raise ValueError(f'tokenizer {tok.name!r} has {tok.vocab_size:,} tokens, .bin files hold 16 bits: '
                          'take gpt2, byte or char, or rows with {"text"}')
     os.makedirs(out_dir, exist_ok=True)
     with contextlib.ExitStack() as opened:

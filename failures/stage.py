@@ -2,8 +2,8 @@
 
 Each file of this folder is one classic mistake; the files on disk stay as they are. The docstring says what one would
 have seen, as measured:
-    python failures/wrong_kl_sign.py config/ablate_ppo.py --out_dir=out-exp/wrong_kl_sign
-The options are the stage's own. `bash experiments.sh i` trains all of them beside their right twins.
+    python failures/wrong_kl_sign.py experiments/ablate_ppo.py --out_dir=out-exp/wrong_kl_sign
+The options are the stage's own. `python experiments/study.py i` trains all of them beside their right twins.
 """
 import os
 import sys

@@ -115,8 +115,7 @@ def test_an_interrupted_answer_goes_on_and_each_token_knows_its_weights():
     done = worker.run(jobs, 0, None, 0.0)
     for version in range(1, 5):
         for _ in range(7):
-            with worker.engine.lock:
-                worker.engine._step()
+            worker.engine.step()
         done += worker.run([], version, models[version].state_dict(), 0.0)
     done += worker.run([], 4, None, 60.0)
     stats = worker.engine.stats()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels as K
+from helpers import mismatch
 
 native = pytest.importorskip('native', reason='native.py was deleted: the twins run')
 ROOT = os.path.dirname(os.path.abspath(K.__file__))
@@ -28,10 +29,10 @@ def forget():
         cache.cache_clear()
 
 
-def child(code, **env):
+def child(code, timeout=300, **env):
     """(stdout, stderr) of Python code that runs in the project's root."""
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, done.stderr
 
 
@@ -41,6 +42,7 @@ import sys
 import torch
 sys.path.insert(0, 'tests')
 import kernels as K
+from helpers import mismatch
 from infer import Engine, SamplingParams
 from test_infer import tiny
 model = tiny('qwen3', torch.float32, vocab=211, n_embd=64, head_size=16)
@@ -48,7 +50,7 @@ model(torch.arange(12)[None], targets=torch.arange(12)[None], doc=torch.tensor([
 engine = Engine(model, None)
 out = engine.generate([[1, 2, 3], [4] * 40, [5]], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
 K.draw(torch.randn(3, 99), torch.rand(3, dtype=torch.float64), torch.ones(3))
-print(engine.native, [c.token_ids for c in out], engine.mismatch(out)['max'] <= 1e-5)
+print('in C' in repr(engine), [c.token_ids for c in out], mismatch(engine, out)['max'] <= 1e-5)
 """
 
 
@@ -91,7 +93,7 @@ def check_engine():
     for arch in ('gpt2', 'qwen3'):
         engine = Engine(tiny(arch, torch.float32, vocab=211, n_embd=64, head_size=16), None)
         out = engine.generate([[1, 2, 3], [4] * 40, [5]], SamplingParams(max_tokens=20, seed=1, ignore_eos=True))
-        assert engine.native and engine.mismatch(out)['max'] <= 1e-5
+        assert 'in C' in repr(engine) and mismatch(engine, out)['max'] <= 1e-5
 
 
 @compiled
@@ -160,3 +162,100 @@ def test_attention_of_documents(nkv, group, hs):
     assert not ours[0][152:].any() and all(not t[152:].any() for t in ours[1:])
     alone = K.doc_attention(*(t.detach()[8:78] for t in (q, k, v)), torch.arange(70), torch.tensor([0, 70]), torch.tensor([0]), torch.tensor([0, 1]), 70)
     assert torch.equal(alone, ours[0][8:78])
+
+
+# ---- no function writes behind its buffers ------------------------------------------------------------------------------
+
+
+def engine(arch='qwen3', **over):
+    from infer import Engine
+    from test_infer import tiny
+    over = dict(vocab=211, n_embd=64, head_size=16) | over
+    e = Engine(tiny(arch, torch.float32, **over), None, max_num_seqs=256)
+    assert e.native
+    return e
+
+
+def ask(e, prompts, n, **over):
+    from infer import SamplingParams
+    out = e.generate(prompts, SamplingParams(**dict(max_tokens=3, seed=1, n=n, ignore_eos=True) | over))
+    assert mismatch(e, out)['max'] <= 2e-5
+    return [c.token_ids for c in out]
+
+
+@compiled
+@pytest.mark.parametrize('prompts, n', [([[7]], 128), ([[7]], 65), ([[7], [1, 2]], 64), ([[1, 2, 3, 4, i] for i in range(16)], 8), ([[3] * 80, [4]], 128)])
+def test_more_samples_than_tokens(prompts, n):
+    """A step draws n samples a prompt from fewer rows than that; the first eight are those of n = 8."""
+    many, few = (ask(engine(block_size=128), prompts, k) for k in (n, 8))
+    assert len(many) == n * len(prompts) and len(set(map(tuple, many))) > n // 2
+    for i in range(len(prompts)):
+        assert many[i * n:i * n + 8] == few[i * 8:i * 8 + 8]
+
+
+@compiled
+@pytest.mark.parametrize('arch, head_size, n_head, n_kv_head', [('llama', d, 3, 3) for d in (4, 10, 16, 20, 48, 64, 80, 96, 128, 256)]
+                         + [('gpt2', 12, 3, 3), ('llama', 24, 8, 1), ('qwen3', 128, 6, 2), ('qwen2', 40, 16, 2)])
+def test_every_head_size(arch, head_size, n_head, n_kv_head):
+    """A prompt of one token, one that leaves room for one, a chunk, and the whole context."""
+    e = engine(arch, head_size=head_size, n_head=n_head, n_kv_head=n_kv_head, n_embd=36, block_size=48)
+    assert [len(t) for t in ask(e, [[1], [2] * 47, [3] * 17], 2, max_tokens=47)] == [47, 47, 1, 1, 31, 31]
+
+
+@compiled
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    """Each C function knows how many rows it may write and what its numbers may be."""
+    import ctypes
+
+    import numpy as np
+    e = engine()
+    ask(e, [[1, 2, 3]], 1)
+    net, kv = e.forward, torch.full((2, 2, 3, 2, 32, 16), 7.0)
+    n = net.rows + 1
+
+    def forward(n=2, ids=1, pos=1, owner=0, size=32, block=2, requests=1, width=64):
+        ids, pos, owner = (np.full(max(n, 2), x, np.int64) for x in (ids, pos, owner))
+        table = np.full((1, 2), block, np.int32)
+        cache = native.Cache(keys=kv.data_ptr(), values=kv.stride(0), layer=kv.stride(1), blocks=3, size=size, table=table.ctypes.data, requests=requests, width=2)
+        net.code.forward(ctypes.byref(net.net), 2, ctypes.byref(cache), *(x.ctypes.data for x in (ids, owner, pos)), n, width)
+
+    def logits(n=2, at=0, rows=2, width=224):
+        z, at = torch.full((rows, width), 7.0), np.full(n, at, np.int64)
+        net.code.logits(ctypes.byref(net.net), at.ctypes.data, n, z.data_ptr(), rows, width)
+    for call, wrong in ((forward, dict(n=n)), (forward, dict(ids=211)), (forward, dict(ids=-1)), (forward, dict(pos=64)), (forward, dict(pos=-1)), (forward, dict(size=24)),
+                        (forward, dict(size=0)), (forward, dict(owner=1)), (forward, dict(owner=-1)), (forward, dict(block=3)), (forward, dict(block=-1)), (forward, dict(requests=0)),
+                        (forward, dict(pos=20, width=16)), (forward, dict(width=60)),
+                        (logits, dict(n=n, rows=n)), (logits, dict(n=3)), (logits, dict(at=net.rows)), (logits, dict(at=-1)), (logits, dict(width=211))):
+        with pytest.raises(RuntimeError, match=f'native.c: {call.__name__} needs '):
+            call(**wrong)
+    assert (kv == 7).all()
+    forward(), logits()
+    with pytest.raises(RuntimeError, match='native.c: draw needs '):
+        native.draw(torch.randn(3, 9), torch.rand(2, dtype=torch.float64), torch.ones(3))
+    q = torch.randn(6, 2, 16)
+    good = dict(rows=torch.arange(6), cu=torch.tensor([0, 4, 6]), first=torch.tensor([0, 0]), tasks=torch.tensor([0, 1, 2]), longest=4)
+    assert K.doc_attention(q, q, q, **good).isfinite().all()
+    for wrong in (dict(rows=torch.arange(1, 7)), dict(rows=torch.arange(-1, 5)), dict(rows=torch.arange(5)), dict(cu=torch.tensor([0, 4, 7])), dict(cu=torch.tensor([0, 4, 2])),
+                  dict(first=torch.tensor([0])), dict(first=torch.tensor([0, -1])), dict(tasks=torch.tensor([0, 3])), dict(tasks=torch.tensor([1, 0])), dict(longest=3)):
+        with pytest.raises(RuntimeError, match='native.c: attend needs '):
+            K.doc_attention(q, q, q, **good | wrong)
+    for k, v in ((q[:5], q), (q, q[:, :1]), (torch.randn(6, 2, 32), torch.randn(6, 2, 32)), (torch.randn(6, 3, 16), torch.randn(6, 3, 16))):
+        with pytest.raises(ValueError, match='do not fit together'):
+            K.doc_attention(q, k, v, **good)
+
+
+@compiled
+@pytest.mark.slow
+def test_under_the_sanitizers():
+    """The C under AddressSanitizer and UndefinedBehaviorSanitizer: this file's tests, and the engine's of the C path. First a fault, to see that it is found."""
+    libraries = [subprocess.run(['gcc', f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip() for name in ('libasan.so', 'libstdc++.so.6')] if shutil.which('gcc') else ['']
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip('gcc without AddressSanitizer')
+    env = dict(LD_PRELOAD=' '.join(libraries), ASAN_OPTIONS='detect_leaks=0', CC='gcc')
+    start = "import sys, native, pytest, torch; native.FLAGS += '-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined'.split()\n"
+    beyond = 'x = torch.zeros(9); native.draw(x.view(1, 9), x[:1].double(), x[:1]); p = x.data_ptr(); native.library("DRAW").draw(p, 9, 9, 9, 9, *[p] * 5)'
+    done = subprocess.run([sys.executable, '-c', start + beyond], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode and 'heap-buffer-overflow' in done.stderr, 'the sanitizer sees nothing'
+    tests = '-k "not other_compilers and (attention_of_documents or more_samples or every_head_size or refused or c_path or in_c or packed_documents)" tests/test_native.py tests/test_infer.py tests/test_kernels.py'
+    said, _ = child(start + f"import shlex; sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *shlex.split({tests!r})]))", timeout=3000, **env)
+    assert said.count('.') > 40 and 'F' not in said

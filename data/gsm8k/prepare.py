@@ -1,9 +1,11 @@
-"""GSM8K: 7,473 + 1,319 word problems with worked answers -> prompts with checkable answers for GRPO and PPO, and rows for SFT.
+"""GSM8K: 7,473 + 1,319 word problems with worked answers -> prompts with checkable answers, and rows for SFT.
 
-    python data/gsm8k/prepare.py                        # fetches 4.9 MB
-    python data/gsm8k/prepare.py --src=FOLDER --form=chat       # prompts as messages, for an instruct model's chat template
-    train.jsonl, test.jsonl    {"prompt", "question", "answer", "final"}: answer is the worked solution, final its number; data/gsm8k/reward.py checks
-    sft_{train,val}.jsonl      {"prompt", "completion"}: the worked solution without the <<48/2=24>> notes; val is taken from train, test stays unseen
+    python data/gsm8k/prepare.py                            # fetches 4.9 MB
+    python data/gsm8k/prepare.py --src=FOLDER --form=chat   # messages, for a model with a chat template
+    train.jsonl, test.jsonl    {"prompt", "question", "answer", "final"} for GRPO and PPO: answer is the
+                               worked solution, final its number; data/gsm8k/reward.py checks it
+    sft_{train,val}.jsonl      {"prompt", "completion"}: the solution without the <<48/2=24>> notes; val is
+                               taken from train, test stays unseen
 """
 import os
 import random
@@ -13,13 +15,13 @@ import sys
 _root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
-src = '' # folder with (gsm8k_)train and test .jsonl or .parquet, or one file (a tenth becomes test); '' fetches
+src = '' # folder with (gsm8k_)train, test .jsonl or .parquet, or one file (a tenth becomes test); '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-form = 'text' # 'text': 'Question: ...\nAnswer:' verbatim; 'chat': [{"role": "user", ...}]
-val = 0.05 # share of train kept for validation of SFT
+form = 'text' # one of 'text', 'chat': 'Question: ...\nAnswer:' verbatim, or [{"role": "user", ...}]
+val = 0.05 # in [0, 1): share of train kept for validation of SFT
 seed = 1337 # of the draws
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl'
 KNOWN = {'train': '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465',
@@ -28,13 +30,16 @@ ASK = 'Think step by step and put the final number after "####".'
 
 
 def grpo_row(row):
-    """{"question", "answer": "... #### 72"} -> the row with its prompt and final number; None where the answer has no #### number."""
+    """{"question", "answer": "... #### 72"} -> the row with its prompt and final number; None where the
+    answer has no #### number."""
     final = re.search(r'####\s*(-?[\d,]*\.?\d+)\s*$', row['answer'])
     if not final or not row['question'].strip():
         return None
     asked = row['question'].strip()
-    prompt = f'Question: {asked}\nAnswer:' if form == 'text' else [{'role': 'user', 'content': f'{asked}\n{ASK}'}]
-    return {'prompt': prompt, 'question': row['question'], 'answer': row['answer'], 'final': final[1].replace(',', '')}
+    prompt = f'Question: {asked}\nAnswer:' if form == 'text' else [{'role': 'user',
+        'content': f'{asked}\n{ASK}'}]
+    return {'prompt': prompt, 'question': row['question'], 'answer': row['answer'],
+            'final': final[1].replace(',', '')}
 
 
 def sft_row(row):
@@ -57,8 +62,6 @@ def read(split):
 
 def main():
     from rows import rows_of, write_rows
-    if form not in ('text', 'chat'):
-        raise ValueError(f'form is {form!r}, expected text or chat')
     if src and os.path.isfile(src):
         rows = list(rows_of(src, 'question', 'answer'))
         random.Random(seed).shuffle(rows)

@@ -1,13 +1,14 @@
-"""Anthropic's HH-RLHF: pairs of dialogues, one of them preferred -> preferences, prompts, and the preferred answers for SFT.
+"""Anthropic's HH-RLHF: pairs of dialogues, one preferred -> preferences, prompts, preferred answers for SFT.
 
-    python data/hh/prepare.py                                       # fetches helpful-base and harmless-base (29 MB)
-    python data/hh/prepare.py --src=hh_helpful_base_test.jsonl.gz   # a file, or a folder of them
-    pref_{train,val}.jsonl     {"prompt", "chosen", "rejected"}: prompt verbatim, "\\n\\nHuman: ...\\n\\nAssistant:", answers with their leading blank
+    python data/hh/prepare.py                   # fetches helpful-base and harmless-base (29 MB)
+    python data/hh/prepare.py --src=hh_helpful_base_test.jsonl.gz      # a file, or a folder of them
+    pref_{train,val}.jsonl     {"prompt", "chosen", "rejected"}: the prompt verbatim, "\\n\\nHuman: ...\\n\\n
+                               Assistant:", the answers with their leading blank
     prompts_{train,val}.jsonl  {"prompt"}: the distinct ones, for PPO
     sft_{train,val}.jsonl      {"prompt", "completion"}: the preferred answer
-Files named train go to train, test to val; with only one of the two, a share `val` of the prompts is held out of it. No
-prompt stands on both sides. Left out and counted: equal answers, empty ones, pairs that differ before the last answer. The
-dialogues contain offensive text.
+Files named train go to train, test to val; with only one of the two, a share `val` of the prompts is held out
+of it. No prompt stands on both sides. Left out and counted: equal answers, empty ones, pairs that differ
+before the last answer. The dialogues contain offensive text.
 """
 import os
 import random
@@ -19,12 +20,12 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
 src = '' # .jsonl(.gz) with "chosen" and "rejected", or a folder of such; '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-subsets = 'helpful-base,harmless-base' # of helpful-, harmless-base, helpful-online, helpful-rejection-sampled; in a folder too
-val = 0.05 # share of the prompts held out where there is no test file
+subsets = 'helpful-base,harmless-base' # also: helpful-online, helpful-rejection-sampled; in a folder too
+val = 0.05 # in [0, 1): share of the prompts held out where there is no test file
 seed = 1337 # of that draw and of the shuffle
-max_chars = 0 # leave out rows whose prompt and longer answer have more characters; 0 = keep all
+max_chars = 0 # >= 0: leave out rows whose prompt and longer answer have more characters; 0 = keep all
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{}/{}.jsonl.gz'
 KNOWN = {('helpful-base', 'train'): '518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4',
@@ -40,7 +41,8 @@ def sources():
         names = '|'.join(re.escape(s).replace(r'\-', '[-_]') for s in wanted)
         return find(src, rf'({names}).*\.(jsonl(\.gz)?|parquet)$')
     pairs = [(subset, part) for subset in wanted for part in ('train', 'test')]
-    return [fetch(URL.format(*pair), os.path.join(out_dir, '{}-{}.jsonl.gz'.format(*pair)), KNOWN.get(pair, ''))
+    return [fetch(URL.format(*pair), os.path.join(out_dir, '{}-{}.jsonl.gz'.format(*pair)),
+                  KNOWN.get(pair, ''))
             for pair in pairs]
 
 
@@ -92,7 +94,8 @@ def main():
     print(f'sample: {rows[0]["prompt"][-200:]!r}')
     print(f'  chosen {rows[0]["chosen"][:120]!r}\n  rejected {rows[0]["rejected"][:120]!r}')
     there = os.path.relpath(out_dir)
-    print(f'next: python reward.py config/reward_gpt2.py --dataset={there}/pref_train.jsonl --val_dataset={there}/pref_val.jsonl')
+    print(f'next: python reward.py config/reward_gpt2.py --dataset={there}/pref_train.jsonl '
+          f'--val_dataset={there}/pref_val.jsonl')
 
 
 if __name__ == '__main__':

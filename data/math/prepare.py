@@ -1,15 +1,16 @@
 """Competition mathematics -> prompts with checkable answers for GRPO and PPO, and worked solutions for SFT.
-MATH by default, or files of your own.
 
-    python data/math/prepare.py                 # MATH: fetches 12,000 problems and the 500 of MATH-500 (11.3 MB)
+    python data/math/prepare.py                 # MATH: 12,000 problems and the 500 of MATH-500 (11.3 MB)
     python data/math/prepare.py --src=train.jsonl.gz --test=math500.jsonl   # files or folders that you have
-    python data/math/prepare.py --src=deepscaler.parquet --form=asis        # prompts that carry their own instruction
+    python data/math/prepare.py --src=deepscaler.parquet --form=asis        # with their own instruction
+    train.jsonl, test.jsonl    {"prompt", "answer", "level", "subject"}; data/math/reward.py checks the answer
+    sft_{train,val}.jsonl      {"prompt", "completion"}: the worked solutions, where there are any (a cold
+                               start); val is taken from train
 Rows that are read:
-    MATH {"problem", "solution"} (the answer is its last \\boxed), MATH-500 (with "answer"), ASDiv {"body", "question", "answer"}
-    DAPO and AReaL {"prompt", "answer": "\\boxed{34}"}, GSM8K {"question", "answer": "... #### 72"}
+    MATH {"problem", "solution"} (the answer is its last \\boxed), MATH-500 (with "answer")
+    ASDiv {"body", "question", "answer"}, GSM8K {"question", "answer": "... #### 72"}
+    DAPO and AReaL {"prompt", "answer": "\\boxed{34}"}
     verl and DeepScaleR {"prompt": [messages], "reward_model": {"ground_truth"}}
-    train.jsonl, test.jsonl    {"prompt", "answer", "level", "subject"}; data/math/reward.py checks the answers
-    sft_{train,val}.jsonl      {"prompt", "completion"}: the worked solutions, where there are any (a cold start); val is taken from train
 Left out and counted: rows without an answer, problems that stand twice, problems of train that stand in test.
 """
 import os
@@ -22,25 +23,27 @@ _root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 sys.path[:0] = [_root, os.path.join(_root, 'data')]
 _checker = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reward.py'))
 
-src = '' # training files (.jsonl, .jsonl.gz, .json, .parquet) or a folder with *train*, several by comma; '' fetches MATH
+src = '' # training files (.jsonl, .gz, .json, .parquet) or a folder with *train*, by comma; '' fetches MATH
 test = '' # test files or a folder with *test*, likewise; '' fetches MATH-500, or takes a share of src aside
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-form = 'chat' # 'chat': [{"role": "user", ...}] with the instruction below; 'text': 'Problem: ...\nSolution:'; 'asis': as it is
+form = 'chat' # one of 'chat', 'text', 'asis': messages with ASK, 'Problem: ...\nSolution:', or as it is
 levels = '' # '1,2,3' keeps the problems of these levels (rows that have one); '' = all
-max_chars = 0 # leave out problems with more characters; 0 = keep all
-val = 0.05 # share kept aside: of src for test where no test is given, of train for the validation of SFT
+max_chars = 0 # >= 0: leave out problems with more characters; 0 = keep all
+val = 0.05 # in [0, 1): share kept aside: of src for test if none is given, of train for the validation of SFT
 seed = 1337 # of the draws
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://media.githubusercontent.com/media/openai/prm800k/main/prm800k/math_splits/{}.jsonl'
 KNOWN = {'train': '90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076',
          'test': '35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132'}
-ASK = 'Please reason step by step, and put your final answer within \\boxed{}.'  # what the model cards of Qwen ask with
+# what the model cards of Qwen ask with
+ASK = 'Please reason step by step, and put your final answer within \\boxed{}.'
 
 
 def problem_of(row):
-    """The question's text, or the messages, of any known row; None if there is none. The last user turn of messages is the question."""
+    """The question's text, or the messages, of any known row; None if there is none. The last user turn of
+    messages is the question."""
     if row.get('body') and row.get('question'):
         return f'{row["body"].strip()} {row["question"].strip()}'
     return next((row[k] for k in ('problem', 'question', 'prompt') if row.get(k)), None)
@@ -56,7 +59,8 @@ def answer_of(row):
 
 
 def prompt_of(problem):
-    """The prompt in the wanted form. Messages stay messages; their instruction is their own, so form 'chat' adds none."""
+    """The prompt in the wanted form. Messages stay messages; their instruction is their own, so form 'chat'
+    adds none."""
     if not isinstance(problem, str):
         return [{'role': m['role'], 'content': m['content']} for m in problem]
     if form == 'asis':
@@ -69,18 +73,21 @@ def prompt_of(problem):
 
 def completion_of(row):
     """The worked solution in the form of the row's prompt."""
-    return [{'role': 'assistant', 'content': row['solution']}] if isinstance(row['prompt'], list) else ' ' + row['solution']
+    return [{'role': 'assistant', 'content': row['solution']}] if isinstance(row['prompt'],
+        list) else ' ' + row['solution']
 
 
 def identity(problem):
     """What two rows share that ask the same: the letters and digits of the question."""
-    text = problem if isinstance(problem, str) else ' '.join(m['content'] for m in problem if m['role'] == 'user')
+    text = problem if isinstance(problem, str) else ' '.join(m['content'] for m in problem
+                                                             if m['role'] == 'user')
     return re.sub(r'[^a-z0-9]', '', text.replace(ASK, '').lower())
 
 
 def leaked(rows, held, width=40):
-    """Identities of the rows that hold a test problem: as a whole, or within instructions of their own. Windows of `width`
-    characters are looked up, so 30,000 rows take a second or two; test problems under that length are found only whole."""
+    """Identities of the rows that hold a test problem: as a whole, or within instructions of their own.
+    Windows of `width` characters are looked up, so 30,000 rows take a second or two; test problems under that
+    length are found only whole."""
     starts, whole = {}, {k for k, _ in held}
     for k in whole:
         starts.setdefault(k[:width], []).append(k)
@@ -102,7 +109,8 @@ def read(paths, counts):
             level = int(level[0]) if level else 0
             if not problem or not answer:
                 counts['without problem or answer'] += 1
-            elif (wanted and level and level not in wanted) or (max_chars and len(identity(problem)) > max_chars):
+            elif (wanted and level and level not in wanted) or (max_chars
+                and len(identity(problem)) > max_chars):
                 counts['of another level, or too long'] += 1
             else:
                 subject = row.get('subject') or row.get('type') or ''
@@ -121,9 +129,8 @@ def sources(given, split):
 
 def main():
     from rows import write_rows
-    if form not in ('chat', 'text', 'asis'):
-        raise ValueError(f'form is {form!r}, expected chat, text or asis')
-    counts = dict.fromkeys(('read', 'without problem or answer', 'of another level, or too long', 'standing twice'), 0)
+    counts = dict.fromkeys(('read', 'without problem or answer', 'of another level, or too long',
+                            'standing twice'), 0)
     rows = read(sources(src, 'train'), counts)
     held = read(sources(test, 'test'), counts) if test or not src else []
     unique = {}
@@ -145,15 +152,18 @@ def main():
         random.Random(seed).shuffle(worked)
         n = max(1, int(len(worked) * val))
         for name, part in (('sft_val', worked[:n]), ('sft_train', worked[n:])):
-            write_rows(out_dir, f'{name}.jsonl', [{'prompt': r['prompt'], 'completion': completion_of(r)} for r in part])
-    print(f'{counts.pop("read"):,} rows read; left out: ' + ', '.join(f'{v:,} {k}' for k, v in counts.items()))
+            write_rows(out_dir, f'{name}.jsonl', [{'prompt': r['prompt'], 'completion': completion_of(r)}
+                                                  for r in part])
+    print(f'{counts.pop("read"):,} rows read; left out: '
+          + ', '.join(f'{v:,} {k}' for k, v in counts.items()))
     there = os.path.relpath(out_dir)
     print(f'sample: {str(made["train"][0]["prompt"])[:160]!r}, answer {made["train"][0]["answer"]!r}')
     if worked:
         print(f'next: python sft.py config/sft_qwen3_math.py --dataset={there}/sft_train.jsonl '
               f'--val_dataset={there}/sft_val.jsonl, then config/grpo_qwen3_math.py')
     else:
-        print(f'next: python grpo.py config/grpo_qwen3_math.py --dataset={there}/train.jsonl --val_dataset={there}/test.jsonl')
+        print(f'next: python grpo.py config/grpo_qwen3_math.py --dataset={there}/train.jsonl '
+              f'--val_dataset={there}/test.jsonl')
 
 
 if __name__ == '__main__':

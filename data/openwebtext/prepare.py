@@ -1,11 +1,12 @@
-"""OpenWebText in GPT-2's tokens: train.bin and val.bin (uint16), each document ended by <|endoftext|>, as nanoGPT's.
+"""OpenWebText in GPT-2's tokens: train.bin and val.bin (uint16), each document ended by its end token.
 
-    python data/openwebtext/prepare.py --subsets=1          # the first of its files; all of them: 13.5 GB, 8,013,769 documents
-    python data/openwebtext/prepare.py --src=books.jsonl.gz --tokenizer=DIR      # any rows with "text", or .txt
-All of it is 9,035,582,198 training tokens (nanoGPT's count; 17 GB) and takes about an hour of one core for the tokens alone.
-The hub has it as 21 tar archives, or as parquet: which, is asked; parquet needs pyarrow. In a .txt an empty line ends a
-document. A document is for validation by a draw seeded with `seed` (nanoGPT shuffles with the `datasets` library; the share is
-the same, the documents are not). Memory stays small: files are read as streams, and tokens go straight to the file.
+    python data/openwebtext/prepare.py --subsets=1      # the first file; all: 13.5 GB, 8,013,769 documents
+    python data/openwebtext/prepare.py --src=books.jsonl.gz --tokenizer=DIR  # any rows with "text", or .txt
+All of it is 9,035,582,198 training tokens (nanoGPT's count; 17 GB) and takes about an hour of one core for
+the tokens alone. The hub has it as 21 tar archives, or as parquet: which, is asked; parquet needs pyarrow. In
+a .txt an empty line ends a document. A document is for validation by a draw seeded with `seed` (nanoGPT
+shuffles with the `datasets` library; the share is the same, the documents are not). Memory stays small: files
+are read as streams, and tokens go straight to the file.
 """
 import os
 import random
@@ -19,17 +20,18 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 src = '' # file or folder: .tar, .parquet, rows with "text" (.jsonl, .json, .gz), .txt; '' fetches
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
 subsets = 0 # >= 0: how many of the hub's files to fetch (21 archives, or some 80 of parquet); 0 = all
-val = 0.0005 # share of the documents kept for validation
+val = 0.0005 # in (0, 1): share of the documents kept for validation
 seed = 2357 # of that draw
 tokenizer = 'gpt2' # 'gpt2', 'byte', or a tokenizer's directory; at most 65,536 tokens
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 NAME = 'Skylion007/openwebtext'
 
 
 def sources():
-    """The files of --src, or those of the hub: archives or parquet on its main branch, else the parquet that the hub makes."""
+    """The files of --src, or those of the hub: archives or parquet on its main branch, else the parquet that
+    the hub makes."""
     from files import HUB, fetch, listing
     from rows import find
     if src:
@@ -45,9 +47,11 @@ def sources():
         if found:
             break
     else:
-        raise ValueError(f'{NAME}: neither archives nor parquet on the hub; --src=FILE or --src=FOLDER takes what you have')
+        raise ValueError(f'{NAME}: neither archives nor parquet on the hub; '
+                         '--src=FILE or --src=FOLDER takes what you have')
     url = f'{HUB}/datasets/{NAME}/resolve/{commit}/'
-    return [fetch(url + name, os.path.join(out_dir, name.replace('/', '_'))) for name in found[:subsets or None]]
+    return [fetch(url + name, os.path.join(out_dir, name.replace('/', '_')))
+            for name in found[:subsets or None]]
 
 
 def pages(path):
@@ -62,11 +66,12 @@ def pages(path):
 
 
 def parquet_texts(path):
-    """The texts of a parquet file, some thousand at a time (half a gigabyte of text would not be small in memory)."""
+    """The texts of a parquet file, some thousand at a time (half a gigabyte of text would not be small in
+    memory)."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f'{path}: parquet is read by pyarrow, which is not installed: pip install pyarrow') from None
+        raise ValueError(f'{path}: parquet needs pyarrow: pip install pyarrow') from None
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(2000, columns=['text']):
             yield from batch.column(0).to_pylist()
@@ -91,8 +96,6 @@ def main():
     tok, rng = get_tokenizer(tokenizer), random.Random(seed)
     if tok.eot is None:
         raise ValueError(f'tokenizer {tokenizer!r} has no end token to put between documents')
-    if subsets < 0:
-        raise ValueError(f'subsets is {subsets}, expected 0 (all) or how many of the files')
     paths, held, seen = sources(), [], 0
 
     def train():
@@ -101,16 +104,19 @@ def main():
             for text in documents(path):
                 if text:
                     ids, seen = tok.encode(text) + [tok.eot], seen + 1
-                    if rng.random() < val or (seen == 1 and val):  # always the first: a small source has a val.bin too
+                    if rng.random() < val or (seen == 1
+                                              and val):  # always the first: a small source has a val.bin too
                         held.append(ids)
                     else:
                         yield ids
                     if seen % 10000 == 0:
                         print(f'\r{seen:,} documents', end='', file=sys.stderr)
 
-    write_tokens(out_dir, {'train.bin': train(), 'val.bin': held}, tok)  # val after train: held is full by then
+    write_tokens(out_dir, {'train.bin': train(), 'val.bin': held},
+                 tok)  # val after train: held is full by then
     print(f'{seen:,} documents, {len(held):,} of them for validation; sample: {tok.decode(held[0][:24])!r}')
-    print(f'next: python sft.py --dataset={os.path.relpath(out_dir)} --tokenizer={tokenizer} --init_from=scratch')
+    there = os.path.relpath(out_dir)
+    print(f'next: python sft.py --dataset={there} --tokenizer={tokenizer} --init_from=scratch')
 
 
 if __name__ == '__main__':

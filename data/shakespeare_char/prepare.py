@@ -1,8 +1,9 @@
-"""Tiny Shakespeare by characters, nanoGPT's first job: train.bin, val.bin (uint16, 90 % and 10 % of the text) and meta.json.
+"""Tiny Shakespeare by characters, nanoGPT's first job: train.bin, val.bin (uint16) and meta.json.
 
-    python data/shakespeare_char/prepare.py                 # fetches 1.1 MB; --src=FILE.txt takes any text of your own
-1,115,394 characters, 65 distinct: 1,003,854 training and 111,540 validation tokens. meta.json is {"vocab_size", "chars"}:
-id i is chars[i], sorted as nanoGPT sorts them, so the ids are nanoGPT's (its meta.pkl is a pickle: code; ours is data).
+    python data/shakespeare_char/prepare.py     # fetches 1.1 MB; --src=FILE.txt takes any text of your own
+1,115,394 characters, 65 distinct; 90 % and 10 % are 1,003,854 training and 111,540 validation tokens.
+meta.json is {"vocab_size", "chars"}: id i is chars[i], sorted as nanoGPT sorts them, so the ids are nanoGPT's
+(its meta.pkl is a pickle: code; ours is data).
 """
 import json
 import os
@@ -13,9 +14,9 @@ sys.path[:0] = [_root, os.path.join(_root, 'data')]
 
 src = '' # text file (.txt, .jsonl with "text", .gz) or a folder with one; '' fetches tiny Shakespeare
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
-val = 0.1 # share of the text, from its end, kept for validation
+val = 0.1 # in (0, 1): share of the text, from its end, kept for validation
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
-exec(open(os.path.join(_root, 'configurator.py')).read()) # overrides from command line or config file
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
