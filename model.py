@@ -728,7 +728,7 @@ def _predicting(model, groups):
 
 def answer_logprobs(model, groups, temperature=1.0):
     """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])]. Returns (logp, entropy,
-    mask), all (S, R): S answers in order, padded on the right; entropy without gradient."""
+    mask), all (S, R): S answers in order, padded on the right with 0."""
     answers = [a for _, answers in groups for a in answers]
     if _cut_along_context(model):
         idx, doc, predicts = _packed_answers(groups, next(model.parameters()).device)
@@ -738,7 +738,7 @@ def answer_logprobs(model, groups, temperature=1.0):
         x, _ = _predicting(model, groups)
         logp, entropy = model.token_logprobs(x, flat_tensor(answers, x.device), temperature)
     logp, mask = _by_answer(logp, answers)
-    return logp, _by_answer(entropy.detach(), answers)[0], mask
+    return logp, _by_answer(entropy, answers)[0], mask
 
 
 def answer_values(model, groups):

@@ -391,7 +391,9 @@ def eta(seconds):
 SHOWN = dict(  # how a metric looks on the console
     loss='loss {:.4f}', accuracy='acc {:.1%}', accuracy_95='{0[0]:.1%} to {0[1]:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
     grad_norm='norm {:.2f}', lr='lr {:.1e}', tok_per_s='{:,.0f} tok/s', score='score {:.3f}', kl='kl {:.2f} nats/seq',
-    len='len {:.1f} tok', ended='ended {:.0%}', ece='ece {:.3f}', length_correlation='length correlation {:+.2f}')
+    len='len {:.1f} tok', ended='ended {:.0%}', ece='ece {:.3f}', length_correlation='length correlation {:+.2f}',
+    pg='pg {:.3f}', vf='vf {:.3f}', clip_frac='clip {:.1%}', dead='dead {:.0%}', mismatch='mismatch {:.1e}',
+    staleness='staleness {:.1f}', idle='idle {:.0%}', gen_s='gen {:.1f}s', upd_s='upd {:.1f}s')
 
 
 def line(metrics, keys):

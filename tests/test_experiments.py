@@ -89,13 +89,13 @@ def test_a_failure_is_one_wrong_line_of_todays_stage(name, monkeypatch):
     stage, seen = load('failures/stage.py'), []
     monkeypatch.setitem(sys.modules, 'stage', types.SimpleNamespace(run=lambda *a: seen.append(a)))
     runpy.run_path(os.path.join(ROOT, 'failures', name))
-    (script, *edits), = seen
-    wrong, right = stage.broken(script, *edits), open(os.path.join(ROOT, script), encoding='utf-8').read()
+    (script, file, *edit), = seen
+    wrong, right = stage.broken(file, *edit), open(os.path.join(ROOT, file), encoding='utf-8').read()
     ast.parse(wrong)
     changed = [i for i, (a, b) in enumerate(zip(right.splitlines(), wrong.splitlines())) if a != b]
-    assert len(changed) == len(edits) == 1 and len(right.splitlines()) == len(wrong.splitlines())
+    assert len(changed) == 1 and len(right.splitlines()) == len(wrong.splitlines())
     with pytest.raises(ValueError, match='bring the failure up to date'):
-        stage.broken(script, ('no such line of code', ''))
+        stage.broken(script, 'no such line of code', '')
 
 
 def test_mistakes_of_the_command_line_are_one_line():
