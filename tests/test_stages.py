@@ -16,8 +16,9 @@ import torch
 from conftest import ROOT
 from helpers import ckpt, equal, jsonl, log_rows, stage
 
+import measure_stages
 import model as M
-from run import load_model
+from run import load_model, Run
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=96']
 FEW = ['--batch_size=8', '--max_iters=6', '--eval_interval=3', '--learning_rate=1e-3', '--warmup_iters=0']
@@ -322,6 +323,30 @@ def test_ppo_checks_its_invariant_and_logs(world):
     keys = {'score', 'kl', 'clip_frac', 'approx_kl', 'mismatch', 'entropy', 'explained', 'len', 'beta', 'vf', 'pg'}
     assert keys <= train[0].keys() and train[0]['kl'] == 0 and train[0]['mismatch'] < 1e-4 and train[0]['ratio_max'] > 0
     assert c['value_kind'] == 'reward' and 'score.weight' in c['value']
+
+
+# ---- what a reader has before them ------------------------------------------------------------------------------------
+
+
+HELD = dict(sft=(1.9, 10.7), reward=(2.6, 11.1), dpo=(2.8, 10.6), kto=(2.5, 11.1))  # thousand tokens, tokens a line
+
+
+@pytest.mark.parametrize('name', HELD)
+def test_a_stage_stays_readable(world, name, monkeypatch):
+    """Tokens, columns, comments in the run, what its inner functions read; the functions that one iteration passes."""
+    m = measure_stages.measure(name)
+    tokens, density = HELD[name]
+    assert m['tokens'] <= tokens and m['density'] <= density and m['widest'] <= 110 and m['said'] >= 0.2
+    assert all(len(names) <= 3 for names in m['closures'].values())
+    seen, log = set(), Run.log
+
+    def traced(run, it, *rest):
+        sys.setprofile(measure_stages.passes(seen) if it == 1 else None)
+        log(run, it, *rest)
+    monkeypatch.setattr(Run, 'log', traced)
+    start(name, 'out-step', '--eval_interval=100', world=world)
+    assert len(seen) <= 60, sorted(seen)
+    assert len({file for file, _ in seen}) <= 6, sorted({file for file, _ in seen})
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

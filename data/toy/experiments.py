@@ -218,7 +218,6 @@ class Judge:
         return self.models[name, seed]
 
     def proxy(self, name, seed, sequences):
-        import torch
         from model import all_rewards
         return all_rewards(self.model(name, seed, 'scalar')[0], sequences)
 
