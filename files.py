@@ -1,7 +1,7 @@
 """Whole files or none: whatever is downloaded or written here, no reader ever meets half of it.
 
-    folder = files.resolve('gpt2')                 # a model of the hub: its folder in the usual Hugging Face
-    cache path = files.fetch(url, path, size, sha256)    # any file of the web
+    folder = files.resolve('gpt2')                 # a model of the hub: its folder in the usual cache
+    path = files.fetch(url, path, sha256)          # any file of the web
     with files.replaced('out/ckpt.pt') as f:       # written beside it, then renamed over it
     with files.locked('out/.lock'):                # the kernel gives the lock back, however the process ends
 
@@ -11,7 +11,8 @@ round. Of its environment we follow HF_HOME, XDG_CACHE_HOME, HF_HUB_CACHE, HUGGI
 HF_TOKEN, HUGGING_FACE_HUB_TOKEN, HF_TOKEN_PATH (`hf auth login`), HF_HUB_DISABLE_IMPLICIT_TOKEN,
 HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE, HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT,
 HF_HUB_DISABLE_PROGRESS_BARS and HF_HUB_DISABLE_SYMLINKS. The others are about Xet, telemetry, logging and
-OIDC, which are not used here. """
+OIDC, which are not used here.
+"""
 import errno
 import glob
 import hashlib
@@ -21,7 +22,7 @@ import secrets
 import sys
 import time
 from contextlib import contextmanager, suppress
-from os.path import basename, dirname, exists, getmtime, getsize, join
+from os.path import basename, dirname, exists, expanduser, expandvars, getmtime, getsize, relpath
 from urllib.parse import quote, urljoin, urlsplit
 
 import requests
@@ -35,7 +36,6 @@ HUB = 'https://huggingface.co'
 PAUSES = (1, 2, 4, 8)  # seconds before the second, third, ... try
 PIECE = 1 << 14  # bytes written at a time: what a broken line costs at most
 GRACE = 60  # seconds in which a file that is being begun may have no lock yet
-LATER = (408, 425, 429, 500, 502, 503, 504)  # answers that another try may change
 REFUSALS = {
     401: 'there is no such name, or it is private: HF_TOKEN is missing or wrong',
     403: 'no access: ask for it on its page of the hub, and set HF_TOKEN',
@@ -129,15 +129,15 @@ def _says(*keys):
     return _env(*keys).upper() in ('1', 'ON', 'YES', 'TRUE')
 
 
-def _path(key, *below):
-    """What a variable says, else a place below HF_HOME."""
-    home = _env('HF_HOME') or join(_env('XDG_CACHE_HOME') or '~/.cache', 'huggingface')
-    return os.path.expandvars(os.path.expanduser(_env(*key) or join(home, *below)))
+def _path(below, *keys):
+    """What one of the variables says, else a place below HF_HOME."""
+    home = _env('HF_HOME') or (_env('XDG_CACHE_HOME') or '~/.cache') + '/huggingface'
+    return expandvars(expanduser(_env(*keys) or f'{home}/{below}'))
 
 
 def cache():
     """The folder that holds models--OWNER--NAME."""
-    return _path(('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE'), 'hub')
+    return _path('hub', 'HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE')
 
 
 def _endpoint():
@@ -145,7 +145,7 @@ def _endpoint():
 
 
 def _auth():
-    token = _env('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN') or _text(_path(['HF_TOKEN_PATH'], 'token'))
+    token = _env('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN') or _text(_path('token', 'HF_TOKEN_PATH'))
     hidden = _says('HF_HUB_DISABLE_IMPLICIT_TOKEN') or not token.strip()
     return {} if hidden else {'Authorization': 'Bearer ' + token.strip()}
 
@@ -158,36 +158,33 @@ def offline():
 # ----------------------------------------------------------------------------------------------------------
 # asked: redirects, tries, words
 
-def _number(text):
-    return int(text) if re.fullmatch('[0-9]{1,18}', text or '') else 0
-
-
 def _host(url):
     return urlsplit(url)[:2]
 
 
 def _ask(method, url, stay=False, **headers):
-    """One answer below 400, or 416. Redirects are followed, with stay=True to hosts of the hub only: what it
-    says of a file stands in its own answer, a CDN does not know it. The token goes to the hub alone (auth: or
-    requests would send what ~/.netrc has for a host)."""
+    """A good answer, or 416. Redirects are followed, with stay=True to hosts of the hub only: what it says of
+    a file stands in its own answer, a CDN does not know it. The token goes to the hub alone (auth: or
+    requests would send what ~/.netrc has for a host). requests.HTTPError if another try may help."""
     hub = _host(_endpoint())
     headers['Accept-Encoding'] = 'identity'
-    seconds = _number(_env('HF_HUB_ETAG_TIMEOUT' if stay else 'HF_HUB_DOWNLOAD_TIMEOUT')) or 30
+    seconds = float(_env('HF_HUB_ETAG_TIMEOUT' if stay else 'HF_HUB_DOWNLOAD_TIMEOUT') or 30)
     for _ in range(10):
         ours = _host(url) == hub
         if ours and offline():
             raise Refused('HF_HUB_OFFLINE is set')
-        answer = requests.request(method, url, headers={**headers, **(_auth() if ours else {})},
-                                  timeout=seconds,
-                                  auth=lambda request: request, stream=True, allow_redirects=False)
+        answer = requests.request(method, url, headers={**headers, **(_auth() if ours else {})}, stream=True,
+                                  auth=lambda request: request, allow_redirects=False, timeout=seconds)
         url = urljoin(url, answer.headers.get('Location', ''))
         if not answer.is_redirect or stay and _host(url) not in (hub, _host(HUB)):
             break
     code = answer.status_code
-    if code < 400 or code == 416:
+    if code < 300 or code == 416 or stay and code < 400:
         return answer
-    why = f'the server answered {code}: ' + REFUSALS.get(code, REFUSALS[503 if code in LATER else 403])
-    raise requests.HTTPError(why) if code in LATER else Refused(why)
+    later = code == 429 or code >= 500  # another try may change this answer
+    said = REFUSALS.get(code) or REFUSALS[503] * later or 'it gives no reason'
+    why = f'the server answered {code}: {said}'
+    raise requests.HTTPError(why) if later else Refused(why)
 
 
 def _patiently(step, part=''):
@@ -196,14 +193,15 @@ def _patiently(step, part=''):
     while True:
         try:
             return step()
-        except requests.RequestException as error:
+        except requests.HTTPError as error:
             why = error
-            if not isinstance(error, requests.HTTPError):
-                why = f'no answer, or the line broke ({type(error).__name__})'
-            again = not isinstance(error, ValueError)  # an address that requests cannot read
+        except requests.RequestException as error:
+            why = f'no answer, or the line broke ({type(error).__name__})'
+            if isinstance(error, ValueError):  # an address that requests cannot read
+                pauses = []
         if _size(part) > most:
             most, pauses = _size(part), list(PAUSES)
-        if not again or not pauses:
+        if not pauses:
             raise Refused(f'{why}; {most:,} bytes are kept, run it again to go on' if most else why)
         time.sleep(pauses.pop(0))
 
@@ -268,14 +266,14 @@ def _stream(url, part, tag):
         asked = {'Range': f'bytes={have}-', 'If-Range': version or None}
     answer = _ask('GET', url, **asked)
     said = answer.headers
-    begins, _, whole = said.get('Content-Range', '').partition('/')
+    span = said.get('Content-Range', '')
     if answer.status_code == 416:  # nothing lies behind the part
-        return _number(whole)
+        return have if span == f'bytes */{have}' else 0
     if answer.status_code != 206:
         have = 0
-    elif not begins.startswith(f'bytes {have}-') and (begins or not tag):
+    elif not span.startswith(f'bytes {have}-') and (span or not tag):
         return 0
-    size = have + _number(said.get('Content-Length'))
+    size = have + int(said.get('Content-Length') or 0)
     if 'Content-Encoding' in said:  # it may be there unasked, and then the length is that of the packed bytes
         size = 0
     if not tag:
@@ -319,9 +317,8 @@ def fetch(url, path, sha256=''):
     checked. ValueError in one line."""
     if exists(path):
         return path
-    ours = url.startswith(HUB + '/')
     try:
-        if ours:
+        if url.startswith(HUB + '/'):
             url = url.replace(HUB, _endpoint(), 1)
             sha256 = sha256 or _hash(url)
         with locked(path + '.lock'):
@@ -349,8 +346,9 @@ def resolve(name, weights=True):
         raise ValueError(f'{name}: no such checkpoint; first run the stage that writes it (--out_dir={name})')
     if not re.fullmatch(r'(?!.*(--|\.\.|\.git$))(\w[\w.-]*/)?\w[\w.-]*(?<![.-])', name, re.ASCII):
         raise ValueError(f'{name}: no such file or directory, and not a name of the hub')
-    repo = join(cache(), 'models--' + name.replace('/', '--'))
-    folder = join(repo, 'snapshots', basename(_text(join(repo, 'refs', 'main'))) or '-')
+    repo = f'{cache()}/models--' + name.replace('/', '--')
+    commit = basename(_text(f'{repo}/refs/main'))
+    folder = f'{repo}/snapshots/{commit or "-"}'
     whole = not weights or _has_model(folder)
     if whole and _has_tokenizer(folder):
         return folder
@@ -364,14 +362,14 @@ def resolve(name, weights=True):
 
 
 def _has(folder, *names):
-    return all(exists(join(folder, name)) for name in names)
+    return all(exists(f'{folder}/{name}') for name in names)
 
 
 def _shards(folder):
     """Names of the files that hold the weights, as far as the folder says it."""
     if _has(folder, SINGLE):
         return [SINGLE]
-    return sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', _text(join(folder, INDEX)))))
+    return sorted(set(re.findall(r'"([\w.-]+\.safetensors)"', _text(f'{folder}/{INDEX}'))))
 
 
 def _has_model(folder):
@@ -385,19 +383,19 @@ def _has_tokenizer(folder):
 def _download(name, repo, weights):
     """What is wanted and missing -> blobs/HASH, linked into snapshots/COMMIT, which refs/main then names."""
     commit, names = listing(name)
-    folder = join(repo, 'snapshots', commit)
+    folder = f'{repo}/snapshots/{commit}'
     wanted = [file for file in names if TEXTS.fullmatch(file)]
     if weights:
         wanted += [file for file in (INDEX, SINGLE) if file in names][-1:]
     for file in wanted:
         if not _has(folder, file):
-            _bring(f'{_endpoint()}/{name}/resolve/{commit}/{file}', repo, join(folder, file))
+            _bring(f'{_endpoint()}/{name}/resolve/{commit}/{file}', repo, f'{folder}/{file}')
         if file == INDEX:
             wanted += _shards(folder)  # the loop goes on with them
     if weights and not _has_model(folder):
         raise Refused('no config.json with safetensors; pickled weights are not read: they can run code')
-    os.makedirs(join(repo, 'refs'), exist_ok=True)
-    with replaced(join(repo, 'refs', 'main'), 'w') as f:
+    os.makedirs(f'{repo}/refs', exist_ok=True)
+    with replaced(f'{repo}/refs/main', 'w') as f:
         f.write(commit)
     return folder
 
@@ -407,18 +405,18 @@ def _bring(url, repo, link):
     tag = _hash(url)
     if not tag:
         raise Refused(f'no checksum in the answer for {url}')
-    blob = join(repo, 'blobs', tag)
+    blob = f'{repo}/blobs/{tag}'
     beside = f'{link}.{secrets.token_hex(4)}.tmp'
     for path in (blob, link):
         os.makedirs(dirname(path), exist_ok=True)
-    with locked(join(cache(), '.locks', basename(repo), tag + '.lock')):
+    with locked(f'{cache()}/.locks/{basename(repo)}/{tag}.lock'):
         if exists(link):
             return
         _complete(url, blob, blob + '.incomplete', tag)
         try:
             if _says('HF_HUB_DISABLE_SYMLINKS'):
                 raise OSError('no links wanted')
-            os.symlink(os.path.relpath(blob, dirname(link)), beside)
+            os.symlink(relpath(blob, dirname(link)), beside)
         except OSError:  # no links here: the file itself
             beside = blob
         os.replace(beside, link)

@@ -59,7 +59,7 @@ class GPTConfig:
     dropout: float = 0.0        # 0 for everything RL; 0.1+ only for small-data pretraining
     reward_bias: float = 0.0    # scalar head: value = score(x) + reward_bias
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list | None = None  # all that end an answer
     pad_token_id: int | None = None
 
     def __post_init__(self):
@@ -367,7 +367,8 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(pos)
         else:
-            inv = self.inv_freq.to(pos.device, torch.promote_types(x.dtype, torch.float32))  # float32 in half precision, float64 in float64
+            self.inv_freq = self.inv_freq.to(pos.device)  # once: a captured graph may not copy from the CPU
+            inv = self.inv_freq.to(torch.promote_types(x.dtype, torch.float32))  # float32 in half precision, float64 in float64
             angle = pos[:, None].to(inv.dtype) * inv
             rope = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
         x = F.dropout(x, self.config.dropout, self.training)
@@ -483,6 +484,10 @@ class GPT(nn.Module):
         folder = files.resolve(name_or_dir)
         with open(os.path.join(folder, 'config.json')) as f:
             raw = json.load(f)
+        more = os.path.join(folder, 'generation_config.json')  # what transformers' generate goes by, where there is one
+        if os.path.exists(more):
+            with open(more) as f:
+                raw['eos_token_id'] = json.load(f).get('eos_token_id', raw.get('eos_token_id'))
         config, found = config_from_hf(raw, folder), 'scalar' if 'SequenceClassification' in str(raw.get('architectures')) else 'lm'
         for key, value in overrides.items():
             if key not in {f.name for f in fields(GPTConfig)}:
@@ -589,8 +594,7 @@ def config_from_hf(raw, where='config.json'):
             raise ValueError(f'{where}: {key} = {raw[key]!r} cannot be honoured by this model')
     c = dict(ARCHS[arch], arch=arch, vocab_size=raw['vocab_size'], reward_bias=raw.get('reward_bias', 0.0),
              **{k: raw.get(k) for k in ('bos_token_id', 'pad_token_id')})
-    eos = raw.get('eos_token_id')
-    c['eos_token_id'] = eos[0] if isinstance(eos, list) else eos
+    c['eos_token_id'] = raw.get('eos_token_id')
     if arch == 'gpt2':
         for key, *fine in (('scale_attn_by_inverse_layer_idx', False), ('scale_attn_weights', True), ('add_cross_attention', False)):
             refuse(key, *fine)
@@ -724,7 +728,7 @@ def _predicting(model, groups):
 
 def answer_logprobs(model, groups, temperature=1.0):
     """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])]. Returns (logp, entropy,
-    mask), all (S, R): S answers in order, padded on the right; entropy without gradient."""
+    mask), all (S, R): S answers in order, padded on the right with 0."""
     answers = [a for _, answers in groups for a in answers]
     if _cut_along_context(model):
         idx, doc, predicts = _packed_answers(groups, next(model.parameters()).device)
@@ -734,7 +738,7 @@ def answer_logprobs(model, groups, temperature=1.0):
         x, _ = _predicting(model, groups)
         logp, entropy = model.token_logprobs(x, flat_tensor(answers, x.device), temperature)
     logp, mask = _by_answer(logp, answers)
-    return logp, _by_answer(entropy.detach(), answers)[0], mask
+    return logp, _by_answer(entropy, answers)[0], mask
 
 
 def answer_values(model, groups):

@@ -358,10 +358,13 @@ typedef struct {
     int64_t act, rms;
     float eps, scale;
 } net;
-typedef struct {  // a token's row of the cache in layer 0
-    float *keys;  // (NKV, cap, HS)
-    int64_t values, cap, layer;  // floats from the keys to the values; positions; floats to the next layer
-} row;
+typedef struct {
+    float *keys;            // (layers, blocks, NKV, size, HS), and the values the same
+    const int32_t *table;   // (requests, width): block i of a request holds its tokens from i * size on
+    int64_t values, layer;  // floats from the keys to the values; from layer to layer
+    int64_t blocks, size;   // of the cache; tokens of a block, a multiple of 16
+    int64_t requests, width;
+} cache;
 typedef struct { int arrived, round; } gate;
 
 // All threads wait for the last. OpenMP's barrier spins for milliseconds: five times slower on a busy
@@ -492,21 +495,28 @@ static void rotate(const net *m, float *x, int64_t pos) {  // (x[i], x[i + D / 2
     }
 }
 
-static void heads(const net *m, const layer *l, int64_t number, const row *rows, ints pos, int64_t n) {
+// Where the key of head g of token t lies; behind it those of the next tokens of its block.
+static float *key(const cache *kv, int64_t layer, int64_t request, int64_t t, int64_t g) {
+    int64_t block = kv->table[request * kv->width + t / kv->size];
+    return kv->keys + layer * kv->layer + ((block * NKV + g) * kv->size + t % kv->size) * HS;
+}
+
+static void heads(const net *m, const layer *l, int64_t number, const cache *kv, ints owner, ints pos,
+                  int64_t n) {
     #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < n; r++) {  // q and k: norm, rotation; k and v: into the cache
-        float *x = m->qkv + r * m->sq, *to = rows[r].keys + number * rows[r].layer + pos[r] * HS;
+        float *x = m->qkv + r * m->sq;
         for (int h = 0; h < NH + NKV; h++, x += HS) {
             if (l->qn) scale(x, h < NH ? l->qn : l->kn, NULL, x, D, 1, m->eps);
             if (m->cos) rotate(m, x, pos[r]);
-            if (h >= NH) memcpy(to + (h - NH) * rows[r].cap * HS, x, sizeof(float[HS]));
+            if (h >= NH) memcpy(key(kv, number, owner[r], pos[r], h - NH), x, sizeof(float[HS]));
         }
-        to += rows[r].values;
-        for (int h = 0; h < NKV; h++, x += HS) memcpy(to + h * rows[r].cap * HS, x, sizeof(float[HS]));
+        for (int h = 0; h < NKV; h++, x += HS)
+            memcpy(key(kv, number, owner[r], pos[r], h) + kv->values, x, sizeof(float[HS]));
     }
 }
 
-// p (G, width) = scale * q (G, HS) k' for T keys: LANES keys give as many vectors of partial sums, whose
+// p (G, width) = scale * q (G, HS) k' for T keys of a block: LANES keys give as many vectors of partial sums, whose
 // lanes are added up pairwise. Memory is the limit (8 KB of keys and values a token in a model of 7 M): the
 // values are fetched while the keys are multiplied, and the next head's keys while these values are: 1.5
 // times faster.
@@ -541,9 +551,10 @@ static void softmax(float *s, int64_t T) {  // of s[0 .. T], which has room for 
     for (int64_t t = 0; t < T16; t++) s[t] /= sum;
 }
 
-// out (G, HS) = p (G, T) v (T, HS), in U sums of every U-th value: an addition need not wait for the last
-static void mix(const float *v, const float *soon, int64_t T, int64_t width, float (*p)[width], float *out) {
-    vec o[U][G][L] = {0};
+// o += p (G, T) v (T, HS) for T tokens of a block, in U sums of every U-th value: an addition need not wait
+// for the last.
+static void mix(const float *v, const float *soon, int64_t T, int64_t width, float (*p)[width],
+                vec (*o)[G][L]) {
     int64_t t = 0;
     for (; t + U <= T; t += U)
         #pragma GCC unroll 8
@@ -555,85 +566,84 @@ static void mix(const float *v, const float *soon, int64_t T, int64_t width, flo
     for (; t < T; t++)
         for (int h = 0; h < G; h++)
             for (int c = 0; c < L; c++) o[0][h][c] += p[h][t] * load(v + t * HS + LANES * c);
-    for (int u = 1; u < U; u++)
-        for (int h = 0; h < G; h++)
-            for (int c = 0; c < L; c++) o[0][h][c] += o[u][h][c];
-    memcpy(out, o, sizeof o[0]);
 }
 
-static void attention(const net *m, int64_t number, const row *rows, ints pos, ints who, int64_t queries,
+static void attention(const net *m, int64_t number, const cache *kv, ints owner, ints pos, int64_t n,
                       int64_t width, float (*p)[width]) {
     #pragma omp for schedule(dynamic, NKV) nowait
-    for (int64_t i = 0; i < queries * NKV; i++) {  // G queries share a head of keys
-        int64_t r = who[i / NKV], g = i % NKV, T = pos[r] + 1;
-        const row *next = rows + (i + 1 < queries * NKV ? who[(i + 1) / NKV] : r);
-        const float *k = rows[r].keys + number * rows[r].layer + g * rows[r].cap * HS;
-        const float *v = k + rows[r].values;
-        const float *soon = next->keys + number * next->layer + (g + 1) % NKV * next->cap * HS;
-        scores(m->qkv + r * m->sq + g * G * HS, k, v, T, m->scale, width, p);
+    for (int64_t i = 0; i < n * NKV; i++) {  // G queries share a head of keys
+        int64_t r = i / NKV, g = i % NKV, T = pos[r] + 1, next = i + 1 < n * NKV ? (i + 1) / NKV : r;
+        const float *q = m->qkv + r * m->sq + g * G * HS;
+        vec o[U][G][L] = {0};
+        for (int64_t t = 0; t < T; t += kv->size) {
+            const float *k = key(kv, number, owner[r], t, g);
+            int64_t count = T - t < kv->size ? T - t : kv->size;
+            scores(q, k, k + kv->values, count, m->scale, width, (float (*)[width])&p[0][t]);
+        }
         for (int h = 0; h < G; h++) softmax(p[h], T);
-        mix(v, soon, T, width, p, m->att + r * m->sa + g * G * HS);
+        for (int64_t t = 0; t < T; t += kv->size) {
+            const float *v = key(kv, number, owner[r], t, g) + kv->values;
+            const float *soon = key(kv, number, owner[next], t, (i + 1) % NKV);
+            int64_t count = T - t < kv->size ? T - t : kv->size;
+            mix(v, soon, count, width, (float (*)[width])&p[0][t], o);
+        }
+        for (int u = 1; u < U; u++)
+            for (int h = 0; h < G; h++)
+                for (int c = 0; c < L; c++) o[0][h][c] += o[u][h][c];
+        memcpy(m->att + r * m->sa + g * G * HS, o, sizeof o[0]);
     }
 }
 
-static fault check(const net *m, ints ids, const row *rows, ints pos, int64_t n, ints who, int64_t queries,
-                   int64_t width) {
-    NEED(n <= m->rows && queries <= n);
+static fault check(const net *m, const cache *kv, ints ids, ints owner, ints pos, int64_t n, int64_t width) {
+    NEED(n <= m->rows && width % 16 == 0 && kv->size > 0 && kv->size % 16 == 0);
     NEED(m->sx >= padded(m->C) && m->sq >= padded((NH + 2 * NKV) * HS));
     NEED(m->sa >= NH * HS && m->sm >= padded(m->inner));
     for (int64_t i = 0; i < n; i++) {
         NEED(ids[i] >= 0 && ids[i] < m->V);
-        NEED(pos[i] >= 0 && pos[i] < m->positions);
-        NEED(pos[i] < rows[i].cap && rows[i].cap % 16 == 0);
+        NEED(owner[i] >= 0 && owner[i] < kv->requests);
+        NEED(pos[i] >= 0 && pos[i] < m->positions && pos[i] < width && pos[i] < kv->width * kv->size);
+        const int32_t *block = kv->table + owner[i] * kv->width;
+        for (int64_t t = 0; t <= pos[i] / kv->size; t++) NEED(block[t] >= 0 && block[t] < kv->blocks);
     }
-    for (int64_t i = 0; i < queries; i++) NEED(who[i] >= 0 && who[i] < n && pos[who[i]] < width);
-    NEED(width % 16 == 0);
     return NULL;
 }
 
-// Half-layers from .. to: the even ones up to attention, the odd ones the rest. p: a thread's (G, width)
-static void walk(const net *m, int64_t from, int64_t to, ints ids, const row *rows, ints pos, int64_t n,
-                 ints who, int64_t queries, int64_t width, float (*p)[width], gate *g) {
-    for (int64_t half = from; half < to; half++) {
-        const layer *l = m->layers + half / 2;
-        if (!half) {
-            embed(m, ids, pos, n);
-            meet(g);
-        }
-        if (half % 2 == 0) {
-            norm(m, l->n1, l->n1b, NULL, n);
-            meet(g);
-            linear(m->y, m->sx, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * HS, m->qkv, m->sq, n, SET);
-            meet(g);
-            heads(m, l, half / 2, rows, pos, n);
-            meet(g);
-            attention(m, half / 2, rows, pos, who, queries, width, p);
-            meet(g);
-        } else {
-            linear(m->att, m->sa, l->o, l->ob, NH * HS, m->C, m->x, m->sx, n, ADD);
-            meet(g);
-            norm(m, l->n2, l->n2b, NULL, n);
-            meet(g);
-            linear(m->y, m->sx, l->up, l->upb, m->C, m->inner, m->mid, m->sm, n, m->act);
-            meet(g);
-            linear(m->mid, m->sm, l->down, l->downb, m->inner, m->C, m->x, m->sx, n, ADD);
-            meet(g);
-        }
+static void walk(const net *m, int64_t layers, const cache *kv, ints ids, ints owner, ints pos, int64_t n,
+                 int64_t width, float (*p)[width], gate *g) {
+    embed(m, ids, pos, n);
+    meet(g);
+    for (int64_t i = 0; i < layers; i++) {
+        const layer *l = m->layers + i;
+        norm(m, l->n1, l->n1b, NULL, n);
+        meet(g);
+        linear(m->y, m->sx, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * HS, m->qkv, m->sq, n, SET);
+        meet(g);
+        heads(m, l, i, kv, owner, pos, n);
+        meet(g);
+        attention(m, i, kv, owner, pos, n, width, p);
+        meet(g);
+        linear(m->att, m->sa, l->o, l->ob, NH * HS, m->C, m->x, m->sx, n, ADD);
+        meet(g);
+        norm(m, l->n2, l->n2b, NULL, n);
+        meet(g);
+        linear(m->y, m->sx, l->up, l->upb, m->C, m->inner, m->mid, m->sm, n, m->act);
+        meet(g);
+        linear(m->mid, m->sm, l->down, l->downb, m->inner, m->C, m->x, m->sx, n, ADD);
+        meet(g);
     }
 }
 
-fault forward(const net *m, int64_t from, int64_t to, ints ids, const row *rows, ints pos, int64_t n,
-              ints who, int64_t queries, int64_t width) {
-    fault wrong = check(m, ids, rows, pos, n, who, queries, width);
+// n tokens: their ids, the request (a row of kv's table) and the position of each. width: more than the
+// largest position, a multiple of 16. Leaves the last layer's output in x.
+fault forward(const net *m, int64_t layers, const cache *kv, ints ids, ints owner, ints pos, int64_t n,
+              int64_t width) {
+    fault wrong = check(m, kv, ids, owner, pos, n, width);
     if (wrong) return wrong;
-    float *scores = malloc(sizeof(float) * (threads() * G * width + 1));
+    float *scores = malloc(sizeof(float) * (threads() * G * width + 1));  // a thread's: (G, width)
     NEED(scores);
     gate g = {0, 0};
     #pragma omp parallel
-    {
-        float (*p)[width] = (float (*)[width])(scores + me() * G * width);
-        walk(m, from, to, ids, rows, pos, n, who, queries, width, p, &g);
-    }
+    walk(m, layers, kv, ids, owner, pos, n, width, (float (*)[width])(scores + me() * G * width), &g);
     free(scores);
     return NULL;
 }

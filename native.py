@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -136,7 +137,8 @@ class DocAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, *layout):
         if q.shape[::2] != k.shape[::2] or k.shape != v.shape or q.shape[1] % k.shape[1]:
-            raise ValueError(f'q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together')
+            shapes = ', '.join(str(tuple(x.shape)) for x in (q, k, v))
+            raise ValueError(f'q, k and v of the shapes {shapes} do not fit together')
         dense = [x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] for x in (q, k, v)]
         q, k, v = (x if ok else x.contiguous() for x, ok in zip((q, k, v), dense))
         out, lse = torch.zeros(q.shape), torch.empty(q.shape[:2])
@@ -171,6 +173,11 @@ class Net(ctypes.Structure):
                        'C inner V positions rows sx sq sa sm act rms', 'eps scale')
 
 
+class Cache(ctypes.Structure):
+    """cache in native.c."""
+    _fields_ = _fields('keys table', 'values layer blocks size requests width', '')
+
+
 def panels(w, gate=None):
     """w (O, K) -> (ceil(O / 32), K, 32), the order in which C multiplies, zeros behind the last row; with a
     gate (O, K): 16 rows of the gate, then 16 of w. A bias is w with K = 1."""
@@ -179,20 +186,181 @@ def panels(w, gate=None):
     return torch.cat(parts, 1).transpose(1, 2).contiguous()
 
 
-def forward(nkv, group, head_size):
-    """The library for nkv heads of keys, `group` queries to each, head_size numbers a head; None without one.
-    forward(net, from, to, ids (N,), rows (N, 4), pos (N,), N, who (n,), n, width): half-layers from .. to of
-    all tokens, the even ones up to attention, which is that of the tokens `who` over their positions 0 .. pos
-    and writes net.att; rows, int64: address of the keys of the token's row in layer 0 (nkv, cap, head_size
-    padded to 16), floats from keys to values, cap % 16 = 0, floats from layer to layer; width: the longest
-    row, a multiple of 16.
-    logits(net, at (n,) rows of x, n, z (rows, stride), rows, stride): n at most net.rows. RuntimeError where
-    more rows are asked for than a buffer has."""
-    lib = library('FORWARD', NKV=nkv, G=group, D=head_size)
+def padded(head_size):
+    """Floats of a head in the cache."""
+    return -(-head_size // 16) * 16
+
+
+def forward(c):
+    """The library for the heads of this GPTConfig; None without one, or for an activation unknown to C."""
+    if activation(c) is None:
+        return None
+    lib = library('FORWARD', NKV=c.n_kv_head, G=c.n_head // c.n_kv_head, D=c.head_size)
     if lib is not None:
-        _declared(lib.forward, POINTER, INT, INT, POINTER, POINTER, POINTER, INT, POINTER, INT, INT)
+        _declared(lib.forward, POINTER, INT, *[POINTER] * 4, INT, INT)
         _declared(lib.logits, POINTER, POINTER, INT, POINTER, INT, INT)
     return lib
+
+
+def activation(c):
+    return ACTS.get('gated' if c.gated else c.act)
+
+
+class Forward:
+    """The forward in C: float32 on a CPU, one call a step. Every matrix is copied in the order in which C
+    multiplies it. A request's numbers are the same to the bit whatever is beside it and on however many
+    threads."""
+
+    def __init__(self, model, cache):
+        self.model, self.config, self.cache = model, model.config, cache
+        self.code, self.width = forward(model.config), padded(model.config.head_size)
+        self.kept, self.work, self.z = {}, {}, torch.empty(0, 0)
+        self.rows = 0  # that the work space has
+        self.refresh()
+
+    def keep(self, key, new):
+        """The address of `new`, which is written into the same memory each time; 0 for None."""
+        if new is None:
+            return 0
+        old = self.kept.setdefault(key, new)
+        return _address(old if old is new else old.copy_(new))
+
+    @torch.no_grad()
+    def refresh(self):
+        """Reads the model again: after an optimizer step, or when another adapter is in force. False: there
+        is no graph to be stale."""
+        c, m = self.config, self.model
+        cos = sin = None
+        if c.pos == 'rope':
+            angle = torch.arange(c.block_size)[:, None].float() * m.inv_freq.float()
+            cos, sin = angle.cos(), angle.sin()
+        self.layers = np.array([self._layer(i, block) for i, block in enumerate(m.h)], np.int64)
+        head, head_bias = _in_force(m.lm_head)
+        norm, norm_bias = self._norm(m.ln_f)
+        self.wte = _in_force(m.wte)[0]
+        wpe = None if m.wpe is None else m.wpe.weight
+        self.net = Net(
+            layers=self.layers.ctypes.data,
+            wte=_address(self.wte),
+            wpe=_address(wpe),
+            cos=self.keep('cos', cos),
+            sin=self.keep('sin', sin),
+            nf=norm,
+            nfb=norm_bias,
+            head=self.keep('head', panels(head)),
+            headb=self._bias('head_bias', head_bias),
+            C=c.n_embd,
+            inner=c.n_inner,
+            V=c.vocab_size,
+            positions=c.block_size,
+            act=activation(c),
+            rms=c.norm == 'rms',
+            eps=c.norm_eps,
+            scale=c.head_size ** -0.5,
+        )
+        self.rows = 0
+        return False
+
+    def _layer(self, i, block):
+        """Addresses of a layer's weights and biases, in the order of LAYER."""
+        attn, mlp, gated = block.attn, block.mlp, self.config.gated
+        if hasattr(attn, 'c_attn'):
+            qkv, qkv_bias = _in_force(attn.c_attn)
+        else:
+            parts = [_in_force(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj)]
+            qkv = torch.cat([weight for weight, _ in parts])
+            qkv_bias = None if parts[0][1] is None else torch.cat([bias for _, bias in parts])
+        out, out_bias = _in_force(attn.c_proj if hasattr(attn, 'c_proj') else attn.o_proj)
+        up, up_bias = _in_force(mlp.up_proj if gated else mlp.c_fc)
+        gate, gate_bias = _in_force(mlp.gate_proj) if gated else (None, None)
+        down, down_bias = _in_force(mlp.down_proj if gated else mlp.c_proj)
+        norms = [0 if norm is None else norm.weight.data_ptr() for norm in (attn.q_norm, attn.k_norm)]
+        qkv_bias = None if qkv_bias is None else self._pad_heads(qkv_bias[:, None])[:, 0]
+        return [
+            *self._norm(block.ln_1),
+            self.keep((i, 'qkv'), panels(self._pad_heads(qkv))),
+            self._bias((i, 'qkv_bias'), qkv_bias),
+            *norms,
+            self.keep((i, 'out'), panels(self._pad_heads(out.t()).t())),
+            self._bias((i, 'out_bias'), out_bias),
+            *self._norm(block.ln_2),
+            self.keep((i, 'up'), panels(up, gate)),
+            self._bias((i, 'up_bias'), up_bias, gate_bias),
+            self.keep((i, 'down'), panels(down)),
+            self._bias((i, 'down_bias'), down_bias),
+        ]
+
+    def _bias(self, key, bias, gate=None):
+        if bias is None:
+            return 0
+        return self.keep(key, panels(bias[:, None], None if gate is None else gate[:, None]))
+
+    def _norm(self, norm):
+        return _address(norm.weight), _address(norm.bias)
+
+    def _pad_heads(self, w):
+        """(heads * head_size, K) -> (heads * width, K)"""
+        size = self.config.head_size
+        return F.pad(w.reshape(-1, size, w.shape[1]), (0, 0, 0, self.width - size)).flatten(0, 1)
+
+    def _make_room(self, n):
+        """The work space for n tokens. Rows a power of two apart would fall on the same lines of the CPU's
+        cache: hence 16 floats more."""
+        c = self.config
+        self.rows = self.net.rows = max(n, 2 * self.rows, 64)
+        heads = c.n_head * self.width
+        qkv = heads + 2 * c.n_kv_head * self.width
+        widths = dict(x=c.n_embd, y=c.n_embd, qkv=qkv, att=heads, mid=c.n_inner)
+        strides = dict(x='sx', y='sx', qkv='sq', att='sa', mid='sm')
+        for name, width in widths.items():
+            self.work[name] = torch.zeros(self.rows, -(-width // 32) * 32 + 16)
+            setattr(self.net, name, self.work[name].data_ptr())
+            setattr(self.net, strides[name], self.work[name].stride(0))
+
+    def hidden(self, batch):
+        """-> (N, C) before the last norm, valid until the next call"""
+        n, kv = len(batch.pos), self.cache.kv
+        if n > self.rows:
+            self._make_room(n)
+        tables, ids = self.cache.tables.fill(batch.requests), np.array(batch.ids(), np.int64)
+        cache = Cache(
+            keys=kv.data_ptr(),
+            values=kv.stride(0),
+            layer=kv.stride(1),
+            blocks=kv.shape[2],
+            size=kv.shape[4],
+            table=tables.ctypes.data,
+            requests=len(tables),
+            width=tables.shape[1],
+        )
+        longest = (int(batch.pos.max()) + 16) // 16 * 16
+        arrays = [a.ctypes.data for a in (ids, batch.owner, batch.pos)]
+        net, places = ctypes.byref(self.net), ctypes.byref(cache)
+        self.code.forward(net, len(self.layers), places, *arrays, n, longest)
+        return self.work['x'][:n, :self.config.n_embd]
+
+    def logits(self, x, at):
+        """-> (len(at), V) of those rows of x, valid until the next call. `at` has no row twice: the work
+        space has as many as x."""
+        n, V = len(at), self.config.vocab_size
+        assert n <= len(x), f'{n} rows of logits from {len(x)} tokens'
+        if len(self.z) < n:
+            self.z = torch.empty(max(n, 2 * len(self.z)), -(-V // 32) * 32)
+        rows = np.array(at, np.int64)
+        self.code.logits(ctypes.byref(self.net), rows.ctypes.data, n, self.z.data_ptr(), *self.z.shape)
+        return self.z[:n, :V]
+
+
+def _address(x):
+    return 0 if x is None else x.data_ptr()
+
+
+def _in_force(layer):
+    """(weight, bias) of a Linear or Embedding; an adapter's is merged."""
+    adapted = getattr(layer, 'active', None) is not None and not layer.kept
+    weight = layer.merged_weight() if adapted else layer.weight
+    bias = getattr(layer, 'bias', None)
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import sys
@@ -191,7 +192,7 @@ def memory_now(device, peak=False):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     try:
         with open('/proc/self/statm') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+            return int(f.read().split()[1]) * mmap.PAGESIZE
     except OSError:
         return 0  # no /proc (Mac): the measured peak then includes the interpreter
 
@@ -392,7 +393,9 @@ SHOWN = dict(  # how a metric looks on the console
     loss='loss {:.4f}', accuracy='acc {:.1%}', accuracy_95='{0[0]:.1%} to {0[1]:.1%}', margin='margin {:.3f}',
     chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}', grad_norm='norm {:.2f}', lr='lr {:.1e}',
     score='score {:.3f}', kl='kl {:.2f} nats/seq', len='len {:.1f} tok', ended='ended {:.0%}',
-    ece='ece {:.3f}', length_correlation='length correlation {:+.2f}')
+    ece='ece {:.3f}', length_correlation='length correlation {:+.2f}', pg='pg {:.3f}', vf='vf {:.3f}',
+    clip_frac='clip {:.1%}', dead='dead {:.0%}', mismatch='mismatch {:.1e}', staleness='staleness {:.1f}',
+    idle='idle {:.0%}', gen_s='gen {:.1f}s', upd_s='upd {:.1f}s')
 
 
 def line(metrics, keys):

@@ -66,3 +66,15 @@ def equal(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+@torch.no_grad()
+def mismatch(engine, completions, model=None):
+    """Parity meter: |raw log-prob of the engine - model.logprobs| over the completions' tokens -> {'max', 'mean'} nats."""
+    model, differences = model or engine.model, [torch.zeros(1, dtype=torch.float64)]
+    for c in completions:
+        tokens = torch.tensor([c.prompt_token_ids + c.token_ids], device=engine.device)
+        logp = model.logprobs(tokens)[0, len(c.prompt_token_ids) - 1:].double().cpu()
+        differences.append((logp - torch.tensor(c.raw_logprobs, dtype=torch.float64)).abs())
+    differences = torch.cat(differences)
+    return dict(max=float(differences.max()), mean=float(differences.mean()))

@@ -59,7 +59,7 @@ class Hub:
             protocol_version = 'HTTP/1.1'
 
             def log_message(self, *args):
-                """Quiet."""
+                return None  # quiet
 
             def answer(self, code, body=b'', stop=None, **headers):
                 self.send_response(code)

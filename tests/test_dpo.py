@@ -17,6 +17,7 @@ import run
 from helpers import jsonl, log_rows, stage
 from model import answer_logprobs, answer_values, ARCHS, GPT, GPTConfig
 from oracle import World, central_difference, gradient
+from tokenizer import get_tokenizer
 
 D = torch.float64
 

@@ -228,8 +228,18 @@ def test_value_loss_by_hand_and_garbage():
     again, _ = ppo.value_loss(y, *garbage(mask, old, ret), mask, 0.2)
     again.backward()
     assert torch.equal(loss, again) and torch.equal(x.grad, y.grad)
-    perfect = ppo.value_loss(ret, ret, ret, mask, 0.2)[1]
-    assert perfect['explained'].item() == pytest.approx(1.0)
+    assert ppo.explained_variance(ppo.value_loss(ret, ret, ret, mask, 0.2)[1]).item() == pytest.approx(1.0)
+    want = 1 - (ret - v)[mask].var(correction=0) / ret[mask].var(correction=0)  # of pooled moments, however they were cut
+    parts = [ppo.value_loss(*(x[r] for x in (v, old, ret, mask)), 0.2)[1] for r in (slice(0, 2), slice(2, 5))]
+    share = [mask[:2].sum() / mask.sum(), mask[2:].sum() / mask.sum()]
+    pooled = {k: sum(w * part[k] for w, part in zip(share, parts)) for k in parts[0]}
+    assert ppo.explained_variance(pooled).item() == pytest.approx(want.item())
+
+
+def test_end_rule():
+    scores, ended = torch.tensor([2.0, 3.0]), torch.tensor([True, False])
+    for rule, want in (('score', [2, -1]), ('penalty', [2, 2]), ('none', [2, 3])):
+        assert ppo.end_rule(scores, ended, rule, -1.0).tolist() == want
 
 
 def test_token_rewards_put_the_score_on_the_last_token():
@@ -243,16 +253,6 @@ def test_adaptive_beta():
     assert ppo.adapt_beta(0.15, 12.0, 6.0, 512, 10000) == pytest.approx(0.15 * (1 + 0.2 * 512 / 10000))
     assert ppo.adapt_beta(0.15, 6.0, 6.0, 512, 10000) == 0.15
     assert ppo.adapt_beta(0.15, 0.0, 6.0, 512, 10000) < 0.15
-
-
-def test_collate_points_at_the_predicting_position():
-    idx, mask, at, resp = ppo.collate([[5, 6], [1, 2, 3]], [[7], [8, 9]])
-    assert idx.tolist() == [[5, 6, 7, 0, 0], [1, 2, 3, 8, 9]] and mask.sum().item() == 8
-    assert at[0, 0] == 1 and at[1].tolist() == [2, 3] and resp.tolist() == [[True, False], [True, True]]
-    where = ppo.response_positions(mask, at, resp)
-    assert where.nonzero().tolist() == [[0, 1], [1, 2], [1, 3]]
-    for b, j in resp.nonzero().tolist():
-        assert idx[b, at[b, j] + 1] == [[7], [8, 9]][b][j]
 
 
 def test_helpers_shared_by_stages_are_equal_to_the_letter():

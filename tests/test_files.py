@@ -180,7 +180,7 @@ def test_two_ranks_and_a_model_that_is_not_in_the_cache(hub, served, tmp_path):
 @pytest.mark.parametrize('kind, words', [
     ('locked', '403: no access'), ('hidden', '401: .*private.*HF_TOKEN'), ('busy', '503: .*busy'),
     ('limited', '429: too many'), ('legal', '451'), ('teapot', '418'),
-    ('circle', 'circle'), ('away', 'no checksum'), ('slash', 'no checksum'), ('untagged', 'no checksum'),
+    ('circle', 'no checksum'), ('away', 'no checksum'), ('slash', 'no checksum'), ('untagged', 'no checksum'),
     ('etag', 'no checksum'), ('lies', 'what came has the hash'),
     ('html', 'did not answer'), ('list', 'did not answer'), ('null', 'did not answer'),
     ('number', 'did not answer'), ('unnamed', 'did not answer'),
@@ -344,7 +344,7 @@ def test_fetch_checks_a_hash_and_says_what_to_do(hub, tmp_path):
     hub.urls = {'/file': (body, '"v1"')}
     good, path = hashlib.sha256(body).hexdigest(), str(tmp_path / 'file')
     for url, sha256, words in (('/file', '0' * 64, 'what came has the hash'),
-                               ('/none/none/none', good, '404')):
+                               ('/none/none/none', good, '404'), ('/me/circle/resolve/x/y', '', '307')):
         with pytest.raises(ValueError, match=f'{words}.*--src='):
             files.fetch(hub.url + url, path, sha256)
         assert not os.path.exists(path)

@@ -20,6 +20,7 @@ import conftest
 import infer
 import lora
 import parallel
+from helpers import mismatch
 from model import GPT, GPTConfig
 
 TOL = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -380,7 +381,7 @@ def engines(rank, cases):
             state, done = parallel.full_state(model), engine.generate(prompts, params)
             assert mesh.everyone.share_object([c.token_ids for c in done], 0, 'tokens') == [c.token_ids for c in done]
             if dtype != f32:  # sums in another order round otherwise: the log-probs are the trainer's to bfloat16's precision
-                assert engine.mismatch(done, model)['max'] < 0.05
+                assert mismatch(engine, done, model)['max'] < 0.05
             elif rank == 0:
                 plain.load_weights(state)
                 for a, b in zip(done, plain.generate(prompts, params), strict=True):
@@ -516,6 +517,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 import parallel
+from helpers import mismatch
 from test_parallel import GPT2, count, loss_lm, make, micros_of
 mode, folder, layout, last = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), 6
 path = os.path.join(folder, 'ckpt.pt')

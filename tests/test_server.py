@@ -13,18 +13,19 @@ import pytest
 import torch
 
 import infer
+import serve
 from tokenizer import get_tokenizer
 from infer import Engine, SamplingParams
 from serve import Server
-from test_infer import graphs, idle, tiny  # noqa: F401 (a fixture)
+from test_infer import graphs, idle, tiny, twins  # noqa: F401 (fixtures)
 
 ROOT = os.path.dirname(os.path.abspath(infer.__file__))
 
 
-def make(name='tiny', on=lambda engine: engine, cache='auto', max_num_seqs=32, **kw):
+def make(name='tiny', on=lambda engine: engine, max_num_seqs=32, **kw):
     tok = get_tokenizer('byte')
     model = tiny('llama', torch.float32, vocab=tok.vocab_size, block_size=256)
-    return Server(on(Engine(model, tok, max_num_seqs=max_num_seqs, threads=1, cache=cache)), name, port=0, **kw).start()
+    return Server(on(Engine(model, tok, max_num_seqs=max_num_seqs, threads=1)), name, port=0, **kw).start()
 
 
 @pytest.fixture(scope='module')
@@ -82,13 +83,22 @@ BAD = [('/v1/completions', dict(prompt=5), 400, 'prompt'), ('/v1/completions', {
        ('/v1/completions', dict(prompt='a', n=1000), 400, 'n'), ('/v1/completions', dict(prompt='a', stop=[1]), 400, 'stop'), ('/v1/completions', dict(prompt='a', stop=''), 400, 'stop'),
        ('/v1/completions', dict(prompt='a', logit_bias={'x': 1}), 400, 'x'), ('/v1/completions', dict(prompt='a', logit_bias={'1': None}), 400, ''),
        ('/v1/completions', dict(prompt='a', logit_bias={'99999': 1}), 400, 'vocabulary'), ('/v1/completions', dict(prompt='a', stop_token_ids=['a']), 400, 'stop_token_ids'),
-       ('/v1/completions', dict(prompt='a', logprobs=True), 400, 'logprobs'), ('/v1/completions', dict(prompt='a', echo=True), 400, 'echo'),
+       ('/v1/completions', dict(prompt='a', logprobs=True), 400, 'logprobs'), ('/v1/completions', dict(prompt='a', echo=1), 400, 'echo'),
        ('/v1/completions', dict(prompt='a', stream='yes'), 400, 'stream'), ('/v1/completions', dict(prompt='a', seed=1.5), 400, 'seed'),
        ('/v1/completions', dict(prompt='a', model='other'), 404, 'other'), ('/v1/nothing', dict(prompt='a'), 404, 'nothing'),
-       ('/v1/chat/completions', dict(prompt='a'), 400, 'messages'), ('/v1/chat/completions', dict(messages=[]), 400, 'messages'),
+       ('/v1/chat/completions', {}, 400, 'messages'), ('/v1/chat/completions', dict(messages=[]), 400, 'messages'),
        ('/v1/chat/completions', dict(messages=['hi']), 400, 'messages'), ('/v1/chat/completions', dict(messages=[dict(role='user')]), 400, 'messages'),
        ('/v1/chat/completions', dict(messages=[dict(role='user', content='x' * 900)]), 400, 'context'), ('/v1/chat/completions', dict(messages=[dict(role='king', content='x')]), 400, ''),
-       ('/v1/chat/completions', dict(messages=[dict(role='user', content='x')], tools=[{}]), 400, 'tools')]
+       *(('/v1/completions', dict(prompt='a', **{k: v}), 400, k) for k, v in dict(
+           logit_bias={'1': float('nan')}, top_k=-2, max_token=1, prompt_logprobs=1, guided_json={}, best_of=2, suffix='x', stream_options={'x': 1}, messages=[],
+           max_completion_tokens=0, min_tokens=20).items()),
+       ('/v1/completions', dict(prompt='a', echo=True, stream=True), 400, 'echo'), ('/v1/completions', dict(prompt='a', logit_bias={'1': 1e3}), 400, 'logit_bias'),
+       *(('/v1/chat/completions', dict(messages=[dict(role='user', content='x')], **{k: v}), 400, k) for k, v in dict(
+           tools=[{}], tool_choice='required', structured_outputs={}, add_generation_prompt=False, continue_final_message=True, prompt='a', logprobs=1,
+           chat_template_kwargs=1, reasoning_effort='low', response_format={'type': 'json_object'}).items()),
+       *(('/v1/chat/completions', dict(messages=[m]), 400, word) for m, word in (
+           (dict(role='user', content=None), 'content'), (dict(role='user', content=[dict(type='image_url')]), 'text'), (dict(role='user', content='x', audio={'id': 1}), 'audio'),
+           (dict(role='assistant', tool_calls=[{}]), 'tool_calls'), (dict(role='assistant', content='x', function_call={'name': 'f'}), 'function_call')))]
 
 
 def test_every_mistake_has_an_answer_in_openais_form(server):
@@ -145,6 +155,161 @@ def test_official_client(server):
     assert settle(server)
 
 
+def test_harmless_fields_are_accepted(server):
+    fine = dict(user='me', metadata={}, store=False, service_tier='auto', parallel_tool_calls=True, seed=None, tools=[], tool_choice='none', stop=None,
+                response_format=dict(type='text'), add_generation_prompt=True)
+    status, answer = call(server, '/v1/chat/completions', dict(messages=[dict(role='user', content='x')], max_tokens=2, **fine))
+    assert status == 200, answer
+
+
+CALL = dict(role='assistant', content=None, tool_calls=[dict(id='c1', type='function', function=dict(name='f', arguments='{"x": 1}'))])
+TALKS = [([dict(role='developer', content='Be brief.'), dict(role='user', content='hi')], {}), ([dict(role='user', content='hi'), CALL, dict(role='tool', tool_call_id='c1', content='42')], {}),
+         ([dict(role='user', content='hi'), dict(CALL, content='', refusal=None), dict(role='tool', tool_call_id='c1', content='42')], {}),
+         ([dict(role='user', content='hi'), {k: v for k, v in CALL.items() if k != 'content'} | dict(reasoning_content='A sum.'), dict(role='tool', content='42')], {}),
+         ([dict(role='user', content=[dict(type='text', text='h'), dict(type='text', text='i')], name='Ann')], dict(enable_thinking=False))]
+
+
+@pytest.mark.parametrize('messages, extra', TALKS)
+def test_all_that_a_message_says_reaches_the_template(monkeypatch, server, messages, extra):
+    """What the template gets is what transformers' apply_chat_template would be given: no key is lost; a template that does not know developers sees system."""
+    seen, tok = [], server.engine.tokenizer
+    monkeypatch.setattr(tok, 'apply_chat_template', lambda m, **kw: seen.append((m, kw)) or [1, 2, 3])
+    status, answer = call(server, '/v1/chat/completions', dict(messages=messages, max_tokens=1, chat_template_kwargs=extra))
+    want = [{k: v for k, v in m.items() if v is not None} | dict(content=m.get('content')) for m in messages]
+    for m in want:
+        m['role'] = m['role'].replace('developer', 'system')
+        m['content'] = 'hi' if isinstance(m['content'], list) else m['content']
+    assert status == 200 and answer['usage']['prompt_tokens'] == 3 and seen == [(want, dict(add_generation_prompt=True, **extra))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('messages, extra', TALKS)
+def test_a_chat_has_as_many_tokens_as_in_transformers(server, messages, extra):
+    transformers = pytest.importorskip('transformers')
+    folder = os.path.join(ROOT, '..', 'shared', 'data', 'tokenizers', 'qwen3')
+    if not os.path.isdir(folder):
+        pytest.skip('the real tokenizers are not beside this checkout')
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(folder)
+    plain = [dict(m, role=m['role'].replace('developer', 'system')) for m in messages]
+    want = theirs.apply_chat_template([m | dict(content='hi') if isinstance(m.get('content'), list) else m for m in plain], add_generation_prompt=True, tokenize=False, **extra)
+    assert ours.render(serve.messages_of(dict(messages=messages), ours), add_generation_prompt=True, **extra) == want
+
+
+def test_logprobs_are_those_of_the_very_tokens(server):
+    """Tokens join to the text; offsets go on in a stream; the drawn token is always among the top ones; numbers are the plain log-softmax."""
+    ask = dict(prompt='hello', max_tokens=24, temperature=2, seed=1, logprobs=3)
+    choice = call(server, '/v1/completions', ask)[1]['choices'][0]
+    lp, model = choice['logprobs'], server.engine.model.requires_grad_(False)
+    ids = server.engine.generate(['hello'], SamplingParams(max_tokens=24, temperature=2, seed=1))[0].token_ids
+    assert ''.join(lp['tokens']) == choice['text'] and lp['text_offset'] == [len(''.join(lp['tokens'][:i])) for i in range(24)]
+    dense = model(torch.tensor([[*b'hello', *ids]]))[0][0, 4:].log_softmax(-1)
+    for i, (token, x, top) in enumerate(zip(ids, lp['token_logprobs'], lp['top_logprobs'], strict=True)):
+        assert x == pytest.approx(float(dense[i, token]), abs=1e-4) and 3 <= len(top) <= 4 and x in top.values()
+        assert sorted(top.values(), reverse=True)[:3] == pytest.approx(dense[i].topk(3)[0].tolist(), abs=1e-4)
+    c = http.client.HTTPConnection('127.0.0.1', server.http.server_address[1], timeout=60)
+    c.request('POST', '/v1/completions', json.dumps(dict(ask, stream=True)))
+    parts = [json.loads(x[6:])['choices'][0]['logprobs'] for x in c.getresponse().read().decode().split('\n\n') if x.startswith('data: {')]
+    assert [x for part in parts for x in part['text_offset']] == lp['text_offset'] and [x for part in parts for x in part['tokens']] == lp['tokens']
+    c.close()
+
+
+class Odd:
+    """Three tokens are one euro sign, 3 and 4 have one text, 5 loses its blank at the beginning of what is decoded."""
+
+    def decode(self, ids):
+        text = b''.join([b'\xe2', b'\x82', b'\xac', b'n', b'n', b' there'][i] for i in ids).decode(errors='replace')
+        return text[1:] if text.startswith(' ') else text
+
+
+def test_texts_of_tokens_in_their_context():
+    rows = [(5, -1.0, {3: -2.0, 4: -2.5}), (0, -1.0, {0: -1.0}), (1, -1.0, {3: -9.0}), (2, -1.0, {}), (4, -4.0, {3: -1.0})]
+    lp = serve.Pieces(Odd(), [3]).completion(rows)
+    assert lp['tokens'] == [' there', '', '', '\u20ac', 'n'] and lp['text_offset'] == [0, 6, 6, 6, 7]
+    assert lp['top_logprobs'][0] == {'n': -2.0, 'token_id:4': -2.5, ' there': -1.0} and lp['top_logprobs'][1] == {'token_id:0': -1.0}
+    assert lp['top_logprobs'][4] == {'n': -1.0, 'token_id:4': -4.0}
+    chat = serve.Pieces(Odd(), [3]).chat(rows)['content']
+    assert [x['token'] for x in chat] == lp['tokens'] and [len(x['top_logprobs']) for x in chat] == [2, 1, 1, 0, 1] and bytes(chat[3]['bytes']).decode() == '\u20ac'
+
+
+def test_echo_scores_the_prompt(server):
+    """As lm-eval's local-completions asks: log-probs of the prompt's own tokens."""
+    ids = [*b'the cat sat'] * 30
+    choice = call(server, '/v1/completions', dict(prompt=ids[:200], max_tokens=1, temperature=0, logprobs=1, echo=True))[1]['choices'][0]
+    lp = choice['logprobs']
+    want = server.engine.model.logprobs(torch.tensor([ids[:200]]))[0].tolist()
+    assert lp['token_logprobs'][0] is None and lp['top_logprobs'][0] is None and lp['token_logprobs'][1:200] == pytest.approx(want, abs=1e-4)
+    assert len(lp['tokens']) == 201 and choice['text'].startswith('the cat sat') and ''.join(lp['tokens']) == choice['text']
+    plain = call(server, '/v1/completions', dict(prompt='ab', max_tokens=2, temperature=0, echo=True, n=2))[1]['choices']
+    assert [c['text'][:2] for c in plain] == ['ab'] * 2 and plain[0]['logprobs'] is None
+
+
+@pytest.mark.parametrize('more', [dict(n=16), dict(stream=True, logit_bias={'120': 100}, stop=['x' * 600]), dict(stream=True)])
+def test_who_hangs_up_is_not_computed_for(server, monkeypatch, more):
+    """Also while the engine talks, and while the text is held back for a stop string."""
+    step, before = server.engine.step, server.engine.counts['output_tokens']
+    monkeypatch.setattr(server.engine, 'step', lambda: time.sleep(0.01) or step())
+    hang_up(server, **more)
+    assert settle(server) and server.engine.counts['output_tokens'] - before < 0.6 * 240 * more.get('n', 1)
+
+
+def raw(server, data):
+    with socket.create_connection(server.http.server_address[:2], timeout=20) as c:
+        c.sendall(data)
+        c.shutdown(socket.SHUT_WR) if b'POST' not in data else None
+        return b''.join(iter(lambda: c.recv(65536), b'')).decode()
+
+
+def test_http_of_any_age_and_method(capsys):
+    s = make(api_key='k', cors='https://page.example')
+    try:
+        body = json.dumps(dict(prompt='a', max_tokens=5, stream=True)).encode()
+        said = raw(s, b'POST /v1/completions HTTP/1.0\r\nAuthorization: Bearer k\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+        head, _, rest = said.partition('\r\n\r\n')
+        assert 'Transfer-Encoding' not in head and rest.startswith('data: {') and rest.endswith('data: [DONE]\n\n')
+        for method, path, status in (('HEAD', '/health', 200), ('GET', '/health', 200), ('OPTIONS', '/v1/chat/completions', 204), ('HEAD', '/v1/models', 401), ('PUT', '/v1/models', 501)):
+            c = http.client.HTTPConnection('127.0.0.1', s.http.server_address[1], timeout=20)
+            c.request(method, path)
+            r = c.getresponse()
+            data = r.read()
+            assert r.status == status and r.getheader('Access-Control-Allow-Origin') == 'https://page.example', (method, r.status)
+            assert (data == b'') == (method in ('HEAD', 'OPTIONS')) and (status < 400 or not data or json.loads(data)['error']['message'])
+            c.close()
+        assert '"message"' in raw(s, b'nonsense\r\n\r\n') and '"message"' in raw(s, b'GET /' + b'x' * 70000 + b' HTTP/1.1\r\n\r\n')
+        c = socket.create_connection(s.http.server_address[:2])
+        c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        c.sendall(b'GET /heal')
+        c.close()  # a reset
+        c = http.client.HTTPConnection('127.0.0.1', s.http.server_address[1], timeout=20)  # a kept connection
+        for _ in range(3):
+            c.request('GET', '/health')
+            assert c.getresponse().read()
+        c.close()
+    finally:
+        s.close()
+    assert capsys.readouterr().err == ''
+
+
+def test_small_answers_do_not_wait_for_an_acknowledgement(server, monkeypatch):
+    seen, get = [], serve.Handler.get
+    monkeypatch.setattr(serve.Handler, 'get', lambda self: seen.append(self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) or get(self))
+    call(server, '/health', method='GET')
+    assert seen[0] != 0
+
+
+def test_ipv6_loopback():
+    try:
+        s = make(host='::1')
+    except OSError:
+        pytest.skip('no IPv6 here')
+    try:
+        assert s.url.startswith('http://[::1]:')
+        with socket.create_connection(s.http.server_address[:2], timeout=20) as c:
+            c.sendall(b'GET /health HTTP/1.0\r\n\r\n')
+            assert b'200 OK' in c.recv(100)
+    finally:
+        s.close()
+
+
 def test_a_failing_engine_answers_and_lives_on():
     s = make()
     try:
@@ -158,12 +323,12 @@ def test_a_failing_engine_answers_and_lives_on():
         s.close()
 
 
-def hang_up(server, stream):
+def hang_up(server, **more):
     """A long request whose client leaves after a moment."""
-    body = json.dumps(dict(prompt='hello', max_tokens=240, ignore_eos=True, stream=stream)).encode()
+    body = json.dumps(dict(prompt='hello', max_tokens=240, ignore_eos=True, **more)).encode()
     with socket.create_connection(('127.0.0.1', server.http.server_address[1])) as c:
         c.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
-        if stream:
+        if more.get('stream'):
             assert c.recv(20)
 
 
@@ -213,9 +378,10 @@ def test_clients_at_once_some_leave_some_send_nonsense(server):
     assert load(server, 40, seed=random.randrange(1 << 30)) > 10
 
 
-def test_clients_at_once_on_graphs(graphs):
+def test_clients_at_once_on_graphs(graphs, twins):
     """As on CUDA: a client that hangs up while the step behind its last token is on its way takes nothing from the others."""
-    s = make(on=graphs.on, cache='paged')
+    twins()
+    s = make(on=graphs.on)
     try:
         assert load(s, 40, seed=random.randrange(1 << 30)) > 10 and graphs.replays > 50
     finally:
@@ -232,14 +398,14 @@ def test_a_client_that_waits_behind_many_open_files(crowded):
             time.sleep(0.01)
         return len(s.engine.requests) == n
     try:
-        s.engine.pause()
+        step, s.engine.step = s.engine.step, lambda: time.sleep(0.01) or []
         waits = threading.Thread(target=lambda: got.append(call(s, '/v1/completions', dict(prompt='hello', max_tokens=9, temperature=0))))
         waits.start()
         assert until(1, 20)
         hang_up(s, stream=False)
         until(2, 5)
         assert until(1, 20) and not got
-        s.engine.resume()
+        s.engine.step = step
         waits.join(30)
         assert got[0][0] == 200 and got[0][1]['choices'][0]['text'] == s.engine.generate(['hello'], SamplingParams(max_tokens=9, temperature=0))[0].text and settle(s)
     finally:
@@ -250,12 +416,8 @@ def test_a_client_that_waits_behind_many_open_files(crowded):
 def test_two_hundred_clients_at_once():
     s = make()
     try:
-        rows = None
         for seed in range(3):
             assert load(s, 200, seed) > 80
-            size = sum(kv.numel() for arena in s.engine.cache.arenas for kv in arena.kv)
-            assert rows in (None, size) or size <= 2 * rows  # the cache does not grow with every wave
-            rows = size
     finally:
         s.close()
 
@@ -265,13 +427,11 @@ def test_two_hundred_clients_at_once():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A checkpoint as a stage leaves it, and rows to evaluate."""
+    """A checkpoint as a stage leaves it."""
     out = tmp_path_factory.mktemp('cli')
     model = tiny('gpt2', torch.float32, vocab=get_tokenizer('byte').vocab_size, block_size=128)
     (out / 'm').mkdir()
     torch.save(dict(model=model.state_dict(), model_args=vars(model.config), config={}, tokenizer='byte'), out / 'm' / 'ckpt.pt')
-    (out / 'rows.jsonl').write_text(''.join(json.dumps(dict(question=f'q{i}', answer='x')) + '\n' for i in range(6)))
-    (out / 'reward.py').write_text('def reward(prompt, completion, row):\n    return float(prompt == row["question"] and len(completion) > 3)\n')
     return out
 
 
@@ -280,16 +440,15 @@ def run(folder, *args, text=None):
                           capture_output=True, text=True, cwd=folder, timeout=120)
 
 
-def test_command_samples_and_evaluates(folder):
+def test_command_samples(folder):
     r = run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1')
     assert r.returncode == 0 and r.stdout.startswith('abc') and 'tok/s' in r.stderr, r.stderr
-    assert r.stdout == run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1', '--max_num_seqs=1', '--ngram=1').stdout
+    assert r.stdout == run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1', '--max_num_seqs=1').stdout
     several = run(folder, '--start=abc', '--max_new_tokens=9', '--seed=1', '--num_samples=3').stdout.split('\n---------------\n')
     assert len(several) == 3 and all(text.startswith('abc') for text in several) and len(set(several)) > 1  # each with its prompt, as nanoGPT prints them
-    r = run(folder, f'--eval_file={folder / "rows.jsonl"}', f'--reward={folder / "reward.py"}', '--num_samples=2', '--max_new_tokens=12')
-    rows = [json.loads(line) for line in (folder / 'm' / 'eval.jsonl').read_text().splitlines()]
-    assert r.returncode == 0 and 'accuracy' in r.stdout and 'pass@2' in r.stdout, r.stderr
-    assert len(rows) == 6 and all(len(x['completions']) == 2 and x['scores'] == [float(len(c) > 3) for c in x['completions']] for x in rows)
+    for key, way in (('--serve', 'serve.py'), ('--eval_file=x', 'evaluate.py'), ('--ngram=1', 'dropped'), ('--draft_from=x', 'dropped'), ('--compile', 'graph')):
+        r = run(folder, key)
+        assert r.returncode == 2 and way in r.stderr and r.stderr.count('\n') == 1
 
 
 @pytest.mark.slow
@@ -297,7 +456,7 @@ def test_command_chats_and_says_what_is_wrong(folder):
     r = run(folder, '--chat', '--max_new_tokens=9', text='hello\n/reset\nyou\n\n')
     assert r.returncode == 0 and r.stderr.count('tok/s)') == 2, r.stderr
     for args, word in ((['--init_from=out-none'], 'no such checkpoint'), (['--temprature=1'], 'temperature'), (['--dtype=int8'], 'float32'),
-                       (['--eval_file=none.jsonl'], 'none.jsonl'), (['--max_new_tokens=0'], 'max_tokens'), ([f'--eval_file={folder / "rows.jsonl"}', '--reward=none.py'], 'none.py')):
+                       (['--max_new_tokens=0'], 'max_tokens')):
         r = run(folder, *args)
         assert r.returncode == 2 and word in r.stderr and 'Traceback' not in r.stderr, (args, r.stderr)
-    assert run(folder, '--help').stdout.count('--') > 40
+    assert run(folder, '--help').stdout.count('--') > 20

@@ -32,7 +32,7 @@ RUNS = {
     'ppo': [*[a for a in RL if 'warmup' not in a], '--value=policy', '--target_kl=1.0'],
     'grpo': [*RL, '--group_size=2', '--minibatch_size=8'],
 }
-STAGES = ['sft', 'reward', 'dpo', 'kto']  # and ppo, grpo
+STAGES = list(RUNS)
 OFFLINE = ['sft', 'reward', 'dpo', 'kto']  # they do not sample while they train
 
 
