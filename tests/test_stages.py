@@ -58,7 +58,8 @@ def world(tmp_path_factory):
     jsonl(d / 'sft.jsonl', [dict(messages=[ask(i), dict(role='assistant', content=good(i))]) for i in range(60)])
     jsonl(d / 'pref.jsonl', [dict(prompt=prompt(i), chosen=good(i), rejected=bad(i), tie=i % 9 == 0) for i in range(60)])
     jsonl(d / 'prompts.jsonl', [dict(prompt=prompt(i), letter=letters[i % 8]) for i in range(60)])
-    (d / 'reward.py').write_text('def reward(prompt, completion, row):\n    return float(completion.count(row["letter"]))\n')
+    rule = 'def reward(prompt, completion, row):\n    return float(sum(map(ord, completion)) % 5)\n'
+    (d / 'reward.py').write_text(rule)  # no group of answers is dead
     start('sft', 'out-sft', *TINY, world=d, init='scratch')
     start('sft', 'out-lora', '--lora_r=4', '--lora_targets=c_attn, mlp.c_fc', '--learning_rate=1e-2', world=d)
     start('reward', 'out-reward', world=d)
