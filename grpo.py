@@ -279,10 +279,10 @@ def concatenate(batches):
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset, eval_interval,
-    # save_minutes, lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing, threads,
-    # tp, pp, cp, zero, dist_timeout; rollout.py reads dataset, max_prompt, long_prompts, reward_weights,
-    # temperature, max_num_seqs, rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers,
-    # reward_timeout, reward_retries, runtime
+    # save_minutes, lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing,
+    # threads, tp, pp, cp, zero, dist_timeout; rollout.py reads dataset, max_prompt, long_prompts,
+    # reward_weights, temperature, max_num_seqs, rollout_tp, max_staleness, simulate_staleness,
+    # rollout_workers, reward_workers, reward_timeout, reward_retries, runtime
     if batch_size % minibatch_size or minibatch_size % group_size:
         fits = [m for m in range(group_size, batch_size + 1, group_size) if batch_size % m == 0]
         way = f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'
@@ -404,11 +404,11 @@ if __name__ == '__main__':
             # all-reduce over the ranks, clip, AdamW
             stats['grad_norm'] = parallel.clip_and_step([optimizer], [lr], grad_clip)
             if it == len(steps) == 0:
-                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} (a loss of "
-                      '0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)')
+                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} (a "
+                      'loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)')
                 if stats['ratio_max'] > 1e-3 and decoupled:
-                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and "
-                                     'new log-probs come from different computations; is dropout on?')
+                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: "
+                                     'old and new log-probs come from different computations; is dropout on?')
             steps.append(stats)
         if not steps:
             print(f'iter {it}: no group alive, no step')
