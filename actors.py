@@ -2505,9 +2505,11 @@ class _Names(types.ModuleType):
         sys.modules[self.__name__] = self
 
     def __getattr__(self, name):
+        if _ray() and not name.startswith('__'):
+            return getattr(importlib.import_module(f'ray.{self._path}'), name)
         if name not in self.__dict__.get('_table', ()):
-            raise AttributeError(f'{self.__name__} has no {name!r}')
-        return getattr(importlib.import_module(f'ray.{self._path}'), name) if _ray() else self._table[name]
+            raise AttributeError(f"{self.__name__} has no {name!r}; if Ray has it, use backend='ray'")
+        return self._table[name]
 
 
 _kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, RayError)]

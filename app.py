@@ -39,6 +39,7 @@ except ImportError:  # Windows: launch() refuses there, the rest works
 
 import torch
 
+import evaluate
 import infer
 import lora
 import ppo
@@ -835,9 +836,8 @@ def win_rates(root, path, against='sft'):
     out = {}
     for name in [k for k in (samples[0][0] if samples else {}) if k not in ('prompt', against)]:
         marks = [(gold(s[name], r), gold(s[against], r)) for s, r in samples if isinstance(s.get(name), str)]
-        wins = sum((a > b) + 0.5 * (a == b) for a, b in marks)
         if marks:
-            out[name] = (wins / len(marks), *rm.wilson(wins, len(marks)))
+            out[name] = evaluate.interval([(a > b) + 0.5 * (a == b) for a, b in marks])
     return out
 
 

@@ -759,7 +759,7 @@ def test_main_functions_travel_and_the_driver_takes_all_with_it(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(f'''
 import sys; sys.path.insert(0, {ROOT!r})
-import actors, os, time
+import actors, os, subprocess, time
 LIMIT = 3
 class Oops(Exception): pass
 def helper(x):
@@ -770,7 +770,7 @@ def f(x): return helper(x)
 @actors.remote
 class A:
     def pid(self): return os.getpid()
-    def spin(self): time.sleep(100)
+    def spin(self): subprocess.Popen(['sleep', '100'], start_new_session=True), time.sleep(100)
 if __name__ == '__main__':
     actors.init(num_cpus=2)
     try: actors.get(f.remote(9))
@@ -784,6 +784,7 @@ if __name__ == '__main__':
     assert p.stdout.readline().strip() == 'caught (9,)'
     value, pid = p.stdout.readline().split()
     assert value == '4'
+    soon(lambda: descendants(int(pid)))
     pids = descendants(p.pid)
     assert int(pid) in pids
     p.send_signal(signal.SIGKILL)
