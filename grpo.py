@@ -407,8 +407,8 @@ if __name__ == '__main__':
                 print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} (a "
                       'loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient trains)')
                 if stats['ratio_max'] > 1e-3 and decoupled:
-                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before a step: old "
-                                     'and new log-probs come from different computations; is dropout on?')
+                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before a step: "
+                                     'old and new log-probs come from different computations; is dropout on?')
             steps.append(stats)
         if not steps:
             print(f'iter {it}: no group alive, no step')

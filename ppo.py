@@ -394,8 +394,8 @@ if __name__ == '__main__':
                 print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, approx KL = "
                       f"{stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
                 if stats['ratio_max'] > 1e-3 and decoupled:
-                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before a step: old "
-                                     'and new log-probs come from different computations; is dropout on?')
+                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before a step: "
+                                     'old and new log-probs come from different computations; is dropout on?')
             steps.append(stats)
             if kl_stop and stats['approx_kl'] > kl_stop:
                 break
