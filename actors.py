@@ -1,62 +1,135 @@
-"""Tasks, actors and a shared object store: Ray's names and rules in one file, on processes of this machine, on a few machines, or on Ray.
+"""Tasks, actors and a shared object store: Ray's names and rules in one file, on processes of this machine,
+on a few machines, or on Ray itself.
 
     import actors
-    actors.init(num_cpus=4)                     # init(backend='ray'): the same program, unchanged, on real Ray
+    actors.init(num_cpus=4)                # init(backend='ray'): the same program, unchanged, on real Ray
 
     @actors.remote
     def square(x): return x * x
     print(actors.get([square.remote(i) for i in range(4)]))     # [0, 1, 4, 9]
 
-    python actors.py --head=True --port=6399                    # a cluster: one head (prints a token) ...
-    python actors.py --address=HOST:6399 --num_cpus=4           # ... nodes (ACTORS_TOKEN as printed), programs: init(address='HOST:6399')
-    python actors.py status                                     # nodes, actors, queues, object store of what runs here
+    python actors.py --head=True --port=6399             # a cluster: one head (it prints a token) ...
+    python actors.py --address=HOST:6399 --num_cpus=4    # ... nodes (ACTORS_TOKEN as printed),
+                                                         # and programs: init(address='HOST:6399')
 
-How it works, top to bottom
-1. Values travel as pickle 5: arrays and tensors out of band, functions and classes of the running script by value (code + globals + closure).
-2. A value above 100 KB is written once into the node's arena, one anonymous memory file that all its processes share, and is read in place: arrays
-   through a read-only map, tensors copy-on-write. When the arena is full, new objects go to an unlinked file on disk. Neither file has a name:
-   nothing can leak.
-3. The hub keeps all state behind one lock: objects and who refers to them, tasks, actors, resources. In a local program it is a thread of the driver;
-   for a cluster it is the head process. Whoever calls sends it (operation, request id, arguments); every answer carries the request id.
-4. Workers are forked by the zygote, a small single-threaded process which has NumPy (and torch, if the driver has it) imported and nothing else:
-   a start costs milliseconds and inherits no thread, lock or CUDA context. torch gets as many threads as the task has CPUs (NumPy's BLAS: one).
-   When the driver dies, its sockets close, and workers and zygote end by that.
-5. Over TCP both sides prove that they know the token (HMAC-SHA256 of fresh nonces) before anything is unpickled. After that the peer is trusted and the
-   bytes are not encrypted: a cluster is for one private network, or for ssh tunnels.
+A call's way, from f.remote(x) to get(ref)
 
-Left out of Ray: generators, namespaces, runtime_env (but env_vars), autoscaling, lineage (a result that only a dead node held is ObjectLostError).
-Between nodes data passes through the head. Whoever outgrows that has backend='ray'.
+    the program (driver)       the runtime (threads of the driver, or the head)     a worker
+    --------------------       ------------------------------------------------     -----------------------
+    f.remote(x)
+      x -> bytes (_Packed)
+      _Session.submit -------> on_submit: a _Task, an _Object for its result
+      an ObjectRef             enqueue: do all its arguments exist?
+                               _Scheduler: where are CPUs and GPUs free?
+                               start: an idle worker, or a new one of the zygote
+                               run_on: "run", x -----------------------------------> _Worker.run: f(x)
+                                                                                     result -> bytes, if they
+                               on_done: the object is there <------- "done" -------- are many into the arena
+    get(ref) ----------------> on_get: wait for the object
+      bytes -> value <-------- its bytes, or its place in the arena
+
+An actor's method takes the same way through the actor's own queue: its process is chosen once, and its calls
+run in the order they were made.
+
+How it works, in the order of this file
+1. Values travel as pickle 5: arrays and tensors out of band, functions and classes of the running script by
+   value (code + globals + closure).
+2. A value above 100 KB is written once into the arena, an anonymous memory file that all processes of the
+   machine share, and is read in place. The file has no name, so nothing can be left behind.
+3. The directory knows every object: its place, who refers to it, who waits for it. The scheduler knows what
+   is free where. The runtime moves tasks and actors between the two. One lock is around all state; whoever
+   asks sends (operation, request number, arguments).
+4. Workers are forked by the zygote, a small single-threaded process that has imported NumPy (and torch, if
+   the driver has) and nothing else: a start costs milliseconds and inherits no thread, lock or CUDA context.
+   When the driver dies, its sockets close; the zygote sees that and ends all workers with all they started.
+5. Over TCP both sides prove that they know the token (HMAC-SHA256 of fresh nonces) before anything is
+   unpickled. After that the peer is trusted and the bytes are not encrypted: a cluster is for one private
+   network, or for ssh tunnels. All objects live in the head's arena; a worker elsewhere gets copies.
+
+Left out, and refused by name: generators, coroutine methods and `await ref`, detached actors, namespaces,
+runtime_env (but env_vars), spilling to disk. Ray has them all: init(backend='ray').
 """
-import atexit, bisect, collections, contextvars, dataclasses, difflib, dis, enum, functools, hashlib, hmac, importlib, inspect, io, itertools, json, marshal, mmap
-import os, pickle, queue, secrets, select, selectors, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback, types, weakref
+import atexit
+import bisect
+import contextvars
+import copy
+import ctypes
+import dataclasses
+import difflib
+import dis
+import enum
+import functools
+import glob
+import hmac
+import importlib
+import inspect
+import io
+import itertools
+import marshal
+import math
+import mmap
+import os
+import pathlib
+import pickle
+import queue
+import secrets
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import weakref
+from collections import Counter, deque, namedtuple
+from concurrent import futures
+from contextlib import suppress
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
 
 import numpy as np
 
-INLINE = 100 << 10       # bytes; above it a value goes through the arena (Ray's limit)
-TWO_COPY = 8 << 20       # bytes; from here on two threads copy into the arena: memory takes 1.3 times what one core can send
-MAX_MESSAGE = 1 << 30    # a pickled message; the raw tail behind it (an object on its way to another node) may be MAX_TAIL
-MAX_TAIL = 1 << 38
+INLINE = 100 << 10        # bytes; a value above it goes through the arena (Ray's limit)
+MAX_FRAME = 1 << 38       # bytes; a frame that announces more ends the connection
 BEAT, SILENCE = 1.0, 8.0  # seconds between a node's heartbeats; silence after which it is taken for dead
-PRELOAD = ['torch']      # imported once by the zygote if the driver has it, not by every worker (seconds each)
-HANDSHAKE = 10.0         # seconds that a peer has to prove itself
-_session = None          # this process's connection to a hub; None before init, and under backend='ray'
+HANDSHAKE = 10            # seconds that a stranger has to prove itself
+START = 60.0              # seconds that a worker on another node has to connect
+STRANGERS = 64            # handshakes at once; more are turned away
+PRELOAD = ['torch']       # imported once by the zygote if the driver has it: seconds that a worker saves
+_session = None           # this process's connection to a runtime; None before init, and under backend='ray'
 
 
-# ---- errors: Ray's names -------------------------------------------------------------------------------------------------------------------
+# ---- errors: Ray's names -----------------------------------------------------------------------------------
 class RayError(Exception): 'Whatever goes wrong here.'
 class RayTaskError(RayError):
-    """A task or method raised. str() is the remote traceback, .cause the user's exception; get() raises it as an instance of the cause's class too."""
+    """A task or method raised. str() is the remote traceback, .cause the user's exception (None where it
+    could not be sent); get() raises it as an instance of the cause's class too."""
     def __init__(self, function_name, traceback_str, cause=None):
         super().__init__(function_name, traceback_str, cause)
-        self.function_name, self.traceback_str, self.cause = function_name, traceback_str, cause
+        self.function_name = function_name
+        self.traceback_str = traceback_str
+        self.cause = cause
+
     def __str__(self):
         return self.traceback_str
+
+    def __reduce__(self):
+        """The cause travels in an envelope of its own: whoever cannot open it still has the words."""
+        try:
+            sealed = _Packed(self.cause).join()
+        except Exception as e:
+            note = f'\n(the exception itself could not be sent: {type(e).__name__}: {e})'
+            return RayTaskError, (self.function_name, self.traceback_str + note)
+        return _open_task_error, (self.function_name, self.traceback_str, sealed)
+
     def as_instanceof_cause(self):
         kind = type(self.cause)
         if not issubclass(kind, Exception) or issubclass(RayTaskError, kind):
             return self
-        space = {'__str__': RayTaskError.__str__, '__init__': lambda self: None, '__getattr__': lambda self, name: getattr(self.__dict__['cause'], name),
-                 '__reduce__': lambda self: (RayTaskError, (self.function_name, self.traceback_str, self.cause)), '__module__': __name__}
+        space = {'__module__': __name__, '__getattr__': lambda self, name: getattr(vars(self)['cause'], name)}
         try:
             both = type(f'RayTaskError({kind.__name__})', (RayTaskError, kind), space)
             error = both.__new__(both)
@@ -69,12 +142,12 @@ class TaskCancelledError(RayError): 'The task was cancelled.'
 class WorkerCrashedError(RayError): 'The process that ran the task died, also in its retries.'
 class RayActorError(RayError): 'Something about an actor.'
 class ActorDiedError(RayActorError): 'The actor is dead and stays dead.'
-class ActorUnavailableError(RayActorError): 'The actor died in this call and is being restarted; the call may or may not have run.'
+class ActorUnavailableError(RayActorError): 'The actor died in the call and is being restarted.'
 class GetTimeoutError(RayError, TimeoutError): 'get() waited as long as it was told to.'
-class ObjectLostError(RayError): 'No process that held the object lives.'
-class ObjectStoreFullError(RayError): 'Neither the arena nor the disk has room.'
-class RaySystemError(RayError): 'The runtime itself failed, or is gone.'
-class AuthenticationError(RayError): 'The other side of a connection does not know the token.'
+class ObjectLostError(RayError): 'The object is not there: freed, or of an earlier session.'
+class ObjectStoreFullError(RayError): 'The arena has no room.'
+class RaySystemError(RayError): 'The runtime itself failed, or is gone, or a value cannot be read here.'
+class AuthenticationError(ValueError, RayError): 'The other side of a connection does not know the token.'
 class TaskUnschedulableError(RayError): 'The node that the task insists on is gone.'
 class ActorUnschedulableError(RayError): 'The node that the actor insists on is gone.'
 class TaskPlacementGroupRemoved(RayError): 'The placement group of the task was removed.'
@@ -82,10 +155,19 @@ class ActorPlacementGroupRemoved(RayError): 'The placement group of the actor wa
 class ActorAlreadyExistsError(ValueError, RayError): 'The name is taken.'
 
 
-# ---- values to bytes and back --------------------------------------------------------------------------------------------------------------
+def _open_task_error(function_name, text, sealed):
+    try:
+        return RayTaskError(function_name, text, _unpack(sealed))
+    except Exception as e:
+        note = f'\n(the exception itself could not be read here: {type(e).__name__}: {e})'
+        return RayTaskError(function_name, text + note)
+
+
+# ---- values to bytes and back ------------------------------------------------------------------------------
 @functools.lru_cache(None)
 def _findable(package):
-    return any(finder.find_spec(package, None) for finder in sys.meta_path if hasattr(finder, 'find_spec'))
+    finders = [finder for finder in sys.meta_path if hasattr(finder, 'find_spec')]
+    return any(finder.find_spec(package, None) for finder in finders)
 
 
 def _importable(obj):
@@ -93,7 +175,9 @@ def _importable(obj):
     module = getattr(obj, '__module__', None)
     if module == 'builtins':
         return True
-    if module in (None, '__main__', '__mp_main__') or '<' in obj.__qualname__ or not _findable(module.partition('.')[0]):
+    if module in (None, '__main__', '__mp_main__') or '<' in obj.__qualname__:
+        return False
+    if not _findable(module.partition('.')[0]):
         return False
     found = sys.modules.get(module)
     for part in obj.__qualname__.split('.'):
@@ -102,17 +186,22 @@ def _importable(obj):
 
 
 def _global_names(code):
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'STORE_GLOBAL', 'LOAD_NAME')}
-    return names.union(*[_global_names(c) for c in code.co_consts if isinstance(c, types.CodeType)])
+    loads = ('LOAD_GLOBAL', 'STORE_GLOBAL', 'LOAD_NAME')
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in loads}
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return names.union(*map(_global_names, inner))
 
 
 def _new_function(code, space, name, cells):
     space.setdefault('__builtins__', __builtins__)
-    return types.FunctionType(marshal.loads(code), space, name, None, tuple(types.CellType() for _ in range(cells)) or None)
+    closure = tuple(types.CellType() for _ in range(cells))
+    return types.FunctionType(marshal.loads(code), space, name, None, closure or None)
 
 
 def _fill_function(f, state):
-    space, modules, cells, attributes = state
+    """The second half of unpickling a function: by now it exists, so that what it refers to may refer to
+    it."""
+    space, modules, (cells, attributes) = state
     for module in modules:  # `import a.b` binds only a, yet the code says a.b
         importlib.import_module(module)
     f.__globals__.update(space)
@@ -123,36 +212,41 @@ def _fill_function(f, state):
         setattr(f, key, value)
 
 
-# A class that travelled by value keeps one identity per process, so that `except MyError` in the script catches what a worker raised.
-_class_ids, _classes = weakref.WeakKeyDictionary(), weakref.WeakValueDictionary()
+# A class that travelled by value keeps one identity in a process: `except MyError` in the script catches what
+# a worker raised
+_class_keys = weakref.WeakKeyDictionary()  # class: its key
+_classes = weakref.WeakValueDictionary()   # key: class
+_unfilled = set()                          # keys of classes that were made here and have no attributes yet
 
 
 def _new_class(key, meta, name, bases, first):
+    def body(space):
+        for attribute, value in first.items():  # one by one: an enum's namespace takes notes on assignment
+            space[attribute] = value
     if key not in _classes:
-        made = types.new_class(name, bases, {'metaclass': meta}, lambda space: space.update(first))
-        _classes[key], _class_ids[made] = made, [key, False]
+        made = types.new_class(name, bases, {'metaclass': meta}, body)
+        _classes[key], _class_keys[made] = made, key
+        _unfilled.add(key)
     return _classes[key]
 
 
 def _fill_class(cls, state):
-    if not _class_ids[cls][1]:
-        _class_ids[cls][1] = True
-        for key, value in state.items():
-            type.__setattr__(cls, key, value)
+    key = _class_keys[cls]
+    if key in _unfilled:
+        _unfilled.remove(key)
+        for name, value in state.items():
+            type.__setattr__(cls, name, value)
+            if isinstance(value, functools.cached_property):
+                value.__set_name__(cls, name)
 
 
 def _proxy(mapping):
     return types.MappingProxyType(mapping)
 
 
-def _cached_property(func, name):
-    made = functools.cached_property(func)
-    made.__set_name__(None, name)
-    return made
-
-
 def _array(a):
-    """Out of band whatever the layout, and read-only at the other end: there it may be memory that others see too."""
+    """Out of band whatever the layout, and read-only at the other end: there it may be memory that others see
+    too."""
     if a.dtype.hasobject or not a.size:
         return NotImplemented
     a = (a if a.flags.forc else np.ascontiguousarray(a)).view()
@@ -167,40 +261,45 @@ def _tensor(buffer, dtype, shape, grad, kind):
 
 
 def _flat_tensor(t, torch):
-    """CPU tensors out of band. They come back writable: a write lands in the reader's own copy-on-write page, never in the shared object."""
-    if t.device.type != 'cpu' or t.layout != torch.strided or t.is_quantized or not t.numel() or type(t) not in (torch.Tensor, torch.nn.Parameter):
+    """CPU tensors out of band. They come back writable: a write lands in the reader's own copy-on-write
+    page."""
+    plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided and not t.is_quantized
+    if not plain or t.device.type != 'cpu' or not t.numel():
         return NotImplemented
-    raw = t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    raw = flat.view(torch.uint8).numpy()
     return _tensor, (pickle.PickleBuffer(raw), t.dtype, tuple(t.shape), t.requires_grad, type(t))
 
 
+_BY_PARTS = {  # type: how to make it again
+    np.ndarray: _array,
+    types.ModuleType: lambda m: (importlib.import_module, (m.__name__,)),
+    types.MappingProxyType: lambda m: (_proxy, (dict(m),)),
+    property: lambda p: (property, (p.fget, p.fset, p.fdel, p.__doc__)),
+    classmethod: lambda m: (classmethod, (m.__func__,)),
+    staticmethod: lambda m: (staticmethod, (m.__func__,)),
+    functools.cached_property: lambda p: (functools.cached_property, (p.func,)),
+}
+
+
 class _Pickler(pickle.Pickler):
-    """Pickle 5 plus what the standard leaves out: functions and classes by value, arrays and tensors out of band, refs counted in .contained."""
+    """Pickle 5 plus what the standard leaves out: functions and classes by value, arrays and tensors out of
+    band; the refs inside are noted in .contained, where the runtime counts them."""
     def __init__(self, file):
         self.buffers, self.contained, self.spaces = [], [], {}
         super().__init__(file, 5, buffer_callback=self.buffers.append)
 
     def reducer_override(self, obj):
         kind = type(obj)
+        if kind in _BY_PARTS:
+            return _BY_PARTS[kind](obj)
         if kind is ObjectRef:
-            self.contained.append(obj._id)
+            self.contained.append(obj._valid_id())
             return ObjectRef, (obj._id,)
-        if kind is np.ndarray:
-            return _array(obj)
         if kind is types.FunctionType:
             return NotImplemented if _importable(obj) else self.function(obj)
         if issubclass(kind, type):
             return NotImplemented if _importable(obj) else self.by_value(obj)
-        if isinstance(obj, types.ModuleType):
-            return importlib.import_module, (obj.__name__,)
-        if kind is property:
-            return property, (obj.fget, obj.fset, obj.fdel, obj.__doc__)
-        if kind in (classmethod, staticmethod):
-            return kind, (obj.__func__,)
-        if kind is types.MappingProxyType:
-            return _proxy, (dict(obj),)
-        if kind is functools.cached_property:
-            return _cached_property, (obj.func, obj.attrname)
         if kind is functools._lru_cache_wrapper and not _importable(obj):
             return functools.partial(functools.lru_cache, **obj.cache_parameters())(), (obj.__wrapped__,)
         if kind.__module__ == 'dataclasses':  # its markers are compared by identity
@@ -216,1519 +315,1334 @@ class _Pickler(pickle.Pickler):
         space = f.__globals__
         used = {name: space[name] for name in _global_names(f.__code__) if name in space}
         prefixes = tuple(f'{v.__name__}.' for v in used.values() if isinstance(v, types.ModuleType))
-        modules = [m for m in list(sys.modules) if m.startswith(prefixes) and set(m.split('.')[1:]) <= set(f.__code__.co_names)] if prefixes else []
-        shared, _ = self.spaces.setdefault(id(space), ({'__name__': space.get('__name__')}, space))  # functions of one module share their globals there too
+        said = {'', *f.__code__.co_names}
+        modules = [m for m in [*sys.modules] if m.startswith(prefixes) and said.issuperset(m.split('.')[1:])]
+        # functions of one module share their globals there too: one dict, so one entry in the pickler's memo
+        shared = self.spaces.setdefault(id(space), {'__name__': space.get('__name__')})
         cells = []
         for cell in f.__closure__ or ():
             try:
                 cells.append((cell.cell_contents,))
             except ValueError:  # not bound yet
                 cells.append(())
-        attributes = {'__qualname__': f.__qualname__, '__doc__': f.__doc__, '__defaults__': f.__defaults__, '__kwdefaults__': f.__kwdefaults__, **f.__dict__}
-        return _new_function, (marshal.dumps(f.__code__), shared, f.__name__, len(cells)), (used, modules, cells, attributes), None, None, _fill_function
+        attributes = {'__qualname__': f.__qualname__, '__doc__': f.__doc__, '__defaults__': f.__defaults__,
+                      '__kwdefaults__': f.__kwdefaults__, **f.__dict__}
+        start = marshal.dumps(f.__code__), shared, f.__name__, len(cells)
+        return _new_function, start, (used, modules, (cells, attributes)), None, None, _fill_function
 
     def by_value(self, cls):
-        key = _class_ids.setdefault(cls, [secrets.token_bytes(12), True])[0]
+        key = _class_keys.setdefault(cls, secrets.token_bytes(12))
         _classes[key] = cls
-        skip = (types.MemberDescriptorType, types.GetSetDescriptorType)
-        state = {k: v for k, v in vars(cls).items() if not isinstance(v, skip) and k != '_abc_impl'}
-        first = {k: state.pop(k) for k in ('__module__', '__slots__') if k in state} | {'__qualname__': cls.__qualname__}
-        if issubclass(cls, enum.Enum):  # the members must be there when the class is made
-            first |= {m.name: m.value for m in cls}
-            state = {k: v for k, v in state.items() if isinstance(v, (types.FunctionType, classmethod, staticmethod, property)) and k not in ('__new__', '_generate_next_value_')}
-            key = key, type(cls), cls.__name__, cls.__bases__
-            return _new_enum, (*key, first), state, None, None, _fill_class
-        return _new_class, (key, type(cls), cls.__name__, cls.__bases__, first), state, None, None, _fill_class
-
-
-def _new_enum(key, meta, name, bases, first):
-    def body(space):
-        for k, v in first.items():  # one by one: an enum's namespace takes notes on assignment, not on update
-            space[k] = v
-    if key not in _classes:
-        made = types.new_class(name, bases, {'metaclass': meta}, body)
-        _classes[key], _class_ids[made] = made, [key, False]
-    return _classes[key]
-
-
-_WRITABLE = 1 << 63  # in the count: there are tensors, whose reader may write to its copy
+        slots = types.MemberDescriptorType, types.GetSetDescriptorType
+        state = {k: v for k, v in vars(cls).items() if not isinstance(v, slots) and k != '_abc_impl'}
+        first = {k: state.pop(k) for k in ('__module__', '__slots__') if k in state}
+        first['__qualname__'] = cls.__qualname__
+        if issubclass(cls, enum.Enum):  # its members must be there when the class is made
+            first |= {member.name: member.value for member in cls}
+            kept = types.FunctionType, classmethod, staticmethod, property
+            made = '__new__', '_generate_next_value_'
+            state = {k: v for k, v in state.items() if isinstance(v, kept) and k not in made}
+        start = key, type(cls), cls.__name__, cls.__bases__, first
+        return _new_class, start, state, None, None, _fill_class
 
 
 class _Packed:
-    """A value as bytes: head (counts, table, pickle), then the out-of-band buffers, each on a 64-byte boundary. .size is the whole."""
-    __slots__ = 'head', 'chunks', 'size', 'contained'
+    """A value as bytes: head (counts, table, pickle), then the out-of-band buffers, each on a 64-byte
+    boundary. .size is the whole, .contained the ids of the refs inside, .private: it has tensors, which a
+    reader may write to."""
     def __init__(self, value):
         file = io.BytesIO()
         pickler = _Pickler(file)
         pickler.dump(value)
-        data, raws, table, self.chunks = file.getvalue(), [b.raw() for b in pickler.buffers], [], []
-        at = 16 + 16 * len(raws) + len(data)
+        data, raws = file.getvalue(), [buffer.raw() for buffer in pickler.buffers]
+        table, self.chunks, self.contained = [], [], pickler.contained
+        self.private = not all(raw.readonly for raw in raws)
+        self.size = 16 + 16 * len(raws) + len(data)
         for raw in raws:
-            at = -(-at // 64) * 64
+            at = -(-self.size // 64) * 64
             table += at, raw.nbytes
             self.chunks.append((at, raw))
-            at += raw.nbytes
-        writable = any(not raw.readonly for raw in raws)
-        self.head = struct.pack(f'<{2 + len(table)}Q', len(raws) | writable << 63, len(data), *table) + data
-        self.size, self.contained = at, pickler.contained
-    def write(self, put):
-        put(0, self.head)
+            self.size = at + raw.nbytes
+        self.head = struct.pack(f'<{2 + len(table)}Q', len(raws), len(data), *table) + data
+
+    def write(self, buffer):
+        buffer[:len(self.head)] = self.head
         for at, raw in self.chunks:
-            put(at, raw)
+            buffer[at:at + raw.nbytes] = raw
+
     def join(self):
         if not self.chunks:
             return self.head
         blob = bytearray(self.size)
-        self.write(lambda at, raw: blob.__setitem__(slice(at, at + len(raw)), raw))
+        self.write(blob)
         return bytes(blob)
 
 
 def _unpack(blob):
     count, size = struct.unpack_from('<2Q', blob)
-    count &= ~_WRITABLE
     if count and isinstance(blob, bytes):
-        blob = bytearray(blob)  # a small tensor may be written to; an array is read-only by what its pickle says
+        blob = bytearray(blob)  # a tensor may be written to; an array is read-only by what its pickle says
     view = memoryview(blob)
     table = struct.unpack_from(f'<{2 * count}Q', view, 16)
     start = 16 + 16 * count
-    return pickle.loads(view[start:start + size], buffers=[view[at:at + n] for at, n in zip(table[::2], table[1::2])])
+    buffers = [view[at:at + n] for at, n in zip(table[::2], table[1::2])]
+    return pickle.loads(view[start:start + size], buffers=buffers)
 
 
-def _pack_error(error):
-    try:
-        return _Packed(error).join()
-    except Exception as e:  # the cause cannot be pickled: its traceback still can
-        text = f'{error}\n(the exception itself could not be sent: {type(e).__name__}: {e})'
-        return _Packed(RayTaskError(error.function_name, text) if isinstance(error, RayTaskError) else RaySystemError(text)).join()
-
-
-# ---- the store: one arena in memory, one on disk --------------------------------------------------------------------------------------------
+# ---- the store: one file in memory -------------------------------------------------------------------------
 class _Free:
-    """First fit over one file, in pages. Low addresses first: pages once touched are used again (33 GB/s against 1.5 GB/s into fresh ones)."""
+    """First fit over one file, in pages. Low addresses first: pages once touched are used again (33 GB/s
+    against 1.5 GB/s into fresh ones)."""
     def __init__(self, capacity):
-        self.capacity, self.used, self.holes = capacity, 0, [(0, capacity)]
+        self.capacity, self.taken = capacity, []  # taken: (start, end), in order
+
     def take(self, size):
-        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        for i, (at, room) in enumerate(self.holes):
-            if room >= size:
-                self.holes[i:i + 1] = [(at + size, room - size)] if room > size else []
-                self.used += size
-                return at
-        return None
-    def give(self, at, size):
-        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.used -= size
-        i = bisect.bisect(self.holes, (at,))
-        if i < len(self.holes) and self.holes[i][0] == at + size:
-            size += self.holes.pop(i)[1]
-        if i and sum(self.holes[i - 1]) == at:
-            at, size = self.holes[i - 1][0], self.holes.pop(i - 1)[1] + size
-            i -= 1
-        self.holes.insert(i, (at, size))
+        """-> the offset. ObjectStoreFullError without room."""
+        size, start = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, 0
+        for i, (at, end) in enumerate([*self.taken, (self.capacity, 0)]):
+            if at - start >= size:
+                self.taken.insert(i, (start, start + size))
+                return start
+            start = end
+        used = f'{self.used() / 1e6:.1f} of {self.capacity / 1e6:.1f} MB hold objects that refs keep'
+        raise ObjectStoreFullError(f'no room for {size / 1e6:.1f} MB: {used}; drop refs, or give '
+                                   'init(object_store_memory=...) more')
+
+    def give(self, place):
+        """place: (offset, ...); bytes, of an object that is not in the arena, are nothing to give back."""
+        if isinstance(place, tuple):
+            del self.taken[bisect.bisect(self.taken, place[:1])]
+
+    def used(self):
+        return sum(end - start for start, end in self.taken)
 
 
 class _Private(mmap.mmap):
-    """One object mapped copy-on-write. The tensors in it keep the map, the map keeps .ref, the ref keeps the object."""
+    """One object mapped copy-on-write. Its tensors keep the map, the map keeps .ref, the ref keeps the
+    object."""
 
 
 class _Shared(np.ndarray):
-    """One object in the process's read-only map of the whole arena, whose page tables are filled once and stay. Keeps .ref likewise."""
+    """One object in a read-only map of the whole arena, which is made once and stays. It keeps .ref
+    likewise."""
 
 
-class _Store:
-    """This process's hold on its node's two files: 0 memory, 1 disk. A location is (file, offset, size); who may write where is the hub's business."""
-    def __init__(self, capacity, fds=None):
+class _Arena:
+    """This process's maps of the shared file. A place in it is (offset, size, private); who may write where
+    is the runtime's business."""
+    def __init__(self, capacity, fd=None):
         self.capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fds, self.map, self.reading = fds, None, None
-        if not fds:
-            memory = os.memfd_create('actors-arena') if hasattr(os, 'memfd_create') else self._nameless()
-            os.ftruncate(memory, self.capacity)
-            self.fds = memory, self._nameless()
-    def _nameless(self):
-        with tempfile.TemporaryFile(prefix='actors-') as f:
-            return os.dup(f.fileno())
-    def write(self, loc, put):
-        """put(write) is called with write(at, bytes)."""
-        file, start, _ = loc
-        if file:
-            try:
-                put(lambda at, raw: self._pwrite(start + at, memoryview(raw).cast('B')))
-            except OSError as e:
-                raise ObjectStoreFullError(f'arena full and no room on disk for {loc[2] >> 20} MB: {e}; init(object_store_memory=...) bigger, or free refs') from None
-            return
-        self.map = self.map or mmap.mmap(self.fds[0], self.capacity)
-        put(lambda at, raw: self._copy(start + at, raw))
-    def _copy(self, at, raw):
-        n = memoryview(raw).nbytes
-        if n < TWO_COPY:
-            self.map[at:at + n] = raw
-            return
-        to, source, half = np.frombuffer(self.map, np.uint8, n, at), np.frombuffer(raw, np.uint8), n // 2 // mmap.PAGESIZE * mmap.PAGESIZE
-        other = threading.Thread(target=np.copyto, args=(to[half:], source[half:]))  # outside of the interpreter's lock
-        other.start()
-        np.copyto(to[:half], source[:half])
-        other.join()
-    def _pwrite(self, at, raw):
-        while raw:
-            n = os.pwrite(self.fds[1], raw[:1 << 30], at)
-            raw, at = raw[n:], at + n
-    def view(self, loc, ref=None):
-        file, start, size = loc
-        if not file:
-            self.reading = self.reading or mmap.mmap(self.fds[0], self.capacity, prot=mmap.PROT_READ)
-            if not struct.unpack_from('<Q', self.reading, start)[0] & _WRITABLE:
-                view = np.frombuffer(self.reading, np.uint8, size, start).view(_Shared)
-                view.ref = ref
-                return memoryview(view)
-        view = _Private(self.fds[file], size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+        self.fd, self.writing, self.reading = fd, None, None
+        if fd is None:
+            if hasattr(os, 'memfd_create'):
+                self.fd = os.memfd_create('actors-arena')
+            else:  # macOS
+                with tempfile.TemporaryFile(prefix='actors-') as file:
+                    self.fd = os.dup(file.fileno())
+            os.ftruncate(self.fd, self.capacity)
+
+    def room(self, place):
+        """The bytes of a place, to write to."""
+        self.writing = self.writing or memoryview(mmap.mmap(self.fd, self.capacity))
+        return self.writing[place[0]:place[0] + place[1]]
+
+    def view(self, place, ref=None):
+        """The bytes of a place, to read, without a copy."""
+        start, size, private = place
+        if private:
+            both = mmap.PROT_READ | mmap.PROT_WRITE
+            view = _Private(self.fd, size, flags=mmap.MAP_PRIVATE, prot=both, offset=start)
+        else:
+            self.reading = self.reading or mmap.mmap(self.fd, self.capacity, prot=mmap.PROT_READ)
+            view = np.frombuffer(self.reading, np.uint8, size, start).view(_Shared)
         view.ref = ref
-        return view
-    def close(self):
-        for fd in self.fds:
-            os.close(fd)
+        return memoryview(view)
 
 
-# ---- frames and the handshake ----------------------------------------------------------------------------------------------------------------
-_FRAME = struct.Struct('<2Q')  # bytes of the pickled message, bytes of the raw tail
+# ---- threads and connections: frames, and the handshake before the first -----------------------------------
+def _thread(target, *args):
+    threading.Thread(target=target, args=args, name='actors', daemon=True).start()
 
 
-def _frame(msg, tail=b''):
-    data = pickle.dumps(msg, 5)
-    return _FRAME.pack(len(data), len(tail)) + data
+# A frame is a pickled list of messages (operation, request number, arguments); multiprocessing's Connection
+# puts its length before it.
+def _send(connection, messages):
+    connection.send_bytes(pickle.dumps(messages, 5))
 
 
-class _Feed:
-    """Bytes in, whole (message, tail) pairs out."""
-    def __init__(self):
-        self.buffer = bytearray()
-    def __call__(self, data):
-        buf, at, out = self.buffer, 0, []
-        buf += data
-        while len(buf) - at >= 16:
-            n, m = _FRAME.unpack_from(buf, at)
-            if n > MAX_MESSAGE or m > MAX_TAIL:
-                raise ConnectionError(f'frame of {n} + {m} bytes: more than {MAX_MESSAGE} + {MAX_TAIL}')
-            if len(buf) - at < 16 + n + m:
-                break
-            with memoryview(buf) as view:
-                out.append((pickle.loads(view[at + 16:at + 16 + n]), bytes(view[at + 16 + n:at + 16 + n + m])))
-            at += 16 + n + m
-        del buf[:at]
-        return out
+def _receive(connection):
+    return pickle.loads(connection.recv_bytes(MAX_FRAME))
 
 
-_HELLO = f'actors/1 py{sys.version_info[0]}.{sys.version_info[1]}'.encode().ljust(16)  # code travels as bytecode: one Python version in a cluster
+def _hang_up(connection):
+    """Ends it for both sides; whoever reads it in another thread wakes up."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as sock, suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
-def _proof(token, who, a, b):
-    return hmac.digest(token.encode(), who + a + b, 'sha256')
+_HELLO = b'actors/2 py%d.%d' % sys.version_info[:2]  # code travels as bytecode: one Python everywhere
+_HELLO = _HELLO.ljust(16)
 
 
-def _read_exactly(sock, n):
-    data = b''
-    while len(data) < n:
-        more = sock.recv(n - len(data))
-        if not more:
-            raise ConnectionError('connection closed in the handshake')
-        data += more
-    return data
+def _proof(token, who, first, second):
+    return hmac.digest(token.encode(), who + first + second, 'sha256')
 
 
-def _admit(sock, token):
-    """Server's half. Every read has a fixed length; nothing of the peer's is interpreted before its proof. True if it knows the token."""
-    sock.settimeout(HANDSHAKE)
-    theirs = _read_exactly(sock, 48)
-    if theirs[:16] != _HELLO:
-        sock.sendall(b'V' + _HELLO + bytes(16))
-        return False
-    mine, theirs = secrets.token_bytes(32), theirs[16:]
-    sock.sendall(b'+' + mine)
-    if not hmac.compare_digest(_read_exactly(sock, 32), _proof(token, b'client', theirs, mine)):
-        sock.sendall(b'T' + bytes(32))
-        return False
-    sock.sendall(b'+' + _proof(token, b'server', theirs, mine))
+def _open(sock):
+    """A Connection over a socket, which gives up on a stranger that is silent."""
+    sock.settimeout(None)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return True
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', HANDSHAKE, 0))
+    return Connection(sock.detach())
 
 
-def _poll(*socks):
-    """-> told(seconds=None): the set of their file numbers that can be read by then. select.select takes no number above 1,023, and
-    multiprocessing.connection.wait registers anew in each call."""
-    p = select.poll()
-    for sock in socks:
-        p.register(sock, select.POLLIN)
-    return lambda seconds=None: {fd for fd, _ in p.poll(None if seconds is None else 1000 * seconds)}
+def _trust(connection):
+    """The stranger has proved itself: from now on it may be silent for as long as it likes."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', 0, 0))
+    return connection
+
+
+def _admit(connection, token):
+    """The server's half -> whether the peer knows the token. Frames of at most 48 bytes; nothing in them is
+    interpreted."""
+    hello, mine = connection.recv_bytes(48), secrets.token_bytes(32)
+    theirs = hello[16:]
+    connection.send_bytes(_HELLO + mine)
+    proof = connection.recv_bytes(32)
+    known = hmac.compare_digest(proof, _proof(token, b'client', theirs, mine)) and hello == _HELLO + theirs
+    connection.send_bytes(_proof(token, b'server', theirs, mine) if known else b'')
+    return known and len(theirs) == 32
 
 
 def _connect(address, token):
-    """Client's half -> a connected socket whose other end knows the token. ConnectionError, AuthenticationError."""
+    """The client's half -> a Connection whose other end knows the token. ConnectionError,
+    AuthenticationError."""
     host, _, port = address.rpartition(':')
+    if not port.isdigit():
+        raise ValueError(f'address {address!r}: expected HOST:PORT')
     try:
-        sock = socket.create_connection((host or '127.0.0.1', int(port)), timeout=HANDSHAKE)
-    except ValueError:
-        raise ValueError(f'address {address!r}: expected HOST:PORT') from None
-    except OSError as e:
-        raise ConnectionError(f'no head at {address} ({e}); start one: python actors.py --head=True --port={port}') from None
-    mine = secrets.token_bytes(32)
-    sock.sendall(_HELLO + mine)
-    answer = _read_exactly(sock, 33)
-    if answer[:1] != b'+':
-        raise AuthenticationError(f'{address} runs {answer[1:17].decode(errors="replace").strip()!r}, this is {_HELLO.decode().strip()!r}: use one Python version everywhere')
-    theirs = answer[1:]
-    sock.sendall(_proof(token, b'client', mine, theirs))
-    answer = _read_exactly(sock, 33)
-    if answer[:1] != b'+' or not hmac.compare_digest(answer[1:], _proof(token, b'server', mine, theirs)):
+        connection = _open(socket.create_connection((host or '127.0.0.1', port), HANDSHAKE))
+        mine = secrets.token_bytes(32)
+        connection.send_bytes(_HELLO + mine)
+        hello = connection.recv_bytes(48)
+        version, theirs = hello[:16], hello[16:]
+        connection.send_bytes(_proof(token, b'client', mine, theirs))
+        proof = connection.recv_bytes(32)
+    except (OSError, EOFError) as e:
+        hint = f'start one: python actors.py --head=True --port={port}'
+        raise ConnectionError(e.args[0] if e.args else 0, f'no head at {address} ({e}); {hint}') from None
+    if version != _HELLO:
+        raise AuthenticationError(f'{address} runs {version!r}, this {_HELLO!r}: use one Python version')
+    if not hmac.compare_digest(proof, _proof(token, b'server', mine, theirs)):
         raise AuthenticationError(f'{address} refused the token: set ACTORS_TOKEN to what the head printed')
-    sock.settimeout(None)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
+    return _trust(connection)
 
 
 def _token_file(port):
-    folder = os.path.join(os.path.expanduser('~'), '.cache', 'actors')
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    return os.path.join(folder, f'token-{port}')
+    """Where a head on this machine leaves the token for its port."""
+    file = pathlib.Path.home() / '.cache' / 'actors' / f'token-{port}'
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return file
 
 
 def _find_token(address):
-    """ACTORS_TOKEN, else the file that a head on this machine wrote for its port."""
-    file = _token_file(address.rpartition(':')[2])
-    if not os.environ.get('ACTORS_TOKEN') and not os.path.exists(file):
+    token, file = os.environ.get('ACTORS_TOKEN'), _token_file(address.rpartition(':')[2])
+    if not token and not file.exists():
         raise ValueError(f'no token for {address}: set ACTORS_TOKEN to what the head printed')
-    return os.environ.get('ACTORS_TOKEN') or open(file).read().strip()
+    return token or file.read_text().strip()
 
 
-# ---- the hub's records -----------------------------------------------------------------------------------------------------------------------
-class _Pool:
-    """Resources of a node or of a placement group's bundle. GPUs are told apart: ids -> free share."""
+# ---- records -----------------------------------------------------------------------------------------------
+_record = functools.partial(dataclasses.dataclass, eq=False, slots=True)
+_field = dataclasses.field
+
+# What .options() comes to. need: {resource: amount}; strategy: (DEFAULT,), (SPREAD,), (node, id, soft) or
+# (group, id, bundle)
+_Plan = namedtuple('_Plan', 'num_returns need strategy env retries retry_exceptions')
+# What a client submits. kind: task, create (an actor) or call (of its method); data: the packed arguments,
+# None: they are the first of deps; deps: ids of refs at the arguments' top level; contained: of refs inside;
+# returns: of results
+_Spec = namedtuple('_Spec', 'id kind name function method data deps contained returns plan actor')
+# An actor in the making. meta: what its handles know of its methods
+_Made = namedtuple('_Made', 'id restarts task_retries max_concurrency name get_if_exists meta')
+_Running = namedtuple('_Running', 'spec made restarted')  # what a worker is given; made: with a create
+_Lease = namedtuple('_Lease', 'pool need gpus')  # what a worker holds of a node's or a bundle's resources
+
+
+class _Resources:
+    """What a node, or one bundle of a placement group, has and has free. GPUs are told apart: id -> free
+    share."""
     def __init__(self, total, gpus):
-        self.total, self.free, self.gpus = dict(total), dict(total), dict(gpus)
-    def copy(self):
-        other = _Pool(self.total, self.gpus)
-        other.free = dict(self.free)
-        return other
+        self.total, self.free, self.gpus = total, dict(total), dict(gpus)
+
+    def choose(self, need):
+        """The GPU ids it would give. A share of a GPU goes where it leaves the least over."""
+        gpus = need.get('GPU', 0)
+        fitting = sorted((free, gpu) for gpu, free in self.gpus.items() if free >= min(gpus, 1) - 1e-6)
+        return [gpu for _, gpu in fitting[:math.ceil(gpus)]]
+
     def fits(self, need):
-        gpu = need.get('GPU', 0)
-        return all(self.free.get(k, 0) >= v - 1e-6 for k, v in need.items()) and (
-            not gpu or (sum(f >= 1 - 1e-6 for f in self.gpus.values()) >= gpu if gpu >= 1 else any(f >= gpu - 1e-6 for f in self.gpus.values())))
+        enough = all(self.free.get(k, 0) >= amount - 1e-6 for k, amount in need.items())
+        return enough and len(self.choose(need)) >= need.get('GPU', 0)
+
+    def change(self, need, gpus, sign):
+        for k, amount in need.items():
+            self.free[k] = round(self.free[k] + sign * amount, 6)
+        for gpu in gpus:
+            self.gpus[gpu] = round(self.gpus[gpu] + sign * min(need['GPU'], 1), 6)
+
     def take(self, need):
-        """-> the GPU ids given. A share of a GPU goes where it leaves the least over."""
-        for k, v in need.items():
-            self.free[k] = round(self.free[k] - v, 6)
-        gpu = need.get('GPU', 0)
-        ids = sorted((f, g) for g, f in self.gpus.items() if f >= min(gpu, 1) - 1e-6)[:int(max(gpu, 1))] if gpu else []
-        for _, g in ids:
-            self.gpus[g] = round(self.gpus[g] - min(gpu, 1), 6)
-        return tuple(g for _, g in ids)
-    def give(self, need, ids):
-        for k, v in need.items():
-            self.free[k] = round(self.free[k] + v, 6)
-        for g in ids:
-            self.gpus[g] = round(self.gpus[g] + min(need['GPU'], 1), 6)
+        gpus = self.choose(need)
+        self.change(need, gpus, -1)
+        return _Lease(self, need, tuple(gpus))
 
 
-class _Obj:
-    __slots__ = 'refs', 'ready', 'err', 'blob', 'locs', 'contained', 'waiters', 'moving', 'actor'
-    def __init__(self):
-        self.refs, self.ready, self.err, self.blob, self.actor = 1, False, False, None, None
-        self.locs, self.contained, self.waiters, self.moving = {}, (), {}, ()
+@_record
+class _Object:
+    refs: int = 1            # of all processes, of objects that hold it, of tasks that need it
+    ready: bool = False
+    error: bool = False      # the value is an exception
+    data: object = None      # the packed value: bytes, or its place in the arena
+    contained: tuple = ()    # ids of the refs inside
+    waits: dict = _field(default_factory=dict)  # the _Waits that look at it, as keys: they keep their order
+    actor: object = None     # the _Actor whose handle this is
 
 
-class _Task:
-    """What a client submitted (the first three lines, in this order) and where it stands."""
-    __slots__ = ('id', 'kind', 'name', 'fn', 'method', 'blob', 'deps', 'contained', 'returns',
-                 'need', 'strategy', 'env', 'retries', 'retry_exc', 'actor', 'extra',
-                 'parent', 'job', 'peer', 'lease', 'queue', 'cancelled')
-    def __init__(self, *spec):
-        for key, value in zip(self.__slots__, spec):
-            setattr(self, key, value)
-        self.parent = self.job = self.peer = self.lease = self.queue = None
-        self.cancelled = False
-
-
-class _Actor:
-    def __init__(self, id, create, restarts, task_retries, name, detached, meta):
-        self.id, self.create, self.restarts, self.task_retries, self.name, self.detached, self.meta = id, create, restarts, task_retries, name, detached, meta
-        self.state, self.peer, self.queue, self.inflight, self.error, self.restarted, self.waiting = 'pending', None, collections.deque(), {}, None, 0, False
-
-
-class _Group:
-    def __init__(self, id, bundles, strategy, name, job):
-        self.id, self.bundles, self.strategy, self.name, self.job = id, bundles, strategy, name, job
-        self.places, self.ready = [None] * len(bundles), []  # (node, pool, gpus) of each bundle; refs that wait for it
-
-
-class _Node:
-    def __init__(self, id, peer, resources, gpus, capacity, host):
-        self.id, self.peer, self.host, self.alive, self.pool = id, peer, host, True, _Pool(resources, gpus)
-        self.arenas, self.idle, self.workers = (_Free(capacity), _Free(1 << 50)), {}, {}
-
-
+@_record
 class _Wait:
-    """Calls fn once when all but `spare` of the objects are ready (and on `node`, if one is named)."""
-    __slots__ = 'left', 'spare', 'node', 'fn'
-    def __init__(self, left, spare, node, fn):
-        self.left, self.spare, self.node, self.fn = left, spare, node, fn
+    """Calls then() once when all but `spare` of the objects are ready."""
+    left: set
+    spare: int
+    then: object
+
+
+@_record
+class _Task:
+    """Reads like its spec: task.name is task.spec.name."""
+    spec: _Spec
+    job: bytes               # the program that it belongs to
+    parent: bytes            # the task that submitted it
+    retries: int             # left
+    actor: object = None     # the _Actor of a create or call; spec.actor is its id
+    peer: object = None      # the worker that has it
+    line: object = ()        # where it waits: the scheduler's queue, or its actor's
+    cancelled: bool = False
+
+    def __getattr__(self, name):
+        return getattr(self.spec, name)
+
+
+@_record
+class _Actor:
+    handle: _Object
+    create: _Task
+    made: _Made
+    restarts: int            # left; -1: without end
+    restarted: int = 0
+    state: str = 'pending'   # then alive, restarting, dead
+    peer: object = None
+    error: bytes = None      # why it is dead
+    waiting: bool = False    # the first call of the queue waits for an argument
+    queue: deque = _field(default_factory=deque)  # calls that have not left yet
+    inflight: dict = _field(default_factory=dict)                         # calls that its process has
+
+
+@_record
+class _Group:
+    bundles: list
+    strategy: str
+    job: bytes
+    ready: bytes             # the object that is there once every bundle has its place
+    value: bytes             # and its value
+    places: list             # of each bundle: the node, its lease of the node's resources, its own resources
+
+
+@_record
+class _Node:
+    id: str
+    host: str
+    resources: _Resources
+    peer: object = None      # the node's daemon; None: the runtime's own node
+    idle: dict = _field(default_factory=dict)     # (env, GPU ids): workers
+    workers: dict = _field(default_factory=dict)  # id: worker
 
 
 class _Peer:
-    """The hub's view of another process: a worker, a program that runs here or elsewhere, a node's daemon."""
-    def __init__(self, hub, role, id, node=None, sock=None):
-        self.hub, self.role, self.id, self.node, self.sock = hub, role, id, node, sock
-        self.feed, self.out, self.refs, self.allocs, self.known, self.waits = _Feed(), collections.deque(), collections.Counter(), set(), set(), {}
-        self.job = self.task = self.actor = self.key = self.reason = self.nursery = self.owes = None
-        self.dead, self.stuck, self.blocked, self.last, self.tail, self.pid = False, False, 0, time.monotonic(), b'', 0
-    def send(self, msg, tail=b''):
-        self.out.append(_frame(msg, tail))
-        if len(tail):
-            self.out.append(tail)
-        if self.sock and not self.stuck:
-            self.flush()
-    def flush(self):
-        while self.out:
-            try:
-                n = self.sock.sendmsg(list(itertools.islice(self.out, 64)))
-            except BlockingIOError:
-                break
-            except OSError:  # it is gone: reading will say so
-                self.out.clear()
-                break
-            while self.out and n >= len(self.out[0]):
-                n -= len(self.out.popleft())
-            if n:
-                self.out[0] = memoryview(self.out[0])[n:]
-        if self.stuck != bool(self.out):
-            self.stuck = bool(self.out)
-            self.hub.sel.modify(self.sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if self.stuck else 0), self)
+    """Another process as the runtime sees it: a worker, a program elsewhere, a node. A thread reads it,
+    another writes to it, neither with the lock: a process that is slow or stopped holds up nobody else."""
+    def __init__(self, role, id, node=None, connection=None):
+        self.role, self.id = role, id
+        self.node, self.connection = node, connection
+        self.outbox, self.heard = queue.SimpleQueue(), time.monotonic()
+        self.refs = {}         # id of an object: how often this process refers to it
+        self.places = set()    # room in the arena that it was given and has not filled yet
+        self.waits = {}        # request: the _Wait of a get or wait in progress
+        self.job, self.key = id, None  # key: (env, GPU ids) of a worker
+        self.task = self.actor = self.lease = None
+        self.blocked, self.dead = 0, False
+        self.reason = None     # why it was ended on purpose: words, or the error of its task
 
+    @property
+    def shares(self):
+        """Whether it has part in the arena."""
+        return self.node is not None and self.node.peer is None
 
-class _Inner(_Peer):
-    """The driver that the hub is a thread of: an answer is a function call."""
-    def send(self, msg, tail=b''):
-        self.deliver(msg, tail)
+    def send(self, *message):
+        self.outbox.put(message)
 
+    def write(self):
+        with suppress(OSError):  # it is gone: the reading thread says so
+            while not self.dead:
+                messages = [self.outbox.get()]
+                while not self.outbox.empty():
+                    messages.append(self.outbox.get())
+                _send(self.connection, messages)
 
-# ---- the hub ---------------------------------------------------------------------------------------------------------------------------------
-class _Hub:
-    """All state, one lock. on_<operation>(peer, request, ...) runs under it, for the driver in its own thread, for the others in the hub's."""
-    def __init__(self, resources, gpus, capacity, listen=None, token=None):
-        self.lock, self.sel = threading.RLock(), selectors.DefaultSelector()
-        self.objects, self.tasks, self.actors, self.names, self.groups, self.functions = {}, {}, {}, {}, {}, {}
-        self.nodes, self.peers, self.queues, self.asks, self.warned = {}, {}, {}, {}, set()
-        self.dirty, self.later, self.closed, self.inner, self.asked = False, collections.deque(), False, None, itertools.count(1)
-        self.token, self.store, self.address = token, _Store(capacity), None
-        self.nursery = _Nursery(self.store)
-        self.home = self.nodes.setdefault(id := secrets.token_hex(16), _Node(id, None, resources, gpus, self.store.capacity, '127.0.0.1'))
-        wake, self.waker = socket.socketpair()
-        self.sel.register(wake, selectors.EVENT_READ, lambda: wake.recv(4096))
-        self.listeners = []
-        if listen:
-            self.tcp = socket.create_server(listen)
-            self.listeners.append((self.tcp, lambda sock: _admit(sock, token)))
-            self.address = '%s:%d' % self.tcp.getsockname()[:2]
-        elif sys.platform == 'linux':  # for `actors.py status`: an abstract name (nothing on disk), this user's processes only
-            local = socket.socket(socket.AF_UNIX)
-            local.bind(f'\0actors-{os.getuid()}-{os.getpid()}-{secrets.token_hex(4)}')
-            local.listen()
-            self.listeners.append((local, self.tell_status))
-        for sock, admit in self.listeners:
-            self.sel.register(sock, selectors.EVENT_READ, functools.partial(self.accept, sock, admit))
-        self.thread = threading.Thread(target=self.run, name='actors-hub', daemon=True)
-        self.thread.start()
-
-    # -- the loop
-    def run(self):
-        beat = time.monotonic()
+    def serve(self, runtime):
+        """Until the connection ends."""
+        _thread(self.write)
         try:
-            while not self.closed:
-                events = self.sel.select(BEAT / 2)
-                with self.lock:
-                    for key, mask in events:
-                        if callable(key.data):
-                            key.data()
-                            continue
-                        if mask & selectors.EVENT_WRITE:
-                            key.data.stuck and key.data.flush()
-                        if mask & selectors.EVENT_READ:
-                            self.readable(key.data)
-                    self.settle()
-                    if time.monotonic() - beat > BEAT:
-                        beat = time.monotonic()
-                        self.heartbeat()
-        except Exception as e:  # a bug of ours must not look like a slow task
-            if not self.closed:
-                traceback.print_exc()
-                self.closed = True
-                if self.inner:
-                    self.inner.broken(RaySystemError(f'the hub failed: {type(e).__name__}: {e}'))
+            while True:
+                messages = _receive(self.connection)
+                self.heard = time.monotonic()
+                for message in messages:
+                    runtime.handle(self, message)
+        except (EOFError, ConnectionError):
+            runtime.lost(self, 'its process ended')
+        except Exception as e:  # oversized or garbled: this connection ends, nothing else does
+            print(f'actors: dropped {self.role} {self.id.hex()}: {type(e).__name__}: {e}', file=sys.stderr)
+            runtime.lost(self, 'it said what is no message')
 
-    def heartbeat(self):
-        for node in list(self.nodes.values()):
-            if node.peer:
-                node.peer.send(('beat',))
-                if time.monotonic() - node.peer.last > SILENCE:
-                    self.lost(node.peer, f'no sign of life for {SILENCE:.0f} s')
-        self.settle()
 
-    def accept(self, listener, admit):
-        """Handshakes happen in threads with a deadline: a silent stranger stops nobody. At most 64 at once."""
-        sock, _ = listener.accept()
-        if sum(t.name == 'actors-handshake' for t in threading.enumerate()) >= 64:
-            sock.close()
+# ---- the directory: objects --------------------------------------------------------------------------------
+class _Directory:
+    """Every object: where its value is, who refers to it, who waits for it."""
+    def __init__(self, capacity):
+        self.arena, self.objects = _Arena(capacity), {}
+        self.space = _Free(self.arena.capacity)
+        self.later = deque()  # what became possible; called by settle(): long chains are no deep stacks
+        self.unheld = None    # called with an actor whose last handle is gone
+
+    def refer(self, oid, change):
+        obj = self.objects.get(oid)
+        if obj:
+            obj.refs += change
+            if obj.refs <= 0 and obj.ready:
+                self.later.append(functools.partial(self.free, oid))
+
+    def free(self, oid):
+        obj = self.objects.get(oid)
+        if obj is None or obj.refs > 0:
             return
-        def greet():
-            try:
-                ok = admit(sock)
-            except OSError:
-                ok = False
-            if not ok:
-                sock.close()
-                return
-            sock.setblocking(False)
-            with self.lock:
-                if not self.closed:
-                    self.sel.register(sock, selectors.EVENT_READ, _Peer(self, 'stranger', secrets.token_bytes(8), sock=sock))
-        threading.Thread(target=greet, name='actors-handshake', daemon=True).start()
+        if obj.actor and obj.actor.state != 'dead':
+            self.unheld(obj.actor)
+            return
+        del self.objects[oid]
+        self.space.give(obj.data)
+        for inner in obj.contained:
+            self.refer(inner, -1)
 
-    def tell_status(self, sock):
-        _, uid, _ = struct.unpack('3i', sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid == os.getuid():
-            with self.lock:
-                text = json.dumps(self.status())
-            sock.sendall(text.encode())
-        return False
+    def fulfil(self, oid, data, contained=(), error=False):
+        obj = self.objects.get(oid)
+        if obj is None or obj.ready:  # a late result that nobody waits for
+            self.space.give(data)
+            return
+        obj.ready, obj.error = True, error
+        obj.data, obj.contained = data, contained
+        for inner in contained:
+            self.refer(inner, 1)
+        for wait in obj.waits:
+            wait.left.discard(oid)
+            if len(wait.left) <= wait.spare:
+                self.unwatch(wait)
+                self.later.append(wait.then)
+        obj.waits.clear()
+        self.refer(oid, 0)  # its last ref may have gone meanwhile
 
-    def readable(self, peer, why='the connection closed'):
-        while not peer.dead:
-            try:
-                data = peer.sock.recv(1 << 18)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b''
-            peer.last = time.monotonic()
-            try:
-                for msg, tail in peer.feed(data):
-                    self.handle(peer, msg, tail)
-            except Exception as e:  # oversized or garbled: this peer's connection ends, nothing else does
-                print(f'actors: dropped {peer.role} {peer.id.hex()}: {type(e).__name__}: {e}', file=sys.stderr)
-                data = b''
-            if not data:
-                self.lost(peer, why)
-            elif len(data) < 1 << 18:
-                return
+    def watch(self, oids, spare, then):
+        """None if all but `spare` are ready, else the _Wait that will call then()."""
+        for oid in oids:
+            if oid not in self.objects:
+                raise ObjectLostError(f'object {oid.hex()} is not known: freed, or of an earlier session')
+        wait = _Wait({oid for oid in oids if not self.objects[oid].ready}, spare, then)
+        if len(wait.left) <= spare:
+            return None
+        for oid in wait.left:
+            self.objects[oid].waits[wait] = None
+        return wait
 
-    def handle(self, peer, msg, tail=b''):
-        op, request, *args = msg
-        peer.tail = tail
-        if peer.role == 'stranger' and op != 'hello':
-            raise ConnectionError(f'{op} before hello')
-        try:
-            getattr(self, 'on_' + op)(peer, request, *args)
-        except (RayError, ValueError, KeyError) as e:
-            if not request:
-                raise
-            peer.send(('reply', request, e))
-        if peer.role == 'inner':
+    def unwatch(self, wait):
+        for oid in wait.left:
+            if oid in self.objects:
+                self.objects[oid].waits.pop(wait, None)
+
+    def values(self, oids, peer):
+        """[(id, is it an error, data)]; a process that has no part in the arena gets bytes."""
+        values = []
+        for oid in oids:
+            obj = self.objects[oid]
+            apart = isinstance(obj.data, tuple) and not peer.shares
+            values.append((oid, obj.error, bytes(self.arena.view(obj.data)) if apart else obj.data))
+        return values
+
+
+# ---- the scheduler: resources ------------------------------------------------------------------------------
+class _Scheduler:
+    """Which task starts where. One queue for each (needs, strategy): the first that does not fit stops only
+    its kind."""
+    def __init__(self):
+        self.nodes, self.queues, self.groups = {}, {}, {}
+        self.changed = False
+
+    def add(self, task):
+        plan = task.plan
+        key = tuple(plan.need.items()), plan.strategy
+        if key not in self.queues and not self.possible(plan):
+            print(f'actors: {task.name} asks for {plan.need}; no node has that much (all together: '
+                  f'{self.sum("total")}). It waits for a node to join.', file=sys.stderr)
+        task.line = self.queues.setdefault(key, deque())
+        task.line.append(task)
+        self.changed = True
+
+    def possible(self, plan):
+        totals = [node.resources.total for node in self.nodes.values()]
+        fitting = [all(total.get(k, 0) >= v for k, v in plan.need.items()) for total in totals]
+        return plan.strategy[0] == 'group' or any(fitting)
+
+    def sum(self, which):
+        """All nodes' resources: total or free."""
+        amounts = Counter()
+        for node in self.nodes.values():
+            amounts.update(getattr(node.resources, which))
+        return {k: float(round(v, 4)) for k, v in amounts.items() if v > 0}
+
+    def give(self, lease, lent=0):
+        """lent: its CPUs are back already."""
+        need = {**lease.need, 'CPU': 0} if lent and 'CPU' in lease.need else lease.need
+        lease.pool.change(need, lease.gpus, 1)
+        self.changed = True
+
+    def next(self):
+        """(task, node, resources to take from) of each task that can start; the caller takes them before the
+        next. (task, None, None): it never can."""
+        for key, line in list(self.queues.items()):
+            while line:
+                spots = self.spots(*key[1])
+                need = line[0].plan.need
+                fitting = [spot for spot in spots if spot and spot[1].fits(need)]
+                if spots and not fitting:
+                    break
+                node, resources = fitting[0] if fitting else (None, None)
+                yield line.popleft(), node, resources
+            if not line:
+                self.queues.pop(key, None)
+
+    def spots(self, kind, *where):
+        """[(node, resources)] to look at, in this order; none: there never will be one."""
+        if kind == 'group':
+            group, i = self.groups.get(where[0]), where[1]
+            places = group.places if group else []
+            return [place and (place[0], place[2]) for place in (places if i < 0 else places[i:i + 1])]
+        nodes = list(self.nodes.values())
+        if kind == 'SPREAD':
+            nodes.sort(key=lambda node: len(node.workers) - sum(map(len, node.idle.values())))
+        if kind == 'node':
+            insisted = [node for node in nodes if node.id == where[0]]
+            nodes = insisted + nodes * where[1]  # soft: any other is second best
+        return [(node, node.resources) for node in nodes]
+
+    # -- placement groups
+    def place_groups(self):
+        """All missing bundles of a group or none -> the groups that are complete now."""
+        complete = []
+        for group in self.groups.values():
+            plan = self.plan(group) if None in group.places else None
+            if not plan:
+                continue
+            for i, node in plan.items():
+                lease = node.resources.take(group.bundles[i])
+                shares = {gpu: min(lease.need['GPU'], 1) for gpu in lease.gpus}
+                group.places[i] = node, lease, _Resources(lease.need, shares)
+            self.changed = True
+            complete.append(group)
+        return complete
+
+    def plan(self, group):
+        """{missing bundle: node}, tried on copies of the resources; None: it has to wait. Big bundles first:
+        greedy, so a STRICT_SPREAD over very unequal nodes may wait without need."""
+        missing = [i for i, place in enumerate(group.places) if place is None]
+        missing.sort(key=lambda i: -sum(group.bundles[i].values()))
+        nodes = list(self.nodes.values())
+        choices = [[node] for node in nodes] if 'PACK' in group.strategy else []  # on one, if that can be
+        if group.strategy != 'STRICT_PACK':
+            choices.append(nodes)
+        plans = (self.fit(group, missing, choice) for choice in choices)
+        return next(filter(None, plans), None)
+
+    def fit(self, group, missing, nodes):
+        """Each bundle on the fullest node that fits; PACK prefers nodes in use, SPREAD unused ones."""
+        trial = {node: copy.deepcopy(node.resources) for node in nodes}
+        used, plan = {place[0] for place in group.places if place}, {}
+        packs = group.strategy == 'PACK'
+        for i in missing:
+            fitting = [node for node in nodes if trial[node].fits(group.bundles[i])]
+            if group.strategy == 'STRICT_SPREAD':
+                fitting = [node for node in fitting if node not in used]
+            if not fitting:
+                return None
+            plan[i] = min(fitting, key=lambda node: ((node in used) != packs, sum(trial[node].free.values())))
+            trial[plan[i]].take(group.bundles[i])
+            used.add(plan[i])
+        return plan
+
+
+# ---- the runtime: tasks, actors, workers -------------------------------------------------------------------
+_LATER = object()  # the answer comes when it is there
+_NEVER = {'node': (TaskUnschedulableError, ActorUnschedulableError, 'its node is gone, and soft=False'),
+          'group': (TaskPlacementGroupRemoved, ActorPlacementGroupRemoved, 'its placement group was removed')}
+
+
+class _Desk:
+    """Where messages arrive: all state, one lock. on_<operation>(peer, request, ...) runs under it, for the
+    driver in its own thread, for the others in the threads that read them; what it returns is the answer.
+    Here: what is asked about objects."""
+    def __init__(self, resources, gpus, capacity):
+        self.lock, self.closed = threading.RLock(), False
+        self.directory, self.scheduler = _Directory(capacity), _Scheduler()
+        self.inner = None  # the session of the driver that this is a part of
+        self.home = _Node(secrets.token_hex(16), '127.0.0.1', _Resources(resources, gpus))
+        self.scheduler.nodes[self.home.id] = self.home
+
+    def handle(self, peer, message):
+        operation, request, *args = message
+        with self.lock:
+            if self.closed or peer.dead:
+                return
+            self.drain()
+            try:
+                answer = getattr(self, 'on_' + operation)(peer, request, *args)
+            except (RayError, ValueError) as e:
+                if not request:
+                    raise
+                answer = e
+            if request and answer is not _LATER:
+                peer.send('reply', request, answer)
+            self.settle()
+
+    def drain(self):
+        """The refs that came and went in the driver since last asked. They may be all the room there is."""
+        if self.inner and self.inner.events:
+            self.on_refs(self.inner.peer, 0, self.inner.pending_events())
             self.settle()
 
     def settle(self):
-        """What the last messages made possible. Here, not where it became possible: a chain of ten thousand tasks must not be as many stack frames."""
-        while self.dirty or self.later:
-            if self.later:
-                self.later.popleft()()
+        """What the last message made possible."""
+        later = self.directory.later
+        while later or self.scheduler.changed:
+            if later:
+                later.popleft()()
                 continue
-            self.dirty = False
-            self.place_groups()
-            self.schedule()
+            self.scheduler.changed = False
+            for group in self.scheduler.place_groups():
+                self.directory.fulfil(group.ready, group.value)
+            for task, node, resources in self.scheduler.next():
+                self.start(task, node, resources)
 
-    # -- objects
-    def ref(self, oid, d):
-        obj = self.objects.get(oid)
-        if obj:
-            obj.refs += d
-            if obj.refs <= 0 and obj.ready:
-                self.free(oid)
+    def refer(self, peer, oid, change):
+        """Counted for the process too: when it dies, its refs go."""
+        count = peer.refs.pop(oid, 0) + change
+        if count:
+            peer.refs[oid] = count
+        self.directory.refer(oid, change)
 
-    def free(self, oid):
-        dying = [oid]
-        while dying:
-            obj = self.objects[oid := dying.pop()]
-            if obj.actor and obj.actor.state != 'dead':
-                self.out_of_scope(obj.actor)
-                continue
-            if obj.actor:
-                del self.actors[oid]
-            del self.objects[oid]
-            for node_id, (file, at, size) in obj.locs.items():
-                if node_id in self.nodes:
-                    self.nodes[node_id].arenas[file].give(at, size)
-            for inner in obj.contained:
-                other = self.objects.get(inner)
-                if other:
-                    other.refs -= 1
-                    if other.refs <= 0 and other.ready:
-                        dying.append(inner)
-
-    def fulfil(self, oid, blob=None, node=None, loc=None, contained=(), err=False):
-        obj = self.objects.get(oid)
-        if obj is None or obj.ready:
-            return
-        obj.ready, obj.err, obj.blob, obj.contained = True, err, blob, contained
-        if loc:
-            obj.locs = {node.id: loc}
-        for inner in contained:
-            self.ref(inner, 1)
-        self.poke(oid, obj)
-        self.ref(oid, 0)
-
-    def poke(self, oid, obj):
-        for w in list(obj.waiters):
-            if w in obj.waiters and self.here(oid, w.node):
-                w.left.discard(oid)
-                obj.waiters.pop(w, None)
-                if len(w.left) <= w.spare:
-                    self.unwatch(w)
-                    self.later.append(w.fn)
-
-    def here(self, oid, node):
-        """Ready, and readable by the processes of `node`; if it is elsewhere, its journey begins."""
-        obj = self.objects.get(oid)
-        if obj is None:
-            raise ObjectLostError(f'object {oid.hex()} is not known here: freed, or of an earlier session')
-        if not obj.ready or node is None or obj.blob is not None or node.id in obj.locs or not node.alive:
-            return obj.ready
-        if node.id not in obj.moving:
-            self.move(oid, obj, node)
-        return node.id in obj.locs
-
-    def watch(self, oids, spare, node, fn):
-        """None if it is so already, else the _Wait that will call fn."""
-        left = {oid for oid in oids if not self.here(oid, node)}
-        if len(left) <= spare:
-            return None
-        w = _Wait(left, spare, node, fn)
-        for oid in left:
-            self.objects[oid].waiters[w] = None
-        return w
-
-    def unwatch(self, w):
-        for oid in w.left:
-            if oid in self.objects:
-                self.objects[oid].waiters.pop(w, None)
-
-    def alloc(self, node, size):
-        if self.inner:
-            self.inner.drain()  # refs that the driver dropped a moment ago may be all the room there is
-        at = node.arenas[0].take(size)
-        return (0, at, size) if at is not None else (1, node.arenas[1].take(size), size)
-
-    def move(self, oid, obj, node):
-        """A copy on another node, through the head: read there, write here. Pinned meanwhile; if a node dies on the way, whoever waits asks anew."""
-        source, loc = next(iter(obj.locs.items()))
-        room = self.alloc(node, loc[2])
-        obj.moving, obj.refs = (*obj.moving, node.id), obj.refs + 1
-        def end(arrived):
-            obj.moving = tuple(n for n in obj.moving if n != node.id)
-            if arrived:
-                obj.locs[node.id] = room
-            elif node.id in self.nodes:
-                node.arenas[room[0]].give(*room[1:])
-            self.poke(oid, obj)
-            self.ref(oid, -1)
-        def got(data):
-            if node is self.home:
-                self.store.write(room, lambda put: put(0, data))
-                end(True)
-            else:
-                self.ask(node, 'write', room, data, lambda _: end(True), lambda: end(False))
-        if source == self.home.id:
-            got(memoryview(self.store.view(loc)))
-        else:
-            self.ask(self.nodes[source], 'read', loc, b'', got, lambda: end(False))
-
-    def ask(self, node, op, loc, tail, then, otherwise):
-        key = next(self.asked)
-        self.asks[key] = node.id, then, otherwise
-        node.peer.send((op, key, loc), tail)
-
-    def on_answer(self, peer, _, key):
-        _, then, _ = self.asks.pop(key)
-        then(peer.tail)
-
-    def value(self, oid, peer):
-        """(id, is it an error, blob, location): one of the last two is None."""
-        obj = self.objects[oid]
-        if obj.blob is not None or peer.node:
-            return oid, obj.err, obj.blob, None if obj.blob is not None else obj.locs[peer.node.id]
-        return oid, obj.err, bytes(self.store.view(obj.locs[self.home.id])), None  # a program elsewhere shares no memory with any node
-
-    def hold(self, peer, oid, d=1):
-        if peer.role != 'inner':
-            peer.refs[oid] += d
+    def add(self, peer, oid, **known):
+        """A new object, with one ref: the process's that asked."""
+        peer.refs[oid] = 1
+        obj = self.directory.objects[oid] = _Object(**known)
+        return obj
 
     def on_refs(self, peer, _, events):
-        for oid, d in events:
-            self.hold(peer, oid, d)
-            self.ref(oid, d)
+        for oid, change in events:
+            self.refer(peer, oid, change)
 
-    def on_alloc(self, peer, request, size):
-        loc = self.alloc(peer.node, size)
-        peer.allocs.add((peer.node, loc))
-        peer.send(('reply', request, loc))
+    def on_room(self, peer, _, size, private, data=None):
+        """A place in the arena; a process that has no part in it sends the bytes along."""
+        place = self.directory.space.take(size), size, private
+        if data:
+            self.directory.arena.room(place)[:] = data
+        peer.places.add(place)
+        return place
 
-    def on_put(self, peer, _, oid, loc, contained):
-        self.objects[oid] = _Obj()
-        self.hold(peer, oid)
-        self.store_value(peer, oid, loc, contained, peer.tail)
+    def on_put(self, peer, _, oid, data, contained):
+        self.add(peer, oid)
+        self.fulfil(peer, oid, data, contained)
 
-    def store_value(self, peer, oid, loc, contained, blob):
-        node = peer.node
-        if loc:
-            peer.allocs.discard((node, loc))
-            blob = None
-        elif len(blob) > INLINE and not node:
-            node, loc, raw, blob = self.home, self.alloc(self.home, len(blob)), blob, None
-            self.store.write(loc, lambda put: put(0, raw))
-        if loc and (oid not in self.objects or self.objects[oid].ready):  # a late result that nobody waits for
-            node.arenas[loc[0]].give(*loc[1:])
-        self.fulfil(oid, blob, node, loc, contained)
+    def fulfil(self, peer, oid, data, contained):
+        if isinstance(data, tuple):
+            peer.places.remove(data)  # it is the object's from now on
+        self.directory.fulfil(oid, data, contained)
 
-    def answer_when(self, peer, request, oids, spare, node, answer):
-        def fn():
-            if peer.waits.pop(request, None):
+    def answer_when(self, peer, request, oids, spare, answer):
+        def then():
+            if peer.waits.pop(request, None):  # else it waits no longer
                 self.block(peer, -1)
-            peer.send(('reply', request, answer()))
-        w = self.watch(oids, spare, node, fn)
-        if w is None:
-            peer.send(('reply', request, answer()))
-        else:
-            peer.waits[request] = w
-            self.block(peer, 1)
+                peer.send('reply', request, answer())
+        wait = self.directory.watch(oids, spare, then)
+        if wait is None:
+            return answer()
+        peer.waits[request] = wait
+        self.block(peer, 1)
+        return _LATER
 
     def on_get(self, peer, request, oids):
-        self.answer_when(peer, request, oids, 0, peer.node or self.home, lambda: [self.value(oid, peer) for oid in oids])
+        return self.answer_when(peer, request, oids, 0, lambda: self.directory.values(oids, peer))
 
     def on_wait(self, peer, request, oids, count):
-        self.answer_when(peer, request, oids, len(oids) - count, None, lambda: [self.objects[oid].ready for oid in oids])
+        objects, spare = self.directory.objects, len(oids) - count
+        return self.answer_when(peer, request, oids, spare, lambda: [objects[oid].ready for oid in oids])
 
     def on_drop(self, peer, _, request):
-        w = peer.waits.pop(request, None)
-        if w:
-            self.unwatch(w)
+        wait = peer.waits.pop(request, None)
+        if wait:
+            self.directory.unwatch(wait)
             self.block(peer, -1)
 
-    def block(self, peer, d):
-        """A worker that waits lends its CPUs, or nested tasks would wait for each other for ever. Taken back even if that overdraws."""
-        lease = peer.task.lease if peer.task else peer.actor.create.lease if peer.actor else None
-        before, peer.blocked = peer.blocked, peer.blocked + d
-        if lease and bool(before) != bool(peer.blocked) and 'CPU' in lease[1].free:
-            lease[1].free['CPU'] += d * lease[3].get('CPU', 0)
-            self.dirty = True
+    def block(self, peer, change):
+        """A worker that waits lends its CPUs, or nested tasks would wait for each other for ever. Taken back
+        even if that overdraws."""
+        before, peer.blocked = peer.blocked, peer.blocked + change
+        if peer.lease and bool(before) != bool(peer.blocked) and 'CPU' in peer.lease.need:
+            peer.lease.pool.free['CPU'] += change * peer.lease.need['CPU']
+            self.scheduler.changed = True
+
+    def on_info(self, peer, _, what):
+        if what == 'nodes':
+            return [dict(NodeID=node.id, Alive=True, NodeManagerAddress=node.host,
+                         NodeManagerHostname=node.host, Resources=node.resources.total)
+                    for node in self.scheduler.nodes.values()]
+        space, amounts = self.directory.space, self.scheduler.sum(what)
+        amounts['object_store_memory'] = float(space.capacity - (space.used() if what == 'free' else 0))
+        return amounts
+
+
+class _Runtime(_Desk):
+    """The life of tasks, actors and workers."""
+    def __init__(self, *machine):
+        super().__init__(*machine)
+        self.directory.unheld = self.out_of_scope
+        self.tasks, self.names, self.peers = {}, {}, {}
+        self.nursery = _Nursery(self.directory.arena)
+        _thread(self.tick)
 
     # -- tasks
-    def on_export(self, peer, _, fid, contained):
-        if fid not in self.functions:
-            self.functions[fid] = peer.tail
-            for oid in contained:
-                self.ref(oid, 1)
+    def admit(self, peer, spec):
+        parent = peer.task and peer.task.id
+        task = self.tasks[spec.id] = _Task(spec, peer.job, parent, spec.plan.retries)
+        for oid in (*spec.deps, *spec.contained):
+            self.directory.refer(oid, 1)
+        for oid in spec.returns:
+            self.add(peer, oid)
+        return task
 
     def on_submit(self, peer, _, spec):
-        t = _Task(*spec)
-        t.job, t.parent = peer.job, peer.task and peer.task.id
-        for oid in (*t.deps, *t.contained):
-            self.ref(oid, 1)
-        for oid in t.returns:
-            self.objects[oid] = _Obj()
-            self.hold(peer, oid)
-        self.tasks[t.id] = t
-        if t.kind == 'call':
-            actor = self.actors.get(t.actor)
-            if actor is None or actor.state == 'dead':
-                self.fail(t, actor.error if actor else _pack_error(ActorDiedError('the actor is not known here: of an earlier session?')))
-                return
-            t.retries = actor.task_retries
-            actor.queue.append(t)
-            self.pump(actor)
-        else:
-            self.enqueue(t)
-
-    def enqueue(self, t):
-        """Into the queue of its like once its arguments exist. One queue per (needs, place): the first that does not fit stops only its own kind."""
-        if t.id not in self.tasks:
+        task = self.admit(peer, spec)
+        if spec.kind == 'task':
+            self.enqueue(task)
             return
-        if self.watch(t.deps, 0, None, lambda: self.enqueue(t)):
+        handle = self.directory.objects.get(spec.actor)
+        actor = task.actor = handle and handle.actor
+        if actor is None or actor.state == 'dead':
+            unknown = ActorDiedError(f'{spec.name}: the actor is not known here; of an earlier session?')
+            self.fail(task, actor.error if actor else unknown)
             return
-        for oid in t.deps:
-            if self.objects[oid].err:
-                self.argument_failed(t, self.objects[oid].blob)
-                return
-        key = tuple(t.need.items()), t.strategy
-        if key not in self.queues:
-            self.queues[key] = collections.deque()
-            self.warn(key, t)
-        t.queue = self.queues[key]
-        t.queue.append(t)
-        self.dirty = True
+        task.retries, task.line = actor.made.task_retries, actor.queue
+        actor.queue.append(task)
+        self.pump(actor)
 
-    def schedule(self):
-        for key in list(self.queues):
-            queue = self.queues[key]
-            while queue:
-                spot = self.spot(queue[0])
-                if spot is None:
-                    break
-                t = queue.popleft()
-                t.queue = None
-                if isinstance(spot, RayError):
-                    self.fail(t, _pack_error(spot))
-                else:
-                    self.start(t, *spot)
-            if not queue:
-                del self.queues[key]
+    def failed_argument(self, task):
+        """Whether an argument's value is an error; then the task ends with it."""
+        wrong = [oid for oid in task.deps if self.directory.objects[oid].error]
+        if wrong and task.kind == 'create':
+            self.bury(task.actor, 'an argument of its constructor could not be computed')
+        elif wrong:
+            self.fail(task, self.directory.objects[wrong[0]].data)
+        return bool(wrong)
 
-    def warn(self, key, t):
-        if t.strategy[0] != 'group' and key not in self.warned and not any(_Pool(n.pool.total, dict.fromkeys(n.pool.gpus, 1)).fits(t.need) for n in self.nodes.values()):
-            self.warned.add(key)
-            print(f'actors: {t.name} asks for {t.need}; no node has that much (all together: {self.resources("total")}). It waits for a node to join.', file=sys.stderr)
+    def enqueue(self, task):
+        """To the scheduler, once its arguments exist."""
+        if task.id not in self.tasks or self.directory.watch(task.deps, 0, lambda: self.enqueue(task)):
+            return
+        if not self.failed_argument(task):
+            self.scheduler.add(task)
 
-    def spot(self, t):
-        """(node, pool) with room for the task, None if it has to wait, or the error that it can never be."""
-        kind, *where = t.strategy
-        if kind == 'group':
-            group = self.groups.get(where[0])
-            if not group:
-                return (ActorPlacementGroupRemoved if t.kind == 'create' else TaskPlacementGroupRemoved)(f'{t.name}: its placement group was removed')
-            places = group.places if where[1] < 0 else group.places[where[1]:where[1] + 1]
-            return next(((p[0], p[1]) for p in places if p and p[1].fits(t.need)), None)
-        nodes = list(self.nodes.values())
-        if kind == 'node':
-            mine = self.nodes.get(where[0])
-            if mine and mine.pool.fits(t.need):
-                return mine, mine.pool
-            if not where[1]:
-                return None if mine else (ActorUnschedulableError if t.kind == 'create' else TaskUnschedulableError)(f'{t.name}: node {where[0]} is gone and soft=False')
-        if kind == 'SPREAD':
-            nodes.sort(key=lambda n: len(n.workers) - sum(map(len, n.idle.values())))
-        return next(((n, n.pool) for n in nodes if n.pool.fits(t.need)), None)
-
-    def start(self, t, node, pool):
-        gpus = pool.take(t.need)
-        t.lease = node, pool, gpus, t.need
-        key = t.env, gpus
+    def start(self, task, node, resources):
+        plan = task.plan
+        if node is None:
+            task_error, actor_error, words = _NEVER[plan.strategy[0]]
+            self.fail(task, (actor_error if task.actor else task_error)(f'{task.name}: {words}'))
+            return
+        lease = resources.take(plan.need)
+        key = plan.env, lease.gpus
         peer = node.idle[key].pop() if node.idle.get(key) else self.spawn(node, key)
-        t.peer, peer.task, peer.job = peer, t, t.job
-        if t.kind == 'create':
-            actor = self.actors[t.actor]
-            actor.peer, peer.actor = peer, actor
-        if self.watch(t.deps, 0, node, lambda: self.run_on(t, peer)) is None:
-            self.run_on(t, peer)
+        peer.task, peer.lease, peer.job = task, lease, task.job
+        if task.actor:
+            task.actor.peer, peer.actor = peer, task.actor
+        self.run_on(task, peer)
 
-    def spawn(self, node, key):
-        env, gpus = dict(key[0]), key[1]
-        if gpus:
-            env['CUDA_VISIBLE_DEVICES'] = ','.join(gpus)
-        peer = _Peer(self, 'worker', secrets.token_bytes(8), node)
-        peer.key = key
-        self.peers[peer.id] = node.workers[peer.id] = peer
-        if node is self.home:
-            peer.sock, theirs = socket.socketpair()
-            peer.sock.setblocking(False)
-            self.sel.register(peer.sock, selectors.EVENT_READ, peer)
-            if self.nursery.closed:
-                self.nursery = _Nursery(self.store)
-            if self.nursery.sock not in self.sel.get_map():
-                nursery = self.nursery
-                self.sel.register(nursery.sock, selectors.EVENT_READ, lambda: self.nursery_says(nursery))
-            peer.nursery = self.nursery
-            self.nursery.spawn(peer.id, node.id, env, theirs)
-            theirs.close()
-        else:
-            node.peer.send(('spawn', peer.id, env))
-        return peer
-
-    def nursery_says(self, nursery):
-        exits = nursery.read()
-        if exits is None:
-            self.sel.unregister(nursery.sock)
-            nursery.close()
-            if not nursery.born:
-                print('actors: the worker zygote died at its start (its words are above)', file=sys.stderr)
-            exits = [(wid, 'the zygote died') for wid, worker in self.home.workers.items() if worker.nursery is nursery]
-        for wid, why in exits:
-            self.ended(wid, why)
-
-    def ended(self, wid, why):
-        worker = self.peers.get(wid)
-        if worker:
-            if worker.sock:
-                self.readable(worker, why)  # what it said before it died counts
-            self.lost(worker, why)
-
-    def run_on(self, t, peer):
-        if peer.dead or t.peer is not peer or t.id not in self.tasks:
-            return
-        values = [self.value(oid, peer) for oid in t.deps]
-        wrong = [v for v in values if v[1]]
-        if wrong:
-            self.argument_failed(t, wrong[0][2])
-            if t.kind == 'task':
-                self.release(peer)
-            elif t.kind == 'create':
-                peer.send(('exit',))
-            return
-        code = None if t.fn in peer.known else self.functions.get(t.fn)
-        peer.known.add(t.fn)
-        peer.send(('run', t.id, t.kind, t.name, t.fn, code, t.method, t.blob, values, t.returns, t.retry_exc, t.need, t.extra and {**t.extra, 'restarted': self.actors[t.actor].restarted > 0}))
+    def run_on(self, task, peer):
+        task.peer, spec = peer, task.spec
+        values = self.directory.values(spec.deps, peer)
+        made = task.actor.made if spec.kind == 'create' else None
+        restarted = task.actor is not None and task.actor.restarted > 0
+        peer.send('run', _Running(spec, made, restarted), values)
 
     def pump(self, actor):
-        """Calls leave in the order they came; the first whose arguments are not there yet holds up the rest."""
+        """Calls leave in the order they came; the first whose arguments are not there yet holds up the
+        rest."""
+        def again():
+            actor.waiting = False
+            self.pump(actor)
         while actor.queue and actor.state == 'alive' and not actor.waiting:
-            t = actor.queue[0]
-            if t.deps:
-                def again():
-                    actor.waiting = False
-                    self.pump(actor)
-                if self.watch(t.deps, 0, actor.peer.node, again):
-                    actor.waiting = True
-                    return
+            task = actor.queue[0]
+            if self.directory.watch(task.deps, 0, again):
+                actor.waiting = True
+                return
             actor.queue.popleft()
-            t.peer = actor.peer
-            actor.inflight[t.id] = t
-            self.run_on(t, actor.peer)
+            if not self.failed_argument(task):
+                actor.inflight[task.id] = task
+                self.run_on(task, actor.peer)
+
+    def mine(self, peer, tid):
+        """The task if this worker still has it; it may be cancelled or given to another meanwhile."""
+        task = self.tasks.get(tid)
+        return task if task and task.peer is peer else None
 
     def on_done(self, peer, _, tid, results):
-        t = self.tasks.get(tid)
-        blobs, at = peer.tail, 0
-        if t is None or t.peer is not peer:
-            for loc, _, _ in results:
-                if loc:
-                    peer.allocs.discard((peer.node, loc))
-                    peer.node.arenas[loc[0]].give(*loc[1:])
+        task = self.mine(peer, tid)
+        returns = task.returns if task else [None] * len(results)
+        for oid, result in zip(returns, results):
+            self.fulfil(peer, oid, *result)
+        if task is None:
             return
-        for oid, (loc, contained, size) in zip(t.returns, results):
-            self.store_value(peer, oid, loc, contained, blobs[at:at + size])
-            at += size
-        self.finish(t)
-        if t.kind == 'create':
-            actor = peer.actor
+        self.finish(task)
+        actor = task.actor
+        if actor is None:
+            self.release(peer)
+            return
+        if task.kind == 'create':
             peer.task, actor.state = None, 'alive'
             self.pump(actor)
-            self.out_of_scope(actor)
-        elif t.kind == 'task':
+        self.out_of_scope(actor)
+
+    def on_fail(self, peer, _, tid, retry, error):
+        task = self.mine(peer, tid)
+        if task is None:
+            return
+        if not (retry and self.again(task)):
+            self.fail(task, error)
+        if not task.actor:
             self.release(peer)
-        else:
-            self.out_of_scope(peer.actor)
 
-    def on_fail(self, peer, _, tid, retry):
-        t = self.tasks.get(tid)
-        if t is None or t.peer is not peer:
+    def again(self, task):
+        """Whether it may be tried once more; then it is."""
+        if task.cancelled or not task.retries:
+            return False
+        task.retries, task.peer = task.retries - 1, None
+        if task.kind == 'call':
+            task.actor.queue.appendleft(task)
+        else:
+            self.enqueue(task)
+        return True
+
+    def fail(self, task, error):
+        """error: an exception, or one that is packed."""
+        data = error if isinstance(error, bytes) else _Packed(error).join()
+        if task.kind == 'create' and task.actor.state != 'dead':
+            self.bury(task.actor, data)
             return
-        if t.kind == 'create':
-            self.bury(peer.actor, peer.tail)
-            peer.send(('exit',))
-        elif retry and t.retries and not t.cancelled:
-            t.retries, t.peer = t.retries - 1, None
-            self.release(peer)
-            self.enqueue(t)
-        else:
-            self.fail(t, peer.tail)
-            if t.kind == 'task':
-                self.release(peer)
+        for oid in task.returns:
+            self.directory.fulfil(oid, data, error=True)
+        self.finish(task)
 
-    def argument_failed(self, t, blob):
-        if t.kind == 'create':
-            self.bury(self.actors[t.actor], 'an argument of its constructor could not be computed')
-        else:
-            self.fail(t, blob)
-
-    def fail(self, t, blob):
-        if t.kind == 'create' and self.actors[t.actor].state != 'dead':
-            self.bury(self.actors[t.actor], blob)
-        for oid in t.returns:
-            self.fulfil(oid, blob, err=True)
-        self.finish(t)
-
-    def finish(self, t):
-        """The task is over: what it held goes. An actor's creation keeps its arguments as long as it may have to be repeated."""
-        actor = self.actors.get(t.actor)
-        if actor and t.kind == 'call':
-            actor.inflight.pop(t.id, None)
-        if t.kind == 'create' and actor and actor.state != 'dead':
+    def finish(self, task):
+        """The task is over: what it held goes. An actor's creation keeps its arguments as long as it may be
+        repeated."""
+        if task.actor:
+            task.actor.inflight.pop(task.id, None)
+        if task.kind == 'create' and task.actor.state != 'dead':
             return
-        if self.tasks.pop(t.id, None):
-            for oid in (*t.deps, *t.contained):
-                self.ref(oid, -1)
+        if self.tasks.pop(task.id, None):
+            for oid in (*task.deps, *task.contained):
+                self.directory.refer(oid, -1)
 
-    def give_back(self, t, peer):
-        node, pool, gpus, need = t.lease
-        t.lease = None
-        if peer.blocked:
-            need = {**need, 'CPU': 0} if 'CPU' in need else need
-        pool.give(need, gpus)
-        self.dirty = True
-
-    def release(self, peer):
-        """A task's worker is free: for the next task of its kind, or, if more wait idle than there are CPUs, to go home. One that had a GPU goes
-        in any case, and only then is the GPU free: a process that lives may hold its memory."""
-        t, peer.task = peer.task, None
-        if t.lease[2]:
-            peer.owes = t
-            peer.send(('exit',))
+    def on_cancel(self, peer, _, tid, force, recursive):
+        """What waits is dropped. The process of a task that runs is killed; an actor's call that runs goes
+        on."""
+        task = self.tasks.get(tid)
+        if task is None:
             return
-        self.give_back(t, peer)
-        if sum(map(len, peer.node.idle.values())) > max(2, peer.node.pool.total.get('CPU', 0)):
-            peer.reason = 'not needed'
-            peer.send(('exit',))
+        if task.actor and force:
+            raise ValueError('force=True is not supported for actor tasks: use actors.kill')
+        task.cancelled = True
+        children = [t.id for t in self.tasks.values() if t.parent == tid] if recursive else []
+        for child in children:
+            self.on_cancel(peer, 0, child, False, True)
+        if task.peer is None:
+            if task in task.line:
+                task.line.remove(task)
+            self.fail(task, TaskCancelledError(f'{task.name} was cancelled before it ran'))
+        elif task.actor:
+            task.peer.send('cancel', tid)  # it may still be in the worker's queue
         else:
-            peer.node.idle.setdefault(peer.key, []).append(peer)
+            self.slay(task.peer, TaskCancelledError(f'{task.name} was cancelled while it ran'))
 
-    # -- ends
-    def lost(self, peer, why='the connection closed'):
-        """A process is gone. Everything it held, ran or was goes by Ray's rules."""
-        if peer.dead:
-            return
-        peer.dead = True
-        if peer.sock:
-            self.sel.unregister(peer.sock)
-            peer.sock.close()
-        self.peers.pop(peer.id, None)
-        for w in peer.waits.values():
-            self.unwatch(w)
-        for node, (file, at, size) in peer.allocs:
-            node.arenas[file].give(at, size)
-        for oid, n in peer.refs.items():
-            self.ref(oid, -n)
-        if peer.role == 'worker':
-            peer.node.workers.pop(peer.id, None)
-            if peer in peer.node.idle.get(peer.key, ()):
-                peer.node.idle[peer.key].remove(peer)
-            if peer.node.peer and peer.node.alive:
-                peer.node.peer.send(('kill', peer.id))
-            if peer.owes:
-                self.give_back(peer.owes, peer)
-            if peer.actor:
-                self.actor_down(peer.actor, peer, why)
-            elif peer.task:
-                self.task_down(peer.task, peer, why)
-        elif peer.role == 'driver':
-            self.job_over(peer.id)
-        elif peer.role == 'node':
-            self.node_lost(peer.node, why)
-        self.dirty = True
+    # -- actors
+    def on_create(self, peer, request, spec, made):
+        if made.name in self.names and made.get_if_exists:
+            return self.on_get_actor(peer, request, made.name)
+        if made.name in self.names:
+            raise ActorAlreadyExistsError(f'name {made.name!r} is taken: get_actor(), or get_if_exists=True')
+        handle = self.add(peer, made.id, ready=True)
+        task = self.admit(peer, spec)
+        handle.actor = task.actor = _Actor(handle, task, made, made.restarts)
+        if made.name:
+            self.names[made.name] = task.actor
+        self.enqueue(task)
+        return made
 
-    def task_down(self, t, peer, why):
-        self.give_back(t, peer)
-        if t.cancelled:
-            self.fail(t, _pack_error(TaskCancelledError(f'{t.name} was cancelled')))
-        elif peer.reason:
-            self.fail(t, _pack_error(TaskPlacementGroupRemoved(f'{t.name}: {peer.reason}')))
-        elif t.retries:
-            t.retries, t.peer = t.retries - 1, None
-            self.enqueue(t)
-        else:
-            self.fail(t, _pack_error(WorkerCrashedError(f'the worker of {t.name} died ({why}) and no retry is left; max_retries allows more')))
+    def on_get_actor(self, peer, _, name):
+        if name not in self.names:
+            raise ValueError(f'Failed to look up actor with name {name!r}: never created, or dead')
+        made = self.names[name].made
+        self.refer(peer, made.id, 1)
+        return made
+
+    def on_kill(self, peer, _, aid, no_restart):
+        actor = self.directory.objects[aid].actor  # there: its handle is what kill() was given
+        self.end_actor(actor, 'it was killed by actors.kill' if no_restart else None)
+
+    def end_actor(self, actor, reason):
+        """reason None: as if it had crashed."""
+        if actor.peer:
+            self.slay(actor.peer, reason)
+        elif actor.state != 'dead' and reason:
+            self.bury(actor, reason)
 
     def actor_down(self, actor, peer, why):
-        if actor.create.lease:
-            self.give_back(actor.create, peer)
-        peer.actor = peer.task = None
-        if actor.peer is not peer:
+        if actor.peer is not peer or actor.state == 'dead':
             return
-        actor.peer, calls = None, list(actor.inflight.values())
-        if actor.state == 'dead':
-            return
+        actor.peer = None
         if peer.reason or not actor.restarts:
-            self.bury(actor, peer.reason or why)
+            self.bury(actor, str(peer.reason or why))
             return
-        actor.restarts, actor.restarted, actor.state, actor.inflight = actor.restarts - 1, actor.restarted + 1, 'restarting', {}
+        actor.restarts, actor.restarted, actor.state = actor.restarts - 1, actor.restarted + 1, 'restarting'
         self.enqueue(actor.create)
-        for t in reversed(calls):
-            if t.retries and not t.cancelled:
-                t.retries, t.peer = t.retries - 1, None
-                actor.queue.appendleft(t)
-            else:
-                self.fail(t, _pack_error(ActorUnavailableError(f'{t.name}: the actor died in this call ({why}) and is restarting; the call may or may not have run')))
+        for task in reversed(list(actor.inflight.values())):
+            if not self.again(task):
+                words = f'{task.name}: the actor died in this call ({why}) and is restarting; it may have run'
+                self.fail(task, ActorUnavailableError(words))
+        actor.inflight.clear()
 
     def bury(self, actor, why):
-        error = why if isinstance(why, bytes) else _pack_error(ActorDiedError(f"{actor.create.name.removesuffix('.__init__')}: the actor is dead: {why}"))
-        actor.state, actor.error = 'dead', error
-        if self.names.get(actor.name) is actor:
-            del self.names[actor.name]
-        for t in [*actor.inflight.values(), *actor.queue]:
-            self.fail(t, error)
+        """why: words, or an error that is packed."""
+        if isinstance(why, str):
+            name = actor.create.name.removesuffix('.__init__')
+            why = _Packed(ActorDiedError(f'{name}: the actor is dead: {why}')).join()
+        actor.state, actor.error = 'dead', why
+        if self.names.get(actor.made.name) is actor:
+            del self.names[actor.made.name]
+        calls = [*actor.inflight.values(), *actor.queue]
         actor.queue.clear()
-        if actor.create.queue:
-            actor.create.queue.remove(actor.create)
+        for task in calls:
+            self.fail(task, why)
+        if actor.create in actor.create.line:
+            actor.create.line.remove(actor.create)
         self.finish(actor.create)
-        self.ref(actor.id, 0)
+        if actor.peer:
+            actor.peer.send('exit', 0)
+        self.directory.refer(actor.made.id, 0)
 
     def out_of_scope(self, actor):
-        """No handle is left anywhere, and nothing is to be done: the actor goes. A detached one stays."""
-        if actor.state != 'alive' or self.objects[actor.id].refs > 0 or actor.detached or actor.queue or actor.inflight:
-            return
-        actor.peer.reason = 'its last handle went out of scope'
-        self.bury(actor, actor.peer.reason)
-        actor.peer.send(('exit',))
-
-    def slay(self, peer, reason):
-        peer.reason = reason
-        if peer.node is self.home:
-            self.nursery.kill(peer.id)
-        elif peer.node.peer:
-            peer.node.peer.send(('kill', peer.id))
-        self.lost(peer, 'killed')
+        """No handle is left anywhere, and nothing is to be done: the actor goes."""
+        idle = actor.state == 'alive' and not actor.queue and not actor.inflight
+        if idle and actor.handle.refs <= 0:
+            actor.peer.reason = 'its last handle went out of scope'
+            self.bury(actor, actor.peer.reason)
 
     def on_leave(self, peer, _):
         peer.reason = 'it called exit_actor()'
 
-    def on_kill(self, peer, request, aid, no_restart):
-        actor = self.actors[aid]  # there: its handle is what kill() was given
-        if no_restart:
-            actor.restarts = 0
-        if actor.peer:
-            self.slay(actor.peer, 'it was killed by actors.kill' if no_restart else None)
-        elif actor.state != 'dead' and no_restart:
-            self.bury(actor, 'it was killed by actors.kill')
-        peer.send(('reply', request, None))
+    # -- workers
+    def spawn(self, node, key):
+        env, gpus = dict(key[0]), key[1]
+        if gpus:
+            env['CUDA_VISIBLE_DEVICES'] = ','.join(gpus)
+        peer = _Peer('worker', secrets.token_bytes(8), node)
+        self.peers[peer.id] = node.workers[peer.id] = peer
+        peer.key = key
+        if node.peer:
+            node.peer.send('spawn', 0, peer.id, env)
+            return peer
+        if self.nursery.process.poll() is not None:  # it was killed; its workers see that, and go
+            self.nursery = _Nursery(self.directory.arena)
+        ours, theirs = socket.socketpair()
+        peer.connection = Connection(ours.detach())
+        _thread(peer.serve, self)
+        with theirs:
+            self.nursery.spawn(peer.id, node.id, env, theirs)
+        return peer
 
-    def on_cancel(self, peer, request, tid, force, recursive):
-        t = self.tasks.get(tid)
-        if t and t.kind == 'call' and force:
-            raise ValueError('force=True is not supported for actor tasks: use actors.kill')
-        for child in [c.id for c in self.tasks.values() if c.parent == tid] if t and recursive else ():
-            self.on_cancel(peer, None, child, force and self.tasks[child].kind == 'task', True)
-        if t:
-            t.cancelled = True
-            actor = self.actors.get(t.actor)
-            if t.peer is None:
-                if t.queue:
-                    t.queue.remove(t)
-                elif actor and t in actor.queue:
-                    actor.queue.remove(t)
-                self.fail(t, _pack_error(TaskCancelledError(f'{t.name} was cancelled before it ran')))
-            elif force:
-                self.slay(t.peer, None)
-            else:
-                t.peer.send(('cancel', tid))
-        if request:
-            peer.send(('reply', request, None))
+    def release(self, peer):
+        """A task's worker is free: for the next task of its kind, or, if more wait idle than there are CPUs,
+        to go home. One that had a GPU goes in any case, and only then is the GPU free: a process that lives
+        may hold its memory."""
+        peer.task, idle = None, peer.node.idle
+        if peer.lease.gpus:
+            peer.send('exit', 0)
+            return
+        self.scheduler.give(peer.lease, peer.blocked)
+        peer.lease = None
+        if sum(map(len, idle.values())) > max(2, peer.node.resources.total.get('CPU', 0)):
+            peer.send('exit', 0)
+        else:
+            idle.setdefault(peer.key, []).append(peer)
 
-    def job_over(self, job):
-        for t in [t for t in self.tasks.values() if t.job == job]:
-            if t.kind == 'task' and t.peer and t.peer.task is t:
-                t.retries = 0
-                self.slay(t.peer, None)
-            elif t.kind == 'task':
-                self.on_cancel(t.peer, None, t.id, False, False)
-        for actor in [a for a in self.actors.values() if a.create.job == job and not a.detached and a.state != 'dead']:
-            actor.restarts = 0
-            if actor.peer:
-                self.slay(actor.peer, 'its program ended')
-            else:
-                self.bury(actor, 'its program ended')
-        for group in [g for g in self.groups.values() if g.job == job]:
-            self.remove_group(group.id)
+    def slay(self, peer, reason):
+        peer.reason = reason
+        self.end(peer, 'killed')
 
-    # -- actors
-    def on_create(self, peer, request, spec, restarts, task_retries, name, get_if_exists, detached, meta):
-        if name and name in self.names:
-            if get_if_exists:
-                return self.on_get_actor(peer, request, name)
-            raise ActorAlreadyExistsError(f'the name {name!r} is taken: use get_actor({name!r}), or get_if_exists=True')
-        t = _Task(*spec)
-        t.job = peer.job
-        for oid in (*t.deps, *t.contained):
-            self.ref(oid, 1)
-        actor = self.actors[t.actor] = _Actor(t.actor, t, restarts, task_retries, name, detached, meta)
-        obj = self.objects[t.actor] = _Obj()
-        obj.ready, obj.actor, obj.blob = True, actor, _Packed(None).join()
-        self.hold(peer, t.actor)
-        if name:
-            self.names[name] = actor
-        self.tasks[t.id] = t
-        self.enqueue(t)
-        peer.send(('reply', request, (t.actor, meta)))
+    def lost(self, peer, why):
+        with self.lock:
+            if not self.closed:
+                self.end(peer, why)
+                self.settle()
 
-    def on_get_actor(self, peer, request, name):
-        actor = self.names.get(name)
-        if not actor:
-            raise ValueError(f'Failed to look up actor with name {name!r}: never created, or dead')
-        self.ref(actor.id, 1)
-        self.hold(peer, actor.id)
-        peer.send(('reply', request, (actor.id, actor.meta)))
+    def end(self, peer, why):
+        """A process is gone, or is to go. Everything it held, ran or was ends by Ray's rules."""
+        if peer.dead:
+            return
+        peer.dead = True
+        peer.send('exit', 0)  # wakes the thread that writes
+        if peer.connection:
+            _hang_up(peer.connection)
+        self.peers.pop(peer.id, None)
+        for wait in peer.waits.values():
+            self.directory.unwatch(wait)
+        for place in peer.places:
+            self.directory.space.give(place)
+        for oid, count in peer.refs.items():
+            self.directory.refer(oid, -count)
+        if peer.lease:
+            self.scheduler.give(peer.lease, peer.blocked)
+        {'worker': self.worker_down, 'driver': self.job_over, 'node': self.node_down}[peer.role](peer, why)
+
+    def worker_down(self, peer, why):
+        task, idle = peer.task, peer.node.idle.get(peer.key, [])
+        peer.node.workers.pop(peer.id, None)
+        if peer in idle:
+            idle.remove(peer)
+        if peer.node.peer:
+            peer.node.peer.send('kill', 0, peer.id)
+        else:
+            self.nursery.kill(peer.id)
+        if peer.actor:
+            self.actor_down(peer.actor, peer, why)
+        elif task and (peer.reason or not self.again(task)):
+            crashed = f'the worker of {task.name} died ({why}) and no retry is left; max_retries allows more'
+            self.fail(task, peer.reason or WorkerCrashedError(crashed))
+
+    def job_over(self, peer, _):
+        """A program is gone: its tasks, actors and groups go too."""
+        for task in [task for task in self.tasks.values() if task.job == peer.id]:
+            if task.kind == 'create':
+                self.end_actor(task.actor, 'its program ended')
+            elif task.kind == 'task':
+                self.on_cancel(peer, 0, task.id, False, False)
+        for key in [key for key, group in self.scheduler.groups.items() if group.job == peer.id]:
+            self.on_remove_group(peer, 0, key)
 
     # -- placement groups
-    def on_group(self, peer, request, gid, bundles, strategy, name):
-        self.groups[gid] = _Group(gid, bundles, strategy, name, peer.job)
-        self.dirty = True
-        peer.send(('reply', request, None))
+    def on_group(self, peer, _, key, ready, value, bundles, strategy):
+        self.add(peer, ready)
+        self.scheduler.groups[key] = _Group(bundles, strategy, peer.job, ready, value, [None] * len(bundles))
+        self.scheduler.changed = True
 
-    def on_group_ready(self, peer, _, gid, oid):
-        self.objects[oid] = _Obj()
-        self.hold(peer, oid)
-        group = self.groups.get(gid)
-        if not group:
-            self.fulfil(oid, _pack_error(TaskPlacementGroupRemoved('the placement group was removed')), err=True)
-        elif all(group.places):
-            self.fulfil(oid, peer.tail)
-        else:
-            group.ready.append((oid, peer.tail))
-
-    def place_groups(self):
-        """All missing bundles of a group or none: tried on copies of the pools, then taken. Big bundles first, each on the fullest node that
-        fits (PACK prefers nodes already in use, SPREAD unused ones): greedy, so a STRICT_SPREAD over very unequal nodes may wait without need."""
-        for group in self.groups.values():
-            missing = [i for i, p in enumerate(group.places) if not p]
-            if not missing:
-                continue
-            plan = self.plan(group, missing)
-            if plan is None:
-                continue
-            for i, node in plan:
-                gpus = node.pool.take(group.bundles[i])
-                group.places[i] = node, _Pool(group.bundles[i], {g: min(group.bundles[i]['GPU'], 1) for g in gpus}), gpus
-            for oid, blob in group.ready:
-                self.fulfil(oid, blob)
-            group.ready, self.dirty = [], True
-
-    def plan(self, group, missing):
-        used = {p[0].id for p in group.places if p}
-        order = sorted(missing, key=lambda i: -sum(group.bundles[i].values()))
-        if group.strategy in ('PACK', 'STRICT_PACK'):
-            for node in self.nodes.values():
-                trial = node.pool.copy()
-                if all(trial.fits(group.bundles[i]) and trial.take(group.bundles[i]) is not None for i in order):
-                    return [(i, node) for i in order]
-            if group.strategy == 'STRICT_PACK':
-                return None
-        trials, plan = {n.id: n.pool.copy() for n in self.nodes.values()}, []
-        for i in order:
-            fit = [n for n in self.nodes.values() if trials[n.id].fits(group.bundles[i]) and not (group.strategy == 'STRICT_SPREAD' and n.id in used)]
-            if not fit:
-                return None
-            node = min(fit, key=lambda n: ((n.id in used) == (group.strategy != 'PACK'), sum(trials[n.id].free.values())))
-            trials[node.id].take(group.bundles[i])
-            used.add(node.id)
-            plan.append((i, node))
-        return plan
-
-    def on_remove_group(self, peer, request, gid):
-        self.remove_group(gid)
-        peer.send(('reply', request, None))
-
-    def remove_group(self, gid):
-        group = self.groups.pop(gid, None)
-        if not group:
-            return
-        for node, pool, gpus in filter(None, group.places):
+    def on_remove_group(self, peer, _, key):
+        removed = TaskPlacementGroupRemoved('its placement group was removed')
+        group = self.scheduler.groups.pop(key, None)
+        for node, lease, resources in filter(None, group.places if group else ()):
             for worker in list(node.workers.values()):
-                lease = worker.task.lease if worker.task else worker.actor.create.lease if worker.actor else None
-                if lease and lease[1] is pool:
-                    if worker.actor:
-                        worker.actor.restarts = 0
-                    self.slay(worker, 'its placement group was removed')
-            node.pool.give(pool.total, gpus)
-        for oid, _ in group.ready:
-            self.fulfil(oid, _pack_error(TaskPlacementGroupRemoved('the placement group was removed')), err=True)
-        self.dirty = True
+                if worker.lease and worker.lease.pool is resources:
+                    self.slay(worker, removed)
+            self.scheduler.give(lease)
+        if group:
+            self.directory.fulfil(group.ready, _Packed(removed).join(), error=True)
 
     # -- nodes
-    def on_hello(self, peer, request, role, info):
-        if role == 'worker':  # its record was made when it was ordered; it gets its socket now
-            worker = self.peers.get(info['id'])
-            if not worker:
-                raise ConnectionError('a worker that nobody waits for')
-            worker.sock, peer.dead = peer.sock, True
-            self.sel.modify(worker.sock, selectors.EVENT_READ, worker)
-            worker.flush()
-            return
-        peer.role, peer.job = role, peer.id
-        if role == 'node':
-            peer.node = self.nodes[info['id']] = _Node(info['id'], peer, info['resources'], dict.fromkeys(info['gpus'], 1), info['capacity'], info['host'])
-            self.dirty = True
-        self.peers[peer.id] = peer
-        peer.send(('reply', request, self.home.id))
+    def tick(self):
+        while not self.closed:
+            time.sleep(BEAT)
+            with self.lock:
+                self.drain()
+                peers = list(self.peers.values())
+            for peer in peers:
+                silent = time.monotonic() - peer.heard
+                if peer.role == 'node':
+                    peer.send('beat', 0)
+                    if silent > SILENCE:
+                        self.lost(peer, f'no sign of life for {SILENCE:.0f} s')
+                elif peer.connection is None and silent > START:
+                    self.lost(peer, f'it did not start within {START:.0f} s')
 
-    def on_beat(self, peer, _):
-        peer.last = time.monotonic()
-
-    def on_exited(self, peer, _, wid, why):
-        self.ended(wid, why)
-
-    def node_lost(self, node, why):
+    def node_down(self, peer, why):
+        node = peer.node
         print(f'actors: node {node.id[:8]} ({node.host}) is lost: {why}', file=sys.stderr)
-        node.alive = False
-        del self.nodes[node.id]
-        for group in self.groups.values():
-            group.places = [p if p and p[0] is not node else None for p in group.places]
-        for peer in list(node.workers.values()):
-            self.lost(peer, 'its node was lost')
-        for oid, obj in list(self.objects.items()):
-            if obj.locs.pop(node.id, None) and not obj.locs:
-                obj.err, obj.blob = True, _pack_error(ObjectLostError(f'object {oid.hex()} was only on node {node.id[:8]}, which is lost'))
-                self.poke(oid, obj)
-        for key, (nid, _, otherwise) in list(self.asks.items()):
-            if nid == node.id and self.asks.pop(key, None):
-                otherwise()
-
-    def resources(self, which):
-        total = collections.Counter()
-        for node in self.nodes.values():
-            total.update(node.pool.total if which == 'total' else node.pool.free)
-            total['object_store_memory'] += node.arenas[0].capacity - (node.arenas[0].used if which == 'free' else 0)
-        return {k: float(round(v, 4)) for k, v in total.items() if v > 0}
-
-    def status(self):
-        queued = collections.Counter(t.name for t in self.tasks.values() if t.kind == 'task' and t.peer is None)
-        running = collections.Counter(t.name for t in self.tasks.values() if t.kind == 'task' and t.peer)
-        return {'pid': os.getpid(), 'address': self.address,
-                'nodes': [{'id': n.id, 'host': n.host, 'total': n.pool.total, 'free': n.pool.free, 'workers': len(n.workers), 'idle': sum(map(len, n.idle.values())),
-                           'store': n.arenas[0].capacity, 'used': n.arenas[0].used, 'spilled': n.arenas[1].used} for n in self.nodes.values()],
-                'actors': [{'id': a.id.hex(), 'class': a.create.name.removesuffix('.__init__'), 'name': a.name or '', 'state': a.state, 'pid': a.peer.pid if a.peer else 0,
-                            'node': a.peer.node.id if a.peer else '', 'queued': len(a.queue), 'running': len(a.inflight), 'restarts': a.restarted} for a in self.actors.values()],
-                'queued': queued, 'running': running, 'objects': len(self.objects), 'groups': len(self.groups)}
-
-    def on_info(self, peer, request, what):
-        answer = self.status() if what == 'status' else self.resources(what) if what in ('total', 'free') else [
-            {'NodeID': n.id, 'Alive': n.alive, 'NodeManagerAddress': n.host, 'NodeManagerHostname': n.host, 'Resources': dict(n.pool.total)} for n in self.nodes.values()]
-        peer.send(('reply', request, answer))
-
-    def on_pid(self, peer, _, pid):
-        peer.pid = pid
+        del self.scheduler.nodes[node.id]
+        for group in self.scheduler.groups.values():
+            group.places = [None if place and place[0] is node else place for place in group.places]
+        for worker in list(node.workers.values()):
+            self.end(worker, 'its node was lost')
 
     def close(self):
         with self.lock:
-            if self.closed:
-                return
             self.closed = True
-            self.waker.send(b'x')
-        if threading.current_thread() is not self.thread:
-            self.thread.join(5)
-        self.nursery.close()  # its workers die with it
-        for key in list(self.sel.get_map().values()):
-            key.fileobj.close()
-        self.sel.close()
-        self.waker.close()
-        self.store.close()
+        self.nursery.close()  # the workers end with it
+        os.close(self.directory.arena.fd)
 
 
-# ---- the client's side: every driver and every worker has one ---------------------------------------------------------------------------------
-class _Future:
-    __slots__ = 'lock', 'value'
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.lock.acquire()
-    def set(self, value):
-        self.value = value
-        self.lock.release()
+class _Head(_Runtime):
+    """The runtime of a cluster: a process of its own, with a port where programs, nodes and their workers
+    knock."""
+    def __init__(self, machine, host, port, token):
+        self.token, self.port = token, socket.create_server((host, port))
+        self.address = '%s:%d' % self.port.getsockname()[:2]
+        self.strangers = threading.BoundedSemaphore(STRANGERS)
+        super().__init__(*machine)
+
+    def accept(self):
+        """Each stranger has a thread and a deadline: a silent one stops nobody."""
+        while True:
+            sock, _ = self.port.accept()
+            if self.strangers.acquire(blocking=False):
+                _thread(self.greet, sock)
+            else:
+                sock.close()
+
+    def greet(self, sock):
+        peer = None
+        with suppress(Exception):  # noise, or one of us that speaks out of turn: it is not answered
+            connection = _open(sock)
+            if _admit(connection, self.token):
+                peer = self.welcome(_trust(connection), *_receive(connection))
+        self.strangers.release()
+        if peer:
+            peer.serve(self)  # this thread reads it from now on
+
+    def welcome(self, connection, hello):
+        if hello[0] != 'hello':
+            raise ConnectionError(f'{hello[0]} before hello')
+        request, role, about = hello[1:]
+        with self.lock:
+            if role == 'worker':  # its record was made when it was ordered
+                self.peers[about['id']].connection = connection
+                return self.peers[about['id']]
+            peer = self.peers[about['id']] = _Peer(role, about['id'], connection=connection)
+            if role == 'node':
+                resources = _Resources(about['resources'], about['gpus'])
+                peer.node = _Node(about['id'].hex(), about['host'], resources, peer)
+                self.scheduler.nodes[peer.node.id] = peer.node
+                self.scheduler.changed = True
+            peer.send('reply', request, self.home.id)
+            self.settle()
+        return peer
 
 
+# ---- sessions: the client's side, of every driver and every worker -----------------------------------------
 class _Session:
-    """Numbers requests, waits for answers, packs and unpacks values, reports which refs came and went. Subclasses know how to reach the hub."""
-    def __init__(self, node, store):
-        self.node, self.store = node, store
-        self.prefix, self.count, self.requests = secrets.token_bytes(8), itertools.count(1), itertools.count(1)
-        self.events, self.futures, self.exported, self.error, self.is_worker = collections.deque(), {}, {}, None, False
+    """Numbers requests, waits for answers, packs and unpacks values, reports which refs came and went.
+    Subclasses know how to reach the runtime: post(operation, request, arguments)."""
+    def __init__(self, node, arena):
+        self.node, self.arena, self.is_worker = node, arena, False
+        self.prefix, self.count = secrets.token_bytes(8), itertools.count(1)
+        self.boxes, self.exported, self.error = {}, {}, None  # boxes: request -> where its answer is put
+        self.events = deque()  # (id, +1 or -1) of refs that came and went here; __del__ only appends to it,
+                               # for it may run anywhere, under any lock
 
     def new_id(self):
         return self.prefix + next(self.count).to_bytes(6, 'big')
 
-    def call(self, op, *args, timeout=None, tail=b''):
-        request, future = next(self.requests), _Future()
-        self.futures[request] = future
-        self.post((op, request, *args), tail)
+    def pending_events(self):
+        return [self.events.popleft() for _ in range(len(self.events))]
+
+    def call(self, operation, *args, timeout=None):
+        request, box = next(self.count), queue.SimpleQueue()
+        self.boxes[request] = box
+        self.post(operation, request, *args)
         if self.error:
             raise self.error
-        if not future.lock.acquire(timeout=-1 if timeout is None else timeout):
-            self.futures.pop(request, None)
-            self.post(('drop', 0, request))
-            raise GetTimeoutError(f'{op}: not there after {timeout} s')
-        if isinstance(future.value, BaseException):
-            raise future.value
-        return future.value
+        try:
+            answer = box.get(timeout=timeout)
+        except queue.Empty:
+            del self.boxes[request]
+            self.post('drop', 0, request)
+            raise GetTimeoutError(f'{operation}: not there after {timeout} s') from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
-    def answered(self, request, value):
-        future = self.futures.pop(request, None)
-        if future:  # else it waited no longer
-            future.set(value)
+    def answered(self, request, answer):
+        box = self.boxes.pop(request, None)
+        if box:  # else it waits no longer
+            box.put(answer)
 
     def broken(self, error):
         self.error = error
-        for request in list(self.futures):
+        for request in list(self.boxes):
             self.answered(request, error)
 
-    def pending_events(self):
-        """Refs that came (+1) and went (-1) in this process since last told. __del__ only appends here: it may run anywhere, under any lock."""
-        events, n = self.events, len(self.events)
-        return [events.popleft() for _ in range(n)]
+    def keep(self, packed):
+        """(data, refs inside): its bytes, or its place in the arena if it is larger than INLINE."""
+        if packed.size <= INLINE:
+            return packed.join(), packed.contained
+        if self.arena is None:
+            return self.call('room', packed.size, packed.private, packed.join()), packed.contained
+        place = self.call('room', packed.size, packed.private)
+        packed.write(self.arena.room(place))
+        return place, packed.contained
 
-    def keep(self, packed, oid):
-        """Write a large value where all of this node can read it -> location; a small one, or one of a program without a node, stays bytes."""
-        if packed.size <= INLINE or not self.store:
-            return None
-        loc = self.call('alloc', packed.size)
-        self.store.write(loc, packed.write)
-        return loc
-
-    def put(self, value=None, packed=None):
-        packed = packed or _Packed(value)
+    def put(self, packed):
         oid = self.new_id() + b'\xff\xff'
-        loc = self.keep(packed, oid)
-        self.post(('put', 0, oid, loc, packed.contained), b'' if loc else packed.join())
+        self.post('put', 0, oid, *self.keep(packed))
         return ObjectRef(oid, True)
 
     def load(self, value):
-        oid, err, blob, loc = value
-        return _unpack(blob if loc is None else self.store.view(loc, ObjectRef(oid)))
+        oid, _, data = value
+        try:
+            return _unpack(data if isinstance(data, bytes) else self.arena.view(data, ObjectRef(oid)))
+        except Exception as e:
+            reason = f'{type(e).__name__}: {e}'
+            raise RaySystemError(f'the value of {oid.hex()} cannot be read here: {reason}') from e
 
     def get(self, refs, timeout):
-        values = self.call('get', [r._id for r in refs], timeout=timeout)
-        out = []
-        for value in values:
-            out.append(self.load(value))
+        values = []
+        for value in self.call('get', [ref._valid_id() for ref in refs], timeout=timeout):
+            values.append(self.load(value))
             if value[1]:
-                raise out[-1].as_instanceof_cause() if isinstance(out[-1], RayTaskError) else out[-1]
-        return out
+                error = values.pop()
+                raise error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+        return values
 
     def wait(self, refs, count, timeout):
-        oids = [r._id for r in refs]
+        oids = [ref._valid_id() for ref in refs]
         try:
             ready = self.call('wait', oids, count, timeout=timeout)
         except GetTimeoutError:
             ready = self.call('wait', oids, 0)
-        done = [r for r, ok in zip(refs, ready) if ok][:count]
+        done = [ref for ref, ok in zip(refs, ready) if ok][:count]
         chosen = set(done)
-        return done, [r for r in refs if r not in chosen]
+        return done, [ref for ref in refs if ref not in chosen]
 
     def export(self, obj):
-        """The id under which workers find a function or class; sent once per session."""
-        try:
-            return self.exported[obj]
-        except KeyError:
-            packed = _Packed(obj)
-        blob = packed.join()
-        fid = self.exported[obj] = hashlib.sha256(blob).digest()[:16]
-        self.post(('export', 0, fid, packed.contained), blob)
-        return fid
+        """The ref under which workers find a function or class; put once in a session."""
+        if obj not in self.exported:
+            self.exported[obj] = self.put(_Packed(obj))
+        return self.exported[obj]._id
 
-    def arguments(self, name, args, kwargs):
-        """(blob, deps, contained, a ref to keep): refs at the top level are dependencies, replaced by _Arg; others travel as refs. Large ones are put first."""
-        deps = []
-        if any(type(v) is ObjectRef for v in args) or any(type(v) is ObjectRef for v in kwargs.values()):
-            def swap(v):
-                if type(v) is not ObjectRef:
-                    return v
-                deps.append(v._id)
-                return _Arg(len(deps) - 1)
-            args, kwargs = tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}
-        elif not args and not kwargs:
-            return _NO_ARGS, (), (), None
+    def submit(self, kind, name, function, method, args, kwargs, plan, actor=None, made=None):
+        """-> the refs of the results, or what on_create says. Refs at the arguments' top level become
+        dependencies; large arguments are put first."""
+        values = [*args, *kwargs.values()]
+        deps = [value._valid_id() for value in values if type(value) is ObjectRef]
+        values = [_Arg if type(value) is ObjectRef else value for value in values]
         try:
-            packed = _Packed((args, kwargs))
+            packed = _Packed((values, list(kwargs)))
         except (TypeError, AttributeError, pickle.PicklingError) as e:
             raise TypeError(f'could not serialize the arguments of {name}: {e}') from e
+        data, contained = None, packed.contained + ([function] if function else [])
         if packed.size <= INLINE:
-            return packed.join(), deps, packed.contained, None
-        ref = self.put(packed=packed)
-        return None, [ref._id, *deps], (), ref  # ref must live until the submit is out; from there the hub counts
-
-    def submit(self, kind, name, fid, method, args, kwargs, plan, actor=None, extra=None, create=()):
-        blob, deps, contained, kept = self.arguments(name, args, kwargs)
-        tid = self.new_id()
-        returns = [tid + i.to_bytes(2, 'big') for i in range(plan.num_returns)] if kind != 'create' else []
-        spec = tid, kind, name, fid, method, blob, deps, contained, returns, plan.need, plan.strategy, plan.env, plan.retries, plan.retry_exc, actor, extra
-        if kind == 'create':
-            return self.call('create', spec, *create)
-        self.post(('submit', 0, spec))
-        del kept
+            data = packed.join()
+        else:
+            kept = self.put(packed)  # it must live until the task is sent
+            deps.insert(0, kept._id)
+        task = self.new_id()
+        count = 0 if made else plan.num_returns
+        returns = [task + i.to_bytes(2, 'big') for i in range(count)]
+        spec = _Spec(task, kind, name, function, method, data, deps, contained, returns, plan, actor)
+        if made:
+            return self.call('create', spec, made)
+        self.post('submit', 0, spec)
         refs = [ObjectRef(oid, True) for oid in returns]
         return refs[0] if len(refs) == 1 else refs or None
 
 
 class _Direct(_Session):
-    """A session whose hub is a thread of this process: a message is a function call under the hub's lock."""
-    def __init__(self, hub):
-        super().__init__(hub.home.id, hub.store)
-        self.hub = hub
-        self.peer = hub.inner = _Inner(hub, 'inner', secrets.token_bytes(8), hub.home)
-        self.peer.job = self.peer.id
-        self.peer.deliver = lambda msg, tail: self.answered(msg[1], msg[2])
-        self.peer.drain, self.peer.broken = self.drain, self.broken
-    def drain(self):
-        if self.events:
-            self.hub.on_refs(self.peer, 0, self.pending_events())
-    def post(self, msg, tail=b''):
-        with self.hub.lock:
-            self.drain()
-            self.hub.handle(self.peer, msg, tail)
+    """The session of a driver whose runtime is threads of this process: a message is a function call."""
+    def __init__(self, runtime):
+        super().__init__(runtime.home.id, runtime.directory.arena)
+        self.runtime = runtime
+        self.peer = _Peer('inner', secrets.token_bytes(8), runtime.home)
+        self.peer.send = lambda _, request, answer: self.answered(request, answer)
+        runtime.inner = self
+
+    def post(self, *message):
+        self.runtime.handle(self.peer, message)
+
     def close(self):
-        self.hub.close()
+        self.runtime.close()
         self.broken(RaySystemError('actors.shutdown() was called'))
 
 
 class _Remote(_Session):
-    """A session over a socket: a worker's, or that of a program which joined a cluster."""
-    def __init__(self, sock, node, store):
-        super().__init__(node, store)
-        self.sock, self.sending, self.feed = sock, threading.Lock(), _Feed()
-    def post(self, msg, tail=b''):
-        frame = _frame(msg, tail)
+    """A session over a connection: a worker's, a node's, or that of a program which joined a cluster."""
+    def __init__(self, connection, node, arena, is_worker=False):
+        super().__init__(node, arena)
+        self.connection, self.sending, self.is_worker = connection, threading.Lock(), is_worker
+        _thread(self.tell)
+
+    def post(self, *message):
         with self.sending:
-            if self.events:
-                frame = _frame(('refs', 0, self.pending_events())) + frame
+            refs = [('refs', 0, self.pending_events())] if self.events else []
             try:
-                self.sock.sendall(frame)
-                if len(tail):
-                    self.sock.sendall(tail)
+                _send(self.connection, [*refs, message])
             except OSError as e:
                 self.broken(RaySystemError(f'the head is gone: {e}'))
+
+    def tell(self):
+        """Once a second: that this process lives, and the refs that went while nothing else was said."""
+        parent = os.getppid()
+        while not self.error:
+            time.sleep(BEAT)
+            self.post('refs', 0, [])
+            if self.is_worker and os.getppid() != parent:
+                _leave()  # the zygote was killed: nobody else would end this process
+
     def read(self):
-        """Whole messages until the connection ends. Woken once a second, to report refs that went while nothing else was said."""
-        told = _poll(self.sock)
-        while True:
-            if not told(1.0):
-                if self.events:
-                    self.post(('beat', 0))
-                continue
-            try:
-                data = self.sock.recv(1 << 18)
-            except OSError:
-                data = b''
-            if not data:
-                return
-            for msg, tail in self.feed(data):
-                if msg[0] == 'reply':
-                    self.answered(msg[1], msg[2])
-                else:
-                    yield msg, tail
+        """Messages that are no answers, until the connection ends."""
+        with suppress(EOFError, OSError):
+            while True:
+                for message in _receive(self.connection):
+                    if message[0] == 'reply':
+                        self.answered(*message[1:])
+                    else:
+                        yield message
+
     def listen(self):
         for _ in self.read():
             continue
-        self.sock.close()
         self.broken(RaySystemError('the head is gone: the connection closed'))
+
     def close(self):
-        try:
-            self.sock.shutdown(socket.SHUT_RDWR)  # the reading thread sees the end and closes
-        except OSError:
-            self.sock.close()
         self.broken(RaySystemError('actors.shutdown() was called'))
+        _hang_up(self.connection)
 
 
 class _Arg:
-    """Stands in the arguments for the i-th dependency."""
-    __slots__ = 'i',
-    def __init__(self, i):
-        self.i = i
-    def __reduce__(self):
-        return _Arg, (self.i,)
+    """Stands in the arguments for the next dependency."""
 
 
-_NO_ARGS = _Packed(((), {})).join()
-
-
-# ---- workers -----------------------------------------------------------------------------------------------------------------------------------
-_current = contextvars.ContextVar('actors_current', default={})  # what get_runtime_context tells: the task that this thread or coroutine runs
+# ---- workers -----------------------------------------------------------------------------------------------
+_running = contextvars.ContextVar('actors_running', default=None)     # what get_runtime_context tells
 
 
 class _Exit(SystemExit):
@@ -1736,249 +1650,213 @@ class _Exit(SystemExit):
 
 
 class _Worker:
-    """One process that runs tasks one after the other, or is one actor. The reading thread only sorts; the main thread runs user code."""
+    """One process that runs tasks one after the other, or is one actor. A thread reads and only sorts; the
+    main thread runs user code."""
     def __init__(self, session):
-        self.session, self.jobs, self.functions, self.dropped = session, queue.SimpleQueue(), {}, set()
-        self.running = self.actor = self.actor_info = self.pool = self.loop = None
-        signal.signal(signal.SIGINT, self.interrupted)
-        threading.Thread(target=self.sort, name='actors-reader', daemon=True).start()
+        self.session, self.jobs, self.functions = session, queue.SimpleQueue(), {}
+        self.dropped = set()  # cancelled before they began
+        self.actor = self.made = self.pool = None
+        _thread(self.sort)
 
     def sort(self):
-        for msg, _ in self.session.read():
-            if msg[0] == 'cancel':
-                self.dropped.add(msg[1])
-                if self.running == msg[1]:
-                    os.kill(os.getpid(), signal.SIGINT)  # interrupts a sleep or a read too
+        for message in self.session.read():
+            if message[0] == 'cancel':
+                self.dropped.add(message[2])
             else:
-                self.jobs.put(msg)
-        os._exit(1)  # the hub is gone: nobody wants what is running here
-
-    def interrupted(self, *_):
-        if self.running in self.dropped:
-            self.running = None
-            raise TaskCancelledError('cancelled while it ran')
+                self.jobs.put(message)
+        _leave()  # the runtime is gone: nobody wants what is running here
 
     def serve(self):
-        self.session.post(('pid', 0, os.getpid()))
-        while (msg := self.jobs.get())[0] == 'run':
-            self.take(msg)
-            del msg
+        while (message := self.jobs.get())[0] == 'run':
+            _, running, values = message
+            self.made = running.made or self.made
+            running = running._replace(made=self.made)
+            if self.pool and running.spec.kind == 'call':
+                self.pool.submit(self.run, running, values)
+            else:
+                self.run(running, values)
         if self.pool:
             self.pool.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _leave()
 
-    def take(self, msg):
-        _, tid, kind, name, fid, code, method, blob, values, returns, retry_exc, need, extra = msg
-        if code is not None:
-            self.functions[fid] = _unpack(code)
-        if kind == 'create':
-            self.actor_info = extra
-        info = {'task': tid, 'name': name, 'need': need, 'actor': self.actor_info}
-        job = tid, kind, name, fid, method, blob, values, returns, retry_exc, info
-        if kind != 'call' or not (self.pool or self.loop):
-            self.run(*job)
-            if kind == 'create' and self.actor is not None:
-                self.widen(extra['max_concurrency'])
-        elif self.loop:
-            self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self.run_async(*job)))
-        else:
-            self.pool.submit(self.run, *job)
+    def prepare(self, spec, values):
+        """-> the function and its arguments."""
+        if spec.id in self.dropped:
+            raise TaskCancelledError(f'{spec.name} was cancelled before it ran')
+        loaded = map(self.session.load, values)
+        args, names = next(loaded) if spec.data is None else _unpack(spec.data)
+        args = [next(loaded) if arg is _Arg else arg for arg in args]
+        count = len(args) - len(names)
+        f = getattr(self.actor, spec.method) if spec.method else self.function(spec.function)
+        return f, args[:count], dict(zip(names, args[count:]))
 
-    def widen(self, width):
-        """An actor with coroutine methods gets an event loop, one with max_concurrency > 1 threads."""
-        if any(inspect.iscoroutinefunction(m) for _, m in inspect.getmembers(type(self.actor), inspect.isfunction)):
-            import asyncio
-            self.loop = asyncio.new_event_loop()
-            self.gate = asyncio.Semaphore(width or 1000)
-            threading.Thread(target=self.loop.run_forever, name='actors-loop', daemon=True).start()
-        elif (width or 1) > 1:
-            import concurrent.futures
-            self.pool = concurrent.futures.ThreadPoolExecutor(width, 'actors-call')
+    def function(self, oid):
+        if oid not in self.functions:
+            self.functions[oid], = self.session.get([ObjectRef(oid)], None)
+        return self.functions[oid]
 
-    def prepare(self, tid, kind, fid, method, blob, values):
-        if tid in self.dropped:
-            raise TaskCancelledError('cancelled before it ran')
-        loaded = [self.session.load(v) for v in values]
-        args, kwargs = loaded.pop(0) if blob is None else ((), {}) if blob == _NO_ARGS else _unpack(blob)
-        if loaded:
-            args = [loaded[a.i] if type(a) is _Arg else a for a in args]
-            kwargs = {k: loaded[a.i] if type(a) is _Arg else a for k, a in kwargs.items()}
-        return self.functions[fid] if kind != 'call' else getattr(self.actor, method), args, kwargs
-
-    def run(self, tid, kind, name, fid, method, blob, values, returns, retry_exc, info):
-        _current.set(info)
+    def run(self, running, values):
+        spec = running.spec
+        _running.set(running)
         try:
-            f, args, kwargs = self.prepare(tid, kind, fid, method, blob, values)
-            values = None
-            if kind == 'task':
-                self.running = tid
+            f, args, kwargs = self.prepare(spec, values)
             result = f(*args, **kwargs)
-            self.running = None
-            if inspect.iscoroutine(result):
-                import asyncio
-                result = asyncio.run(result)
-            del args, kwargs
-            self.done(tid, kind, result, returns)
+            del args, kwargs  # the refs in them go before the result is told
+            if spec.kind == 'create':
+                self.actor, result = result, None
+                if self.made.max_concurrency > 1:
+                    self.pool = futures.ThreadPoolExecutor(self.made.max_concurrency)
+            self.done(spec, result)
+        except _Exit:
+            self.session.post('leave', 0)
+            _leave()
         except BaseException as e:
-            self.running = None
-            self.failed(tid, kind, name, e, retry_exc)
-        self.dropped.discard(tid)
+            self.failed(spec, e)
+        self.dropped.discard(spec.id)
 
-    async def run_async(self, tid, kind, name, fid, method, blob, values, returns, retry_exc, info):
-        async with self.gate:
-            _current.set(info)
-            try:
-                f, args, kwargs = self.prepare(tid, kind, fid, method, blob, values)
-                result = f(*args, **kwargs)
-                self.done(tid, kind, await result if inspect.iscoroutine(result) else result, returns)
-            except BaseException as e:
-                self.failed(tid, kind, name, e, retry_exc)
+    def done(self, spec, result):
+        count = len(spec.returns)
+        results = [result][:count] if count < 2 else list(result)
+        if len(results) != count:
+            raise ValueError(f'Task returned {len(results)} objects, but num_returns={count}.')
+        self.session.post('done', 0, spec.id, [self.session.keep(_Packed(value)) for value in results])
 
-    def done(self, tid, kind, result, returns):
-        if kind == 'create':
-            self.actor, result = result, None
-        if len(returns) != 1:
-            result = list(result) if returns else []
-            if len(result) != len(returns):
-                raise ValueError(f'Task returned {len(result)} objects, but num_returns={len(returns)}.')
-        else:
-            result = [result]
-        packed = [_Packed(v) for v in result]
-        locs = [self.session.keep(p, None) for p in packed]
-        blobs = [b'' if loc else p.join() for p, loc in zip(packed, locs)]
-        self.session.post(('done', 0, tid, [(loc, p.contained, len(b)) for p, loc, b in zip(packed, locs, blobs)]), b''.join(blobs))
+    def failed(self, spec, e):
+        retry = spec.plan.retry_exceptions
+        if not isinstance(retry, bool):
+            retry = isinstance(e, _unpack(retry))
+        user = e.__traceback__.tb_next  # the first frame is ours
+        text = ''.join(traceback.format_exception(type(e), e, user)).rstrip()
+        where = f'(pid={os.getpid()}, node={self.session.node[:8]})'
+        cause = e.cause if isinstance(e, RayTaskError) else e
+        error = RayTaskError(spec.name, f'{spec.name}() {where}\n{text}', cause)
+        if spec.kind == 'create':
+            error = ActorDiedError(f'The actor died because of an error raised in its creation task, {error}')
+        self.session.post('fail', 0, spec.id, retry, _Packed(error).join())
 
-    def failed(self, tid, kind, name, e, retry_exc):
-        if isinstance(e, _Exit):
-            self.session.post(('leave', 0))
-            sys.stdout.flush()
-            os._exit(0)
-        retry = retry_exc is True or bool(retry_exc) and isinstance(e, _unpack(retry_exc))
-        if isinstance(e, TaskCancelledError) and tid in self.dropped:
-            error = TaskCancelledError(f'{name} was {e}')
-        else:
-            tb = e.__traceback__
-            while tb and tb.tb_frame.f_code.co_filename == __file__:  # the story begins in the user's code
-                tb = tb.tb_next
-            cause = e.cause if isinstance(e, RayTaskError) else e
-            text = ''.join(traceback.format_exception(type(e), e, tb)).rstrip()
-            error = RayTaskError(name, f'{name}() (pid={os.getpid()}, node={self.session.node[:8]})\n{text}', cause)
-            if kind == 'create':
-                error = ActorDiedError(f'The actor died because of an error raised in its creation task, {error}')
-        self.session.post(('fail', 0, tid, retry), _pack_error(error))
+
+def _family(pid):
+    """The processes that pid started or adopted, and theirs. Linux; elsewhere process groups must do."""
+    family = []
+    for file in glob.glob(f'/proc/{pid}/task/*/children'):
+        with suppress(OSError), open(file) as f:
+            for child in map(int, f.read().split()):
+                family += [child, *_family(child)]
+    return family
+
+
+def _end(pids):
+    for pid in pids:
+        for kill in os.kill, os.killpg:  # the process, and its group if it leads one
+            with suppress(ProcessLookupError, PermissionError):
+                kill(pid, signal.SIGKILL)
+
+
+def _leave():
+    """A worker ends, with all that it started."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _end(_family(os.getpid()))
+    os._exit(0)
 
 
 class _Nursery:
-    """The zygote's parent: orders workers from it, hears of their ends. Used by the hub for its own node and by the daemon of any other."""
-    def __init__(self, store):
-        self.sock, theirs = socket.socketpair()
-        self.feed, self.born, self.closed = _Feed(), 0, False
-        code = f'import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import actors; actors._zygote({theirs.fileno()}, {store.capacity}, {store.fds})'
-        # one thread per library until a worker asks for more: a process that forks must have no threads
-        self.proc = subprocess.Popen([sys.executable, '-c', code], pass_fds=(theirs.fileno(), *store.fds), start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    """The zygote's parent: orders workers from it."""
+    def __init__(self, arena):
+        ours, theirs = socket.socketpair()
+        self.link = Connection(ours.detach())
+        folder, inherited = os.path.dirname(os.path.abspath(__file__)), [theirs.fileno()]
+        if arena:
+            inherited.append(arena.fd)
+        start = f'import sys; sys.path.insert(0, {folder!r}); import actors; '
+        start += f'actors._zygote({arena and arena.capacity}, *{inherited})'
+        # one thread a library until a worker asks for more: a process that forks must have no threads
+        env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        command = [sys.executable, '-c', start]
+        self.process = subprocess.Popen(command, pass_fds=inherited, env=env, start_new_session=True)
         theirs.close()
-    def spawn(self, wid, node, env, sock=None, address=None, token=None):
-        order = 'spawn', wid, node, env, sys.path, os.getcwd(), [m for m in PRELOAD if m in sys.modules], address, token
-        try:
+
+    def spawn(self, worker, node, env, sock=None, address=None, token=None):
+        modules = [module for module in PRELOAD if module in sys.modules]
+        with suppress(OSError):  # it died: whoever asks next makes another
+            self.link.send((worker, node, env, sys.path, modules, address, token))
             if sock:
-                socket.send_fds(self.sock, [b'f'], [sock.fileno()])
-            else:
-                self.sock.sendall(b'-')
-            self.sock.sendall(_frame(order))
-        except OSError:
-            return  # it died: read() will say so
-    def kill(self, wid):
-        try:
-            self.sock.sendall(b'-' + _frame(('kill', wid)))
-        except OSError:
-            return
-    def read(self):
-        """[(worker, how it ended)], None when the zygote itself is gone."""
-        try:
-            data = self.sock.recv(1 << 16)
-        except OSError:
-            data = b''
-        self.born += bool(data)
-        return [msg for msg, _ in self.feed(data)] if data else None
+                reduction.send_handle(self.link, sock.fileno(), None)
+
+    def kill(self, worker):
+        with suppress(OSError):
+            self.link.send((worker,))
+
     def close(self):
-        self.closed = True
-        self.sock.close()  # it kills its children and goes
+        self.link.close()  # it ends its children, and goes
         try:
-            self.proc.wait(5)
+            self.process.wait(5)
         except subprocess.TimeoutExpired:
-            self.proc.kill()
-            self.proc.wait()
+            self.process.kill()
+            self.process.wait()
 
 
-def _zygote(fd, capacity, fds):
-    """Forks workers on order. Single-threaded for life: only that makes fork safe. Orders: one byte ('f': a socket comes along), then a frame."""
+def _zygote(capacity, fd, arena_fd=None):
+    """Forks workers on order. Single-threaded for life: only that makes fork safe. Orders: the arguments of
+    _worker, then the worker's socket if it is of this machine; or (id,) to kill one."""
     import gc
-    sock, children, (heard, wake) = socket.socket(fileno=fd), {}, os.pipe()
-    for end in heard, wake:
-        os.set_blocking(end, False)
-    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    link, workers = Connection(fd), {}  # workers: pid -> id
+    if sys.platform == 'linux':  # PR_SET_CHILD_SUBREAPER: what a dead worker left behind is a child of this
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
-    told = _poll(sock, heard)
     while True:
-        ready = told()
-        if heard in ready:
-            os.read(heard, 4096)
-            while children:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
-                    break
-                code = os.waitstatus_to_exitcode(status)
-                _zygote_send(sock, (children.pop(pid), f'exit code {code}' if code >= 0 else f'killed by {signal.Signals(-code).name}'))
-        if sock.fileno() not in ready:
+        asked = link.poll(0.5)
+        _reap(workers)
+        if not asked:
             continue
         try:
-            flag, passed, _, _ = socket.recv_fds(sock, 1, 1)
-        except OSError:
-            flag = b''
-        if not flag:
-            for pid in children:
-                os.kill(pid, signal.SIGKILL)
-            for pid in children:  # whoever waits for this process may rely on it: none is left
-                os.waitpid(pid, 0)
-            os._exit(0)
-        head = _read_exactly(sock, 16)
-        order = pickle.loads(_read_exactly(sock, _FRAME.unpack(head)[0]))
-        if order[0] == 'kill':
-            for pid in [p for p, wid in children.items() if wid == order[1]]:
-                os.kill(pid, signal.SIGKILL)
+            worker, *order = link.recv()
+            sock = reduction.recv_handle(link) if order and not order[4] else None
+        except (EOFError, OSError):
+            _end_all(workers)
+        if not order:
+            for pid in [pid for pid, known in workers.items() if known == worker]:
+                _end([pid, *_family(pid)])
             continue
-        for module in order[6]:
+        for module in order[3]:
             importlib.import_module(module)
         pid = os.fork()
-        if not pid:
-            try:
-                sock.close()
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.close(heard)
-                os.close(wake)
-                _worker(passed[0] if passed else None, _Store(capacity, fds), *order[1:])
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(0)
-        children[pid] = order[1]
-        for passed_fd in passed:
-            os.close(passed_fd)
+        if pid:
+            workers[pid] = worker
+            if sock is not None:
+                os.close(sock)
+            continue
+        try:
+            os.setpgrp()  # its children are of its group, and end with it
+            link.close()
+            _worker(sock, arena_fd and _Arena(capacity, arena_fd), worker, *order)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
 
 
-def _zygote_send(sock, msg):
-    try:
-        sock.sendall(_frame(msg))
-    except OSError:
-        return  # the parent is gone: the next read ends this process
+def _reap(workers):
+    with suppress(ChildProcessError):
+        while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            if workers.pop(pid, None):  # else an orphan that was adopted
+                _end([pid])
 
 
-def _worker(fd, store, wid, node, env, path, cwd, _, address, token):
+def _end_all(workers):
+    """The parent is gone. Whoever waits for this process may rely on it: no child is left, adopted ones
+    neither."""
+    while True:
+        _end([*workers, *_family(os.getpid())])
+        try:
+            workers.pop(os.waitpid(-1, 0)[0], None)
+        except ChildProcessError:
+            os._exit(0)
+
+
+def _worker(fd, arena, worker, node, env, path, _, address, token):
     global _session
     os.environ.update(env)
     sys.path[:] = path
@@ -1986,21 +1864,22 @@ def _worker(fd, store, wid, node, env, path, cwd, _, address, token):
     np.random.seed()  # the fork copied the zygote's generator
     if 'torch' in sys.modules:
         sys.modules['torch'].set_num_threads(int(env.get('OMP_NUM_THREADS', 1)))
+    connection = _connect(address, token) if address else Connection(fd)
+    os.set_inheritable(connection.fileno(), False)
+    os.register_at_fork(after_in_child=connection.close)  # or a child would hold it open
+    _session = _Remote(connection, node, arena, is_worker=True)
     if address:
-        sock = _connect(address, token)
-        sock.sendall(_frame(('hello', 0, 'worker', {'id': wid})))
-    else:
-        sock = socket.socket(fileno=fd)
-    _session = _Remote(sock, node, store)
-    _session.is_worker = True
+        _session.post('hello', 0, 'worker', {'id': worker})
     _Worker(_session).serve()
 
 
-# ---- the interface: Ray's ----------------------------------------------------------------------------------------------------------------------
+# ---- the interface: Ray's ----------------------------------------------------------------------------------
 def _ray():
-    """The ray module if this process speaks through Ray: after init(backend='ray'), and in Ray's own workers."""
+    """The ray module if this process speaks through Ray: after init(backend='ray'), and in Ray's own
+    workers."""
     ray = sys.modules.get('ray')
-    return ray if _session is None and ray is not None and hasattr(ray, 'is_initialized') and ray.is_initialized() else None
+    initialized = getattr(ray, 'is_initialized', None)
+    return ray if _session is None and initialized and initialized() else None
 
 
 def _here():
@@ -2019,53 +1898,67 @@ def _or_ray(f):
 
 
 def _count_gpus():
+    """The ids of this machine's GPUs, counted as a trainer counts them: by torch, imported only where there
+    is a card (NVIDIA's, the same under WSL2, or AMD's)."""
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     if visible is not None:
-        return [g for g in visible.split(',') if g.strip() not in ('', '-1')]
-    folder = '/proc/driver/nvidia/gpus'
-    return [str(i) for i in range(len(os.listdir(folder)))] if os.path.isdir(folder) else []
+        return [gpu for gpu in visible.split(',') if gpu.strip() not in ('', '-1')]
+    cards = '/dev/nvidiactl', '/dev/dxg', '/dev/kfd'
+    if 'torch' not in sys.modules and not any(map(os.path.exists, cards)):
+        return []
+    import torch
+    return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _machine(num_cpus, num_gpus, resources, object_store_memory):
-    """-> ({resource: amount}, GPU ids, arena bytes). The arena is 30 % of memory, as in Ray; untouched pages cost nothing."""
+    """-> {resource: amount}, {GPU id: share}, bytes of the arena: 30 % of memory, as in Ray; untouched pages
+    cost nothing."""
     gpus = _count_gpus()
     if num_gpus is not None:
-        gpus = (gpus + [str(i) for i in range(len(gpus), int(num_gpus))])[:int(num_gpus)]
-    cpus = num_cpus if num_cpus is not None else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    total = {'CPU': cpus, 'GPU': len(gpus), **(resources or {})}
-    memory = object_store_memory or int(0.3 * os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+        gpus += [str(i) for i in range(len(gpus), num_gpus)]
+        gpus = gpus[:num_gpus]
+    if num_cpus is None:
+        num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    total = {'CPU': num_cpus, 'GPU': len(gpus), **(resources or {})}
+    memory = object_store_memory or 0.3 * os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     return {k: v for k, v in total.items() if v}, dict.fromkeys(gpus, 1), int(memory)
 
 
-def init(num_cpus=None, num_gpus=None, resources=None, object_store_memory=None, address=None, backend='local', ignore_reinit_error=False, **ray_options):
-    """Start here (backend='local'), join a cluster (address='HOST:PORT', token from ACTORS_TOKEN), or do everything on Ray (backend='ray').
-    num_cpus counts processes that run at once, object_store_memory bytes. ray_options go to ray.init. RuntimeError if already initialised."""
+def init(num_cpus: float = None, num_gpus: int = None, resources: dict = None,
+         object_store_memory: int = None, address: str = None, backend: str = 'local',
+         ignore_reinit_error: bool = False, **ray_options):
+    """Start here (backend='local'), join a cluster (address='HOST:PORT', token from ACTORS_TOKEN), or do
+    everything on Ray (backend='ray'). num_cpus: processes that run at once; object_store_memory: bytes;
+    ray_options go to ray.init. RuntimeError if already initialised, ValueError for what this backend does not
+    honour."""
     global _session
     if is_initialized():
         if ignore_reinit_error:
             return
         raise RuntimeError('actors.init() was called already: shutdown() first, or ignore_reinit_error=True')
+    given = dict(num_cpus=num_cpus, num_gpus=num_gpus, resources=resources,
+                 object_store_memory=object_store_memory)
+    given = {k: v for k, v in given.items() if v is not None}
     if backend == 'ray':
         try:
             import ray
         except ImportError:
             raise ValueError("backend='ray' needs Ray: pip install ray") from None
-        options = dict(num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, object_store_memory=object_store_memory, address=address)
-        return ray.init(**{k: v for k, v in options.items() if v is not None}, **ray_options)
+        return ray.init(address=address, **given, **ray_options)
     if backend != 'local':
         raise ValueError(f"backend {backend!r}: expected 'local' or 'ray'")
     if ray_options:
         raise ValueError(f"{', '.join(ray_options)}: only backend='ray' knows that")
-    if address:
-        if num_cpus or num_gpus or resources or object_store_memory:
-            raise ValueError('num_cpus, num_gpus, resources, object_store_memory belong to the nodes of a cluster, not to a program that joins one')
-        session = _Remote(_connect(address, _find_token(address)), '', None)
-        threading.Thread(target=session.listen, name='actors-reader', daemon=True).start()
-        session.node = session.call('hello', 'driver', {}, timeout=HANDSHAKE)
-        _session = session
+    if not address:
+        machine = _machine(num_cpus, num_gpus, resources, object_store_memory)
+        _session = _Direct(_Runtime(*machine))
+    elif given:
+        raise ValueError(f"{', '.join(given)}: for the head and its nodes to say, not for who joins")
     else:
-        total, gpus, memory = _machine(num_cpus, num_gpus, resources, object_store_memory)
-        _session = _Direct(_Hub(total, gpus, memory))
+        session = _Remote(_connect(address, _find_token(address)), '', None)
+        _thread(session.listen)
+        session.node = session.call('hello', 'driver', {'id': session.prefix}, timeout=HANDSHAKE)
+        _session = session
     atexit.register(shutdown)
 
 
@@ -2080,135 +1973,139 @@ def shutdown():
         _ray().shutdown()
 
 
-def is_initialized():
+def is_initialized() -> bool:
     return _session is not None or _ray() is not None
+
+
+# what the user forks is not of this session
+os.register_at_fork(after_in_child=lambda: globals().update(_session=None))
 
 
 class _RefKind(type):
     def __instancecheck__(cls, obj):
-        return type(obj) is cls or 'ray' in sys.modules and isinstance(obj, getattr(sys.modules['ray'], 'ObjectRef', ()))
+        return type(obj) is cls or isinstance(obj, getattr(sys.modules.get('ray'), 'ObjectRef', ()))
 
 
 class ObjectRef(metaclass=_RefKind):
     """A promise of a value, counted wherever it goes: when the last one is gone, so is the value."""
     __slots__ = '_id', '_session', '__weakref__'
+
     def __init__(self, id, counted=False):
+        self._id, self._session = id, _session
         if _session is None:
             raise RaySystemError('a ref was received, but actors is not initialised here')
-        self._id, self._session = id, _session
         if not counted:
             _session.events.append((id, 1))
+
     def __del__(self):
-        self._session.events.append((self._id, -1))
+        session = getattr(self, '_session', None)
+        if session:
+            session.events.append((self._id, -1))
+
+    def _valid_id(self):
+        if self._session is not _session:
+            raise ValueError(f'{self!r} is of an earlier session')
+        return self._id
+
     def __eq__(self, other):
         return type(other) is ObjectRef and other._id == self._id
+
     def __hash__(self):
         return hash(self._id)
+
     def __repr__(self):
         return f'ObjectRef({self._id.hex()})'
-    def hex(self):
+
+    def hex(self) -> str:
         return self._id.hex()
-    def binary(self):
+
+    def binary(self) -> bytes:
         return self._id
+
     def __reduce__(self):
-        raise TypeError('an ObjectRef travels as an argument, as a result or inside put(), where it is counted; plain pickle would lose count')
+        raise TypeError('an ObjectRef travels as an argument, a result or inside put(), where it is counted, '
+                        'not by plain pickle: that would lose count')
+
     def __await__(self):
-        import asyncio
-        return asyncio.get_running_loop().run_in_executor(None, get, self).__await__()
+        raise TypeError("`await ref` is Ray's: use actors.get(ref), in a thread if need be, or backend='ray'")
 
 
 @_or_ray
-def get(refs, *, timeout=None):
-    """The value of a ref, or the list for a list. Raises what the task raised. Arrays are read-only views of shared memory. GetTimeoutError."""
-    single = type(refs) is ObjectRef
-    if not single and not isinstance(refs, list):
-        raise ValueError(f'Invalid type of object refs, {type(refs)}, is given: an ObjectRef or a list of them')
-    session = _here()
-    for ref in [refs] if single else refs:
+def get(refs: ObjectRef | list, *, timeout: float = None):
+    """The value of a ref, or the list for a list. Raises what the task raised. Arrays are read-only views of
+    shared memory. GetTimeoutError after `timeout` seconds. get([put(1), put(2)]) -> [1, 2]"""
+    many = refs if isinstance(refs, list) else [refs]
+    for ref in many:
         if type(ref) is not ObjectRef:
-            raise TypeError(f'Attempting to call `get` on the value {ref!r}, which is not an ObjectRef')
-        if ref._session is not session:
-            raise ValueError(f'{ref!r} is of an earlier session')
-    values = session.get([refs] if single else refs, timeout)
-    return values[0] if single else values
+            error = TypeError if many is refs else ValueError
+            raise error(f'get() expected an ObjectRef or a list of them, got {ref!r}')
+    values = _here().get(many, timeout)
+    return values if many is refs else values[0]
 
 
 @_or_ray
-def put(value):
-    """A ref to a copy of value in the object store; 100 MB once, however many actors read it."""
+def put(value) -> ObjectRef:
+    """A ref to a copy of value in the object store; 100 MB once, however many actors read it.
+    ObjectStoreFullError."""
     if type(value) is ObjectRef:
         raise TypeError("Calling 'put' on an ObjectRef is not allowed; put it in a list if you mean that")
-    return _here().put(value)
+    return _here().put(_Packed(value))
 
 
 @_or_ray
-def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
-    """(ready, rest), at most num_returns ready ones, in the order given. Returns when so many are ready, or at the timeout (seconds)."""
+def wait(refs: list, *, num_returns: int = 1, timeout: float = None, fetch_local: bool = True):
+    """(ready, rest), at most num_returns ready ones, in the order given. Returns when so many are ready, or
+    at the timeout (seconds). fetch_local: values lie with the head, so there is nothing to fetch; both are
+    the same."""
     if not isinstance(refs, list):
         raise TypeError(f'wait() expected a list of ObjectRef, got {refs!r}')
-    if len(set(refs)) != len(refs):
-        raise ValueError('wait() needs a list of unique refs')
-    if timeout is not None and timeout < 0:
-        raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
     if not refs:
         return [], []
-    if not 0 < num_returns <= len(refs):
-        raise ValueError(f'num_returns {num_returns}: expected 1 to {len(refs)}, the number of refs')
+    if not 0 < num_returns <= len(set(refs)) == len(refs) or timeout is not None and timeout < 0:
+        raise ValueError('wait() expected refs that differ, num_returns from 1 to their number, timeout >= 0:'
+                         f' got num_returns={num_returns}, timeout={timeout}, {refs}')
     return _here().wait(refs, num_returns, timeout)
 
 
 @_or_ray
-def kill(actor, *, no_restart=True):
-    """SIGKILL to the actor's process. no_restart=False: as if it had crashed."""
+def kill(actor, *, no_restart: bool = True):
+    """SIGKILL to the actor's process and to all that it started. no_restart=False: as if it had crashed."""
     if not isinstance(actor, ActorHandle):
         raise ValueError(f'kill() is for actors, got {type(actor).__name__}; for tasks there is cancel()')
-    _here().call('kill', actor._ref._id, no_restart)
+    _here().call('kill', actor._ref._valid_id(), no_restart)
 
 
 @_or_ray
-def cancel(ref, *, force=False, recursive=True):
-    """A task that waits is dropped, one that runs is interrupted (force=True: its process is killed); get() then raises TaskCancelledError."""
+def cancel(ref: ObjectRef, *, force: bool = False, recursive: bool = True):
+    """A task that waits is dropped, the process of one that runs is killed (force or not); get() then raises
+    TaskCancelledError. An actor's call is dropped if it has not begun. recursive: the tasks it submitted
+    too."""
     if type(ref) is not ObjectRef:
         raise TypeError(f'cancel() expected an ObjectRef, got {type(ref).__name__}')
-    _here().call('cancel', ref._id[:14], force, recursive)
+    _here().call('cancel', ref._valid_id()[:14], force, recursive)
 
 
 @_or_ray
-def get_actor(name, namespace=None):
+def get_actor(name: str, namespace: str = None):
     """The handle of a named actor. ValueError if there is none."""
-    return _handle(*_here().call('get_actor', name))
+    if namespace is not None:
+        raise ValueError(f"namespace={namespace!r}: namespaces are Ray's, use backend='ray'")
+    return _handle(_here().call('get_actor', name))
 
 
 @_or_ray
-def nodes():
+def nodes() -> list:
     return _here().call('info', 'nodes')
 
 
 @_or_ray
-def cluster_resources():
+def cluster_resources() -> dict:
     return _here().call('info', 'total')
 
 
 @_or_ray
-def available_resources():
+def available_resources() -> dict:
     return _here().call('info', 'free')
-
-
-@_or_ray
-def get_gpu_ids():
-    return [g for g in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if g] if _current.get().get('need', {}).get('GPU') else []
-
-
-@_or_ray
-def method(**options):
-    """@actors.method(num_returns=2) on an actor's method."""
-    bad = set(options) - {'num_returns'}
-    if bad:
-        raise ValueError(f'method option {bad}: num_returns is the one there is')
-    def mark(f):
-        f._actors_method = options
-        return f
-    return mark
 
 
 @_or_ray
@@ -2219,282 +2116,310 @@ def get_runtime_context():
 class _Context:
     """What runs here: ids as hex, None outside of a task."""
     def __init__(self):
-        self._info, self._session = _current.get(), _here()
-    @property
-    def _actor(self):
-        return self._info.get('actor') or {}
+        self._session = _here()
+        self._spec, self._made, self.was_current_actor_reconstructed = _running.get() or (None, None, False)
+
     def get_task_id(self):
-        return self._info['task'].hex() if self._info else None
+        return self._spec and self._spec.id.hex()
+
     def get_actor_id(self):
-        return self._actor['id'].hex() if self._actor else None
+        return self._made and self._made.id.hex()
+
     def get_actor_name(self):
-        return self._actor.get('name') if self._actor else None
+        return self._made and (self._made.name or '')
+
     def get_node_id(self):
         return self._session.node
-    def get_worker_id(self):
-        return self._session.prefix.hex()
-    def get_job_id(self):
-        return self._session.prefix[:4].hex()
-    def get_assigned_resources(self):
-        return dict(self._info.get('need', {}))
-    def get_accelerator_ids(self):
-        return {'GPU': get_gpu_ids()}
-    @property
-    def was_current_actor_reconstructed(self):
-        return bool(self._actor.get('restarted'))
+
     @property
     def current_actor(self):
-        if not self._actor:
+        if not self._made:
             raise RuntimeError('current_actor: this is no actor')
-        return _handle(self._actor['id'], self._actor['meta'], counted=False)
+        return ActorHandle(ObjectRef(self._made.id), self._made.meta)
+
+    def __getattr__(self, name):
+        raise AttributeError(f"the runtime context has no {name}; Ray's own may, use backend='ray'")
 
 
-os.register_at_fork(after_in_child=lambda: globals().update(_session=None))  # a child of the user's own fork is not this session
+def __getattr__(name):
+    """actors.anything_else is Ray's."""
+    ray = _ray()
+    if ray and not name.startswith('__'):
+        return getattr(ray, name)
+    raise AttributeError(f"actors has no {name!r}; if Ray has it, use backend='ray'")
 
 
 def _exit_actor():
     """Ends the actor that calls it; no restart."""
+    if not _Context()._made:
+        raise TypeError('exit_actor() is for actors, this is no actor')
     raise _Exit(0)
 
 
 # -- options
 _COMMON = {'num_cpus', 'num_gpus', 'resources', 'name', 'scheduling_strategy', 'runtime_env'}
 _TASK = _COMMON | {'num_returns', 'max_retries', 'retry_exceptions'}
-_ACTOR = _COMMON | {'max_restarts', 'max_task_retries', 'max_concurrency', 'get_if_exists', 'lifetime'}
-_Plan = collections.namedtuple('_Plan', 'num_returns need strategy env retries retry_exc')
+_ACTOR = _COMMON | {'max_restarts', 'max_task_retries', 'max_concurrency', 'get_if_exists'}
 
 
 def _check_options(options, known, what):
     for key, value in options.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise ValueError(f'Invalid option keyword {key} for {what}' + (f', did you mean {near[0]}?' if near else f'. Valid ones are {sorted(known)}'))
-        if key in ('num_cpus', 'num_gpus', 'num_returns') and (not isinstance(value, (int, float)) or value < 0):
+        if key not in known and not _ray():  # Ray says what it knows itself
+            near = [f'did you mean {key}?' for key in difflib.get_close_matches(key, known, 1)]
+            hint = (near or ["if Ray honours that, init(backend='ray') first"])[0]
+            raise ValueError(f'Invalid option keyword {key} for {what}: {hint}')
+        numeric = key in ('num_cpus', 'num_gpus', 'num_returns')
+        if numeric and not (isinstance(value, (int, float)) and value >= 0):
             raise ValueError(f'The quantity of {key} cannot be negative or no number: got {value!r}')
-    if options.get('num_gpus', 0) > 1 and options['num_gpus'] % 1:
-        raise ValueError(f"num_gpus {options['num_gpus']}: a share below 1, or whole GPUs")
-    if options.get('lifetime') not in (None, 'detached'):
-        raise ValueError(f"lifetime {options['lifetime']!r}: None or 'detached'")
-    bad = set(options.get('runtime_env') or ()) - {'env_vars'}
-    if bad:
-        raise ValueError(f'runtime_env {sorted(bad)}: only env_vars is there; the rest needs backend="ray"')
-    return options
 
 
 def _plan(options, name, default_cpus):
+    """What the options come to here."""
+    runtime_env, gpus = options.get('runtime_env') or {}, options.get('num_gpus', 0)
+    if set(runtime_env) - {'env_vars'}:
+        raise ValueError(f"{name}: runtime_env {runtime_env}: all but env_vars needs backend='ray'")
+    if gpus > 1 and gpus % 1:
+        raise ValueError(f'num_gpus {gpus}: a share below 1, or whole GPUs')
     cpus = options.get('num_cpus', default_cpus)
-    need = {'CPU': cpus, 'GPU': options.get('num_gpus', 0), **(options.get('resources') or {})}
-    env = {k: str(v) for k, v in (options.get('runtime_env') or {}).get('env_vars', {}).items()}
-    if 'num_cpus' in options or 'OMP_NUM_THREADS' not in os.environ:  # asked for here, or Ray's rule: as many threads as CPUs
-        env.setdefault('OMP_NUM_THREADS', str(max(1, int(cpus))))
-    else:
-        env.setdefault('OMP_NUM_THREADS', os.environ['OMP_NUM_THREADS'])
+    need = {'CPU': cpus, 'GPU': gpus, **(options.get('resources') or {})}
     need = {k: v for k, v in need.items() if v}
+    threads = str(max(1, int(cpus)))  # asked for here, or Ray's rule: as many threads as CPUs
+    if 'num_cpus' not in options:
+        threads = os.environ.get('OMP_NUM_THREADS', threads)
+    env = {'OMP_NUM_THREADS': threads, **runtime_env.get('env_vars', {})}
     retry = options.get('retry_exceptions', False)
-    return _Plan(int(options.get('num_returns', 1)), need, _strategy(options.get('scheduling_strategy'), need, name), tuple(sorted(env.items())),
-                 options.get('max_retries', 3), retry if isinstance(retry, bool) else _Packed(tuple(retry)).join())
+    if not isinstance(retry, bool):
+        retry = _Packed(tuple(retry)).join()
+    strategy = _strategy(options.get('scheduling_strategy'), need, name)
+    pairs = tuple(sorted((k, str(v)) for k, v in env.items()))
+    num_returns, retries = options.get('num_returns', 1), options.get('max_retries', 3)
+    return _Plan(int(num_returns), need, strategy, pairs, retries, retry)
 
 
-def _strategy(s, need, name):
-    if s is None or s in ('DEFAULT', 'SPREAD'):
-        return (s or 'DEFAULT',)
-    if isinstance(s, NodeAffinitySchedulingStrategy):
-        return 'node', s.node_id, s.soft
-    if not isinstance(s, PlacementGroupSchedulingStrategy):
-        raise ValueError(f'scheduling_strategy {s!r}: DEFAULT, SPREAD, PlacementGroupSchedulingStrategy or NodeAffinitySchedulingStrategy')
-    group, i = s.placement_group, s.placement_group_bundle_index
+def _strategy(strategy, need, name):
+    if strategy in (None, 'DEFAULT', 'SPREAD'):
+        return (strategy or 'DEFAULT',)
+    if isinstance(strategy, NodeAffinitySchedulingStrategy):
+        return 'node', strategy.node_id, strategy.soft
+    if not isinstance(strategy, PlacementGroupSchedulingStrategy):
+        raise ValueError(f'scheduling_strategy {strategy!r}: expected DEFAULT, SPREAD, '
+                         'PlacementGroupSchedulingStrategy or NodeAffinitySchedulingStrategy')
+    group, i = strategy.placement_group, strategy.placement_group_bundle_index
     if not -1 <= i < group.bundle_count:
-        raise ValueError(f'placement group bundle index {i} is invalid: 0 to {group.bundle_count - 1}, or -1 for any')
-    if not any(all(b.get(k, 0) >= v for k, v in need.items()) for b in (group.bundle_specs if i < 0 else group.bundle_specs[i:i + 1])):
-        raise ValueError(f'Cannot schedule {name} with the placement group: {need} cannot fit into any bundle of {group.bundle_specs}')
+        raise ValueError(f'bundle index {i}: expected 0 to {group.bundle_count - 1}, or -1 for any')
+    bundles = group.bundle_specs if i < 0 else [group.bundle_specs[i]]
+    if not any(all(bundle.get(k, 0) >= v for k, v in need.items()) for bundle in bundles):
+        raise ValueError(f'Cannot schedule {name}: {need} cannot fit into any bundle of {group.bundle_specs}')
     return 'group', group.id, i
 
 
-def _signature(f, skip):
+def _signature(f, skip=0):
     """Only the shape: names and kinds; defaults and annotations may be anything, and handles travel."""
     parameters = list(inspect.signature(f).parameters.values())[skip:]
-    return inspect.Signature([p.replace(default=p.empty if p.default is p.empty else None, annotation=p.empty) for p in parameters])
+    return inspect.Signature([p.replace(default=p.empty if p.default is p.empty else None, annotation=p.empty)
+                              for p in parameters])
 
 
-def _arity(sig):
-    """(fewest, most) positional arguments, so that the usual call is checked by two comparisons."""
-    plain = [p for p in sig.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    must_name = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in sig.parameters.values())
-    star = any(p.kind is p.VAR_POSITIONAL for p in sig.parameters.values())
-    return 1 << 30 if must_name else sum(p.default is p.empty for p in plain), 1 << 30 if star else len(plain)
-
-
-def _check_call(sig, arity, args, kwargs):
-    if kwargs or not arity[0] <= len(args) <= arity[1]:
-        sig.bind(*args, **kwargs)  # TypeError says what is wrong
+def method(**options):
+    """@actors.method(num_returns=2) on an actor's method."""
+    if set(options) - {'num_returns'}:
+        raise ValueError(f'method options {options}: num_returns is the one there is')
+    def mark(f):
+        f._actors_method = options
+        return f
+    return mark
 
 
 def remote(*args, **options):
-    """@actors.remote or @actors.remote(num_cpus=2, ...) on a function or a class. Call f.remote(...), Class.remote(...); .options(...) overrides."""
+    """@actors.remote or @actors.remote(num_cpus=2, ...) on a function or a class. Call f.remote(...),
+    Class.remote(...); .options(...) overrides."""
     def wrap(target):
         if inspect.isclass(target):
-            return ActorClass(target, _check_options(options, _ACTOR, 'actors'))
+            return ActorClass(target, options)
         if not callable(target):
             raise TypeError('The @actors.remote decorator must be applied to a function or a class')
         if inspect.isgeneratorfunction(target):
-            raise TypeError(f'{target.__name__} is a generator: return a list, or let an actor be called repeatedly')
-        return RemoteFunction(target, _check_options(options, _TASK, 'remote functions'))
+            raise TypeError(f'{target.__name__} is a generator: return a list, or call an actor repeatedly')
+        if inspect.iscoroutinefunction(target):
+            raise ValueError(f'{target.__name__} is a coroutine: wrap it in one that calls asyncio.run')
+        return RemoteFunction(target, options)
     return wrap(args[0]) if len(args) == 1 and not options and callable(args[0]) else wrap
 
 
-class RemoteFunction:
-    def __init__(self, function, options):
-        self._function, self._options = function, options
-        functools.update_wrapper(self, function)
-        self._cache = None
+class _Remotable:
+    """A function or class with options; what both have in common."""
+    def __init__(self, target, options):
+        _check_options(options, self._known, self._what)
+        functools.update_wrapper(self, target, updated=())
+        self._target, self._options, self._ready = target, options, (None, None)
+
     def __getstate__(self):
-        return self._function, self._options
+        return self._target, self._options
+
     def __setstate__(self, state):
         self.__init__(*state)
+
     def __call__(self, *args, **kwargs):
-        raise TypeError(f"Remote functions cannot be called directly. Instead of running '{self.__name__}()', try '{self.__name__}.remote()'.")
+        raise TypeError(f"{self._what} cannot be called directly, as with {args} {kwargs}: try "
+                        f"'{self.__name__}.remote()'")
+
     def options(self, **options):
-        return RemoteFunction(self._function, {**self._options, **_check_options(options, _TASK, 'remote functions')})
+        return type(self)(self._target, {**self._options, **options})
+
     def remote(self, *args, **kwargs):
         ray = _ray()
         session = ray or _here()
-        if self._cache is None or self._cache[0] is not session:
-            if ray:
-                self._cache = ray, ray.remote(**self._options)(self._function) if self._options else ray.remote(self._function)
-            else:
-                sig = _signature(self._function, 0)
-                self._cache = session, (sig, _arity(sig), session.export(self._function), _plan(self._options, self.__name__, 1))
-        ready = self._cache[1]
-        if ray:
-            return ready.remote(*args, **kwargs)
-        sig, arity, fid, plan = ready
-        _check_call(sig, arity, args, kwargs)
-        return session.submit('task', self._options.get('name') or self.__qualname__, fid, None, args, kwargs, plan)
+        if self._ready[0] is not session:
+            self._ready = session, self._on_ray(ray) if ray else self._prepare(session)
+        ready = self._ready[1]
+        return ready.remote(*args, **kwargs) if ray else self._submit(session, *ready, args, kwargs)
+
+    def _on_ray(self, ray):
+        return ray.remote(**self._options)(self._target) if self._options else ray.remote(self._target)
 
 
-class ActorClass:
-    def __init__(self, cls, options):
-        self._class, self._options, self.__name__, self.__doc__ = cls, options, cls.__name__, cls.__doc__
-    def __getstate__(self):
-        return self._class, self._options
-    def __setstate__(self, state):
-        self.__init__(*state)
-    def __call__(self, *args, **kwargs):
-        raise TypeError(f"Actors cannot be instantiated directly. Instead of '{self.__name__}()', use '{self.__name__}.remote()'.")
-    def options(self, **options):
-        return ActorClass(self._class, {**self._options, **_check_options(options, _ACTOR, 'actors')})
-    def remote(self, *args, **kwargs):
-        ray, cls, o = _ray(), self._class, self._options
-        methods = {k: m for k, m in inspect.getmembers(cls, callable) if inspect.isroutine(m) and not (k.startswith('__') and k != '__call__')}
-        if ray:
-            for m in methods.values():
-                if hasattr(m, '_actors_method'):
-                    ray.method(**m._actors_method)(m)
-            return (ray.remote(**o)(cls) if o else ray.remote(cls)).remote(*args, **kwargs)
-        session = _here()
-        if cls.__init__ is not object.__init__:
-            _signature(cls.__init__, 1).bind(*args, **kwargs)
-        elif args or kwargs:
-            raise TypeError('too many positional arguments')
+class RemoteFunction(_Remotable):
+    _known, _what = _TASK, 'remote functions'
+
+    def _prepare(self, session):
+        return _signature(self._target), session.export(self._target), _plan(self._options, self.__name__, 1)
+
+    def _submit(self, session, signature, function, plan, args, kwargs):
+        signature.bind(*args, **kwargs)  # TypeError says what is wrong
+        name = self._options.get('name') or self.__qualname__
+        return session.submit('task', name, function, None, args, kwargs, plan)
+
+
+class ActorClass(_Remotable):
+    _known, _what = _ACTOR, 'actors'
+
+    def _methods(self):
+        routines = inspect.getmembers(self._target, inspect.isroutine)
+        return {name: m for name, m in routines if not name.startswith('__') or name == '__call__'}
+
+    def _on_ray(self, ray):
+        for m in self._methods().values():
+            if hasattr(m, '_actors_method'):
+                ray.method(**m._actors_method)(m)
+        return super()._on_ray(ray)
+
+    def _prepare(self, session):
         shapes = {}
-        for k, m in methods.items():
-            raw = inspect.getattr_static(cls, k)
+        for name, m in self._methods().items():
+            if inspect.iscoroutinefunction(m) or inspect.isasyncgenfunction(m):
+                raise ValueError(f"{self.__name__}.{name} is a coroutine: that needs backend='ray'; here use "
+                                 'plain methods, with max_concurrency=n for n at once')
+            bound = isinstance(inspect.getattr_static(self._target, name), (staticmethod, classmethod))
             try:
-                shapes[k] = _signature(m, 0 if isinstance(raw, (staticmethod, classmethod)) else 1), getattr(m, '_actors_method', {}).get('num_returns', 1)
+                signature = _signature(m, 0 if bound else 1)
             except ValueError:  # a C function without a signature: any arguments
-                shapes[k] = inspect.Signature([inspect.Parameter('args', inspect.Parameter.VAR_POSITIONAL)]), 1
-        name, meta = f'{self.__name__}.__init__', pickle.dumps((self.__name__, shapes), 5)
-        aid = session.new_id() + b'\xfe\xff'
-        plan = _plan({k: v for k, v in o.items() if k != 'name'}, self.__name__, 0)
-        extra = {'id': aid, 'max_concurrency': o.get('max_concurrency'), 'meta': meta, 'name': o.get('name') or ''}
-        create = o.get('max_restarts', 0), o.get('max_task_retries', 0), o.get('name'), o.get('get_if_exists', False), o.get('lifetime') == 'detached', meta
-        return _handle(*session.submit('create', name, session.export(cls), None, args, kwargs, plan, actor=aid, extra=extra, create=create))
+                signature = inspect.signature(lambda *args: None)
+            shapes[name] = signature, getattr(m, '_actors_method', {}).get('num_returns', 1)
+        init = self._target.__init__
+        signature = inspect.Signature() if init is object.__init__ else _signature(init, 1)
+        plan = _plan(self._options, self.__name__, 0)
+        return signature, session.export(self._target), plan, pickle.dumps((self.__name__, shapes), 5)
 
-
-_CALL = _Plan(1, {}, ('DEFAULT',), (), 0, False)
+    def _submit(self, session, signature, function, plan, meta, args, kwargs):
+        signature.bind(*args, **kwargs)
+        option = self._options.get
+        made = _Made(session.new_id() + b'\xfe\xff', option('max_restarts', 0), option('max_task_retries', 0),
+                     option('max_concurrency') or 1, option('name'), option('get_if_exists'), meta)
+        name = f'{self.__name__}.__init__'
+        return _handle(session.submit('create', name, function, None, args, kwargs, plan, made.id, made))
 
 
 class ActorMethod:
-    __slots__ = '_handle', '_name', '_sig', '_arity', '_plan', '_full'
-    def __init__(self, handle, name, sig, arity, plan):
-        self._handle, self._name, self._sig, self._arity, self._plan, self._full = handle, name, sig, arity, plan, f'{handle._class_name}.{name}'
-    def __call__(self, *args, **kwargs):
-        raise TypeError(f"Actor methods cannot be called directly. Instead of running 'object.{self._name}()', try 'object.{self._name}.remote()'.")
+    def __init__(self, handle, name, signature, num_returns):
+        self._handle, self._name = handle, name
+        self._signature, self._num_returns = signature, num_returns
+
     def options(self, **options):
         _check_options(options, {'num_returns'}, 'actor methods')
-        return ActorMethod(self._handle, self._name, self._sig, self._arity, self._plan._replace(**options))
+        return ActorMethod(self._handle, self._name, self._signature, **options)
+
     def remote(self, *args, **kwargs):
-        _check_call(self._sig, self._arity, args, kwargs)
-        ref = self._handle._ref
-        if ref._session is not _session:
-            raise ValueError(f'{self._handle!r} is of an earlier session')
-        return _session.submit('call', self._full, None, self._name, args, kwargs, self._plan, actor=ref._id)
+        self._signature.bind(*args, **kwargs)
+        handle, plan = self._handle, _Plan(self._num_returns, {}, ('DEFAULT',), (), 0, False)
+        name = f'{handle._class_name}.{self._name}'
+        return _here().submit('call', name, None, self._name, args, kwargs, plan, handle._ref._valid_id())
 
 
 class ActorHandle:
-    """Calls of one process run in the order they were made (max_concurrency=1). The last handle gone, the actor ends."""
+    """Calls of one process run in the order they were made (max_concurrency=1). The last handle gone, the
+    actor ends."""
     def __init__(self, ref, meta):
         self._ref, self._meta = ref, meta
-        self._class_name, shapes = pickle.loads(meta)
-        self._methods = {name: (sig, _arity(sig), _CALL._replace(num_returns=n)) for name, (sig, n) in shapes.items()}
+        self._class_name, self._methods = pickle.loads(meta)
+
     def __getattr__(self, name):
         methods = self.__dict__.get('_methods', {})
         if name not in methods:
             raise AttributeError(f"actor {self.__dict__.get('_class_name')} has no method {name!r}")
         return ActorMethod(self, name, *methods[name])
+
     def __reduce__(self):
         return ActorHandle, (self._ref, self._meta)
+
     def __repr__(self):
         return f'Actor({self._class_name}, {self._ref.hex()})'
+
     def __eq__(self, other):
         return isinstance(other, ActorHandle) and other._ref == self._ref
+
     def __hash__(self):
         return hash(self._ref)
 
 
-def _handle(aid, meta, counted=True):
-    return ActorHandle(ObjectRef(aid, counted), meta)
+def _handle(made):
+    return ActorHandle(ObjectRef(made.id, True), made.meta)
 
 
 # -- util: placement groups, strategies, pool
 class PlacementGroup:
-    """A reservation. bundle_specs as asked for; ready() is a ref that is there once all bundles are reserved."""
-    def __init__(self, id, bundles):
-        self.id, self.bundle_specs, self.bundle_count = id, bundles, len(bundles)
-    def ready(self):
-        session = _here()
-        oid = session.new_id() + b'\xff\xff'
-        session.post(('group_ready', 0, self.id, oid), _Packed(self).join())
-        return ObjectRef(oid, True)
-    def wait(self, timeout_seconds=30):
-        return bool(wait([self.ready()], timeout=timeout_seconds)[0])
+    """A reservation. bundle_specs as asked for; ready() is a ref that is there once all bundles are
+    reserved."""
+    def __init__(self, id, bundles, ref):
+        self.id, self._ref = id, ref
+        self.bundle_specs, self.bundle_count = bundles, len(bundles)
+
+    def ready(self) -> ObjectRef:
+        return self._ref
+
+    def wait(self, timeout_seconds: float = 30) -> bool:
+        return bool(wait([self._ref], timeout=timeout_seconds)[0])
 
 
-def placement_group(bundles, strategy='PACK', name='', lifetime=None):
-    """Reserve bundles ([{'CPU': 2, 'GPU': 1}, ...]) all or none. PACK: on few nodes, SPREAD: on many, STRICT_: insist. Returns at once."""
-    if not isinstance(bundles, list) or not bundles or not all(isinstance(b, dict) for b in bundles):
-        raise ValueError(f'bundles must be a non-empty list of resource dictionaries such as [{{"CPU": 1}}, {{"GPU": 1}}], got {bundles!r}')
-    bundles = [{k: v for k, v in b.items() if v} for b in bundles]
-    if not all(bundles) or any(v < 0 for b in bundles for v in b.values()):
-        raise ValueError(f'a bundle asks for something, and for no negative amount: got {bundles}')
+def placement_group(bundles: list, strategy: str = 'PACK', name: str = '',
+                    lifetime: str = None) -> PlacementGroup:
+    """Reserve bundles ([{'CPU': 2, 'GPU': 1}, ...]) all or none. PACK: on few nodes, SPREAD: on many,
+    STRICT_: insist. Returns at once."""
+    if name or lifetime:
+        raise ValueError(f"name={name!r}, lifetime={lifetime!r}: only Ray honours that, use backend='ray'")
+    asked = [{k: v for k, v in bundle.items() if v} for bundle in bundles]
+    if not asked or not all(asked) or any(v < 0 for bundle in asked for v in bundle.values()):
+        raise ValueError(f'bundles: expected resources such as [{{"CPU": 1}}], none empty, got {bundles}')
     if strategy not in ('PACK', 'SPREAD', 'STRICT_PACK', 'STRICT_SPREAD'):
-        raise ValueError(f'Invalid placement group strategy {strategy!r}: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD')
+        raise ValueError(f'strategy {strategy!r}: expected PACK, SPREAD, STRICT_PACK or STRICT_SPREAD')
     session = _here()
-    group = PlacementGroup(session.new_id(), bundles)
-    session.call('group', group.id, bundles, strategy, name)
+    oid = session.new_id() + b'\xff\xff'
+    group = PlacementGroup(session.new_id(), asked, ObjectRef(oid, True))
+    session.call('group', group.id, oid, _Packed(group).join(), asked, strategy)
     return group
 
 
-def remove_placement_group(group):
+def remove_placement_group(group: PlacementGroup):
     """Gives the reservation back; tasks and actors in it are killed."""
     _here().call('remove_group', group.id)
 
 
 class PlacementGroupSchedulingStrategy:
-    def __init__(self, placement_group, placement_group_bundle_index=-1, placement_group_capture_child_tasks=None):
+    def __init__(self, placement_group, placement_group_bundle_index=-1,
+                 placement_group_capture_child_tasks=None):
         if placement_group_capture_child_tasks:
             raise ValueError('placement_group_capture_child_tasks: give children their own strategy')
-        self.placement_group, self.placement_group_bundle_index = placement_group, placement_group_bundle_index
+        self.placement_group = placement_group
+        self.placement_group_bundle_index = placement_group_bundle_index
 
 
 class NodeAffinitySchedulingStrategy:
@@ -2503,216 +2428,168 @@ class NodeAffinitySchedulingStrategy:
 
 
 class ActorPool:
-    """Hands values to whichever actor is free: pool.map(lambda actor, value: actor.work.remote(value), values)."""
+    """Hands values to whichever actor is free: pool.map(lambda actor, value: actor.work.remote(value),
+    values). An actor that died leaves the pool."""
     def __init__(self, actors):
-        self._idle, self._busy, self._order, self._waiting, self._next, self._sent = list(actors), {}, {}, collections.deque(), 0, 0
+        self._idle, self._waiting = list(actors), deque()
+        self._busy = {}  # ref: actor, in the order of submission
+
     def submit(self, fn, value):
-        if not self._idle:
+        if self._idle:
+            actor = self._idle.pop()
+            self._busy[fn(actor, value)] = actor
+        else:
             self._waiting.append((fn, value))
-            return
-        actor = self._idle.pop()
-        ref = fn(actor, value)
-        self._busy[ref], self._order[self._sent] = (self._sent, actor), ref
-        self._sent += 1
-    def has_next(self):
-        return bool(self._busy)
-    def has_free(self):
-        return bool(self._idle) and not self._waiting
+
+    def has_next(self) -> bool:
+        return bool(self._busy or self._waiting)
+
+    def has_free(self) -> bool:
+        return bool(self._idle and not self._waiting)
+
     def push(self, actor):
         self._idle.append(actor)
         if self._waiting:
             self.submit(*self._waiting.popleft())
+
     def pop_idle(self):
         return self._idle.pop() if self.has_free() else None
-    def _take(self, ref):
-        i, actor = self._busy.pop(ref)
-        del self._order[i]
-        self.push(actor)
-        return get(ref)
-    def get_next(self, timeout=None):
-        """The next result in the order of submission. StopIteration when there is none, TimeoutError."""
+
+    def _take(self, refs, timeout):
+        """The value of whichever of refs is ready first. The actor goes back to work, unless it is dead."""
         if not self.has_next():
             raise StopIteration('No more results to get')
-        if self._next not in self._order:
-            raise ValueError('get_next() after get_next_unordered() is not allowed')
-        ref = self._order[self._next]
-        if not wait([ref], timeout=timeout)[0]:
-            raise TimeoutError('Timed out waiting for result')
-        self._next += 1
-        return self._take(ref)
-    def get_next_unordered(self, timeout=None):
-        """Whichever result comes first."""
-        if not self.has_next():
-            raise StopIteration('No more results to get')
-        ready, _ = wait(list(self._busy), timeout=timeout)
+        if not refs:
+            waiting = len(self._waiting)
+            raise ActorDiedError(f'every actor of the pool is dead, {waiting} values wait: push() another')
+        ready, _ = wait(refs, timeout=timeout)
         if not ready:
             raise TimeoutError('Timed out waiting for result')
-        self._next = max(self._next, self._busy[ready[0]][0] + 1)
-        return self._take(ready[0])
+        actor, error = self._busy.pop(ready[0]), None
+        try:
+            return get(ready[0])
+        except Exception as e:
+            error = e
+            raise
+        finally:
+            if not isinstance(error, ActorDiedError):
+                self.push(actor)
+
+    def get_next(self, timeout: float = None):
+        """The next result in the order of submission. StopIteration when there is none, TimeoutError."""
+        return self._take(list(self._busy)[:1], timeout)
+
+    def get_next_unordered(self, timeout: float = None):
+        """Whichever result comes first."""
+        return self._take(list(self._busy), timeout)
+
+    def _map(self, fn, values, take):
+        for value in values:
+            self.submit(fn, value)
+        while self.has_next():
+            yield take()
+
     def map(self, fn, values):
-        for value in values:
-            self.submit(fn, value)
-        return iter(lambda: self.get_next() if self.has_next() else _END, _END)
+        return self._map(fn, values, self.get_next)
+
     def map_unordered(self, fn, values):
-        for value in values:
-            self.submit(fn, value)
-        return iter(lambda: self.get_next_unordered() if self.has_next() else _END, _END)
-
-
-_END = object()
+        return self._map(fn, values, self.get_next_unordered)
 
 
 class _Names(types.ModuleType):
-    """actors.util, actors.exceptions ...: our names, or Ray's own while Ray is what runs (look them up after init, not before)."""
-    def __init__(self, path, **table):
+    """actors.util, actors.exceptions ...: our names, or Ray's own while Ray is what runs (look them up after
+    init)."""
+    def __init__(self, path, *things, **named):
         super().__init__(f'actors.{path}')
-        self._path, self._table = path, table
-        sys.modules[f'actors.{path}'] = self
+        self._path, self._table = path, {**{thing.__name__: thing for thing in things}, **named}
+        sys.modules[self.__name__] = self
+
     def __getattr__(self, name):
-        if name in self.__dict__.get('_table', ()):
-            ray = _ray()
-            return getattr(importlib.import_module(f'ray.{self._path}'), name) if ray else self._table[name]
-        raise AttributeError(f'{self.__name__} has no {name!r}')
+        if _ray() and not name.startswith('__'):
+            return getattr(importlib.import_module(f'ray.{self._path}'), name)
+        if name not in self.__dict__.get('_table', ()):
+            raise AttributeError(f"{self.__name__} has no {name!r}; if Ray has it, use backend='ray'")
+        return self._table[name]
 
 
-exceptions = _Names('exceptions', **{k: v for k, v in list(globals().items()) if isinstance(v, type) and issubclass(v, RayError)})
-actor = _Names('actor', exit_actor=_exit_actor, ActorHandle=ActorHandle, ActorClass=ActorClass)
-util = _Names('util', placement_group=placement_group, remove_placement_group=remove_placement_group, ActorPool=ActorPool)
-util.scheduling_strategies = _Names('util.scheduling_strategies', PlacementGroupSchedulingStrategy=PlacementGroupSchedulingStrategy,
-                                    NodeAffinitySchedulingStrategy=NodeAffinitySchedulingStrategy)
+_kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, RayError)]
+exceptions = _Names('exceptions', *_kinds)
+actor = _Names('actor', ActorHandle, ActorClass, exit_actor=_exit_actor)
+util = _Names('util', placement_group, remove_placement_group, ActorPool)
+util.scheduling_strategies = _Names('util.scheduling_strategies', PlacementGroupSchedulingStrategy,
+                                    NodeAffinitySchedulingStrategy)
 
 
-# ---- a cluster: the head, a node, the status ---------------------------------------------------------------------------------------------------
+# ---- a cluster: the head, a node ---------------------------------------------------------------------------
 def _serve_head(host, port, machine):
-    """The head of a cluster; never returns. Loopback needs no ceremony, any other address a token of the user's own."""
-    token, loopback = os.environ.get('ACTORS_TOKEN'), host in ('127.0.0.1', 'localhost', '::1')
-    if not loopback and not token:
-        raise ValueError(f'--host={host} is open to others: set ACTORS_TOKEN to a secret of 16 characters or more (python -c "import secrets; print(secrets.token_hex())")')
-    if token and len(token) < 16:
+    """The head of a cluster; never returns. Loopback needs no ceremony, any other address a token of the
+    user's own."""
+    token = os.environ.get('ACTORS_TOKEN', '')
+    if not token and host not in ('127.0.0.1', 'localhost', '::1'):
+        raise ValueError(f'--host={host} is open to others: set ACTORS_TOKEN to a secret of 16 characters or '
+                         'more (python -c "import secrets; print(secrets.token_hex())")')
+    if 0 < len(token) < 16:
         raise ValueError(f'ACTORS_TOKEN has {len(token)} characters: 16 or more')
     made, token = not token, token or secrets.token_hex(16)
-    hub = _Hub(*machine, listen=(host, port), token=token)
-    file = _token_file(hub.address.rpartition(':')[2])
+    head = _Head(machine, host, port, token)
+    file = _token_file(head.address.rpartition(':')[2])
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), 'w') as f:
         os.fchmod(f.fileno(), 0o600)
         f.write(token)
-    print(f'actors: head at {hub.address}, pid {os.getpid()}' + (f'\ntoken: {token}' if made else ''), flush=True)
+    shown = f'\ntoken: {token}' if made else ''
+    print(f'actors: head at {head.address}, pid {os.getpid()}{shown}', flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        while hub.thread.is_alive():
-            hub.thread.join(1)
+        head.accept()
     finally:
-        hub.close()
+        head.close()
         os.unlink(file)
 
 
 def _serve_node(address, machine):
-    """A node of a cluster: starts and ends workers, moves objects, says every second that it lives. Ends with its head."""
-    token = _find_token(address)
-    (resources, gpus, capacity), store = machine, _Store(machine[2])
-    sock = _connect(address, token)
-    link = _Remote(sock, secrets.token_hex(16), store)
-    nursery = _Nursery(store)
-    link.post(('hello', 1, 'node', {'id': link.node, 'resources': resources, 'gpus': list(gpus), 'capacity': store.capacity, 'host': socket.gethostname()}))
+    """A node of a cluster: starts and ends workers, says every second that it lives. Ends with its head."""
+    token, key, (resources, gpus, _) = _find_token(address), secrets.token_bytes(16), machine
+    link, nursery = _Remote(_connect(address, token), key.hex(), None), _Nursery(None)
+    link.post('hello', 1, 'node', dict(id=key, resources=resources, gpus=gpus, host=socket.gethostname()))
     print(f'actors: node {link.node[:8]} of {address}, pid {os.getpid()}, {resources}', flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    beat = heard = time.monotonic()
-    told = _poll(sock, nursery.sock)
     try:
-        while True:
-            ready = told(BEAT)
-            if time.monotonic() - beat > BEAT:
-                beat = time.monotonic()
-                link.post(('beat', 0))
-            if nursery.sock.fileno() in ready:
-                exits = nursery.read()
-                if exits is None:
-                    raise RaySystemError('the worker zygote died')
-                for wid, why in exits:
-                    link.post(('exited', 0, wid, why))
-            if sock.fileno() in ready:
-                heard = time.monotonic()
-                data = sock.recv(1 << 20)
-                if not data:
-                    raise ConnectionError(f'the head at {address} closed the connection')
-                for msg, tail in link.feed(data):
-                    _node_order(msg, tail, link, nursery, store, address, token)
-            elif time.monotonic() - heard > 2 * SILENCE:
-                raise ConnectionError(f'nothing from the head at {address} for {2 * SILENCE:.0f} s')
+        while link.connection.poll(2 * SILENCE) and nursery.process.poll() is None:
+            for operation, _, *args in _receive(link.connection):
+                if operation == 'spawn':
+                    nursery.spawn(args[0], link.node, args[1], address=address, token=token)
+                elif operation == 'kill':
+                    nursery.kill(args[0])
+        raise ValueError(f'the head at {address} is silent for {2 * SILENCE:.0f} s, or the zygote was killed')
+    except (EOFError, ConnectionError):
+        raise ValueError(f'the head at {address} closed the connection') from None
     finally:
         nursery.close()
-
-
-def _node_order(msg, tail, link, nursery, store, address, token):
-    op, *args = msg
-    if op == 'spawn':
-        nursery.spawn(args[0], link.node, args[1], address=address, token=token)
-    elif op == 'kill':
-        nursery.kill(args[0])
-    elif op == 'read':
-        link.post(('answer', 0, args[0]), bytes(store.view(args[1])))
-    elif op == 'write':
-        store.write(args[1], lambda put: put(0, tail))
-        link.post(('answer', 0, args[0]))
-
-
-def _statuses(address):
-    """What runs: the cluster at address, else every session of this user on this machine."""
-    if address:
-        init(address=address)
-        return [_session.call('info', 'status', timeout=HANDSHAKE)]
-    found = []
-    prefix = f'@actors-{os.getuid()}-'
-    paths = {line.split()[-1] for line in open('/proc/net/unix') if prefix in line} if sys.platform == 'linux' else ()
-    for path in sorted(paths):
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(5)
-            try:
-                sock.connect('\0' + path[1:])
-                found.append(json.loads(b''.join(iter(lambda: sock.recv(1 << 16), b''))))
-            except (OSError, ValueError) as e:
-                print(f'{path}: {e}', file=sys.stderr)
-    return found
-
-
-def _print_status(address):
-    found = _statuses(address)
-    for s in found:
-        print(f"session of pid {s['pid']}" + (f" at {s['address']}" if s['address'] else '') + f": {s['objects']} objects, {s['groups']} placement groups")
-        for n in s['nodes']:
-            use = ', '.join(f"{k} {v - n['free'].get(k, 0):g}/{v:g}" for k, v in n['total'].items())
-            print(f"  node {n['id'][:8]} {n['host']}: {use}; {n['workers']} workers ({n['idle']} idle); store {n['used'] / 1e6:.1f}/{n['store'] / 1e6:.0f} MB, on disk {n['spilled'] / 1e6:.1f} MB")
-        for a in s['actors']:
-            print(f"  actor {a['class']} {a['name'] or a['id'][16:28]}: {a['state']}, pid {a['pid']}, node {a['node'][:8]}, queued {a['queued']}, running {a['running']}, restarts {a['restarts']}")
-        for what in ('running', 'queued'):
-            print(f'  tasks {what}: ' + (', '.join(f'{k} {v}' for k, v in s[what].items()) or 'none'))
-    if not found:
-        print('actors: no session of yours runs on this machine (for a cluster: --address=HOST:PORT)')
 
 
 if __name__ == '__main__':
     head = False              # --head=True: start a cluster
     host = '127.0.0.1'        # the head's address; another than loopback needs ACTORS_TOKEN
     port = 6399               # the head's port; 0 = any free one
-    address = ''              # HOST:PORT of a head: join it as a node (or ask it: status)
+    address = ''              # HOST:PORT of a head: join it as a node
     num_cpus = -1             # resources of this node; -1 = what the machine has
     num_gpus = -1
-    object_store_memory = 0   # bytes of the arena; 0 = 30 % of memory
-    config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str)) and k.islower()]
-    _status = 'status' in sys.argv[1:]
-    sys.argv = [a for a in sys.argv if a != 'status']
+    object_store_memory = 0   # bytes of the head's arena; 0 = 30 % of memory
+    config_keys = [k for k, v in globals().items()
+                   if not k.startswith('_') and isinstance(v, (int, float, bool, str)) and k.islower()]
+    if sys.argv[1:2] == ['status']:
+        print('error: status: that is `ray status`; here, actors.available_resources()', file=sys.stderr)
+        sys.exit(2)
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import actors  # one identity for every class, here as in the workers
-    _machine_here = actors._machine(num_cpus if num_cpus >= 0 else None, num_gpus if num_gpus >= 0 else None, None, object_store_memory)
-    try:
-        if _status:
-            actors._print_status(address)
-        elif head:
-            actors._serve_head(host, port, _machine_here)
-        elif address:
-            actors._serve_node(address, _machine_here)
-        else:
-            sys.exit('error: --head=True starts a cluster, --address=HOST:PORT joins one, status shows what runs')
-    except (actors.RayError, ConnectionError) as _e:
-        sys.exit(f'error: {_e}')
+    if head == bool(address):
+        raise ValueError('--head=True starts a cluster, --address=HOST:PORT joins one: one of the two')
+    if address and object_store_memory:
+        raise ValueError(f"object_store_memory {object_store_memory}: it is the head's, a node has none")
+    _counts = [None if n < 0 else n for n in (num_cpus, num_gpus)]
+    _this_machine = actors._machine(*_counts, None, object_store_memory)
+    if head:
+        actors._serve_head(host, port, _this_machine)
+    else:
+        actors._serve_node(address, _this_machine)

@@ -37,17 +37,18 @@ try:
 except ImportError:  # Windows: launch() refuses there, the rest works
     fcntl = None
 
-import requests
 import torch
 
+import evaluate
 import infer
 import lora
 import ppo
 import reward as rm
+from data.judge import ask_judge
 from data.lint import lint
 from dataset import load_dataset
 from tokenizer import encode_row, get_tokenizer
-from model import GPT, GPTConfig
+from model import all_rewards, GPT, GPTConfig
 from run import load_model, open_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,7 +618,7 @@ def score_texts(m, pairs):
     """Rewards of [(prompt, answer)] under reward model m, the end token behind each answer."""
     seqs = [infer.encode_prompt(p, m.tok) + m.tok.encode(a) + [m.tok.eot] * (m.tok.eot is not None) for p, a in pairs]
     room = m.model.config.block_size
-    return rm.reward_of(m.model, [s[-room:] for s in seqs], next(m.model.parameters()).device, 8192).tolist()
+    return all_rewards(m.model, [s[-room:] for s in seqs]).tolist()
 
 
 def agreement(m, journal):
@@ -627,40 +628,6 @@ def agreement(m, journal):
         return 0, 0
     r = score_texts(m, [(row['prompt'], row[k]) for row in rows for k in ('chosen', 'rejected')])
     return sum(a > b for a, b in zip(r[::2], r[1::2])), len(rows)
-
-
-def ask_judge(url, name, key, prompt, a, b):
-    """('a' | 'b' | 'tie' | None, what was said) of an OpenAI-compatible endpoint, asked both ways round: two different verdicts are a tie, None
-    is no verdict on this pair (other words, or 400: too long for the judge). ValueError, in words, where the endpoint cannot be asked."""
-    if not re.match(r'https?://', url):
-        raise ValueError('the judge is an address such as http://127.0.0.1:8000/v1')
-    said, where = [], f'judge {url}'
-    for x, y in ((a, b), (b, a)):
-        text = f'Question:\n{prompt}\n\nAnswer A:\n{x}\n\nAnswer B:\n{y}\n\nWhich answer is better? Reply with one letter, A or B, or with TIE.'
-        try:
-            r = requests.post(url.rstrip('/') + '/chat/completions', timeout=60, headers={'Authorization': f'Bearer {key}'} if key else {},
-                              json=dict(model=name, messages=[dict(role='user', content=text)], temperature=0, max_tokens=8), allow_redirects=False)
-        except requests.Timeout:
-            raise ValueError(f'{where}: no answer within 60 s') from None
-        except (requests.RequestException, ValueError) as e:  # ValueError: a key or an address that no header can hold
-            raise ValueError(f'{where}: cannot be reached ({type(e).__name__}); is the server up, and the address right as far as /v1?') from None
-        try:
-            got = r.json()
-        except ValueError:
-            got = None
-        try:
-            error = '' if r.status_code == 200 else f"{r.status_code}: {str(got['error']['message'])[:200]}"
-            if r.status_code in (400, 413, 422):
-                return None, error
-            if error:
-                raise ValueError(f'{where}: refused with {error}; are key and name of the model right?')
-            said.append(str(got['choices'][0]['message']['content']).strip())
-        except (LookupError, TypeError):
-            raise ValueError(f'{where}: expected a chat completion with choices[0].message.content, got {r.status_code} with {r.text[:80]!r}') from None
-    first, second = (re.match(r'\W*(A|B|TIE)\b', s.upper()) for s in said)
-    if not first or not second:
-        return None, f'{said[0][:60]!r} and {said[1][:60]!r}'
-    return {('A', 'B'): 'a', ('B', 'A'): 'b'}.get((first[1], second[1]), 'tie'), ''
 
 
 def judge_all(models, journal, judge, url='', key='', limit=200):
@@ -676,7 +643,8 @@ def judge_all(models, journal, judge, url='', key='', limit=200):
         yield len(todo), len(todo), len(todo)
         return
     for i, p in enumerate(todo):
-        label, said = ask_judge(url, judge, key, p['prompt'], p['a'], p['b'])
+        verdicts, said = ask_judge(url, p['prompt'], p['a'], p['b'], model=judge, key=key, tries=2, max_tokens=64)
+        label = None if None in verdicts else {('A', 'B'): 'a', ('B', 'A'): 'b'}.get(verdicts, 'tie')
         if label:
             journal.label(p['id'], label, by)  # one by one: what has been paid for is kept when the endpoint goes away
         made, mute = (made + 1, 0) if label else (made, mute + 1)
@@ -868,9 +836,8 @@ def win_rates(root, path, against='sft'):
     out = {}
     for name in [k for k in (samples[0][0] if samples else {}) if k not in ('prompt', against)]:
         marks = [(gold(s[name], r), gold(s[against], r)) for s, r in samples if isinstance(s.get(name), str)]
-        wins = sum((a > b) + 0.5 * (a == b) for a, b in marks)
         if marks:
-            out[name] = (wins / len(marks), *rm.wilson(wins, len(marks)))
+            out[name] = evaluate.interval([(a > b) + 0.5 * (a == b) for a, b in marks])
     return out
 
 
@@ -970,30 +937,30 @@ def hacked(run):
 GALLERY = (
     ('Reward hacking', 'score', hacked, 'The reward model is a stand-in, right only near the answers it was trained on. Pushed far from there, the policy finds what it '
      'overrates (flattery, a phrase, a length): the learned reward climbs while the gold mark falls. A larger beta, fewer steps or fresh labels hold it.',
-     'python ppo.py config/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
+     'python ppo.py experiments/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
     ('Mode collapse', 'entropy', collapsed, 'Policy gradient rewards whatever won, and a winner sampled more often wins more often. Without a KL term or entropy bonus one '
      'answer takes all the probability: whatever is asked, the same words come, and exploration ends.',
-     'python ppo.py config/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
+     'python ppo.py experiments/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
     ('Answers without end', 'ended', lambda r: ends(r, 'ended', 'eval')[1] < 0.9, 'The end token was never trained '
      '(pad = EOS masks it out) or the reward does not care: answers run into the length limit. A fixed bad score for an answer without end (missing_eos) is the usual cure.',
-     'python ppo.py config/ablate_ppo.py --missing_eos=none --init_from=out-base --out_dir=out-endless'),
+     'python ppo.py experiments/ablate_ppo.py --missing_eos=none --init_from=out-base --out_dir=out-endless'),
     ('Length grows', 'len', lambda r: ends(r, 'len', 'eval')[1] > 1.4 * ends(r, 'len', 'eval')[0], 'Either the reward pays for it (labellers like thorough answers, the reward '
      'model learns "longer is better": see its length correlation) or the loss does: divided by its own length, a long wrong answer costs less a token than a short one. '
      'Balance the pairs in length; in GRPO take dr_grpo.', 'python grpo.py config/grpo_toy.py --loss_type=grpo --eval_interval=20 --out_dir=out-long'),
     ('KL runs away', 'kl', lambda r: ends(r, 'kl')[1] > 25, 'The policy has left the region where reference and reward model mean anything: learning rate too high, beta too low, '
      'or, as here, the KL paid instead of charged, one sign in one line. A negative KL, on the other hand, says that samples and log-probs are not at the same temperature.',
-     'python failures/wrong_kl_sign.py config/ablate_ppo.py --out_dir=out-kl'),
+     'python failures/wrong_kl_sign.py experiments/ablate_ppo.py --out_dir=out-kl'),
     ('Dead groups', 'dead', lambda r: ends(r, 'dead')[1] > 0.6, 'All answers of a group got the same reward, so their advantages are 0 and nothing is learned from them: the task is '
      'too hard or, as at the end of a good run, too easy; a group of one is always dead. Choose prompts at the edge of what the model can do, or sample larger groups.',
-     'python failures/group_of_one.py config/ablate_grpo.py --group_size=1 --max_iters=14 --out_dir=out-dead'),
+     'python failures/group_of_one.py experiments/ablate_grpo.py --group_size=1 --max_iters=14 --out_dir=out-dead'),
     ('Chosen falls too', 'chosen_logp_change', lambda r: ends(r, 'chosen_logp_change', 'eval')[1] < -5, 'DPO widens the gap between chosen and rejected, and nothing in its loss keeps '
      'the chosen answer likely: both sink, the mass goes to answers nobody has seen. A larger beta or an SFT term holds it.',
-     'python dpo.py config/ablate_dpo.py --beta=0.02 --learning_rate=1e-3 --out_dir=out-dpo-falls'),
+     'python dpo.py experiments/ablate_dpo.py --beta=0.02 --learning_rate=1e-3 --out_dir=out-dpo-falls'),
     ('Overfitting', 'loss', lambda r: ends(r, 'loss', 'eval')[1] > 1.05 * ends(r, 'loss', 'eval')[2], 'Held-out loss turns up while training loss falls: the rows are learned by '
-     'heart, and the model grows surer of itself without being right more often. Fewer epochs, more data, LoRA instead of all weights.', 'python reward.py config/ablate_reward.py --max_rows=100 --epochs=30 --eval_interval=10 --out_dir=out-overfit'),
+     'heart, and the model grows surer of itself without being right more often. Fewer epochs, more data, LoRA instead of all weights.', 'python reward.py experiments/ablate_reward.py --max_rows=100 --epochs=30 --eval_interval=10 --out_dir=out-overfit'),
     ('Sampler and trainer disagree', 'mismatch', lambda r: ends(r, 'mismatch')[1] > 0.03, 'The log-probs that are trained are not those of the distribution that was sampled: another '
      'temperature, top-p, padding or old weights. The ratio of the first update is 1 all the same, since both its sides are wrong alike; only this number tells.',
-     'python failures/temperature_mismatch.py config/ablate_ppo.py --max_iters=8 --out_dir=out-mismatch'),
+     'python failures/temperature_mismatch.py experiments/ablate_ppo.py --max_iters=8 --out_dir=out-mismatch'),
 )
 
 

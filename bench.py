@@ -1,16 +1,19 @@
 """Every speed figure that the README states, each by one command; every figure is a ratio to a named peer in the same run.
 
-    python bench.py kernels | data | infer | actors | async | staleness | parallel | train      # one section
+    python bench.py kernels | data | infer | actors | async | staleness | parallel | train | neighbour     # one section
     python bench.py all                         # one after the other; but for staleness, which draws a picture
 
 A peer that is not installed is named and skipped. Machines are noisy: sides alternate, the median of the rounds counts.
 """
+import json
 import math
 import os
 import signal
-import sys
-import time
+import statistics
 import subprocess
+import sys
+import tempfile
+import time
 
 
 def alternate(sides, rounds=3):
@@ -783,7 +786,7 @@ def _kernels_cuda_memory(copy, rand, both, end):
     angle = torch.linspace(0, 100, 4096 * 64, device='cuda').view(4096, 64)
     cos, sin = angle.cos(), angle.sin()
     memory('rope', 2 * (q.nbytes + k.nbytes), 2 * (q.nbytes + k.nbytes), lambda: K.rope(q, k, cos, sin),
-           lambda: (K._rotate(q, cos, sin, False), K._rotate(k, cos, sin, False)), (q, k))
+           lambda: (K._rotate(q, cos, sin), K._rotate(k, cos, sin)), (q, k))
     g, u = rand(N, I), rand(N, I)
     memory('swiglu', 3 * g.nbytes, 5 * g.nbytes, lambda: K.swiglu(g, u), lambda: F.silu(g) * u, (g, u))
     memory('gelu', 2 * g.nbytes, 3 * g.nbytes, lambda: K.gelu(g), lambda: F.gelu(g, approximate='tanh'), (g,))
@@ -804,7 +807,7 @@ def _kernels_cuda_attention(rand, both):
     for hs in (128, 64):
         q, k, v = rand(32768, 32, hs), rand(32768, 8, hs), rand(32768, 8, hs)
         cu = torch.arange(17, device='cuda', dtype=torch.int32) * 2048
-        ours = lambda: K._Flash.apply(q, k, v, cu, cu, (2048, 2048), True, 0, hs ** -0.5)  # flash_attention, its one host sync done
+        ours = lambda: K._Flash.apply(q, k, v, cu, cu, (2048, 2048), hs ** -0.5)  # flash_attention, its one host sync done
         dense = lambda: F.scaled_dot_product_attention(*(t.view(16, 2048, -1, hs).transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
         sides = {'ours, packed': (ours, (q, k, v)), 'SDPA, dense': (dense, (q, k, v))}
         try:
@@ -1149,6 +1152,46 @@ def _train_trl(stage, folder, B, steps, python=sys.executable):
         raise SystemExit(f'TRL {stage}: {done.stderr[-800:]}')
     rate, peak = done.stdout.split()[-2:]
     return float(rate), int(peak)
+
+
+def bench_neighbour(args):
+    """Training on a machine that another program uses too: python bench.py neighbour [iters=60] [rounds=2].
+
+    The default run of config/pretrain_toy.py, alone and beside one process that computes without a pause, for several
+    ways to wait: GOMP_SPINCOUNT (how long a thread of OpenMP looks for work before it sleeps), OMP_WAIT_POLICY, one thread.
+    A thread that spins takes the core from the thread that it waits for as soon as there are fewer cores than threads."""
+    given = dict(arg.split('=', 1) for arg in args)
+    iters, rounds = int(given.get('iters', 60)), int(given.get('rounds', 2))
+    ways = {'as shipped': {}, 'active': dict(OMP_WAIT_POLICY='ACTIVE'), 'passive': dict(OMP_WAIT_POLICY='PASSIVE')}
+    ways.update({f'spin {n:,}': dict(GOMP_SPINCOUNT=str(n)) for n in (1000, 3000, 10000, 30000, 100000)})
+    ways['1 thread'] = dict(OMP_NUM_THREADS='1')
+    found = {way: {False: [], True: []} for way in ways}
+    for _ in range(rounds):
+        for way, env in ways.items():
+            for busy in (False, True):
+                found[way][busy].append(_pretrain_speed(iters, env, busy))
+    best = max(max(seen[False]) for seen in found.values())
+    for way, seen in found.items():
+        alone, beside = (sorted(seen[busy])[rounds // 2] for busy in (False, True))
+        print(f'{way:>12}: alone {alone:7,.0f} tok/s ({alone / best:.0%} of the best) | beside one busy process {beside:7,.0f} '
+              f'({alone / beside:.1f} times slower)', flush=True)
+
+
+def _pretrain_speed(iters, env, busy):
+    """Median tokens a second of the toy pretraining, after its first ten iterations."""
+    with tempfile.TemporaryDirectory() as folder:
+        other = subprocess.Popen([sys.executable, '-c', 'while True: pass']) if busy else None
+        keys = [f'--max_iters={iters}', '--eval_interval=1000000', '--eval_iters=1', f'--out_dir={folder}', '--overwrite=True']
+        try:
+            subprocess.run([sys.executable, 'sft.py', 'config/pretrain_toy.py', *keys], env={**os.environ, **env}, check=True,
+                           stdout=subprocess.DEVNULL)
+        finally:
+            if other:
+                other.kill()
+                other.wait()
+        with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
+            rows = [json.loads(line) for line in f]
+    return statistics.median(row['tok_per_s'] for row in rows if row['split'] == 'train' and row['step'] >= 10)
 
 
 def bench_trl_side(args):

@@ -148,15 +148,19 @@ def add_lora(model, r, alpha, dropout=0.0, targets=(), rslora=False, dora=False,
     spec = Spec(r, alpha, dropout, targets or (('c_attn',) if model.config.arch == 'gpt2' else ('q_proj', 'v_proj')), rslora, dora)
     names = spec.targets.split(',') if isinstance(spec.targets, str) and re.fullmatch(r'[\w.,]+', spec.targets) else spec.targets
 
-    def hit(path, module):
-        if isinstance(names, str):
-            return isinstance(module, nn.Linear) if names == 'all-linear' else re.fullmatch(names, path)
-        return any(('.' + path).endswith('.' + n) for n in names)
+    def hit(path, module, name):
+        if name == 'all-linear':
+            return isinstance(module, nn.Linear)
+        return re.fullmatch(names, path) if name == names else ('.' + path).endswith('.' + name)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) and n not in ('lm_head', 'score')}
-    specs = {n: spec for n, path in paths(model).items() if n in layers and hit(path, layers[n])}
-    if not specs or (dora and any(isinstance(layers[n], nn.Embedding) for n in specs)):
-        raise ValueError(f'LoRA targets {spec.targets!r}: this {model.config.arch} model offers {", ".join(sorted({n.split(".")[-1] for n in layers}))}'
-                         + ' (DoRA: linear ones only)' * dora)
+    specs = {}
+    for name_of_target in [names] if isinstance(names, str) else names:
+        found = [n for n, path in paths(model).items() if n in layers and hit(path, layers[n], name_of_target)]
+        if not found or (dora and any(isinstance(layers[n], nn.Embedding) for n in found)):  # each name is to match
+            offered = ', '.join(sorted({n.split('.')[-1] for n in layers}))
+            raise ValueError(f'LoRA targets {name_of_target!r}: this {model.config.arch} model offers {offered}'
+                             + ' (DoRA: linear ones only)' * dora)
+        specs.update(dict.fromkeys(found, spec))
     return _attach(model, name, spec, specs)
 
 

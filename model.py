@@ -21,6 +21,7 @@ import os
 import re
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import files
 import kernels
+from dataset import pack
 
 
 @dataclass
@@ -550,6 +552,7 @@ def _fill(model, state, where, dtype, fresh_head=False):
                 v.copy_(state[k])
     if model.inv_freq is not None:
         model.inv_freq = rope_frequencies(model.config)
+    model.fresh_head = fresh_head  # the scalar head knows nothing yet: this is no reward model
     if fresh_head:
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.n_embd + 1))
     if model.head == 'lm' and model.config.tie:
@@ -647,6 +650,133 @@ def config_to_hf(c, head, dtype):
     if head == 'scalar':
         raw |= dict(num_labels=1, id2label={'0': 'reward'}, label2id={'reward': 0}, problem_type='regression', reward_bias=c.reward_bias)
     return raw
+
+
+# -----------------------------------------------------------------------------------------------------------
+# answers and rewards: one forward without padding, in which a beginning that sequences share is computed once
+
+
+def shared_forward(model, sequences, shared):
+    """sequences: token lists, of which the first shared[i] tokens of number i are also those of number i - 1.
+
+        flat tokens   p p p a a | b b b | ...          what embeddings, linear layers and norms see: N = P + 2 + 3
+        attention     p p p a a | p p p b b b | ...    gathered for the attention alone
+    Returns (hidden states (N, C), [rows of them that are sequence i, (len_i,) int64])."""
+    device = next(model.parameters()).device
+    tokens, pos, slot, paths = [], [], [], []
+    n = m = 0  # flat rows, and places in the attention, so far
+    path = np.zeros(0, np.int64)
+    for ids, k in zip(sequences, shared):
+        own = len(ids) - k
+        path = np.concatenate([path[:k], np.arange(n, n + own)])
+        paths.append(path)
+        tokens.append(ids[k:])
+        pos.append(np.arange(k, len(ids)))
+        slot.append(np.arange(m + k, m + len(ids)))
+        n, m = n + own, m + len(ids)
+    for column in (tokens, pos, slot):  # dummy rows that nobody reads: the CPU's library wants few shapes
+        column.append(np.zeros(kernels.extra_rows(n), np.int64))
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    doc = torch.arange(len(lengths)).repeat_interleave(lengths)[None]
+    layout = Layout((1, m), device, doc=doc.to(device)).through(flat_tensor(paths, device), flat_tensor(slot, device))
+    return model.hidden(flat_tensor(tokens, device), flat_tensor(pos, device), layout.attend()), paths
+
+
+def flat_tensor(lists, device):
+    return torch.from_numpy(np.concatenate(lists).astype(np.int64)).to(device)
+
+
+def _packed(sequences, device):
+    """(idx, doc), both (1, N): documents that share nothing. Under context parallelism no token can be in two."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    doc = torch.arange(len(lengths)).repeat_interleave(lengths)[None]
+    return flat_tensor(sequences, device)[None], doc.to(device)
+
+
+def _packed_answers(groups, device):
+    """_packed of each prompt with each of its answers, and (1, N) bool, True where an answer's token is predicted."""
+    both = [(list(prompt), list(answer)) for prompt, answers in groups for answer in answers]
+    predicts = [[False] * (len(prompt) - 1) + [True] * len(answer) + [False] for prompt, answer in both]
+    return *_packed([prompt + answer for prompt, answer in both], device), flat_tensor(predicts, device)[None].bool()
+
+
+def _cut_along_context(model):
+    return hasattr(model, 'mesh') and model.mesh.cp.size > 1
+
+
+def _by_answer(found, answers):
+    """Flat values of all answers' tokens -> (S, R), padded on the right with 0, and the mask of what is real."""
+    sizes = torch.tensor([len(a) for a in answers], device=found.device)
+    mask = torch.arange(int(sizes.max()), device=found.device) < sizes[:, None]
+    where = mask.reshape(-1).nonzero()[:, 0]
+    return found.new_zeros(mask.numel()).index_copy(0, where, found).view(mask.shape), mask
+
+
+def _predicting(model, groups):
+    """(hidden states that predict each token of each answer (n, C), the answers). The state at t predicts token
+    t + 1, so an answer's last token is not in the input at all."""
+    sequences, shared, starts = [], [], []
+    for prompt, answers in groups:
+        for j, answer in enumerate(answers):
+            sequences.append([*prompt, *answer[:-1]])
+            shared.append(len(prompt) if j else 0)
+            starts.append(len(prompt) - 1)
+    x, paths = shared_forward(model, sequences, shared)
+    rows = [path[start:] for path, start in zip(paths, starts)]
+    return x[flat_tensor(rows, x.device)], [a for _, answers in groups for a in answers]
+
+
+def answer_logprobs(model, groups, temperature=1.0):
+    """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])]. Returns (logp, entropy,
+    mask), all (S, R): S answers in order, padded on the right with 0."""
+    answers = [a for _, answers in groups for a in answers]
+    if _cut_along_context(model):
+        idx, doc, predicts = _packed_answers(groups, next(model.parameters()).device)
+        where = predicts[:, :-1]
+        logp, entropy = (y[where] for y in model.logprobs(idx, temperature, doc=doc, where=where, entropy=True))
+    else:
+        x, _ = _predicting(model, groups)
+        logp, entropy = model.token_logprobs(x, flat_tensor(answers, x.device), temperature)
+    logp, mask = _by_answer(logp, answers)
+    return logp, _by_answer(entropy, answers)[0], mask
+
+
+def answer_values(model, groups):
+    """Values (S, R) of a scalar head where it predicts each token of each answer, and the mask."""
+    answers = [a for _, answers in groups for a in answers]
+    if _cut_along_context(model):
+        idx, doc, predicts = _packed_answers(groups, next(model.parameters()).device)
+        values = model(idx, doc=doc)[0][predicts]
+    else:
+        x, _ = _predicting(model, groups)
+        values = model.values(x)
+    return _by_answer(values, answers)
+
+
+def rewards_of(model, sequences):
+    """Rewards (S,) of token lists by a scalar head, read at the last token of each. What a sequence and the one before
+    it begin with is computed once: a pair's prompt, say."""
+    if _cut_along_context(model):
+        idx, doc = _packed(sequences, next(model.parameters()).device)
+        ends = np.cumsum([len(ids) for ids in sequences]) - 1
+        return model(idx, doc=doc)[0][0, torch.from_numpy(ends).to(idx.device)]
+    sequences = [np.asarray(ids, np.int64) for ids in sequences]
+    shared = [0]
+    for before, ids in zip(sequences, sequences[1:]):
+        n = min(len(ids) - 1, len(before))  # its last token is always its own
+        differ = np.flatnonzero(ids[:n] != before[:n])
+        shared.append(int(differ[0]) if len(differ) else n)
+    x, paths = shared_forward(model, sequences, shared)
+    return model.values(x[flat_tensor([path[-1:] for path in paths], x.device)])
+
+
+@torch.no_grad()
+def all_rewards(model, sequences, micro_tokens=8192):
+    """rewards_of any number of token lists, a few at a time, without gradient: float32 on the CPU, in their order."""
+    out, lengths = torch.empty(len(sequences)), [len(ids) for ids in sequences]
+    for rows in pack(lengths, max([micro_tokens, *lengths])):
+        out[rows] = rewards_of(model, [sequences[i] for i in rows]).float().cpu()
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

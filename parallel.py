@@ -449,6 +449,13 @@ class Mesh:
             self.watch.destroy_groups()
 
 
+def _world_size():
+    said = os.environ.get('WORLD_SIZE') or '1'
+    if not said.isdecimal() or said == '0':
+        raise ValueError(f'WORLD_SIZE is {said!r} in the environment, expected the number of processes: unset it')
+    return int(said)
+
+
 def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, quiet=False):
     """The mesh of this run: torchrun's processes if there are several (dp = world / (tp pp cp)), else this one alone.
 
@@ -462,7 +469,11 @@ def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, qui
             raise ValueError(f'{name} {n}: expected 1 (off) or more')
     if zero not in (0, 1, 2, 3):
         raise ValueError(f'zero {zero}: expected 0, 1 (optimizer), 2 (+ gradients) or 3 (+ weights)')
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get('WORLD_SIZE', 1))
+    world = dist.get_world_size() if dist.is_initialized() else _world_size()
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if world > 1 and not dist.is_initialized() and missing:
+        raise ValueError(f'WORLD_SIZE is {world} in the environment, but {", ".join(missing)} is not: start it with '
+                         f'torchrun --nproc_per_node={world}, or unset WORLD_SIZE to run one process')
     if world % (tp * pp * cp):
         raise ValueError(f'tp {tp} x pp {pp} x cp {cp} = {tp * pp * cp} processes (or a multiple), but {world} run: '
                          f'torchrun --nproc_per_node={tp * pp * cp} SCRIPT.py ...')
@@ -770,7 +781,7 @@ def _check_fit(c, mesh, model, layers):
                          f'and together they are {c.n_layer}; the nearest that works is --pp={min(pp, c.n_layer)}')
 
 
-STAGES = dict(sft='tp pp cp', reward='tp pp cp', dpo='tp pp', ppo='tp pp cp', grpo='tp pp')
+STAGES = dict(sft='tp pp cp', reward='tp pp cp', dpo='tp pp', kto='tp pp', ppo='tp pp cp', grpo='tp pp')
 
 
 def accept(stage, tp=1, pp=1, cp=1, compile=False, mode='sync', value='', rollout_tp=False):

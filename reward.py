@@ -2,13 +2,17 @@
 
     L = - mean log sigmoid(r(x, chosen) - r(x, rejected) - margin)  +  center * mean (r_chosen + r_rejected)^2
 
-Bradley & Terry 1952; Christiano et al. 2017 (1706.03741); Stiennon et al. 2020 (2009.01325); margin and centring as in
-Llama 2 (2307.09288) and Eisenstein et al. 2023 (2312.09244). How it goes:
-  1. a language model gets a scalar head, N(0, 1/sqrt(d+1)); the reward is read at the last real token, the end token
-  2. chosen and rejected of a micro-batch go through ONE forward without padding, in which the prompt they share is computed once
-  3. one epoch, learning rate linear to 0 (more epochs overfit: 2009.01325 section 3.4)
-  4. held-out accuracy with its interval, margin, calibration, correlation of reward and length, histograms: report.json
-  5. gain and bias: rewards of samples of the initial policy get mean 0 and standard deviation 1, folded into the weights
+Bradley & Terry 1952; Christiano et al. 2017 (1706.03741); Stiennon et al. 2020 (2009.01325); margin and
+centring as in Llama 2 (2307.09288) and Eisenstein et al. 2023 (2312.09244). How it goes:
+  1. a language model gets a scalar head, N(0, 1/sqrt(d+1)); the reward is read at the last real token, the
+     end token
+  2. chosen and rejected of a micro-batch go through ONE forward without padding, the prompt they share
+     computed once
+  3. the loss is a mean over pairs; one epoch, learning rate linear to 0 (more overfits: 2009.01325 section
+     3.4)
+  4. gain and bias: rewards of samples of the initial policy get mean 0 and standard deviation 1, folded into
+     the weights of ckpt.pt and ckpt_best.pt
+  5. held-out accuracy with its interval, margin, calibration, correlation of reward and length: report.json
 Changed from the papers: ties are either left out or trained with both orders at half weight (ties='half').
 
     python reward.py config/reward_toy.py                        # CPU
@@ -18,41 +22,39 @@ Changed from the papers: ties are either left out or trained with both orders at
 """
 import os
 import math
-import time
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 import infer
-import kernels as K
 import parallel
-from dataset import Sampler, load_dataset, pack
-from tokenizer import encode_pair, get_tokenizer
-from model import Layout, write_json
-from run import (activation_bytes, check_finite, checkpoint_keys, eta, load_model, memory_now, memory_plan,
-                 open_model, open_run, pick_device, pick_threads, RunLog, training_bytes)
+from model import rewards_of, write_json
+from rollout import answers_to
+from run import check_finite, encode_all, load_model, prompt_room, Run
+from tokenizer import encode_pair
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # I/O
 out_dir = 'out-reward'
-init_from = 'out-sft' # 'resume' | HF name | HF directory | an out_dir: the language model that gets the head
-overwrite = False # start anew in an out_dir that already holds a run
+init_from = 'out-sft' # 'resume' | HF name | HF or PEFT directory | an out_dir: the model that gets the head
+overwrite = False # replace the run that out_dir already holds
 eval_interval = 100 # >= 1: iterations between evaluations; a checkpoint is written at each
 eval_iters = 0 # >= 0: batches an evaluation; 0 = the whole validation set
 eval_only = False # evaluate once and stop
+save_minutes = 5.0 # >= 0: minutes between checkpoints besides those of evaluations; 0 = evaluations only
 # data
-dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}, optionally "margin", "tie": true
+dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "chosen", "rejected"}, and "margin", "tie": true
 val_dataset = '' # '' keeps 5 % of dataset aside
 tokenizer = '' # '' = the one of init_from
 block_size = 0 # >= 0: tokens of prompt + answer; 0 = the model's; a longer prompt loses its beginning
-max_rows = 0 # >= 0: train on the first so many pairs; 0 = all
-seed = 1337
+max_rows = 0 # >= 0: train on the first pairs only, this many; 0 = all
+seed = 1337 # in [0, 2147483648): of order, samples, new weights, dropout
 # algorithm
 center = 0.0 # >= 0: weight of (r_chosen + r_rejected)^2; 0.01 keeps rewards around 0
 margin_scale = 1.0 # >= 0: multiplies a row's "margin"
-ties = 'drop' # 'drop' | 'half': rows with "tie": true are left out, or pulled together
-normalize = 'samples' # after training: 'samples' of the initial policy | 'responses' of the data | 'none'
+ties = 'drop' # one of 'drop', 'half': rows with "tie": true are left out, or pulled together
+normalize = 'samples' # one of 'samples', 'responses', 'none': of the initial policy, of the data
 normalize_n = 256 # >= 2: samples (or responses) that give gain and bias
 max_new_tokens = 64 # >= 1: of those samples
 temperature = 1.0 # > 0: of those samples
@@ -60,12 +62,12 @@ temperature = 1.0 # > 0: of those samples
 lora_r = 0 # >= 0: rank; 0 = train all weights
 lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
 lora_dropout = 0.0 # in [0, 1): on the adapter's input
-lora_targets = '' # HF module names, comma-separated; '' = c_attn, or q_proj,v_proj
+lora_targets = '' # HF module names by comma, or 'all-linear'; '' = c_attn, or q_proj,v_proj
 # optimizer
 epochs = 1.0 # > 0: passes over the pairs; ignored when max_iters is set
 max_iters = 0 # >= 0: 0 = as many as epochs says
 batch_size = 64 # >= 1: pairs an iteration, over all processes
-micro_tokens = 8192 # >= 1: tokens a forward pass sees at most
+micro_tokens = 8192 # >= 1: tokens a forward pass sees at most; smaller saves memory, the result is the same
 learning_rate = 5e-5 # >= 0: linear to 0
 warmup_iters = 0 # >= 0: iterations of linear warm-up
 weight_decay = 0.0 # >= 0: AdamW's, of matrices only
@@ -75,53 +77,74 @@ adam_eps = 1e-5 # > 0: large on purpose: small first steps [lm-human-preferences
 grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
-dtype = 'auto' # of the matrix products: 'auto' | 'float32' | 'bfloat16'; weights and optimizer stay float32
-compile = False # torch.compile of the blocks; for CUDA: on the CPU torch.compile leaves oneDNN's products for slower ones
+dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
+compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
+checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
 # several processes: torchrun --nproc_per_node=N; N / (tp pp cp) data-parallel replicas share the batch
-tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; they talk in every layer, so keep tp inside a node
+tp = 1 # >= 1: tensor parallel: heads and MLP columns shared out; talks in every layer, so keep it in a node
 pp = 1 # >= 1: pipeline stages of layers; wants several micro-batches an iteration
 cp = 1 # >= 1: context parallel: the tokens of a micro-batch shared out, for long ones
 zero = 0 # in [0, 3]: what the replicas share out: 0 nothing | 1 optimizer | 2 + gradients | 3 + weights
-dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and says which, and in what
-# ---------------------------------------------------------------------------------------------------------------------
-config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+dist_timeout = 120 # > 0: seconds that one rank waits for another; then the run ends and names it
+# -----------------------------------------------------------------------------------------------------------
+config_keys = [k for k, v in globals().items()
+               if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+# overrides from the command line or a config file
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: globals()[k] for k in config_keys} # will be useful for logging
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # the equations
 
 
-def bradley_terry_loss(chosen, rejected, margin=None):
-    """-log sigmoid(chosen - rejected - margin), mean over pairs. chosen, rejected (B,) rewards; margin float or (B,).
-    Bradley-Terry: P(chosen beats rejected) = sigmoid(r_chosen - r_rejected). chosen [1], rejected [0] -> 0.3133."""
-    return -F.logsigmoid(chosen - rejected - (0.0 if margin is None else margin)).mean()
+def bradley_terry_loss(chosen, rejected, margin=None, tie=None):
+    """-log sigmoid(chosen - rejected - margin), mean over pairs. chosen, rejected (B,) rewards; margin float
+    or (B,); tie (B,) bool: neither answer is better, so both orders count half. Bradley-Terry: P(chosen beats
+    rejected) = sigmoid(r_chosen - r_rejected). chosen [1], rejected [0] -> 0.3133; as a tie 0.8133."""
+    margin = 0.0 if margin is None else margin
+    losses = -F.logsigmoid(chosen - rejected - margin)
+    if tie is not None:
+        other_order = -F.logsigmoid(rejected - chosen - margin)
+        losses = torch.where(tie, 0.5 * (losses + other_order), losses)
+    return losses.mean()
 
 
-def pair_losses(chosen, rejected, margin, tie, center):
-    """(B,) loss of each pair: Bradley-Terry, a tie as the mean over both orders, plus the centring term."""
-    d = chosen - rejected
-    win, lose = -F.logsigmoid(d - margin), -F.logsigmoid(-d - margin)
-    return torch.where(tie, 0.5 * (win + lose), win) + center * (chosen + rejected) ** 2
+def centring_loss(chosen, rejected):
+    """(r_chosen + r_rejected)^2, mean over pairs: pairs fix differences alone, this keeps rewards around
+    0."""
+    return ((chosen + rejected) ** 2).mean()
+
+
+def gain_and_bias(rewards, bias=0.0):
+    """(gain, new bias) that give rewards (n,), which hold `bias` already, mean 0 and standard deviation 1:
+    gain * (r - bias) + new bias. Rewards that are all equal have no scale: gain 1. [1, 3], bias 0 -> 1,
+    -2."""
+    mean, std = rewards.mean().item(), rewards.std(correction=0).item()
+    gain = 1 / std if std > 1e-5 * max(1.0, abs(mean)) else 1.0
+    return gain, gain * (bias - mean)
 
 
 def wilson(k, n, z=1.96):
-    """95 % interval of a share k/n (Wilson 1927): sensible near 0 and 1, where the normal one is not. 60 of 100 -> (0.502, 0.691)."""
+    """95 % interval of a share k/n (Wilson 1927): sensible near 0 and 1, where the normal one is not. 60 of
+    100 -> (0.502, 0.691)."""
     p, w = k / n, z * z / n
     mid, half = (p + w / 2) / (1 + w), z * math.sqrt(p * (1 - p) / n + w / (4 * n)) / (1 + w)
     return mid - half, mid + half
 
 
 def calibration(margins, bins=10):
-    """Is sigmoid(margin) the share of pairs that it claims? margins (B,): r_chosen - r_rejected. The model's confidence in
-    its own choice, sigmoid(|margin|) in [0.5, 1], against how often that choice is right. Returns (ECE, rows of
-    (from, to, pairs, mean confidence, accuracy)). Guo et al. 2017 (1706.04599)."""
+    """Is sigmoid(margin) the share of pairs that it claims? margins (B,): r_chosen - r_rejected. The model's
+    confidence in its own choice, sigmoid(|margin|) in [0.5, 1], against how often that choice is right.
+    Returns (ECE, rows of (from, to, pairs, mean confidence, accuracy)). Guo et al. 2017 (1706.04599)."""
     confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
     edges = np.linspace(0.5, 1.0, bins + 1)
     which = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
-    rows = [(float(edges[b]), float(edges[b + 1]), int(m.sum()), float(confidence[m].mean()), float(right[m].mean()))
-            for b in range(bins) if (m := which == b).any()]
+    rows = []
+    for b in np.unique(which):
+        here = which == b
+        rows.append((float(edges[b]), float(edges[b + 1]), int(here.sum()), float(confidence[here].mean()),
+                     float(right[here].mean())))
     return sum(n * abs(conf - acc) for _, _, n, conf, acc in rows) / len(margins), rows
 
 
@@ -138,223 +161,172 @@ def linear_lr(it, peak, warmup, total):
     return peak * min((it + 1) / (warmup + 1), max(0.0, (total - it) / max(1, total - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data
+# -----------------------------------------------------------------------------------------------------------
+# data, rewards of many sequences, samples
 
 
-def encode_pairs(rows, tok, block_size, name, ties):
-    """Rows -> [(chosen ids, rejected ids, answer lengths, margin, tie)]. A prompt that does not fit loses its beginning
-    (the answer and its end token must stay); a pair whose answer alone is too long is dropped and counted."""
-    pairs, cut, dropped, tied = [], 0, 0, 0
-    for i, row in enumerate(rows):
-        if row.get('tie') and ties == 'drop':
-            tied += 1
-            continue
-        try:
-            prompt, chosen, rejected = encode_pair(row, tok)
-        except ValueError as e:
-            raise ValueError(f'{name}, row {i + 1}: {e}') from None
-        longest = max(len(chosen), len(rejected))
-        if longest >= block_size:
-            dropped += 1
-            continue
-        cut += len(prompt) + longest > block_size
-        prompt = prompt[-(block_size - longest):]
-        pairs.append((prompt + chosen, prompt + rejected, len(chosen), len(rejected), float(row.get('margin') or 0.0), bool(row.get('tie'))))
-    if not pairs:
-        raise ValueError(f'{name}: no usable pair of {len(rows)} within block_size {block_size} ({dropped} too long, {tied} ties)')
-    if cut or dropped or tied:
-        print(f'{name}: {cut} prompts cut on the left, {dropped} pairs dropped (answer longer than {block_size}), {tied} ties left out')
-    return pairs
+def read_preference(row, tok, T, ties):
+    """One row -> ([(prompt, chosen, rejected, margin, tie)], note). A prompt that does not fit loses its
+    beginning (the answer and its end token must stay)."""
+    tie = bool(row.get('tie'))
+    if tie and ties == 'drop':
+        return [], 'ties left out'
+    prompt, chosen, rejected = encode_pair(row, tok)
+    room = T - max(len(chosen), len(rejected))
+    if room < 1:
+        return [], f'pairs dropped (an answer alone has more than {T} tokens)'
+    note = 'prompts cut on the left' if len(prompt) > room else ''
+    return [(prompt[-room:], chosen, rejected, float(row.get('margin') or 0.0), tie)], note
 
 
-def packed_rewards(model, sequences, device):
-    """Rewards (S,) of token lists, read at the last token of each, by one forward without padding. What a sequence and the one before
-    it begin with is computed ONCE: a pair's prompt, say.
-
-        flat tokens   p p p a a | b b b | ...        what embeddings, linear layers and norms see: N = P + 2 + 3
-        attention     p p p a a | p p p b b b | ...  gathered for the attention alone"""
-    sequences = [np.asarray(s, np.int64) for s in sequences]
-    lengths = torch.tensor([len(s) for s in sequences])
-    if getattr(model, 'mesh', parallel.ALONE).cp.size > 1:  # cut along the context, where no token can belong to two sequences
-        idx, doc = torch.from_numpy(np.concatenate(sequences))[None], torch.arange(len(sequences)).repeat_interleave(lengths)[None]
-        return model(idx.to(device), doc=doc.to(device))[0][0, (lengths.cumsum(0) - 1).to(device)]
-    tokens, pos, gather, slot, n, m, before = [], [], [], [], 0, 0, sequences[0][:0]
-    path = before
-    for s in sequences:
-        k = min(len(s) - 1, len(before))  # its last token is always its own
-        k = int(np.argmin(np.append(s[:k] == before[:k], False)))  # so many are the same
-        path = np.concatenate([path[:k], np.arange(n, n + len(s) - k)])
-        tokens.append(s[k:]), pos.append(np.arange(k, len(s))), gather.append(path), slot.append(np.arange(m + k, m + len(s)))
-        n, m, before = n + len(s) - k, m + len(s), s
-    extra = np.zeros(K.extra_rows(n), np.int64)  # dummy rows that nobody reads: few shapes for oneDNN
-    tokens.append(extra), pos.append(extra), slot.append(extra)
-    last = torch.tensor([path[-1] for path in gather], device=device)
-    tokens, pos, gather, slot = (torch.from_numpy(np.concatenate(x)).to(device) for x in (tokens, pos, gather, slot))
-    at = Layout((1, m), torch.device(device), doc=torch.arange(len(lengths)).repeat_interleave(lengths)[None].to(device))
-    return model.values(model.hidden(tokens, pos, at.through(gather, slot).attend())[last])
+def rewards_in_order(run, model, sequences):
+    """Rewards (S,) of token lists, without gradient, in micro-batches, on the CPU of every rank."""
+    lengths = [len(ids) for ids in sequences]
+    found = run.each(model, lengths, lambda net, rows: rewards_of(net, [sequences[i] for i in rows]))
+    return torch.stack(found).float()
 
 
-def reward_of(model, sequences, device, micro_tokens, mesh=parallel.ALONE):
-    """The same for any number of sequences, without gradient, in micro-batches (of several replicas each does its share); float32
-    on the CPU, in their order."""
-    out = torch.empty(len(sequences))
-    lengths = [len(s) for s in sequences]
-    bins = mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)
-    found = parallel.evaluate(model, bins, lambda model, bin: packed_rewards(model, [sequences[i] for i in bin], device).float().cpu())
-    for bin, r in mesh.collect(list(zip(bins, found))):
-        out[bin] = r.cpu()
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-if __name__ == '__main__':
-    # ---- process, model, data ------------------------------------------------------------------------------------
-    config['stage'] = 'reward'
-    device, amp_dtype = pick_device(device, dtype)
-    K.use(kernels)
-    parallel.accept('reward', tp, pp, cp, compile)
-    mesh = parallel.init(tp, pp, cp, zero, dist_timeout, device, seed, quiet=True)  # this process alone, or torchrun's
-    device = mesh.device
-    for key, value, known in (('ties', ties, ('drop', 'half')), ('normalize', normalize, ('samples', 'responses', 'none'))):
-        if value not in known:
-            raise ValueError(f'{key} {value!r}: expected one of {", ".join(known)}')
-    if not os.path.exists(dataset):
-        raise ValueError(f'{dataset}: no such data; python {os.path.dirname(dataset) or "data/toy"}/prepare.py makes it (or name a file of your own)')
-    ckpt = open_run(out_dir, init_from, overwrite, 'reward', mesh)
-    if init_from == 'scratch':
-        raise ValueError('a reward model starts from a language model: --init_from=out-sft (made by python sft.py config/sft_toy.py), a name or a directory')
-    model, tokenizer = open_model(init_from, ckpt, 'scalar', tokenizer, None, lora_r, lora_alpha, lora_dropout, lora_targets)
-    tok = get_tokenizer(tokenizer)
-    if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(f'tokenizer {tokenizer!r} has {tok.vocab_size} tokens, the model {model.config.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
-    model.config.dropout, T = 0.0, min(block_size or model.config.block_size, model.config.block_size)
-    model = model.to(device)
-    threads = pick_threads(threads, model.num_params(), device)
-    rows, val_rows = load_dataset(dataset), load_dataset(val_dataset) if val_dataset else None
-    if val_rows is None:
-        parts = rows.train_test_split(0.05, seed)
-        rows, val_rows = parts['train'], parts['test']
-    pairs = encode_pairs(rows.select(range(min(max_rows or len(rows), len(rows)))), tok, T, dataset, ties)
-    val_pairs = encode_pairs(val_rows, tok, T, val_dataset or f'{dataset} (5 % kept aside)', 'drop')
-    max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
-    sampler = Sampler(len(pairs), batch_size, seed)
-    print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of {batch_size} = {max_iters * batch_size / len(pairs):.2f} epochs')
-
-    def evaluate(part):
-        """What there is to say about a reward model on held-out pairs; see the glossary of the README."""
-        model.eval()
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            r = reward_of(model, [s for p in part for s in p[:2]], device, micro_tokens, mesh).view(-1, 2)
-        model.train()
-        chosen, rejected = r[:, 0].numpy().astype(float), r[:, 1].numpy().astype(float)
-        margins = chosen - rejected
-        ece, table = calibration(margins)
-        right = int((margins > 0).sum())
-        edges = np.histogram_bin_edges(r.numpy(), 30)
-        return dict(loss=float(np.logaddexp(0, -margins).mean()), accuracy=right / len(part), accuracy_95=wilson(right, len(part)), pairs=len(part),
-                    margin=float(margins.mean()), ece=ece, reliability=table, length_correlation=correlation(r.flatten(), [n for p in part for n in p[2:4]]),
-                    longer_is_chosen=float(np.mean([p[2] > p[3] for p in part])), reward_mean=float(r.mean()), reward_std=float(r.std()),
-                    histogram=dict(edges=edges.tolist(), chosen=np.histogram(chosen, edges)[0].tolist(), rejected=np.histogram(rejected, edges)[0].tolist()))
-
-    # ---- optimizer, resume ---------------------------------------------------------------------------------------
-    if ckpt:
-        with torch.no_grad():  # the weights as trained, before gain and bias
-            model.score.weight.copy_(ckpt['raw_score'])
-        model.config.reward_bias = 0.0
-    weights, grads, moments = training_bytes(model, mesh)
-    base_memory, n_params = memory_now(device) - training_bytes(model)[0], model.num_params()
-    model = parallel.shard(model, mesh)
-    optimizer = parallel.Optimizer(model, mesh, learning_rate, (beta1, beta2), adam_eps, weight_decay)
-    mesh.split_seeds(seed)
-    start, best = 0, 0.0
-    if ckpt:
-        optimizer.load_state_dict(ckpt['optimizer'])
-        mesh.set_rng_state(ckpt['rng'])
-        sampler.load_state_dict(ckpt['data'])
-        start, best = ckpt['iter'], ckpt['best']
-    log = RunLog(out_dir, config, ckpt, mesh.master)
-    longest = max(len(p[0]) + len(p[1]) for p in pairs)
-    planned = memory_plan(dict(weights=weights, grads=grads, adam=moments, activations=activation_bytes(model.config, min(max(micro_tokens, longest), batch_size * longest) // (tp * cp), T)))
-    print(f'{n_params / 1e6:.2f} M parameters on {device}{mesh.words()}, {amp_dtype}, {threads} threads, kernels: {K.which()}')
-    if compile:
-        model.compile_blocks()
-
-    def score_weight():
-        return parallel.full_state(model, keep=lambda name: name == 'score.weight')['score.weight'].clone()
-
-    def checkpoint(it, raw, better=False):
-        parallel.save_checkpoint(os.path.join(out_dir, 'ckpt.pt'), mesh, model, optimizer, also=os.path.join(out_dir, 'ckpt_best.pt') if better else None,
-                                 **checkpoint_keys(model), raw_score=raw.cpu(), config=config, tokenizer=tokenizer, iter=it,
-                                 best=best, data=sampler.state_dict(), time=log.elapsed())
-
-    def loss_of(model, mine):
-        """The share of some pairs in the batch's loss; how many are right, the sum of their margins."""
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            r = packed_rewards(model, [s for p in mine for s in p[:2]], device).view(-1, 2)
-        margins, tie = torch.tensor([margin_scale * p[4] for p in mine], device=device), torch.tensor([p[5] for p in mine], device=device)
-        d = (r[:, 0] - r[:, 1]).detach()
-        return pair_losses(r[:, 0], r[:, 1], margins, tie, center).sum() / pairs_a_step, dict(right=(d > 0).sum(), margin=d.sum())
-    pairs_a_step = batch_size * mesh.copies(batch_size)
-
-    # ---- loop ----------------------------------------------------------------------------------------------------
+def held_out_report(run, model, pairs):
+    """What there is to say about a reward model on held-out pairs; docs/metrics explains the words."""
+    model.eval()
+    both = rewards_in_order(run, model, [p[0] + answer for p in pairs for answer in p[1:3]])
     model.train()
-    for it in range(start, max_iters + 1):
-        if (it % eval_interval == 0 or it == max_iters or eval_only) and not (ckpt and it == start and not eval_only and it < max_iters):
-            seen = evaluate(val_pairs[:eval_iters * batch_size or None])
-            lo, hi = seen['accuracy_95']
-            print(f"step {it}: held-out accuracy {seen['accuracy']:.1%} ({lo:.1%} to {hi:.1%}), loss {seen['loss']:.4f}, margin {seen['margin']:.3f}, "
-                  f"ece {seen['ece']:.3f}, length correlation {seen['length_correlation']:+.2f}")
-            log.row(it, 'eval', **{k: v for k, v in seen.items() if isinstance(v, (int, float))})
-            check_finite(it, out_dir, val_loss=seen['loss'])
-            if eval_only:
-                break
-            better, best = seen['accuracy'] > best, max(best, seen['accuracy'])
-            checkpoint(it, score_weight(), better)
-        if it == max_iters:
-            break
-        t0 = time.time()
-        lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
-        batch = [pairs[i] for i in next(sampler)]
-        lengths = [len(p[0]) + len(p[1]) for p in batch]
-        micros = [[batch[i] for i in bin] for bin in mesh.deal(pack(lengths, max([micro_tokens, *lengths])), lengths)]
-        found = parallel.forward_backward(model, optimizer, micros, loss_of, summed=True)
-        loss, accuracy, margin, tokens = found['loss'], found['right'] / pairs_a_step, found['margin'] / pairs_a_step, sum(lengths)
-        check_finite(it, out_dir, loss=loss)
-        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
-        dt = time.time() - t0
-        log.row(it, 'train', loss=loss, accuracy=accuracy, margin=margin, grad_norm=norm, lr=lr, tokens=tokens, tok_per_s=tokens / dt)
-        if it % 10 == 0:
-            print(f'iter {it}/{max_iters} | loss {loss:.4f} | acc {accuracy:.1%} | margin {margin:.3f} | norm {norm:.2f} | lr {lr:.1e} | '
-                  f'{dt * 1e3:.0f} ms | {tokens / dt:,.0f} tok/s | eta {eta((max_iters - it) * dt)}')
+    chosen, rejected = both.view(-1, 2).numpy().astype(float).T
+    margins = chosen - rejected
+    ece, reliability = calibration(margins)
+    right = int((margins > 0).sum())
+    edges = np.histogram_bin_edges(np.nan_to_num(both.numpy()), 30)  # NaN: the run stops at the loss
+    histogram = {'edges': edges.tolist(), 'chosen': np.histogram(chosen, edges)[0].tolist(),
+                 'rejected': np.histogram(rejected, edges)[0].tolist()}
+    lengths = [len(answer) for p in pairs for answer in p[1:3]]
+    longer = [len(p[1]) > len(p[2]) for p in pairs]
+    return dict(loss=float(np.logaddexp(0, -margins).mean()), accuracy=right / len(pairs),
+                accuracy_95=wilson(right, len(pairs)), pairs=len(pairs), margin=float(margins.mean()),
+                ece=ece, reliability=reliability, length_correlation=correlation(both, lengths),
+                longer_is_chosen=float(np.mean(longer)), reward_mean=float(both.mean()),
+                reward_std=float(both.std()), histogram=histogram)
 
-    # ---- gain and bias, report -----------------------------------------------------------------------------------
+
+def sampled_sequences(run, tok, pairs, n, max_new_tokens, temperature, seed):
+    """n prompts of the pairs with an answer of the initial policy each."""
+    policy = load_model(run.config['init_from'], run.device)[0].eval()
+    room = prompt_room(policy, max_new_tokens)
+    prompts = [pairs[i % len(pairs)][0][-room:] for i in range(n)]
+    engine = infer.Engine(policy, tok, max_num_seqs=64)
+    answers = answers_to(run, engine, prompts, max_new_tokens, temperature, seed)
+    return [prompt + answer for prompt, answer in zip(prompts, answers)]
+
+
+def normalise(run, model, sequences, name):
+    """Folds gain and bias into the checkpoint `name` of out_dir and into the model, whose weights are then
+    that file's. The weights as trained stay in it (raw_score, raw_bias): a resumed run trains those."""
+    path = os.path.join(run.out_dir, name)
+    saved = torch.load(path, map_location='cpu', weights_only=True)
+    saved.setdefault('raw_bias', 0.0 if 'raw_score' in saved else saved['model_args']['reward_bias'])
+    saved.setdefault('raw_score', saved['model']['score.weight'])
+    for key, value in {**saved['model'], 'score.weight': saved['raw_score']}.items():
+        parallel.set_weight(model, key, value)
+    model.config.reward_bias = saved['raw_bias']
+    rewards = rewards_in_order(run, model, sequences)
+    gain, bias = gain_and_bias(rewards, saved['raw_bias'])
+    if not math.isfinite(gain) or not math.isfinite(bias):
+        raise ValueError(f'{path}: gain {gain} and bias {bias}: broken weights, left as they are')
+    saved['model']['score.weight'] = saved['raw_score'] * gain
+    for part in ('model_args', 'lora'):
+        if saved[part]:
+            saved[part]['reward_bias'] = bias
+    parallel.set_weight(model, 'score.weight', saved['model']['score.weight'])
+    model.config.reward_bias = bias
+    run.replace(path, saved)
+    rewards = rewards_in_order(run, model, sequences)
+    print(f'{name} normalised on {len(sequences)} sequences: gain {gain:.3f}, bias {bias:+.3f}; their '
+          f'rewards now have mean {rewards.mean():.4f} and std {rewards.std(correction=0):.4f}')
+
+
+# -----------------------------------------------------------------------------------------------------------
+if __name__ == '__main__':
+    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval,
+    # save_minutes, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype,
+    # compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
+    run = Run('reward', config)
+
+    # ---- 1. a language model with a scalar head
+    model, tok = run.model('scalar')
+    if run.ckpt and 'raw_score' in run.ckpt:  # the weights as trained, before gain and bias
+        model.score.weight.data.copy_(run.ckpt['raw_score'])
+        model.config.reward_bias = run.ckpt.get('raw_bias', 0.0)
+    if normalize == 'samples':  # said now, not after the training
+        prompt_room(model, max_new_tokens)
+        if not getattr(model, 'fresh_head', True):
+            raise ValueError(f'{init_from} is a reward model and cannot answer: --normalize=responses, none')
+    T = min(block_size or model.config.block_size, model.config.block_size)
+
+    # ---- pairs
+    rows, val_rows = run.rows()
+    rows = rows.select(range(min(max_rows or len(rows), len(rows))))
+    pairs = encode_all(rows, lambda row: read_preference(row, tok, T, ties), dataset)
+    val_pairs = encode_all(val_rows, lambda row: read_preference(row, tok, T, 'drop'), run.val_name)
+    max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
+    order = run.order(pairs, batch_size)
+    print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of '
+          f'{batch_size} = {max_iters * batch_size / len(pairs):.2f} epochs')
+    model, optimizer = run.trained(model, learning_rate, adam_eps)
+    longest = max(2 * len(p[0]) + len(p[1]) + len(p[2]) for p in pairs)  # of a pair, its prompt counted twice
+    run.plan(min(max(micro_tokens, longest), batch_size * longest), T)
+
+    def loss_of(model, pairs):
+        """(mean loss of some pairs, {share that is right, mean margin})."""
+        margin = torch.tensor([margin_scale * p[3] for p in pairs], device=run.device)
+        tie = torch.tensor([p[4] for p in pairs], device=run.device)
+        with run.amp():
+            rewards = rewards_of(model, [p[0] + answer for p in pairs for answer in p[1:3]])  # (2 B,)
+        chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,) each
+        loss = bradley_terry_loss(chosen, rejected, margin, tie)
+        if center:
+            loss = loss + center * centring_loss(chosen, rejected)
+        gap = (chosen - rejected).detach()
+        return loss, dict(accuracy=(gap > 0).float().mean(), margin=gap.mean())
+
+    model.train()
+    for it in run.iterations(max_iters):
+        # ---- evaluate, and write a checkpoint; step 0 is the baseline, a coin toss
+        if run.due(it):
+            seen = held_out_report(run, model, val_pairs[:eval_iters * batch_size or None])
+            shown = 'accuracy accuracy_95 loss margin ece length_correlation'
+            run.evaluated(it, seen, seen['accuracy'], shown)
+        if it == max_iters or eval_only:
+            break
+
+        # ---- 2. a batch of pairs, in micro-batches that one forward each goes through
+        batch = [pairs[i] for i in next(order)]
+        lengths = [2 * len(p[0]) + len(p[1]) + len(p[2]) for p in batch]
+        micros = [[batch[i] for i in picked] for picked in run.micro_batches(lengths)]
+
+        # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its pairs (the GPU is waited for
+        # here)
+        stats = parallel.forward_backward(model, optimizer, micros, loss_of, [len(m) for m in micros])
+        check_finite(it, out_dir, **stats)
+        # all-reduce of the gradients, clip, AdamW
+        lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
+        norm = parallel.clip_and_step([optimizer], [lr], grad_clip)
+        metrics = dict(stats, grad_norm=norm, lr=lr, tokens=sum(lengths))
+        run.log(it, metrics, 'loss accuracy margin grad_norm lr')
+
+    # ---- 4. gain and bias, of both files that leave this stage; the last one stays in memory
     if not eval_only and normalize != 'none':
-        sequences = [s for p in pairs for s in p[:2]][:normalize_n]
         if normalize == 'samples':
-            policy_name = (ckpt['config'] if ckpt else config)['init_from']
-            policy = load_model(policy_name, device)[0].eval()
-            engine = infer.Engine(policy, tok, max_num_seqs=64)
-            prompts = [p[:-a] for p, _, a, _, _, _ in (pairs[i % len(pairs)] for i in range(normalize_n))]
-            prompts = [p[-(T - max_new_tokens):] for p in prompts]
-            mine = range(len(prompts))[mesh.mine(len(prompts))]  # each rank answers its share
-            done = engine.generate([prompts[i] for i in mine], [infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed + i) for i in mine])
-            sequences = mesh.collect([prompts[mine[c.prompt_index]] + c.token_ids for c in done], everyone=True)
-            del engine, policy
-        r = reward_of(model, sequences, device, micro_tokens, mesh)
-        gain = 1 / r.std(correction=0).clamp(min=1e-6).item()
-        raw_score, bias = score_weight(), -gain * r.mean().item()
-        parallel.set_weight(model, 'score.weight', raw_score * gain)
-        model.config.reward_bias = bias
-        r = reward_of(model, sequences, device, micro_tokens, mesh)
-        print(f'normalised on {len(sequences)} {normalize}: gain {gain:.3f}, bias {bias:+.3f}; their rewards now have mean {r.mean():.4f} and std {r.std(correction=0):.4f}')
-        checkpoint(max_iters, raw_score)
-    seen = evaluate(val_pairs)
-    if mesh.master:
+            sequences = sampled_sequences(run, tok, pairs, normalize_n, max_new_tokens, temperature, seed)
+        else:
+            sequences = [p[0] + answer for p in pairs for answer in p[1:3]][:normalize_n]
+        for name in ('ckpt_best.pt', 'ckpt.pt'):
+            if os.path.exists(os.path.join(out_dir, name)):
+                normalise(run, model, sequences, name)
+
+    # ---- 5. the report, on all held-out pairs
+    seen = held_out_report(run, model, val_pairs)
+    if run.mesh.master:
         write_json(os.path.join(out_dir, 'report.json'), seen)
     print('reliability: confidence of its choice | how often right | pairs')
-    for lo, hi, n, conf, acc in seen['reliability']:
-        print(f'  {lo:.2f}-{hi:.2f}: {conf:.3f} | {acc:.3f} | {n}')
-    peak = memory_now(device, peak=True) - max(0, base_memory)
-    print(f"done: held-out accuracy {seen['accuracy']:.1%}, peak memory {peak / 1e9:.2f} GB (planned {planned / 1e9:.2f}), checkpoint in {out_dir}/ckpt.pt, report in {out_dir}/report.json")
-    mesh.close()
+    for low, high, n, confidence, accuracy in seen['reliability']:
+        print(f'  {low:.2f}-{high:.2f}: {confidence:.3f} | {accuracy:.3f} | {n}')
+    run.finish(f"held-out accuracy {seen['accuracy']:.1%}, report in {out_dir}/report.json")

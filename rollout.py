@@ -1,26 +1,184 @@
-"""Answers and rewards of the RL stages: reward files, and rollouts that run ahead of the trainer (--mode=async).
+"""What RL stages share: prompts, answers of the policy (now, stale or ahead), rewards, the batch.
 
-AReaL, 2505.24298: engines in actors; an asynchronous stage takes its batches from here."""
+    train, val, longest = load_prompts(run, tok, context)
+    rewards = Rewards(run, tok, longest)              # --reward=a.py,out-reward --reward_weights=1,0.5
+    answers = Answers(run, policy, tok, train, longest, group_size=8)
+    answers.start(policy, reference, rewards)         # the policy as it is trained
+    batch = answers.next(it)                          # B answers in whatever mode: see Batch
+    total, each = rewards(batch)                      # (B,) and {'a.py': (B,), 'out-reward': (B,)}
+    logp, entropy = answers.logprobs(policy, batch[rows])       # (b, r), with gradient
+
+Asynchronous rollouts, the second half of the file, follow AReaL (2505.24298): engines in actors run ahead of
+the trainer.
+"""
+import copy
+import itertools
+import json
+import math
 import os
 import runpy
 import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
-from tokenizer import get_tokenizer
-from infer import Engine
+import infer
+import parallel
+from dataset import pad
+from model import all_rewards, answer_logprobs, answer_values
+from run import check_fit, encode_all, kv_cache_bytes, load_model, reference_of
+from tokenizer import encode_prompt, encode_row, get_tokenizer
+
+# -----------------------------------------------------------------------------------------------------------
+# prompts
+
+
+def read_prompt(row, tok, room, long_prompts):
+    """A row {"prompt", ...} -> ([(row, prompt ids)], note). A prompt over `room` tokens is an error,
+    dropped, or cut: it loses its beginning."""
+    if 'prompt' not in row:
+        raise ValueError(f'no "prompt", it has {sorted(row)}')
+    ids = encode_prompt(row['prompt'], tok)
+    if not ids:
+        raise ValueError('empty prompt')
+    if len(ids) <= room:
+        return [(row, ids)], ''
+    if long_prompts == 'error':
+        raise ValueError(f'prompt of {len(ids)} tokens, block_size minus max_new_tokens leaves {room}: lower '
+                         f'--max_new_tokens, or --long_prompts=drop or cut')
+    kept = [(row, ids[-room:])] if long_prompts == 'cut' else []
+    return kept, f'prompts over {room} tokens, {long_prompts}'
+
+
+def load_prompts(run, tok, context):
+    """(training items, held-out items, longest): items [(row, prompt ids)], longest: tokens of a prompt and
+    its answer at most. ValueError where max_new_tokens leaves no room in a context of so many tokens."""
+    c = run.config
+    room = context - c['max_new_tokens']
+    if room < 1:
+        raise ValueError(f'max_new_tokens {c["max_new_tokens"]} leaves no room for a prompt in block_size '
+                         f'{context}: lower it')
+    room = min(c['max_prompt'] or room, room)
+    names = c['dataset'], c['val_dataset'] or c['dataset']
+    train, val = (encode_all(rows, lambda row: read_prompt(row, tok, room, c['long_prompts']), name)
+                  for rows, name in zip(run.rows(), names))
+    run.same_rows([ids for _, ids in train])
+    return train, val, max(len(ids) for _, ids in train + val) + c['max_new_tokens']
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the batch
+
+
+@dataclass
+class Batch:
+    """B answers, those to one prompt beside each other, and what is known of them; R = tokens of the
+    longest answer.
+
+        rows       [dict]          the data set's row of each answer, for reward files
+        index      [int]           its number
+        prompts    [[int]]         token ids; the answers to one prompt hold the same list object
+        responses  [[int]]         token ids, the end token included where there is one
+        ended      (B,) bool       whether the answer ended by itself, with an end token
+        mask       (B, R) bool     True = response token; answers are padded on the right
+        sampled    (B, R) float    log-prob that the sampler had for each token, 0 elsewhere
+        ages       (B, R) int      updates that the sampler's weights were behind
+    The rest a stage fills in as it goes; None until then. `batch[rows]` is a Batch of some answers, cut to
+    the longest."""
+    rows: list
+    index: list
+    prompts: list
+    responses: list
+    ended: torch.Tensor
+    mask: torch.Tensor
+    sampled: torch.Tensor
+    ages: torch.Tensor
+    scores: torch.Tensor = None      # (B,)
+    advantages: torch.Tensor = None  # (B,) or (B, R), as are those below
+    old_logp: torch.Tensor = None
+    ref_logp: torch.Tensor = None
+    values: torch.Tensor = None
+    returns: torch.Tensor = None
+    weights: torch.Tensor = None
+    given: dict = None  # {reward file: (B,)}, come along with asynchronous answers; not in parts of a batch
+
+    def __len__(self):
+        return len(self.responses)
+
+    def tokens(self):
+        return sum(map(len, self.responses))
+
+    def __getitem__(self, rows):
+        longest, part = max(len(self.responses[i]) for i in rows), {}
+        for field in fields(self):
+            x = getattr(self, field.name)
+            if isinstance(x, list):
+                part[field.name] = [x[i] for i in rows]
+            elif torch.is_tensor(x):
+                part[field.name] = x[rows] if x.dim() == 1 else x[rows, :longest]
+        return Batch(**part)
+
+    def neighbours(self, rows, room=math.inf):
+        """[(prompt, [row number, ...])]: those that answer the same prompt, of at most `room` tokens, the
+        prompt counted once."""
+        found, tokens = [], 0
+        for i in rows:
+            prompt, size = self.prompts[i], len(self.responses[i])
+            if found and found[-1][0] is prompt and tokens + size <= room:
+                found[-1][1].append(i)
+                tokens += size
+            else:
+                found.append((prompt, [i]))
+                tokens = len(prompt) + size
+        return found
+
+    def groups(self):
+        """[(prompt, [answer, ...])], as answer_logprobs wants them."""
+        found = self.neighbours(range(len(self)))
+        return [(prompt, [self.responses[i] for i in rows]) for prompt, rows in found]
+
+
+def minibatches(batch_size, size, seed, it, epoch, group_size=1):
+    """The row numbers of an epoch's minibatches, [[int]]; groups stay together. Epoch 0 takes the batch as
+    it lies, later ones an order that is a function of (seed, it, epoch): no other draw can change it, and
+    every rank has the same."""
+    order = np.arange(batch_size).reshape(-1, group_size)
+    if epoch:
+        order = np.random.default_rng((seed, it, epoch)).permutation(order)
+    return order.reshape(-1, size).tolist()
+
+
+def means(steps):
+    """[{name: number}], one of each optimizer step -> {name: mean}; of a name that ends in _max the
+    largest."""
+    found = {}
+    for key in steps[0] if steps else ():
+        values = [step[key] for step in steps]
+        found[key] = max(values) if key.endswith('_max') else sum(values) / len(values)
+    return found
+
+
+def overview(batch):
+    """What every row of the log says of answers; score_std is the sample's (n - 1), 0 for a single answer."""
+    spread = batch.scores.std().item() if len(batch) > 1 else 0.0
+    return dict(score=batch.scores.mean().item(), score_std=spread, len=batch.tokens() / len(batch),
+                ended=batch.ended.float().mean().item())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# rewards
 
 
 def load_reward(path):
-    """The function `reward(prompt: str, completion: str, row: dict) -> float` of a Python file of the user's. Its folder can be imported
-    from while it loads. ValueError when the file is missing, does not run, or has no such function."""
+    """The function `reward(prompt, completion: str, row: dict) -> float` of a Python file of the user's.
+    prompt is the row's own: a string, or the list of messages. The file's folder can be imported from while
+    it loads. ValueError when the file is missing, does not run, or has no such function."""
     if not os.path.isfile(path):
-        raise ValueError(f'reward {path}: no such file; it should define reward(prompt, completion, row) -> float')
+        raise ValueError(f'reward {path}: no such file; it defines reward(prompt, completion, row) -> float')
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     try:
         space = runpy.run_path(path, run_name='reward')
@@ -33,12 +191,349 @@ def load_reward(path):
     return space['reward']
 
 
-# -----------------------------------------------------------------------------
+def ask_reward(fn, name, row, text):
+    """The reward of one completion, a float that float32 can hold. ValueError names the file, what it did,
+    and the row."""
+    seen = f'for completion {text[:60]!r} of row {str(row)[:120]}'
+    try:
+        mark = float(fn(row['prompt'], text, row))
+    except Exception as e:
+        raise ValueError(f'reward {name} raised {type(e).__name__}: {e}, {seen}') from e
+    if not abs(mark) < 3.4e38:  # nan, too
+        raise ValueError(f'reward {name} returned {mark} (rewards must be finite, in float32) {seen}')
+    return mark
+
+
+def spoken(ids, ended):
+    """The token ids of an answer that are text: all but the end token."""
+    return ids[:-1] if ended else ids
+
+
+def names_of(spec):
+    """'a.py, out-reward' -> ['a.py', 'out-reward']; a path with a comma that exists is one name."""
+    return [spec] if os.path.exists(spec) else [name.strip() for name in spec.split(',')]
+
+
+def weights_of(text, names):
+    """'1,0.5' -> [1.0, 0.5], one for each name; '' -> 1 each."""
+    try:
+        weights = [float(x) for x in text.split(',')] if text else [1.0] * len(names)
+    except ValueError:
+        raise ValueError(f'reward_weights {text!r}: numbers, separated by commas') from None
+    if len(weights) != len(names):
+        raise ValueError(f'{len(names)} rewards ({", ".join(names)}) but {len(weights)} reward_weights '
+                         f'({text}): one weight each')
+    return weights
+
+
+class Rewards:
+    """Reward files and reward models, several by comma, added up with one weight each.
+
+    A file is asked in this process, one completion after the other. A model reads prompt and answer in its
+    own tokens, as in its training. Of several ranks each scores its share. longest: tokens of a prompt and
+    its answer at most."""
+
+    def __init__(self, run, tok, longest):
+        self.run, self.tok, self.names = run, tok, names_of(run.config['reward'])
+        self.weights = weights_of(run.config.get('reward_weights', ''), self.names)
+        self.files, self.models = {}, {}  # {name: function}, {name: (model, its tokenizer)}
+        for name in self.names:
+            if name.endswith('.py'):
+                self.files[name] = load_reward(name)
+            else:
+                model, tokenizer = load_model(name, run.device, head='scalar')
+                self.models[name] = model.requires_grad_(False).eval(), get_tokenizer(tokenizer)
+                run.memory['reward'] += sum(p.nbytes for p in model.parameters())
+        self.same_ids = []  # the models whose token ids are the policy's
+        for name, (model, own) in self.models.items():
+            if (own.spec, own.eot) == (tok.spec, tok.eot):
+                check_fit(model, f'reward {name}', tok, longest)
+                self.same_ids.append(name)
+
+    def __call__(self, batch):
+        """-> (total (B,) float32, {name: (B,)}), on the CPU."""
+        share = range(len(batch))[self.run.mesh.mine(len(batch))]
+        each = dict(batch.given or {})
+        for name in self.names:
+            if name not in each:
+                scores = self._scores(name, batch[share]) if share else []
+                scores = self.run.mesh.collect(scores, everyone=True)
+                each[name] = torch.tensor(scores, dtype=torch.float32)
+        return sum(weight * each[name] for name, weight in zip(self.names, self.weights)), each
+
+    def _scores(self, name, batch):
+        if name in self.same_ids:
+            model, _ = self.models[name]
+            sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
+        else:
+            ended = batch.ended.tolist()
+            texts = [self.tok.decode(spoken(ids, end)) for ids, end in zip(batch.responses, ended)]
+            if name in self.files:
+                return [ask_reward(self.files[name], name, row, text) for row, text in zip(batch.rows, texts)]
+            model, tok = self.models[name]
+            sequences = [self._reread(*read, tok) for read in zip(batch.rows, texts, ended)]
+            check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
+        with self.run.amp():
+            scores = all_rewards(model, sequences, self.run.config['micro_tokens'])
+        if not scores.isfinite().all():
+            bad = scores[~scores.isfinite()][0].item()
+            raise ValueError(f'reward model {name} returned {bad}: its weights are broken; train it again')
+        return scores.tolist()
+
+    def _reread(self, row, text, ended, tok):
+        """Other tokens: the row as the reward model's training read it, with the end token where the answer
+        ended."""
+        ids, _ = encode_row(dict(prompt=row['prompt'], completion=text), tok)
+        return ids if ended else ids[:-1]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# answers
+
+
+class Answers:
+    """The policy's answers to the prompts, in the order of the data: one `next(it)` for all modes.
+
+        sync                  an engine in this process answers with the weights before update `it`
+        async                 engines in other processes run ahead, see Rollouts below
+        simulated staleness   the engine here answers with the weights of n updates ago: async's samples, but
+                              deterministic
+    Which prompt is number k, and what is sampled for it, are functions of (seed, k). So all modes ask the
+    same, and the state to resume from is one number. items: [(row, prompt ids)]; longest: tokens of prompt
+    and answer at most. Made before the policy is cut to ranks, started after."""
+
+    def __init__(self, run, policy, tok, items, longest, group_size=1):
+        c = self.config = run.config
+        if c['simulate_staleness'] and c['mode'] == 'sync':
+            raise ValueError(f'simulate_staleness {c["simulate_staleness"]}: it goes with --mode=async')
+        self.run, self.mesh, self.device, self.tok = run, run.mesh, run.device, tok
+        self.items, self.group_size = items, group_size
+        self.need = c['batch_size'] // group_size      # prompts an iteration
+        self.team = c['tp'] if c['rollout_tp'] else 1  # ranks that run one engine together
+        self.params = infer.SamplingParams(max_tokens=c['max_new_tokens'], temperature=c['temperature'])
+        self.options = dict(max_num_seqs=c['max_num_seqs'], max_len=longest)
+        self.stale, self.past, self.pool = c['simulate_staleness'], [], None
+        if self.stale:
+            self.sampler = copy.deepcopy(policy).to(run.dtype).requires_grad_(False)
+        else:
+            self.sampler = parallel.sampler_of(policy, run.mesh, run.dtype, c['rollout_tp'])
+
+    def start(self, policy, reference, rewards):
+        """policy: as it is trained. reference: a frozen model, or None: then it is the policy without its
+        adapter."""
+        self.policy, self.reference = policy, reference
+        self.engine = infer.Engine(self.sampler, self.tok, **self.options)
+        self.position, self.run.cursor = 0, self
+        if self.run.ckpt:
+            state = self.run.ckpt['data']
+            self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
+            self.past = self.run.ckpt.get('past', [])
+        self.jobs = self._jobs(self.position)
+        if self.stale:
+            self.run.extra['past'] = self.past
+        elif self.config['mode'] == 'async' and not self.config['eval_only']:
+            model = copy.deepcopy(self.sampler).cpu().requires_grad_(False)
+            keys = 'max_staleness rollout_workers reward_workers reward_timeout reward_retries runtime'
+            workers = {key: self.config[key] for key in keys.split()}
+            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, list(rewards.files),
+                                 position=self.position, device=self.device, **workers, **self.options)
+
+    def state_dict(self):
+        """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled
+        again."""
+        return dict(position=self.position if self.pool is None else self.pool.position)
+
+    def memory(self):
+        """{what: bytes} that the sampling side holds, for Run.plan."""
+        rows = self.options['max_num_seqs'] * self.options['max_len']
+        found = dict(kv=kv_cache_bytes(self.sampler.config, rows, self.run.dtype.itemsize))
+        if self.sampler is not getattr(self.policy, 'body', self.policy):
+            found['sampler'] = (1 + self.stale) * sum(p.nbytes for p in self.sampler.parameters())
+        return found
+
+    def close(self):
+        """Ends the processes that run ahead."""
+        if self.pool is not None:
+            self.pool.close()
+
+    # ---- sampling
+
+    def _jobs(self, k):
+        """Endless: (row number, row, prompt ids, how to sample) of prompt number k, k + 1, ..."""
+        seed, n, epoch = self.config['seed'], len(self.items), -1
+        for k in itertools.count(k):
+            if k // n != epoch:  # a permutation an epoch, laid end to end
+                epoch = k // n
+                order = np.random.default_rng((seed, epoch)).permutation(n).tolist()
+            own = (seed * 1000003 + k) % (1 << 31)
+            yield order[k % n], *self.items[order[k % n]], replace(self.params, n=self.group_size, seed=own)
+
+    def next(self, it, again=False):
+        """The next Batch of need * group_size answers, sampled with the weights before update `it` or older
+        ones. again: a second helping for the same update (dynamic sampling)."""
+        if not again:
+            self._publish(it)
+        if self.pool is None:
+            jobs = list(itertools.islice(self.jobs, self.need))
+            self.position += self.need
+            return self._answer(jobs, min(it, self.stale))
+        groups = self.pool.take(self.need)
+        answers = [(ids, logp, [it - version for version in versions], ended)
+                   for group in groups for ids, logp, versions, ended in group.answers]
+        batch = self._batch([(group.index, *self.items[group.index]) for group in groups], answers)
+        batch.given = {name: torch.tensor([mark for group in groups for mark in group.scores[name]])
+                       for name in groups[0].scores}
+        return batch
+
+    def held_out(self, items, n=1):
+        """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of
+        their own."""
+        parallel.refresh(self.engine, self.policy)
+        params = [replace(self.params, n=n, seed=i) for i in range(len(items))]
+        return self._answer([(i, *items[i], params[i]) for i in range(len(items))], 0)
+
+    def _publish(self, it):
+        """The weights before update `it` go to whoever samples; with simulated staleness older ones do."""
+        if self.pool is not None:
+            self.pool.publish(self.policy.state_dict(), it)
+        elif self.stale:
+            self.past.append({name: x.clone() for name, x in self.policy.state_dict().items()})
+            del self.past[:-self.stale - 1]
+            self.engine.load_weights(self.past[0])
+        else:
+            parallel.refresh(self.engine, self.policy)
+
+    def _answer(self, jobs, age):
+        """A Batch, by the engine here. Each rank (with rollout_tp each team) answers its share, all get
+        all."""
+        mine = jobs[self.mesh.mine(len(jobs), self.team)]
+        done = self.engine.generate([prompt for _, _, prompt, _ in mine], [params for *_, params in mine])
+        found = [(c.token_ids, c.logprobs, [age] * len(c.token_ids), c.finish_reason == 'stop') for c in done]
+        return self._batch([job[:3] for job in jobs], self.mesh.collect(found, everyone=True, team=self.team))
+
+    def _batch(self, asked, answers):
+        """asked: [(row number, row, prompt)], answers: [(ids, log-probs, ages, ended)], as many for each."""
+        n = len(answers) // len(asked)
+        index, rows, prompts = zip(*(job for job in asked for _ in range(n)))
+        ids, logps, ages, ended = zip(*answers)
+        _, mask = pad(ids)
+        sampled, _ = pad(logps, 0.0)
+        ages, _ = pad(ages)
+        mask, sampled, ages = (x.to(self.device) for x in (mask, sampled, ages))
+        lists = (list(x) for x in (rows, index, prompts, ids))
+        return Batch(*lists, torch.tensor(ended), mask, sampled, ages)
+
+    # ---- a forward pass over a batch
+
+    def micro_batches(self, batch, rows):
+        """Some row numbers in groups of at most micro_tokens tokens, always cut the same way; neighbours
+        share their prompt. Of several replicas each gets its share -> ([[int]], how many replicas compute
+        the same ones)."""
+        units = batch.neighbours(rows, self.config['micro_tokens'])
+        sizes = [len(prompt) + sum(len(batch.responses[i]) for i in mine) for prompt, mine in units]
+        bins = self.run.micro_batches(sizes)
+        return [[i for unit in some for i in units[unit][1]] for some in bins], self.mesh.copies(len(units))
+
+    def logprobs(self, model, micro):
+        """(log-probs, entropies) of a micro-batch at the temperature that it was sampled with, (b, r)."""
+        with self.run.amp():
+            logp, entropy, _ = answer_logprobs(model, micro.groups(), self.params.temperature)
+        return logp, entropy
+
+    def values(self, model, micro):
+        """The value before each token of a micro-batch, (b, r)."""
+        with self.run.amp():
+            values, _ = answer_values(model, micro.groups())
+        return values
+
+    def all_logprobs(self, model, batch, minibatches):
+        """Log-probs of all answers (B, R), without gradient."""
+        return self._all(lambda model, micro: self.logprobs(model, micro)[0], model, batch, minibatches)
+
+    def reference_logprobs(self, batch, minibatches):
+        """The same under the reference."""
+        with reference_of(self.policy, self.reference) as model:
+            return self.all_logprobs(model, batch, minibatches)
+
+    def all_values(self, model, batch, minibatches):
+        """Values of all answers (B, R), without gradient."""
+        return self._all(self.values, model, batch, minibatches)
+
+    def _all(self, fn, model, batch, minibatches):
+        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every
+        rank. They are cut as the update will cut them, so that its first ratios are 1 to the bit."""
+        out = torch.zeros(batch.mask.shape, device=self.device)
+        for rows in minibatches:
+            micros, _ = self.micro_batches(batch, rows)
+            found = parallel.evaluate(model, micros, lambda model, micro: fn(model, batch[micro]).float())
+            for micro, x in self.mesh.collect(list(zip(micros, found))):
+                out[micro, :x.shape[1]] = x.to(self.device)
+        return out
+
+    # ---- what is said of a batch
+
+    def lag(self, batch, idle):
+        """Asynchronous rollouts in a row of the log; idle: the share of the time that the trainer waited
+        for samples."""
+        if self.config['mode'] == 'sync':
+            return {}
+        ages = batch.ages[batch.mask].float()
+        row = dict(staleness=ages.mean(), staleness_max=ages.max(), prompts=batch.index[::self.group_size])
+        if self.pool is not None:
+            row |= dict(idle=idle, dropped=self.pool.dropped, restarts=self.pool.restarts,
+                        position=self.pool.position)
+        return row
+
+    def write_samples(self, it, batch):
+        """Held-out answers into samples.jsonl; one of them is printed."""
+        prompts = [self.tok.decode(ids) for ids in batch.prompts]
+        texts = [self.tok.decode(ids) for ids in batch.responses]
+        print(f'sample: {prompts[0] + texts[0]!r}')
+        if self.mesh.master:
+            file = os.path.join(self.run.out_dir, 'samples.jsonl')
+            with open(file, 'a', encoding='utf-8') as f:
+                for prompt, text, score in zip(prompts, texts, batch.scores.tolist()):
+                    f.write(json.dumps(dict(step=it, prompt=prompt, completion=text, score=score)) + '\n')
+
+
+# -----------------------------------------------------------------------------------------------------------
+# answers of one moment, for the evaluations of reward.py, dpo.py and kto.py
+
+
+def answers_to(run, engine, prompts, max_new_tokens, temperature, seed=0):
+    """Token ids of one answer to each prompt, in order, on every rank; each answers its share. Row i has
+    seed + i."""
+    mine = range(len(prompts))[run.mesh.mine(len(prompts))]
+    params = infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature)
+    params = [replace(params, seed=seed + i) for i in mine]
+    done = engine.generate([prompts[i] for i in mine], params)
+    return run.mesh.collect([c.token_ids for c in done], everyone=True)
+
+
+def kl_on_samples(run, engine, policy, frozen, prompts, max_new_tokens, temperature):
+    """({'kl': KL(policy || reference) in nats a sequence, 'len': tokens}, ids of the first prompt and its
+    answer), on the policy's own answers with fixed seeds. k3 of each token: unbiased, never negative.
+    frozen: see reference_of."""
+    parallel.refresh(engine, policy)
+    answers = answers_to(run, engine, prompts, max_new_tokens, temperature)
+    groups = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers)]
+
+    def logps(net, rows):
+        return answer_logprobs(net, [groups[i] for i in rows], temperature)[0]  # 0 behind an answer's end
+    own = run.each(policy, lengths, logps)
+    with reference_of(policy, frozen) as reference:
+        theirs = run.each(reference, lengths, logps)
+    nats = sum((torch.exp(b - a) - 1 + a - b).sum().item() for a, b in zip(own, theirs))
+    return dict(kl=nats / len(groups), len=sum(map(len, answers)) / len(answers)), prompts[0] + answers[0]
+
+
+# -----------------------------------------------------------------------------------------------------------
 # rollouts ahead of the trainer
 #
-#     jobs (prompts in order) --capacity--> RolloutWorker x n --finished groups--> Scorer x m --> done --take()--> trainer
-#                                                 ^                                                                   |
-#                                                 +-------- weights, one object in the store, a version --- publish() +
+#     jobs (prompts in order) --capacity--> RolloutWorker x n -answers-> Scorer x m -> done -take()-> trainer
+#                                                 ^                                                   |
+#                                                 +---- weights, one object in the store - publish() +
 
 SLICE = 0.05     # seconds that a worker samples before it looks for new prompts and weights
 START = 300.0    # seconds that a worker may take to start
@@ -48,39 +543,46 @@ DEATHS = 8       # replacements of one worker that did nothing in between: not b
 
 @dataclass
 class Rollout:
-    """All answers to one prompt. id: its place in the order of prompts, `index`: its row. answers: [(token ids, log-probs they were sampled
-    with, weight version of each, ended by itself)]. scores: {reward file: [float]}, of reward files only."""
-    id: int
+    """All answers to one prompt. number: its place in the order of prompts, `index`: its row. answers:
+    [(token ids, log-probs they were sampled with, weight version of each, ended by itself)]. scores:
+    {reward file: [float]}."""
+    number: int
     index: int
     answers: list
     scores: dict
 
 
 class RolloutWorker:
-    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of an answer: what is in flight is
-    interrupted, its keys and values are made anew, and it goes on under the new weights; every token knows its version."""
+    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of
+    an answer: what is in flight is interrupted, its keys and values are computed again, it continues under
+    the new weights; each token knows its version."""
 
-    def __init__(self, model, eot, device, **options):
+    def __init__(self, model, tokenizer, device, **options):
         torch.set_num_threads(1)
-        self.engine, self.open = Engine(model.to(device), **options), {}
-        self.engine.eot = eot
+        self.engine = infer.Engine(model.to(device), get_tokenizer(tokenizer), **options)
+        self.open = {}  # number -> its requests
 
     def ready(self):
         """Answers once the process is up."""
 
     def run(self, jobs, version, weights, seconds):
-        """Loads weights (a state dict; None: stays as it is), takes on jobs [(id, prompt ids, SamplingParams)], samples for `seconds` or until all
-        is done. -> [(id, answers as in Rollout)] of the finished ones."""
+        """Loads weights (a state dict; None: stays as it is), takes on jobs [(number, prompt ids,
+        SamplingParams)], samples for `seconds` or until all is done. -> [(number, answers as in Rollout)] of
+        the finished ones."""
         if weights is not None:
             self.engine.load_weights(weights, version, recompute=True)
-        for id, prompt, params in jobs:
-            self.open[id] = self.engine.submit(prompt, params)
+        for number, prompt, params in jobs:
+            self.open[number] = self.engine.submit(prompt, params)
         until = time.monotonic() + seconds
         while self.engine.has_unfinished() and time.monotonic() < until:
             self.engine.step()
-        done = [id for id, group in self.open.items() if all(r.finish_reason for r in group)]
-        out = [(id, [r.completion() for r in self.open.pop(id)]) for id in done]
-        return [(id, [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in group]) for id, group in out]
+        done = []
+        for number, group in list(self.open.items()):
+            if all(request.finish_reason for request in group):
+                found = [request.completion() for request in self.open.pop(number)]
+                answers = [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in found]
+                done.append((number, answers))
+        return done
 
 
 class Scorer:
@@ -88,130 +590,143 @@ class Scorer:
 
     def __init__(self, files, tokenizer):
         """files {name in the log: path}, a path that holds in any process of any node."""
-        self.fns, self.tok = {name: load_reward(path) for name, path in files.items()}, get_tokenizer(tokenizer)
+        self.fns = {name: load_reward(path) for name, path in files.items()}
+        self.tok = get_tokenizer(tokenizer)
 
     def ready(self):
         """Answers once the process is up: from then on reward_timeout counts."""
 
-    def score(self, row, prompt, answers):
-        """{file: [float]} for the token ids of each answer. ValueError for a score that is not finite."""
-        asked, texts = self.tok.decode(prompt), [self.tok.decode([t for t in a if t != self.tok.eot]) for a in answers]
-        out = {file: [float(fn(asked, text, row)) for text in texts] for file, fn in self.fns.items()}
-        for file, scores in out.items():
-            if not np.isfinite(scores).all():
-                raise ValueError(f'reward {file} returned {scores[int(np.argmin(np.isfinite(scores)))]}: rewards must be finite')
-        return out
+    def score(self, row, answers):
+        """{file: [float]} for answers without their end tokens. ValueError as in ask_reward."""
+        texts = [self.tok.decode(answer) for answer in answers]
+        return {name: [ask_reward(fn, name, row, text) for text in texts] for name, fn in self.fns.items()}
 
 
 class _Hand:
-    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it has; version = its weights';
-    deaths = how often it was replaced since it last did something."""
+    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it
+    has; version = its weights'; deaths = how often it was replaced since it last did something."""
 
     def __init__(self, hire):
         self.hire, self.deaths = hire, 0
         self.start()
 
     def start(self):
-        self.actor, self.work, self.version, self.up = self.hire(), [], None, False
+        self.actor, self.work = self.hire(), []
+        self.version, self.up = None, False
         self.go(self.actor.ready.remote(), START)
 
     def go(self, ref, seconds):
-        self.call, self.deadline, self.seconds = ref, time.monotonic() + seconds, seconds
+        self.call, self.seconds = ref, seconds
+        self.deadline = time.monotonic() + seconds
 
 
 class Rollouts:
     """A stream of answered and scored prompts, for a trainer that does not wait for them.
 
-    jobs(k) -> iterator of (row number, row, prompt ids, SamplingParams) from prompt k on, endless; `batch` of them are an update's.
-    publish(state_dict, version) once before each update: the workers go on with these weights. take(n) -> the next n Rollouts, in the
-    ORDER OF THE PROMPTS, so that a batch holds what it would hold in sync mode (first come, first trained would prefer short answers),
-    and `position`, the id behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is left out.
-    Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch at each publish, so no token that is
-    taken is older than max_staleness versions; 0 = the workers sample with the weights of the update itself, as in sync mode.
-    Faults: a worker that dies, or is silent for SILENCE seconds, is replaced and its unfinished prompts begin anew (`restarts`); a
-    reward that raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries times more, then
-    the whole group is left out and the next one takes its place (`dropped`). runtime: 'local', 'ray', or 'HOST:PORT' of a cluster."""
+    jobs(k) -> iterator of (row number, row, prompt ids, SamplingParams) from prompt k on, endless; `batch`
+    of them are an update's. publish(state_dict, version) once before each update: the workers go on with
+    these weights. take(n) -> the next n Rollouts, in the ORDER OF THE PROMPTS, so that a batch holds what
+    it would hold in sync mode (first come, first trained would prefer short answers), and `position`, the
+    number behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is
+    left out. Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch
+    at each publish, so no token that is taken is older than max_staleness versions; 0 = the workers sample
+    with the weights of the update itself, as in sync mode. Faults: a worker that dies, or is silent for
+    SILENCE seconds, is replaced and its unfinished prompts are sampled again (`restarts`); a reward that
+    raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries
+    times more, then the whole group is left out and the next one takes its place (`dropped`). runtime:
+    'local', 'ray', or 'HOST:PORT' of a cluster."""
 
-    def __init__(self, model, tokenizer, eot, jobs, batch, max_staleness=1, workers=1, rewards=(), reward_workers=1, reward_timeout=30.0,
-                 reward_retries=2, runtime='local', position=0, device='cpu', **engine):
-        for name, value, least in (('max_staleness', max_staleness, 0), ('rollout_workers', workers, 1), ('reward_workers', reward_workers, 1), ('reward_retries', reward_retries, 0)):
-            if value < least:
-                raise ValueError(f'{name} must be at least {least}, got {value}')
-        if reward_timeout <= 0:
-            raise ValueError(f'reward_timeout must be above 0 seconds, got {reward_timeout}')
+    def __init__(self, model, tokenizer, jobs, batch, rewards=(), max_staleness=1, rollout_workers=1,
+                 reward_workers=1, reward_timeout=30.0, reward_retries=2, runtime='local', position=0,
+                 device='cpu', **engine):
         import actors  # here: a synchronous stage starts nothing and imports nothing of it
-        self.actors, self.batch, self.max_staleness, self.reward_timeout, self.retries = actors, batch, max_staleness, reward_timeout, reward_retries
+        self.actors, self.batch, self.max_staleness = actors, batch, max_staleness
+        self.reward_timeout, self.retries = reward_timeout, reward_retries
         self.position = self.next = position
-        self.dropped = self.restarts = self.taken = self.limit = 0  # limit: prompts handed out and not dropped, at most
-        self.jobs, self.work, self.pending, self.unscored, self.done = jobs(position), {}, [], deque(), {}
-        self.tries, self.in_a_row = {}, 0
+        self.taken = self.limit = 0                   # limit: prompts handed out and not dropped, at most
+        self.dropped = self.restarts = self.in_a_row = 0  # in_a_row: groups dropped since the last good one
+        self.jobs, self.work, self.pending = jobs(position), {}, []
+        self.unscored, self.done, self.tries = deque(), {}, {}
         self.version = self.weights = self.error = None
-        self.cv, self.closed, self.own = threading.Condition(), False, not actors.is_initialized()
-        if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:  # imported once for all workers; with a GPU it would start CUDA before the fork
-            actors.PRELOAD.append('rollout')
-        gpus = self._init(runtime, workers + (reward_workers if rewards else 0), device)
-        first, options = actors.put(model), dict(eot=eot, device='cuda' if gpus else str(device), **engine)
-        worker = actors.remote(RolloutWorker).options(num_cpus=1, **(dict(num_gpus=min(1, gpus / workers)) if gpus else {}))
-        scorer = actors.remote(Scorer).options(num_cpus=1)
-        self.rollers = [_Hand(lambda: worker.remote(first, **options)) for _ in range(workers)]
-        files = {f: os.path.abspath(f) for f in rewards}  # a node has a working directory of its own
+        self.cv, self.closed = threading.Condition(), False
+        self.own = not actors.is_initialized()
+        if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
+            actors.PRELOAD.append('rollout')  # imported once for all workers; never with CUDA, before a fork
+        scorers = reward_workers if rewards else 0
+        gpus = self._init(runtime, rollout_workers + scorers, device)
+        files = {name: os.path.abspath(name) for name in rewards}  # a node has a working directory of its own
         tokenizer = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer
-        self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(reward_workers if rewards else 0)]
+        share = dict(num_gpus=min(1, gpus / rollout_workers)) if gpus else {}
+        worker = actors.remote(RolloutWorker).options(num_cpus=1, **share)
+        scorer = actors.remote(Scorer).options(num_cpus=1)
+        first, place = actors.put(model), 'cuda' if gpus else str(device)
+        def roller():
+            return worker.remote(first, tokenizer, place, **engine)
+        self.rollers = [_Hand(roller) for _ in range(rollout_workers)]
+        self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(scorers)]
         self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
         self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
         self.thread.start()
 
     def _init(self, runtime, processes, device):
-        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there are several, else they share it."""
+        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there
+        are several, else they share it. The runtime reads CUDA_VISIBLE_DEVICES; torch in this process has
+        its device already."""
         gpus = torch.cuda.device_count() if str(device).startswith('cuda') else 0
-        seen, mine = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
+        before, mine = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
         if gpus > 1:
-            ids = seen.split(',') if seen else [str(i) for i in range(gpus)]
-            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])  # read by the runtime; torch here has its device already
+            ids = before.split(',') if before else [str(i) for i in range(gpus)]
+            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])
         try:
-            if not self.own:
-                return gpus - (gpus > 1)
-            if runtime == 'local':
-                self.actors.init(num_cpus=processes)
-            elif runtime == 'ray':
-                cluster = os.environ.get('RAY_ADDRESS')  # a cluster has its own CPUs
-                self.actors.init(backend='ray', include_dashboard=False, **({} if cluster else dict(num_cpus=processes)))
-            elif ':' in runtime:
-                self.actors.init(address=runtime)
-            else:
-                raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py --head=True")
+            if self.own:
+                self._start(runtime, processes, gpus - (gpus > 1))
         finally:
-            if gpus > 1:
-                os.environ.pop('CUDA_VISIBLE_DEVICES') if seen is None else os.environ.update(CUDA_VISIBLE_DEVICES=seen)
+            if gpus > 1 and before is None:
+                del os.environ['CUDA_VISIBLE_DEVICES']
+            elif gpus > 1:
+                os.environ['CUDA_VISIBLE_DEVICES'] = before
         return gpus - (gpus > 1)
 
-    # ---- the trainer's side --------------------------------------------------------------------------------------
+    def _start(self, runtime, processes, gpus):
+        if runtime == 'local':
+            self.actors.init(num_cpus=processes, num_gpus=gpus)
+        elif runtime == 'ray':
+            cpus = None if os.environ.get('RAY_ADDRESS') else processes  # a cluster has its own
+            self.actors.init(backend='ray', include_dashboard=False, num_cpus=cpus)
+        elif ':' in runtime:
+            self.actors.init(address=runtime)
+        else:
+            raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py "
+                             "--head=True")
+
+    # ---- the trainer's side
 
     def publish(self, state, version):
         """New weights (a state dict) for all that is sampled from now on, answers in flight included."""
-        weights = self.actors.put({k: v.detach().cpu() for k, v in state.items()})
+        weights = self.actors.put({name: x.detach().cpu() for name, x in state.items()})
         with self.cv:
-            self.version, self.weights, self.limit = version, weights, self.taken + (self.max_staleness + 1) * self.batch
+            self.version, self.weights = version, weights
+            self.limit = self.taken + (self.max_staleness + 1) * self.batch
             self.cv.notify_all()
 
     def take(self, n):
         """Waits for the next n Rollouts. Raises what went wrong with the workers."""
         out = []
         with self.cv:
-            self.limit = max(self.limit, self.taken + n)  # a second helping within one update (dynamic sampling)
+            self.limit = max(self.limit, self.taken + n)  # a second helping in one update (dynamic sampling)
             self.cv.notify_all()
             while len(out) < n:
                 if self.error is not None:
                     raise self.error
-                if self.position in self.done:
-                    group = self.done.pop(self.position)
-                    if group is not None:
-                        out.append(group)
-                        del self.work[self.position]
-                        self.taken += 1
-                    self.position += 1
-                else:
+                if self.position not in self.done:
                     self.cv.wait(1.0)
+                    continue
+                group = self.done.pop(self.position)
+                if group is not None:
+                    out.append(group)
+                    del self.work[self.position]
+                    self.taken += 1
+                self.position += 1
         return out
 
     def close(self):
@@ -227,7 +742,7 @@ class Rollouts:
         if self.own:
             self.actors.shutdown()
 
-    # ---- the thread that keeps the workers busy ------------------------------------------------------------------
+    # ---- the thread that keeps the workers busy
 
     def _pump(self):
         try:
@@ -255,7 +770,8 @@ class Rollouts:
         return self.weights is not None and self.taken + len(self.work) < self.limit
 
     def _issue(self):
-        """Hands out prompts within the capacity, lowest id first, and gives every idle worker its next call."""
+        """Hands out prompts within the capacity, lowest number first, and gives every idle worker its next
+        call."""
         with self.cv:
             while self._may_issue():
                 self.work[self.next] = next(self.jobs)
@@ -264,25 +780,33 @@ class Rollouts:
             version, weights = self.version, self.weights
         for hand in self.rollers:
             if hand.call is None and (hand.work or self.pending):
-                share = -(-(len(self.pending) + sum(len(h.work) for h in self.rollers)) // len(self.rollers))
-                room = min(share, max(1, self.size // self.work[(hand.work or self.pending)[0]][3].n)) - len(hand.work)
-                new, self.pending = self.pending[:max(0, room)], self.pending[max(0, room):]
-                hand.work += new
-                fresh = (version, weights if hand.version != version else None)
+                new = self._share(hand)
+                fresh = weights if hand.version != version else None
                 hand.version = version
-                hand.go(hand.actor.run.remote([(id, *self.work[id][2:]) for id in new], *fresh, SLICE), SILENCE)
+                jobs = [(number, *self.work[number][2:]) for number in new]
+                hand.go(hand.actor.run.remote(jobs, version, fresh, SLICE), SILENCE)
         for hand in self.scorers:
             if hand.call is None and self.unscored:
                 hand.work = [self.unscored.popleft()]
-                id, answers = hand.work[0]
-                _, row, prompt, _ = self.work[id]
-                hand.go(hand.actor.score.remote(row, prompt, [a[0] for a in answers]), self.reward_timeout)
+                number, answers = hand.work[0]
+                texts = [spoken(ids, ended) for ids, _, _, ended in answers]
+                hand.go(hand.actor.score.remote(self.work[number][1], texts), self.reward_timeout)
+
+    def _share(self, hand):
+        """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its
+        engine has rows for."""
+        open_ = len(self.pending) + sum(len(other.work) for other in self.rollers)
+        answers = self.work[(hand.work or self.pending)[0]][3].n
+        most = min(-(-open_ // len(self.rollers)), max(1, self.size // answers))
+        new = self.pending[:max(0, most - len(hand.work))]
+        self.pending = self.pending[len(new):]
+        hand.work += new
+        return new
 
     def _collect(self, hand):
         """What a call came to."""
-        ref = hand.call
         try:
-            result = self.actors.get(ref, timeout=SILENCE)
+            result = self.actors.get(hand.call, timeout=SILENCE)
         except self.actors.exceptions.RayActorError as e:
             return self._replace(hand, str(e).strip().splitlines()[-1])
         except Exception as e:
@@ -291,41 +815,43 @@ class Rollouts:
             hand.call = None
             return self._again(hand.work.pop(), str(e).strip().splitlines()[-1])
         hand.call = None
-        if not hand.up:
+        if not hand.up:  # it has started, that is all
             hand.up = True
             return
         hand.deaths = 0
         if hand in self.scorers:
-            id, answers = hand.work.pop()
-            return self._finish(id, Rollout(id, self.work[id][0], answers, result))
-        for id, answers in result:
-            hand.work.remove(id)
+            number, answers = hand.work.pop()
+            return self._finish(number, Rollout(number, self.work[number][0], answers, result))
+        for number, answers in result:
+            hand.work.remove(number)
             if self.scorers:
-                self.unscored.append((id, answers))
+                self.unscored.append((number, answers))
             else:
-                self._finish(id, Rollout(id, self.work[id][0], answers, {}))
+                self._finish(number, Rollout(number, self.work[number][0], answers, {}))
 
-    def _finish(self, id, group):
+    def _finish(self, number, group):
         """A group is ready, or dropped (None). From here on it is the trainer's."""
         with self.cv:
             self.in_a_row = 0 if group is not None else self.in_a_row + 1
-            self.tries.pop(id, None)
-            self.done[id] = group
+            self.tries.pop(number, None)
+            self.done[number] = group
             if group is None:
-                del self.work[id]
+                del self.work[number]
                 self.dropped += 1
             self.cv.notify_all()
 
     def _again(self, work, why):
         """A reward failed: once more at the end of the line, or the group is dropped."""
-        id = work[0]
-        self.tries[id] = self.tries.get(id, 0) + 1
-        if self.tries[id] <= self.retries:
+        number = work[0]
+        self.tries[number] = self.tries.get(number, 0) + 1
+        if self.tries[number] <= self.retries:
             return self.unscored.append(work)
-        print(f'rollouts: prompt {id} (row {self.work[id][0] + 1}) is dropped, its reward failed {self.tries[id]} times: {why[:200]}', flush=True)
-        self._finish(id, None)
+        row, tries, why = self.work[number][0] + 1, self.tries[number], why[:200]
+        print(f'rollouts: prompt {number} (row {row}) is dropped, its reward failed {tries} times: {why}')
+        self._finish(number, None)
         if self.in_a_row >= max(16, self.batch):
-            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last with: {why[:200]}')
+            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '
+                             f'with: {why}')
 
     def _replace(self, hand, why):
         """Another actor takes the place of one that died or fell silent, and its work."""
@@ -336,7 +862,8 @@ class Rollouts:
             return self._again(work[0], why)
         hand.deaths += 1
         if hand.deaths >= DEATHS:
-            raise RuntimeError(f'a {"rollout" if hand in self.rollers else "reward"} worker died {hand.deaths} times before it did anything, at last: {why}')
+            kind = 'rollout' if hand in self.rollers else 'reward'
+            raise RuntimeError(f'a {kind} worker died {hand.deaths} times before it did anything: {why}')
         self.restarts += 1
-        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts begin anew', flush=True)
+        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts start again', flush=True)
         self.pending = sorted(work + self.pending)

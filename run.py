@@ -2,7 +2,8 @@
 
 What every stage does around its algorithm stands here once; a stage holds its equations and its loop:
 
-    run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from, or None
+    run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from, or
+    None
     model, tok = run.model()            # from anywhere, with lora_r > 0 under an adapter
     train, val = run.rows()             # dataset and val_dataset, or 5 % of dataset kept aside
     items = encode_all(train, fn, name)     # rows to token ids; a bad row is named by file and number
@@ -18,8 +19,8 @@ What every stage does around its algorithm stands here once; a stage holds its e
         run.log(it, metrics, show)      # a row of log.jsonl, and a line that shows some of it
     run.finish(said)                    # the memory that it took
 
-A resumed run finds models, optimizers and order where they stood. The words of several processes (mesh, replica,
-rank) are explained in parallel.py; a single process is a mesh of one.
+A resumed run finds models, optimizers and order where they stood. The words of several processes (mesh,
+replica, rank) are explained in parallel.py; a single process is a mesh of one.
 """
 import collections
 import contextlib
@@ -50,9 +51,9 @@ from tokenizer import get_tokenizer
 
 
 def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
-    """(GPT, tokenizer name or directory) from an out_dir, a ckpt file, an HF or PEFT directory, or a hub name. Always
-    a plain model: an adapter is merged into its base. A language model asked for with head='scalar' gets a fresh
-    head. ValueError, one line, for what is no model."""
+    """(GPT, tokenizer name or directory) from an out_dir, a ckpt file, an HF or PEFT directory, or a hub
+    name. Always a plain model: an adapter is merged into its base. A language model asked for with
+    head='scalar' gets a fresh head. ValueError, one line, for what is no model."""
     inside = os.path.join(init_from, 'ckpt.pt')
     file = inside if os.path.exists(inside) else init_from
     if not os.path.isfile(file):
@@ -85,7 +86,8 @@ def _merged(adapted, where, dtype, head):
 
 
 def _from_peft(folder, device, dtype, head):
-    """load_model for a PEFT directory: the base that it names, the adapter merged; its own tokenizer if it has one."""
+    """load_model for a PEFT directory: the base that it names, the adapter merged; its own tokenizer if it
+    has one."""
     with open(os.path.join(folder, 'adapter_config.json')) as f:
         config = json.load(f)
     if not config.get('base_model_name_or_path'):
@@ -100,7 +102,8 @@ def _from_peft(folder, device, dtype, head):
 def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora_r=0, lora_alpha=16.0,
                lora_dropout=0.0, lora_targets=''):
     """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of open_run), new from `scratch` (a
-    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the adapter."""
+    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the
+    adapter."""
     if ckpt and ckpt.get('lora'):
         model, _ = load_model(ckpt['lora']['base'], head=head)
         model.lora_info = ckpt['lora']
@@ -121,8 +124,8 @@ def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora
 
 
 def checkpoint_keys(model):
-    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps: all, or with LoRA
-    those of the adapters and the scalar head; `lora` then says where their base lies."""
+    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps: all, or with
+    LoRA those of the adapters and the scalar head; `lora` then says where their base lies."""
     info = getattr(getattr(model, 'body', model), 'lora_info', None)
     if info is None:
         return dict(model_args=dataclasses.asdict(model.config), lora=None)
@@ -146,9 +149,9 @@ def check_fit(model, name, tok, T):
 
 
 def activation_bytes(c, tokens, T, itemsize=4, checkpointing=False):
-    """What one forward pass keeps for its backward: per token and layer the inputs of norms, linears and activation.
-    GPT-2 block, in units of C: x, x + attn, two norm outputs, qkv (3), attention output, 4 + 4 around the GELU = 16.
-    GPT-2 small, 1024 tokens, fp32: 12 * 1024 * 16 * 768 * 4 B = 604 MB."""
+    """What one forward pass keeps for its backward: per token and layer the inputs of norms, linears and
+    activation. GPT-2 block, in units of C: x, x + attn, two norm outputs, qkv (3), attention output, 4 + 4
+    around the GELU = 16. GPT-2 small, 1024 tokens, fp32: 12 * 1024 * 16 * 768 * 4 B = 604 MB."""
     qkv = (c.n_head + 2 * c.n_kv_head) * c.head_size
     block = 4 * c.n_embd + qkv + c.n_head * c.head_size + (3 if c.gated else 2) * c.n_inner
     if c.pos == 'rope':
@@ -162,8 +165,8 @@ def kv_cache_bytes(c, tokens, itemsize=4):
 
 
 def training_bytes(model, mesh=None, itemsize=4):
-    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only. With a mesh of
-    several ranks: on the fullest rank once `parallel.shard` has cut the model."""
+    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only. With a
+    mesh of several ranks: on the fullest rank once `parallel.shard` has cut the model."""
     if mesh is not None and mesh.world > 1:
         part = mesh.plan(model)
         return part['weights'], part['gradients'] + part['in_flight'], part['optimizer']
@@ -180,7 +183,8 @@ def memory_plan(parts):
 
 
 def memory_now(device, peak=False):
-    """Bytes that this process holds: torch's allocator on CUDA, the resident set on CPU (peak: the highest so far)."""
+    """Bytes that this process holds: torch's allocator on CUDA, the resident set on CPU (peak: the highest so
+    far)."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     if peak:
@@ -199,9 +203,10 @@ _heap = None  # resident bytes one step after the last trim
 
 
 def trim_heap(grown=1.25):
-    """Gives freed memory back to the system once the process has grown by a quarter since the last time; returns the bytes
-    (0: not now, or no glibc). Batches whose lengths always differ leave glibc's heap full of holes: 120 steps of a model of
-    0.66 M parameters held 0.54 GB in use and 1.39 GB in all. Called after a step, when its activations are free."""
+    """Gives freed memory back to the system once the process has grown by a quarter since the last time;
+    returns the bytes (0: not now, or no glibc). Batches whose lengths always differ leave glibc's heap full
+    of holes: 120 steps of a model of 0.66 M parameters held 0.54 GB in use and 1.39 GB in all. Called after a
+    step, when its activations are free."""
     global _heap
     now = memory_now(torch.device('cpu'))
     if _malloc_trim is None or _heap is not None and now < grown * _heap:
@@ -219,9 +224,10 @@ def trim_heap(grown=1.25):
 
 
 def pick_device(device, dtype):
-    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights stay float32;
-    dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling), float32 on CPU. The device
-    becomes torch's current one: streams, events and graphs are made on it. ValueError names what is here."""
+    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights
+    stay float32; dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling),
+    float32 on CPU. The device becomes torch's current one: streams, events and graphs are made on it. ValueError
+    names what is here."""
     here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     here += ['mps'] * torch.backends.mps.is_available()
     if device == 'auto':
@@ -243,8 +249,8 @@ def pick_device(device, dtype):
 
 
 def pick_threads(threads, n_params, device):
-    """threads=0: at most two for models under 5 M parameters, whose products are too small for more (threads then spin on
-    each other), else torch's choice. Sets it and returns it."""
+    """threads=0: at most two for models under 5 M parameters, whose products are too small for more (threads
+    then spin on each other), else torch's choice. Sets it and returns it."""
     if device.type == 'cpu' and (threads or n_params < 5e6):
         torch.set_num_threads(threads or min(2, torch.get_num_threads()))
     return torch.get_num_threads()
@@ -274,8 +280,9 @@ def own_folder(out_dir, mesh):
 
 
 def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
-    """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never overwritten
-    unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells what to do."""
+    """The checkpoint to resume from, or None for a fresh start. A folder that already holds a run is never
+    overwritten unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells
+    what to do."""
     file = os.path.join(out_dir, 'ckpt.pt')
     if mesh.restarted(out_dir) and os.path.exists(file):
         init_from = 'resume'
@@ -302,8 +309,8 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
 
 
 def same_settings(config, old, out_dir):
-    """On resume: what the old config has and a new one cannot change is taken over, or refused by name where the new one
-    says something else. Everything else takes effect as it is given."""
+    """On resume: what the old config has and a new one cannot change is taken over, or refused by name where
+    the new one says something else. Everything else takes effect as it is given."""
     fixed = ['seed', 'batch_size', 'group_size', 'tokenizer']
     lora_keys = ['lora_r', 'lora_alpha', 'lora_dropout', 'lora_targets']
     if config['lora_r']:
@@ -320,14 +327,14 @@ def digest(items):
     """SHA-256 of a list of plain rows: are they the same ones?"""
     found = hashlib.sha256()
     for item in items:
-        found.update(repr(item).encode())
+        found.update(item if isinstance(item, bytes) else repr(item).encode())
     return found.hexdigest()
 
 
 class RunLog:
-    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed, what was logged (and
-    what samples.jsonl holds) of later steps than the checkpoint's is dropped, so that no step stands there twice.
-    master: of several ranks one writes."""
+    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed, what
+    was logged (and what samples.jsonl holds) of later steps than the checkpoint's is dropped, so that no step
+    stands there twice. master: of several ranks one writes."""
 
     def __init__(self, out_dir, config, ckpt=None, master=True):
         self.file, self.t0 = None, time.time() - (ckpt['time'] if ckpt else 0)
@@ -382,9 +389,11 @@ def eta(seconds):
 
 
 SHOWN = dict(  # how a metric looks on the console
-    loss='loss {:.4f}', accuracy='acc {:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
+    loss='loss {:.4f}', accuracy='acc {:.1%}', accuracy_95='{0[0]:.1%} to {0[1]:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
     grad_norm='norm {:.2f}', lr='lr {:.1e}', tok_per_s='{:,.0f} tok/s', score='score {:.3f}', kl='kl {:.2f} nats/seq',
-    len='len {:.1f} tok', ended='ended {:.0%}', ece='ece {:.3f}', length_correlation='length correlation {:+.2f}')
+    len='len {:.1f} tok', ended='ended {:.0%}', ece='ece {:.3f}', length_correlation='length correlation {:+.2f}',
+    pg='pg {:.3f}', vf='vf {:.3f}', clip_frac='clip {:.1%}', dead='dead {:.0%}', mismatch='mismatch {:.1e}',
+    staleness='staleness {:.1f}', idle='idle {:.0%}', gen_s='gen {:.1f}s', upd_s='upd {:.1f}s')
 
 
 def line(metrics, keys):
@@ -397,8 +406,8 @@ def line(metrics, keys):
 
 
 def encode_all(rows, encode, name):
-    """Items of all rows. encode(row) -> ([item, ...], note), the note ('' or words) is counted and printed. ValueError names
-    file and row of what encode refuses, and a data set of which nothing is left."""
+    """Items of all rows. encode(row) -> ([item, ...], note), the note ('' or words) is counted and printed.
+    ValueError names file and row of what encode refuses, and a data set of which nothing is left."""
     items, notes = [], collections.Counter()
     for i, row in enumerate(rows):
         try:
@@ -415,9 +424,19 @@ def encode_all(rows, encode, name):
     return items
 
 
+def prompt_room(model, max_new_tokens):
+    """How many tokens a prompt may have when so many are to follow. ValueError when none is left."""
+    room = model.config.block_size - max_new_tokens
+    if room < 1:
+        raise ValueError(f'max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of '
+                         f'{model.config.block_size} tokens: lower it')
+    return room
+
+
 @contextlib.contextmanager
 def reference_of(policy, frozen):
-    """Inside: the model that the policy is compared with, the frozen one, or (None) the policy with its adapter off."""
+    """Inside: the model that the policy is compared with, the frozen one, or (None) the policy with its
+    adapter off."""
     if frozen is not None:
         yield frozen
     else:
@@ -426,8 +445,9 @@ def reference_of(policy, frozen):
 
 
 class Run:
-    """What all stages do around their algorithm; see the top of this file for the order. config: the keys of the stage; what
-    was only typed ('resume') gives way in it to what it stands for. folder=False: writes nothing."""
+    """What all stages do around their algorithm; see the top of this file for the order. config: the keys of
+    the stage; what was only typed ('resume') gives way in it to what it stands for. folder=False: writes
+    nothing."""
 
     def __init__(self, stage, config, folder=True):
         config['stage'] = stage
@@ -441,6 +461,7 @@ class Run:
         self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'], quiet=True)
         self.device = self.mesh.device
         data = config['dataset']
+        self.val_name = config['val_dataset'] or f'{data} (5 % kept aside)'
         if not os.path.exists(data):
             raise ValueError(f'{data}: no such data; python {os.path.dirname(data) or "data/toy"}/prepare.py makes it (or '
                              f'name a file of your own)')
@@ -486,8 +507,8 @@ class Run:
         return model, tok
 
     def reference(self, policy, tok, T, name=''):
-        """The frozen model that the policy is compared with (init_from, or `name`), for sequences of T tokens; None where it
-        is the policy itself with its adapter off, which costs nothing."""
+        """The frozen model that the policy is compared with (init_from, or `name`), for sequences of T
+        tokens; None where it is the policy itself with its adapter off, which costs nothing."""
         if lora.adapted(policy) and not name:
             return None
         model, _ = load_model(name or self.config['init_from'], self.device)
@@ -523,12 +544,14 @@ class Run:
         return self.cursor
 
     def trained(self, model, learning_rate, eps=1e-8, key='model'):
-        """(this rank's part of the model, its AdamW). key: where they stand in a checkpoint, 'model' or 'value'."""
+        """(this rank's part of the model, its AdamW). key: where they stand in a checkpoint, 'model' or
+        'value'."""
         c, whole = self.config, training_bytes(model)[0]
         if not self.networks:  # what the process holds besides models: interpreter, torch, data
             self.base = memory_now(self.device) - whole - sum(self.memory.values())
         for name, size in zip(('weights', 'grads', 'adam'), training_bytes(model, self.mesh)):
             self.memory[name] += size
+        self.n_trained = sum(p.numel() for _, p in lora.trainable(model))
         model = parallel.shard(model, self.mesh)
         optimizer = parallel.Optimizer(model, self.mesh, learning_rate, (c['beta1'], c['beta2']), eps, c['weight_decay'])
         self.mesh.split_seeds(c['seed'])
@@ -538,26 +561,26 @@ class Run:
         return model, optimizer
 
     def plan(self, tokens, T, **more):
-        """Prints what runs where and the memory that it will take. tokens: of one micro-batch on one rank, of sequences of up
-        to T; more: {what: bytes} that the stage holds besides."""
+        """Prints what runs where and the memory that it will take. tokens: of one micro-batch on one rank, of
+        sequences of up to T; more: {what: bytes} that the stage holds besides."""
         c = self.networks['model'][0].config
         tokens = tokens // (self.config['tp'] * self.config['cp'])
         more['activations'] = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
         more['logits'] = kernels.logits_bytes(self.device, tokens, c.vocab_size)
         self.planned = memory_plan({**self.memory, **more})
-        print(f'{self.n_params / 1e6:.2f} M parameters on {self.device}{self.mesh.words()}, {self.dtype}, {self.threads} '
+        print(f'{self.n_params / 1e6:.2f} M parameters ({self.n_trained:,} trained) on {self.device}{self.mesh.words()}, {self.dtype}, {self.threads} '
               f'threads, kernels: {kernels.which()}')
 
     # ---- micro-batches
 
     def micro_batches(self, lengths):
-        """Row numbers of a batch in lists of at most micro_tokens tokens (or one longer row); of several replicas each gets
-        its share."""
+        """Row numbers of a batch in lists of at most micro_tokens tokens (or one longer row); of several
+        replicas each gets its share."""
         return self.mesh.deal(pack(lengths, max([self.config['micro_tokens'], *lengths])), lengths)
 
     def each(self, model, lengths, fn):
-        """[what fn finds for each row], on the CPU, without gradient, on every rank. fn(model, [row numbers]) -> tensor with
-        one entry a row; lengths: tokens of the rows."""
+        """[what fn finds for each row], on the CPU, without gradient, on every rank. fn(model, [row numbers])
+        -> tensor with one entry a row; lengths: tokens of the rows."""
         out, micros = [None] * len(lengths), self.micro_batches(lengths)
         with self.amp():
             found = parallel.evaluate(model, micros, fn)
@@ -596,9 +619,9 @@ class Run:
         return it % self.config['eval_interval'] == 0 or it == self.max_iters or self.config['eval_only']
 
     def evaluated(self, it, metrics, mark, show, lower=False):
-        """Ends an evaluation: numbers that are not finite stop the run, and the last good checkpoint stays; else they are
-        logged and (but for eval_only) saved, the best so far also to ckpt_best.pt. mark: what "best" goes by, higher is
-        better unless lower=True; show: the metrics on the console."""
+        """Ends an evaluation: numbers that are not finite stop the run, and the last good checkpoint stays;
+        else they are logged and (but for eval_only) saved, the best so far also to ckpt_best.pt. mark: what
+        "best" goes by, higher is better unless lower=True; show: the metrics on the console."""
         check_finite(it, self.out_dir, mark=mark, **metrics)
         print(f'step {it}: val {line(metrics, show)}')
         self.log_file.row(it, 'eval', **{k: v for k, v in metrics.items() if isinstance(v, (int, float))})
@@ -618,8 +641,16 @@ class Run:
                                  best=self.best, data=data, time=self.log_file.elapsed(), evaluated=evaluated)
         self.saved = time.time()
 
+    def replace(self, path, saved):
+        """Writes a checkpoint that was read and changed; whoever reads sees the old file or the new one."""
+        if self.mesh.master:
+            torch.save(saved, path + '.tmp')
+            os.replace(path + '.tmp', path)
+        self.mesh.barrier()
+
     def log(self, it, metrics, show):
-        """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes a second."""
+        """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes
+        a second."""
         seconds = time.time() - self.clock
         metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
         metrics['tok_per_s'] = metrics['tokens'] / seconds

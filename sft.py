@@ -1,12 +1,15 @@
 """Supervised finetuning, and plain pretraining: maximise the log-likelihood of what the assistant wrote.
 
-    L = - (1/|A|) sum over t in A of log p(x_t | x_<t),   A = the tokens the assistant wrote, its end token included
+    L = - (1/|A|) sum over t in A of log p(x_t | x_<t),   A = the tokens the assistant wrote, its end token
+    included
 
 InstructGPT (Ouyang et al. 2022, 2203.02155), step 1 of three. How it goes:
-  1. rows ({"messages"}, {"prompt", "completion"}, Alpaca, {"text"}) become token ids and a mask of what is trained on;
-     a folder with train.bin and val.bin instead of rows is nanoGPT's pretraining, on random crops
-  2. a batch is packed: documents one after the other, positions from 0 and attention inside each, no padding at all
-  3. the loss is a mean over the batch's TRAINED TOKENS, however many micro-batches it takes (not a mean of means)
+  1. rows ({"messages"}, {"prompt", "completion"}, Alpaca, {"text"}) become token ids and a mask of what is
+     trained on; a folder with train.bin and val.bin instead of rows is nanoGPT's pretraining, on random crops
+  2. a batch is packed: documents one after the other, positions from 0 and attention inside each, no padding
+     at all
+  3. the loss is a mean over the batch's TRAINED TOKENS, however many micro-batches it takes (not a mean of
+     means)
   4. AdamW, warm-up then cosine, gradient clipping
 Changed from the paper: nothing.
 
@@ -70,7 +73,7 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
-compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
+compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
@@ -91,9 +94,10 @@ config = {k: globals()[k] for k in config_keys} # will be useful for logging
 
 
 def sft_loss(logp, mask, fused=None):
-    """Mean negative log-likelihood of the counted tokens. logp (B, R) float, mask (B, R) bool -> scalar; 0 for an empty
-    mask. logp [[-1, -3]], mask [[True, False]] -> 1.0. fused: a function that finds this very mean without the log-probs
-    (in the run the model's head does, chunk by chunk: the logits of a batch would not fit); logp is then None."""
+    """Mean negative log-likelihood of the counted tokens. logp (B, R) float, mask (B, R) bool -> scalar; 0
+    for an empty mask. logp [[-1, -3]], mask [[True, False]] -> 1.0. fused: a function that finds this very
+    mean without the log-probs (in the run the model's head does, chunk by chunk: the logits of a batch would
+    not fit); logp is then None."""
     if fused is not None:
         return fused()
     return -torch.where(mask, logp, 0.0).sum() / mask.sum().clamp(min=1)
@@ -112,7 +116,8 @@ def cosine_lr(it, peak, floor, warmup, total):
 
 
 def read_row(row, tok, T):
-    """One row -> ([(ids, trained)], note): two arrays of at most T tokens; [] when nothing is left to train on."""
+    """One row -> ([(ids, trained)], note): two arrays of at most T tokens; [] when nothing is left to train
+    on."""
     ids, trained = encode_row(row, tok)
     note = f'rows cut at {T} tokens' if len(ids) > T else ''
     ids, trained = np.asarray(ids[:T], np.int64), np.asarray(trained[:T], bool)
@@ -122,16 +127,18 @@ def read_row(row, tok, T):
 
 
 def read_tokens(folder, T, vocab_size):
-    """(train.bin, val.bin) as arrays of uint16 that stay on disk. ValueError for ids that the model lacks, or too few."""
+    """(train.bin, val.bin) as arrays of uint16 that stay on disk. ValueError for ids that the model lacks, or
+    too few."""
     files = []
     for name in ('train.bin', 'val.bin'):
         path = os.path.join(folder, name)
         tokens = np.memmap(path, dtype=np.uint16, mode='r')
         if len(tokens) <= T:
-            raise ValueError(f'{path} holds {len(tokens)} tokens, a crop takes block_size {T} and one more: lower it')
+            raise ValueError(f'{path} holds {len(tokens)} tokens, a crop takes block_size {T} + 1: lower it')
         largest = int(tokens[:1 << 20].max())
         if largest >= vocab_size:
-            raise ValueError(f'{path} holds token {largest}, the model has {vocab_size}: prepare it with its tokenizer')
+            raise ValueError(f'{path} holds token {largest}, the model has {vocab_size}: prepare it with the '
+                             f'tokenizer of the model')
         files.append(tokens)
     return files
 
@@ -143,7 +150,8 @@ def random_crops(tokens, n, T, seed):
 
 
 def micro_batch(rows):
-    """Rows (ids, trained), or crops, as one forward sees them: (idx, targets, doc), targets -1 where nothing is learnt."""
+    """Rows (ids, trained), or crops, as one forward sees them: (idx, targets, doc), targets -1 where nothing
+    is learnt."""
     if isinstance(rows[0], tuple):  # packed: (1, N)
         ids, trained = zip(*rows)
         packed = collate_packed(ids, trained, [list(range(len(rows)))], sum(map(len, ids)))
@@ -158,14 +166,14 @@ def micro_batches(run, rows):
     return [micro_batch([rows[i] for i in picked]) for picked in run.micro_batches(lengths)]
 
 
-def evaluate(run, model, batches, loss_of):
+def validation_loss(run, model, batches, loss_of):
     """Mean loss over the trained tokens of all batches."""
     model.eval()  # no dropout
     micros, copies = [], []
     for rows in batches:
         made = micro_batches(run, rows)
         micros += made
-        copies += [run.mesh.copies(len(rows))] * len(made)  # a batch smaller than the replicas is done by each
+        copies += [run.mesh.copies(len(rows))] * len(made)  # fewer rows than replicas: each does them all
     losses = parallel.evaluate(model, micros, lambda net, micro: loss_of(net, micro)[0])
     counts = [(targets >= 0).sum().item() / n for (_, targets, _), n in zip(micros, copies)]
     found = run.mesh.collect([(loss.item(), count) for loss, count in zip(losses, counts)])
@@ -175,9 +183,10 @@ def evaluate(run, model, batches, loss_of):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup: process, model (run reads the system keys and those of init_from, lora, optimizer) -----------------
+    # ---- setup: process, model (run reads the system keys and those of init_from, lora, optimizer)
+    # -----------------
     if decay_lr and min_lr > learning_rate:
-        raise ValueError(f'min_lr {min_lr} is above learning_rate {learning_rate}: set --min_lr={learning_rate / 10:.0e}')
+        raise ValueError(f'min_lr {min_lr} is above learning_rate {learning_rate}: set it to a tenth')
     run = Run('sft', config, folder=not show_masks)
     text = os.path.exists(os.path.join(dataset, 'train.bin'))  # token files instead of rows
     scratch = None
@@ -187,8 +196,9 @@ if __name__ == '__main__':
         config['tokenizer'] = tokenizer or (of_folder if text else 'byte')
         tok = get_tokenizer(config['tokenizer'])
         biases = dict(bias=bias, qkv_bias=bias, attn_out_bias=bias) if arch == 'gpt2' else {}
-        scratch = GPTConfig.of(arch, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size or 256,
-                               vocab_size=tok.vocab_size, bos_token_id=tok.eot, eos_token_id=tok.eot, **biases)
+        shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size or 256)
+        scratch = GPTConfig.of(arch, **shape, **biases, vocab_size=tok.vocab_size, bos_token_id=tok.eot,
+                               eos_token_id=tok.eot)
     model, tok = run.model('lm', scratch, dropout)
     T = min(block_size or model.config.block_size, model.config.block_size)
 
@@ -196,7 +206,7 @@ if __name__ == '__main__':
     if text:
         train, val = read_tokens(dataset, T, model.config.vocab_size)
         run.same_rows([len(train), train[:1 << 20].tobytes()])
-        print(f'{dataset}: {len(train):,} training tokens; {batch_size} x {T} = {batch_size * T:,} an iteration')
+        print(f'{dataset}: {len(train):,} tokens; {batch_size} x {T} = {batch_size * T:,} an iteration')
     else:
         train_rows, val_rows = run.rows()
         train = encode_all(train_rows, lambda row: read_row(row, tok, T), dataset)
@@ -204,14 +214,14 @@ if __name__ == '__main__':
             for ids, trained in train[:show_masks]:
                 print(coloured(ids.tolist(), trained.tolist(), tok) + '\n' + '-' * 80)
             raise SystemExit
-        val = encode_all(val_rows, lambda row: read_row(row, tok, T), val_dataset or f'{dataset} (5 % kept aside)')
+        val = encode_all(val_rows, lambda row: read_row(row, tok, T), run.val_name)
         order = run.order([ids.tobytes() + trained.tobytes() for ids, trained in train], batch_size)
         n_tokens = sum(len(ids) for ids, _ in train)
         n_trained = sum(int(trained.sum()) for _, trained in train)
         print(f'{dataset}: {len(train):,} rows, {n_tokens:,} tokens, {n_trained:,} of them trained on; '
               f'{batch_size} rows = {n_tokens / len(train) * batch_size:,.0f} tokens an iteration')
     if text and eval_iters:
-        held_out = [random_crops(val, batch_size, T, k) for k in range(eval_iters)]  # the same at each evaluation
+        held_out = [random_crops(val, batch_size, T, k) for k in range(eval_iters)]  # always the same
     else:
         whole = [val[i:i + T + 1].astype(np.int64) for i in range(0, len(val) - T, T)] if text else val
         held_out = [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)][:eval_iters or None]
@@ -219,7 +229,8 @@ if __name__ == '__main__':
     run.plan(min(micro_tokens, batch_size * T), T)
 
     def loss_of(model, micro):
-        """(mean loss over the trained tokens of a micro-batch, {}). The model's head finds it without holding logits."""
+        """(mean loss over the trained tokens of a micro-batch, {}). The model's head finds it without holding
+        logits."""
         idx, targets, doc = (x if x is None else x.to(run.device) for x in micro)
         with run.amp():
             return sft_loss(None, targets >= 0, fused=lambda: model(idx, targets, doc=doc)[1]), {}
@@ -228,7 +239,7 @@ if __name__ == '__main__':
     for it in run.iterations(max_iters):
         # ---- evaluate, and write a checkpoint; step 0 is the baseline
         if run.due(it):
-            val_loss = evaluate(run, model, held_out, loss_of)
+            val_loss = validation_loss(run, model, held_out, loss_of)
             run.evaluated(it, dict(loss=val_loss), val_loss, 'loss', lower=True)  # nats a trained token
         if it == max_iters or eval_only:
             break
@@ -242,7 +253,7 @@ if __name__ == '__main__':
 
         # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its trained tokens
         trained = [int((targets >= 0).sum()) for _, targets, _ in micros]
-        loss = parallel.forward_backward(model, optimizer, micros, loss_of, trained)['loss']  # waits for the GPU
+        loss = parallel.forward_backward(model, optimizer, micros, loss_of, trained)['loss']  # GPU is awaited
 
         # ---- 4. all-reduce of the gradients, clip, AdamW
         check_finite(it, out_dir, loss=loss)

@@ -1,5 +1,5 @@
 # The toy world: how often is a model's answer better than the SFT model's, by the gold scorer? 250 test prompts, one sample each at temperature 1.
-#     python data/evaluate.py config/eval_toy.py --init_from=out-ppo
+#     python evaluate.py config/eval_toy.py --init_from=out-ppo
 init_from = 'out-ppo'
 eval_file = 'data/toy/prompts_test.jsonl'
 against = 'out-sft'

@@ -1,8 +1,11 @@
-"""Answers are sampled at temperature 0.5, log-probs are taken at the configured one: the policy that is updated is not the one that answered.
+"""Answers are sampled at temperature 0.5, log-probs are taken at the configured one: the policy that is updated is not
+the one that answered.
 
-    python failures/temperature_mismatch.py config/ablate_ppo.py --out_dir=out-exp/temperature_mismatch
-The ratio of the first update is still exactly 1 (both sides are wrong in the same way); only the comparison with the sampler, `mismatch`, shows it.
+    python failures/temperature_mismatch.py experiments/ablate_ppo.py --out_dir=out-exp/temperature_mismatch
+The ratio of the first update is still exactly 1 (both sides are wrong in the same way); only the comparison with the
+sampler, `mismatch`, shows it.
 """
 from stage import run
 
-run('ppo.py', ('infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s))', 'infer.SamplingParams(max_tokens=max_new_tokens, temperature=0.5, seed=int(s))'))
+run('ppo.py', 'rollout.py', 'dataclasses.replace(self.params, n=self.group_size, seed=seed)',
+    'dataclasses.replace(self.params, n=self.group_size, seed=seed, temperature=0.5)')

@@ -1,8 +1,10 @@
-"""Answers are sampled with top_p = 0.7, log-probs are taken over the whole vocabulary: rare tokens never come, the policy learns that they need not.
+"""Answers are sampled with top_p = 0.7, log-probs are taken over the whole vocabulary: rare tokens never come, the policy
+learns that they need not.
 
-    python failures/top_p_mismatch.py config/ablate_ppo.py --out_dir=out-exp/top_p_mismatch
+    python failures/top_p_mismatch.py experiments/ablate_ppo.py --out_dir=out-exp/top_p_mismatch
 `mismatch` shows it, and the entropy falls faster than it should.
 """
 from stage import run
 
-run('ppo.py', ('infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=int(s))', 'infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=0.7, seed=int(s))'))
+run('ppo.py', 'rollout.py', 'dataclasses.replace(self.params, n=self.group_size, seed=seed)',
+    'dataclasses.replace(self.params, n=self.group_size, seed=seed, top_p=0.7)')

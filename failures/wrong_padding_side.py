@@ -1,8 +1,11 @@
-"""Sequences are padded on the left, the positions of the response are counted from the left as if they were padded on the right.
+"""The positions of the response are counted from the wrong side: read at the beginning of the prompt, as if that were
+padding.
 
-    python failures/wrong_padding_side.py config/ablate_ppo.py --out_dir=out-exp/wrong_padding_side
-Log-probs of the wrong tokens train the right answers. First update: ratio 1, as it should be. `mismatch`, in nats a token, shows it at once.
+    python failures/wrong_padding_side.py experiments/ablate_ppo.py --out_dir=out-exp/wrong_padding_side
+Log-probs at the wrong places train the right answers. First update: ratio 1, as it should be. `mismatch`, in nats a
+token, shows it at once.
 """
 from stage import run
 
-run('ppo.py', ('idx, mask = pad([p + r for p, r in zip(prompts, responses)])', "idx, mask = pad([p + r for p, r in zip(prompts, responses)], side='left')"))
+run('ppo.py', 'model.py', 'rows = [path[start:] for path, start in zip(paths, starts)]',
+    'rows = [path[:len(path) - start] for path, start in zip(paths, starts)]')

@@ -1,10 +1,7 @@
 """dpo.py: every loss against TRL's own numbers, central differences and the enumerated optimum; then the stage itself."""
-import contextlib
-import io
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 import types
@@ -15,12 +12,12 @@ import torch
 from conftest import ROOT
 
 import dpo
-import grpo
+import kto
 import run
-import parallel
-from tokenizer import get_tokenizer
-from model import ARCHS, GPT, GPTConfig
+from helpers import jsonl, log_rows, stage
+from model import answer_logprobs, answer_values, ARCHS, GPT, GPTConfig
 from oracle import World, central_difference, gradient
+from tokenizer import get_tokenizer
 
 D = torch.float64
 
@@ -96,7 +93,7 @@ def test_kto_is_trls():
     for shift in (0.0, 40.0):  # with a positive and with a negative (clamped) estimate of the KL
         kl_ref -= shift
         theirs = trainer._compute_loss(fake, lambda **kw: out, batch, False)
-        losses, rewards = dpo.kto_loss(logp, ref, label, (kl_logp - kl_ref).mean(), 0.3, 1.5, 0.5)
+        losses, rewards = kto.kto_loss(logp, ref, label, (kl_logp - kl_ref).mean(), 0.3, 1.5, 0.5)
         assert losses.mean().item() == pytest.approx(theirs.item(), abs=1e-6)
         assert torch.allclose(rewards, 0.3 * (logp - ref))
 
@@ -114,7 +111,7 @@ def test_gradients_by_central_differences(loss_type, smoothing):
 def test_gradients_of_the_reference_free_ones():
     x = torch.stack(four(low=-2.0)[:2])
     label = torch.tensor([True, False, True, True, False, False])
-    for fn in (lambda x: dpo.simpo_loss(*x, 2.0, 0.5)[0].sum(), lambda x: dpo.orpo_loss(*x, 0.5)[0].sum(), lambda x: dpo.kto_loss(*x, label, 0.1, 0.7, 2.0, 1.0)[0].sum()):
+    for fn in (lambda x: dpo.simpo_loss(*x, 2.0, 0.5)[0].sum(), lambda x: dpo.orpo_loss(*x, 0.5)[0].sum(), lambda x: kto.kto_loss(*x, label, 0.1, 0.7, 2.0, 1.0)[0].sum()):
         assert (gradient(fn, x) - central_difference(fn, x)).abs().max() < 1e-7
     near_one = torch.tensor([-1e-5, -1e-8, 0.0], dtype=D).requires_grad_(True)  # a model sure of its answer
     losses = dpo.orpo_loss(near_one, torch.full((3,), -2.0, dtype=D), 0.5)[0]
@@ -129,7 +126,7 @@ def test_worked_numbers():
     assert dpo.simpo_loss(one, two, 2.0, 1.0)[0].item() == pytest.approx(0.3133, abs=1e-4)
     half, third = torch.tensor([math.log(1 / 2)]), torch.tensor([math.log(1 / 3)])
     assert dpo.orpo_loss(half, third, 1.0)[0].item() == pytest.approx(0.6931 + 0.4055, abs=1e-4)
-    assert dpo.kto_loss(one, one, torch.tensor([True]), 0.0, 1.0)[0].item() == 0.5
+    assert kto.kto_loss(one, one, torch.tensor([True]), 0.0, 1.0)[0].item() == 0.5
     logp, mask = torch.tensor([[-1.0, -2.0, 9.0], [5.0, 5.0, 5.0]]), torch.tensor([[True, True, False], [False] * 3])
     assert dpo.sequence_logp(logp, mask).tolist() == [-3, 0] and dpo.sequence_logp(logp, mask, True).tolist() == [-1.5, 0]
 
@@ -221,73 +218,42 @@ def test_ipo_stops_at_its_margin_where_dpo_runs_away():
 
 # ---- one forward, each prompt computed once ------------------------------------------------------------------------
 
-def tiny_model(arch='gpt2', seed=0):
+def tiny_model(arch='gpt2', seed=0, head='lm'):
     torch.manual_seed(seed)
     kw = dict(n_kv_head=2, n_inner=48, head_size=16, tie=True, **ARCHS['qwen3']) if arch == 'qwen3' else {}
-    return GPT(GPTConfig(arch=arch, n_layer=2, n_head=4, n_embd=32, vocab_size=257, block_size=128, bos_token_id=256, eos_token_id=256, **kw))
+    return GPT(GPTConfig(arch=arch, n_layer=2, n_head=4, n_embd=32, vocab_size=257, block_size=128, bos_token_id=256, eos_token_id=256, **kw), head)
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
-@pytest.mark.parametrize('script', [dpo, grpo], ids=['dpo', 'grpo'])
-def test_shared_prompts_equal_one_row_at_a_time(arch, script):
-    """Values and gradients of answer_logps against plain forwards of each whole sequence; lengths 1 to 60, one to five answers a prompt."""
-    model, g = tiny_model(arch), torch.Generator().manual_seed(1)
+def test_shared_prompts_equal_one_row_at_a_time(arch):
+    """Log-probs, values and their gradients against plain forwards of each whole sequence; lengths 1 to 60, one to five
+    answers a prompt."""
+    g = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(0, 257, (n,), generator=g).tolist()
-    groups = [(draw(9), [draw(5), draw(1), draw(17)]), (draw(1), [draw(60)]), (draw(33), [draw(2), draw(2), draw(40), draw(1), draw(7)]), (draw(4), [draw(1)])]
-    logp, entropy, mask = script.answer_logps(model, groups, 'cpu', temperature=0.7)
+    groups = [(draw(9), [draw(5), draw(1), draw(17)]), (draw(1), [draw(60)]), (draw(4), [draw(1)]),
+              (draw(33), [draw(2), draw(2), draw(40), draw(1), draw(7)])]
     flat = [(p, a) for p, answers in groups for a in answers]
-    assert mask.sum(1).tolist() == [len(a) for _, a in flat] and (logp[~mask] == 0).all() and (entropy[mask] > 0).all()
-    weight = torch.randn(logp.shape, generator=g)
-    (logp * weight).sum().backward()
-    ours = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    total = 0.0
-    for i, (p, a) in enumerate(flat):
-        one = model.logprobs(torch.tensor([p + a]), 0.7)[0, len(p) - 1:]
-        assert (one - logp[i, :len(a)]).abs().max() < 2e-5
-        total = total + (one * weight[i, :len(a)]).sum()
-    total.backward()
-    for n, p in model.named_parameters():
-        assert (p.grad - ours[n]).abs().max() < 1e-4 * max(1.0, p.grad.abs().max()), n
+    for head in ('lm', 'scalar'):
+        model = tiny_model(arch, head=head)
+        if head == 'lm':
+            found, entropy, mask = answer_logprobs(model, groups, temperature=0.7)
+            assert (entropy[mask] > 0).all()
+            alone = [model.logprobs(torch.tensor([p + a]), 0.7)[0, len(p) - 1:] for p, a in flat]
+        else:
+            found, mask = answer_values(model, groups)
+            alone = [model(torch.tensor([p + a]))[0][0, len(p) - 1:-1] for p, a in flat]
+        assert mask.sum(1).tolist() == [len(a) for _, a in flat] and (found[~mask] == 0).all()
+        weight = torch.randn(found.shape, generator=g)
+        (found * weight).sum().backward()
+        ours = {n: p.grad.clone() for n, p in model.named_parameters()}
+        model.zero_grad()
+        assert all((one - row[:len(one)]).abs().max() < 2e-5 for one, row in zip(alone, found))
+        sum((one * w[:len(one)]).sum() for one, w in zip(alone, weight)).backward()
+        for n, p in model.named_parameters():
+            assert (p.grad - ours[n]).abs().max() < 1e-4 * max(1.0, p.grad.abs().max()), n
 
 
 # ---- the stage -----------------------------------------------------------------------------------------------------
-
-def stage(script, *args, cwd, die_at_save=0):
-    """The script run as __main__ in this process (a subprocess costs seconds): what it printed. die_at_save: killed behind its n-th checkpoint."""
-    class Killed(Exception):
-        pass
-    argv, hook, threads, here, saves = sys.argv, sys.excepthook, torch.get_num_threads(), os.getcwd(), []
-    save = parallel.save_checkpoint
-
-    def counted(path, *args, **rest):
-        save(path, *args, **rest)
-        saves.append(path)
-        if die_at_save and sum(p.endswith('ckpt.pt') for p in saves) == die_at_save:
-            raise Killed
-    out = io.StringIO()
-    try:
-        parallel.save_checkpoint, sys.argv = counted, [script, *args, '--device=cpu', '--overwrite=True']
-        os.chdir(cwd)
-        with contextlib.redirect_stdout(out):
-            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-    except Killed:
-        pass
-    finally:
-        parallel.save_checkpoint, sys.argv, sys.excepthook = save, argv, hook
-        torch.set_num_threads(threads)
-        os.chdir(here)
-    return out.getvalue()
-
-
-def log_rows(folder, split='train'):
-    rows = [json.loads(line) for line in open(os.path.join(folder, 'log.jsonl'))]
-    return [{k: v for k, v in r.items() if k != 'time' and not k.endswith(('_s', 'per_s'))} for r in rows if r['split'] == split]
-
-
-def jsonl(path, rows):
-    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
-
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
@@ -320,12 +286,12 @@ def test_the_command_and_what_it_writes(world):
     assert again.returncode == 2 and again.stderr.startswith("error: loss_type 'dop' is unknown: one of sigmoid") and again.stderr.count('\n') == 1
 
 
-@pytest.mark.parametrize('extra', [[], ['--lora_r=4', '--precompute_ref=True'], ['--loss_type=kto']], ids=['full', 'lora', 'kto'])
-def test_a_killed_run_resumes_to_the_bit(world, extra):
-    stage('dpo.py', *COMMON, '--out_dir=out-whole', *extra, cwd=world)
-    stage('dpo.py', *COMMON, '--out_dir=out-cut', *extra, cwd=world, die_at_save=2)
+@pytest.mark.parametrize('script, extra', [('dpo.py', []), ('dpo.py', ['--lora_r=4', '--precompute_ref=True']), ('kto.py', [])])
+def test_a_killed_run_resumes_to_the_bit(world, script, extra):
+    stage(script, *COMMON, '--out_dir=out-whole', *extra, cwd=world)
+    stage(script, *COMMON, '--out_dir=out-cut', *extra, cwd=world, die_at_save=2)
     assert log_rows(world / 'out-cut')[-1]['step'] == 2
-    stage('dpo.py', *COMMON[1:], '--out_dir=out-cut', '--init_from=resume', *extra, cwd=world)
+    stage(script, *COMMON[1:], '--out_dir=out-cut', '--init_from=resume', *extra, cwd=world)
     assert log_rows(world / 'out-cut') == log_rows(world / 'out-whole') and log_rows(world / 'out-cut', 'eval') == log_rows(world / 'out-whole', 'eval')
     a, b = (torch.load(world / f'out-{x}/ckpt.pt', weights_only=True)['model'] for x in ('whole', 'cut'))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -358,7 +324,8 @@ def test_three_ways_to_the_reference_give_the_same_losses(world, monkeypatch):
                                                      ('ipo', ['--length_norm=True', '--beta=0.5'], 1.0), ('hinge', [], 1.0), ('apo_zero', [], 1.0), ('kto', [], 0.5),
                                                      ('simpo', ['--beta=2.0', '--gamma=0.5'], None), ('orpo', [], None), ('sigmoid', ['--sft_coef=0.5'], None)])
 def test_every_loss_trains(world, loss_type, extra, first):
-    stage('dpo.py', *COMMON, '--out_dir=out-loss', f'--loss_type={loss_type}', '--eval_samples=0', *extra, cwd=world)
+    script = ['kto.py'] if loss_type == 'kto' else ['dpo.py', f'--loss_type={loss_type}']
+    stage(*script, *COMMON, '--out_dir=out-loss', '--eval_samples=0', *extra, cwd=world)
     rows = log_rows(world / 'out-loss', 'eval')
     assert first is None or rows[0]['loss'] == pytest.approx(first, abs=1e-5)
     assert rows[-1]['loss'] < rows[0]['loss'] and rows[-1]['accuracy'] > 0.6
@@ -374,15 +341,65 @@ def test_micro_batches_do_not_change_the_result(world):
 
 
 def test_kto_reads_labels_and_messages(world):
-    stage('dpo.py', *COMMON, '--dataset=kto.jsonl', '--val_dataset=kto.jsonl', '--loss_type=kto', '--out_dir=out-kto', cwd=world)
+    stage('kto.py', *COMMON, '--dataset=kto.jsonl', '--val_dataset=kto.jsonl', '--out_dir=out-kto', cwd=world)
     row = log_rows(world / 'out-kto', 'eval')[-1]
     assert row['loss'] < 0.5 and row['kto_kl'] >= 0 and row['margin'] > 0
     talk = [[dict(role='user', content=f'Hi {i}'), dict(role='assistant', content='yes' * (1 + i % 2))] for i in range(24)]
     jsonl(world / 'talk.jsonl', [dict(messages=t, label=bool(i % 2)) for i, t in enumerate(talk)])
-    stage('dpo.py', *COMMON, '--dataset=talk.jsonl', '--loss_type=kto', '--out_dir=out-kto', '--max_iters=2', cwd=world)
+    stage('kto.py', *COMMON, '--dataset=talk.jsonl', '--out_dir=out-kto', '--max_iters=2', cwd=world)
     assert len(log_rows(world / 'out-kto')) == 2
-    items = dpo.encode_items([dict(prompt='Q', completion=c, label=True) for c in 'ab'] + [dict(prompt='R', completion='c', label=False)], get_tokenizer('byte'), 64, 'x', True)
-    assert [a[1][:1] for _, a, _ in items] == [[ord('c')], [ord('c')], [ord('a')]]  # the KL is estimated on answers to another prompt
+    items = [([1], [2, 9], True), ([1], [3, 9], True), ([5], [4, 9], False)]
+    others = [item[3] for item in kto.with_other_answers(items, 64)]
+    assert others == [[4, 9], [4, 9], [2, 9]]  # the KL is estimated on answers to another prompt
+
+
+def test_kto_labels_are_read_as_they_are_meant(world):
+    for value in (True, 1, 1.0, 'true', 'True', '1', ' yes ', 'good'):
+        assert kto.label_of(value) is True
+    for value in (False, 0, 0.0, 'false', '0', 'No', 'bad'):
+        assert kto.label_of(value) is False
+    for value in (-1, 2, 0.5, 'maybe', '', [True]):
+        with pytest.raises(ValueError, match='expected true or false'):
+            kto.label_of(value)
+    jsonl(world / 'odd.jsonl', [dict(prompt=f'Q{i}', completion='a', label='maybe' if i == 3 else 'true') for i in range(6)])
+    with pytest.raises(ValueError, match="odd.jsonl, row 4: label 'maybe'"):
+        stage('kto.py', *COMMON, '--dataset=odd.jsonl', '--val_dataset=kto.jsonl', '--out_dir=out-kto', cwd=world)
+
+
+def test_kto_means_do_not_depend_on_the_batch(world):
+    """Batches of 12 and of 4 (4, 1 and 0 good answers): rewards of each side, and margin is their difference."""
+    good = (0, 1, 2, 3, 5)
+    jsonl(world / 'uneven.jsonl', [dict(prompt=f'a{i}:', completion='good' if i in good else 'b' * i, label=i in good)
+                                   for i in range(12)])
+    common = [*COMMON[1:], '--dataset=uneven.jsonl', '--val_dataset=uneven.jsonl', '--eval_samples=0']
+    stage('kto.py', *common, '--init_from=base', '--out_dir=out-moved', '--learning_rate=1e-2', cwd=world)
+    seen = []
+    for size in (12, 4):
+        stage('kto.py', *common, '--init_from=out-moved', '--ref=base', f'--batch_size={size}', '--eval_only=True',
+              '--out_dir=out-k', cwd=world)
+        seen.append(log_rows(world / 'out-k', 'eval')[-1])
+    for key in ('chosen_reward', 'rejected_reward', 'margin', 'chosen_logp'):
+        assert seen[0][key] == pytest.approx(seen[1][key], abs=1e-5), key
+    assert seen[0]['margin'] == pytest.approx(seen[0]['chosen_reward'] - seen[0]['rejected_reward'], abs=1e-6)
+    assert abs(seen[0]['margin']) > 0.01
+
+
+def test_a_kto_checkpoint_of_dpo_resumes_in_kto(world):
+    """kto.py was dpo.py --loss_type=kto once, and its checkpoints say so."""
+    stage('kto.py', *COMMON, '--out_dir=out-old', '--max_iters=3', cwd=world)
+    file = world / 'out-old/ckpt.pt'
+    saved = torch.load(file, weights_only=True)
+    saved['config'].update(stage='dpo', loss_type='kto')
+    for key in ('rows', 'evaluated'):
+        del saved[key]
+    torch.save(saved, file)
+    stage('kto.py', *COMMON[1:], '--init_from=resume', '--out_dir=out-old', '--max_iters=5', cwd=world)
+    assert [r['step'] for r in log_rows(world / 'out-old')] == [0, 1, 2, 3, 4]
+    torch.save(saved, file)
+    with pytest.raises(ValueError, match='is a run of kto.py'):
+        stage('dpo.py', *COMMON[1:], '--init_from=resume', '--out_dir=out-old', cwd=world)
+    with pytest.raises(ValueError, match='python kto.py'):
+        stage('dpo.py', *COMMON, '--loss_type=kto', '--out_dir=out-old', cwd=world)
 
 
 def test_a_falling_chosen_logprob_is_said(world):
@@ -395,23 +412,43 @@ def test_a_falling_chosen_logprob_is_said(world):
 def test_the_stored_reference_is_not_used_for_other_data(world):
     first = stage('dpo.py', *COMMON, '--precompute_ref=True', '--out_dir=out-store', '--max_iters=1', cwd=world)
     second = stage('dpo.py', *COMMON, '--precompute_ref=True', '--out_dir=out-store', '--max_iters=1', '--max_rows=20', cwd=world)
-    assert 'computed anew' not in first and 'ref_train.safetensors belongs to other data' in second and 'ref_val.safetensors' not in second
+    assert 'computed again' not in first and 'ref_train.safetensors belongs to other data' in second and 'ref_val.safetensors' not in second
+
+
+def test_the_stored_reference_is_not_used_for_other_weights(world):
+    """The model behind the same name has changed: at step 0 policy and reference are the same again."""
+    import shutil
+    args = [*COMMON[1:], '--init_from=moving', '--precompute_ref=True', '--out_dir=out-moving', '--eval_samples=0']
+    for seed in (0, 1):
+        tiny_model(seed=seed).save_pretrained(world / 'moving')
+        stage('dpo.py', *args, '--max_iters=1', cwd=world)
+        row = log_rows(world / 'out-moving', 'eval')[0]
+        assert row['loss'] == pytest.approx(math.log(2), abs=1e-6) and row['margin'] == 0
+    shutil.rmtree(world / 'moving')
 
 
 def test_mistakes_are_named(world, tmp_path):
-    def fails(match, *args, rows=None):
+    def fails(match, *args, rows=None, script='dpo.py'):
         if rows is not None:
             jsonl(world / 'bad.jsonl', rows)
             args = (*args, '--dataset=bad.jsonl')
         with pytest.raises(ValueError, match=match):
-            stage('dpo.py', *COMMON, '--out_dir=' + str(tmp_path / 'out'), *args, cwd=world)
+            stage(script, *COMMON, '--out_dir=' + str(tmp_path / 'out'), *args, cwd=world)
     ok = dict(prompt='Q', chosen='yes', rejected='no')
     fails(r"bad.jsonl, row 2: .*without 'rejected'", rows=[ok, dict(prompt='Q', chosen='a')] + [ok] * 20, *['--val_dataset=pref.jsonl'])
     fails('row 1: .*equal', '--val_dataset=pref.jsonl', rows=[dict(prompt='Q', chosen='a', rejected='a'), ok])
     fails('row 1: empty completion', '--val_dataset=pref.jsonl', rows=[dict(prompt='Q', chosen='a', rejected='  '), ok])
     fails('row 1: the prompt is empty', '--val_dataset=pref.jsonl', rows=[dict(prompt='', chosen='a', rejected='b'), ok])
-    fails('row 1: a row with "label" has "prompt"', '--val_dataset=pref.jsonl', '--loss_type=kto', rows=[dict(completion='a', label=True), ok])
-    fails('all rows have the same prompt', '--val_dataset=pref.jsonl', '--loss_type=kto', rows=[ok, ok])
+    kto = dict(script='kto.py')
+    fails('row 1: a row with "label" has "prompt"', '--val_dataset=pref.jsonl', rows=[dict(completion='a', label=True), ok], **kto)
+    fails('all rows have the same prompt', '--val_dataset=pref.jsonl', rows=[ok, ok], **kto)
+    fails('max_new_tokens 128 leaves no room', '--max_new_tokens=128')
+    fails('max_new_tokens 128 leaves no room', '--max_new_tokens=128', **kto)
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=257, block_size=64)).save_pretrained(world / 'short')
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=99, block_size=128)).save_pretrained(world / 'few')
+    for other, words in (('short', 'reads 64 tokens at most'), ('few', "'byte' has 257 tokens, the model 99")):
+        fails(words, f'--ref={other}')
+        fails(words, f'--ref={other}', **kto)
     fails('no usable pair|no usable row', '--val_dataset=pref.jsonl', '--block_size=3', rows=[dict(prompt='Q', chosen='aaaa', rejected='b')])
     fails('precompute_ref=True means nothing', '--loss_type=simpo', '--precompute_ref=True')
     fails('label_smoothing 0.1 with .*hinge', '--label_smoothing=0.1', '--loss_type=hinge')

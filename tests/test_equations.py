@@ -61,17 +61,41 @@ def test_bradley_terry_by_hand_margin_and_ties():
     want = sum(math.log(1 + math.exp(-(a - b - 0.5))) for a, b in zip(c.tolist(), r.tolist())) / 6
     assert reward.bradley_terry_loss(c, r, 0.5).item() == pytest.approx(want)
     assert reward.bradley_terry_loss(c, r, torch.full((6,), 0.5)).item() == pytest.approx(want)
-    no, yes = torch.zeros(6, dtype=torch.bool), torch.ones(6, dtype=torch.bool)
-    assert torch.allclose(reward.pair_losses(c, r, torch.zeros(6), no, 0.0).mean(), reward.bradley_terry_loss(c, r))
-    tie = reward.pair_losses(c, r, torch.zeros(6), yes, 0.0)
-    assert torch.allclose(tie, reward.pair_losses(r, c, torch.zeros(6), yes, 0.0)) and (tie >= math.log(2) - 1e-9).all()
-    assert torch.allclose(reward.pair_losses(c, r, torch.zeros(6), no, 0.01) - reward.pair_losses(c, r, torch.zeros(6), no, 0.0), 0.01 * (c + r) ** 2)
+    tie = torch.tensor([True, False, True, False, False, False])
+    want = sum(math.log(1 + math.exp(-(a - b))) if not t else 0.5 * (math.log(1 + math.exp(b - a)) + math.log(1 + math.exp(a - b)))
+               for a, b, t in zip(c.tolist(), r.tolist(), tie.tolist())) / 6
+    assert reward.bradley_terry_loss(c, r, tie=tie).item() == pytest.approx(want)
+    every = torch.ones(6, dtype=torch.bool)
+    assert reward.bradley_terry_loss(c, r, tie=every) == reward.bradley_terry_loss(r, c, tie=every) >= math.log(2)
+    assert reward.centring_loss(c, r).item() == pytest.approx(((c + r) ** 2).mean().item())
+
+
+def test_gain_and_bias_by_arithmetic():
+    rewards = torch.randn(500) * 3 + 2
+    for old in (0.0, 5.0):  # the rewards of a model that was normalised before hold its bias
+        gain, bias = reward.gain_and_bias(rewards + old, old)
+        new = gain * rewards + bias
+        assert abs(new.mean()) < 1e-4 and abs(new.std(correction=0) - 1) < 1e-4
+    for same in (torch.full((8,), 0.7), torch.full((8,), 700.0) + torch.tensor([0.0, 1e-4] * 4)):
+        gain, bias = reward.gain_and_bias(same)
+        assert gain == 1 and bias == pytest.approx(-same.mean().item())
+
+
+def test_the_fused_sft_loss_is_the_equation():
+    """What the run computes (the head chunk by chunk) against sft_loss on log-probs."""
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=23, block_size=16)).double()
+    idx = torch.randint(23, (3, 9))
+    mask = torch.rand(3, 8) < 0.6
+    targets = torch.where(mask, idx[:, 1:], -1)
+    fused = sft.sft_loss(None, mask, fused=lambda: model(idx[:, :-1], targets)[1])
+    assert fused.item() == pytest.approx(sft.sft_loss(model.logprobs(idx), mask).item(), abs=1e-12)
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
 def test_rewards_with_shared_beginnings_equal_one_sequence_at_a_time(arch):
     """Pairs, a sequence twice, one that is the beginning of the next, branches of branches: rewards and gradients in float64, and fewer rows."""
-    from model import GPT, GPTConfig
+    from model import GPT, GPTConfig, rewards_of
     model = GPT(GPTConfig.of(arch, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, head_size=8, vocab_size=5, block_size=32), 'scalar').double()
     model.config.reward_bias = 0.7
     some = lambda lo, hi: torch.randint(5, (int(torch.randint(lo, hi, ())),)).tolist()
@@ -81,7 +105,7 @@ def test_rewards_with_shared_beginnings_equal_one_sequence_at_a_time(arch):
     weight = torch.randn(len(sequences), dtype=torch.float64)
     seen, hidden = [], model.hidden
     model.hidden = lambda ids, *rest: seen.append(len(ids)) or hidden(ids, *rest)
-    shared = reward.packed_rewards(model, sequences, torch.device('cpu'))
+    shared = rewards_of(model, sequences)
     shared.dot(weight).backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -204,8 +228,18 @@ def test_value_loss_by_hand_and_garbage():
     again, _ = ppo.value_loss(y, *garbage(mask, old, ret), mask, 0.2)
     again.backward()
     assert torch.equal(loss, again) and torch.equal(x.grad, y.grad)
-    perfect = ppo.value_loss(ret, ret, ret, mask, 0.2)[1]
-    assert perfect['explained'].item() == pytest.approx(1.0)
+    assert ppo.explained_variance(ppo.value_loss(ret, ret, ret, mask, 0.2)[1]).item() == pytest.approx(1.0)
+    want = 1 - (ret - v)[mask].var(correction=0) / ret[mask].var(correction=0)  # of pooled moments, however they were cut
+    parts = [ppo.value_loss(*(x[r] for x in (v, old, ret, mask)), 0.2)[1] for r in (slice(0, 2), slice(2, 5))]
+    share = [mask[:2].sum() / mask.sum(), mask[2:].sum() / mask.sum()]
+    pooled = {k: sum(w * part[k] for w, part in zip(share, parts)) for k in parts[0]}
+    assert ppo.explained_variance(pooled).item() == pytest.approx(want.item())
+
+
+def test_end_rule():
+    scores, ended = torch.tensor([2.0, 3.0]), torch.tensor([True, False])
+    for rule, want in (('score', [2, -1]), ('penalty', [2, 2]), ('none', [2, 3])):
+        assert ppo.end_rule(scores, ended, rule, -1.0).tolist() == want
 
 
 def test_token_rewards_put_the_score_on_the_last_token():
@@ -221,21 +255,11 @@ def test_adaptive_beta():
     assert ppo.adapt_beta(0.15, 0.0, 6.0, 512, 10000) < 0.15
 
 
-def test_collate_points_at_the_predicting_position():
-    idx, mask, at, resp = ppo.collate([[5, 6], [1, 2, 3]], [[7], [8, 9]])
-    assert idx.tolist() == [[5, 6, 7, 0, 0], [1, 2, 3, 8, 9]] and mask.sum().item() == 8
-    assert at[0, 0] == 1 and at[1].tolist() == [2, 3] and resp.tolist() == [[True, False], [True, True]]
-    where = ppo.response_positions(mask, at, resp)
-    assert where.nonzero().tolist() == [[0, 1], [1, 2], [1, 3]]
-    for b, j in resp.nonzero().tolist():
-        assert idx[b, at[b, j] + 1] == [[7], [8, 9]][b][j]
-
-
 def test_helpers_shared_by_stages_are_equal_to_the_letter():
     import ast
     import collections
     root, seen = os.path.dirname(os.path.abspath(ppo.__file__)), collections.defaultdict(dict)
-    for stage in ('sft', 'reward', 'ppo', 'dpo', 'grpo'):
+    for stage in ('sft', 'reward', 'ppo', 'dpo', 'kto', 'grpo'):
         path = os.path.join(root, stage + '.py')
         if os.path.exists(path):
             source = open(path).read()

@@ -256,6 +256,6 @@ def test_under_the_sanitizers():
     beyond = 'x = torch.zeros(9); native.draw(x.view(1, 9), x[:1].double(), x[:1]); p = x.data_ptr(); native.library("DRAW").draw(p, 9, 9, 9, 9, *[p] * 5)'
     done = subprocess.run([sys.executable, '-c', start + beyond], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
     assert done.returncode and 'heap-buffer-overflow' in done.stderr, 'the sanitizer sees nothing'
-    tests = '-k "attention_of_documents or more_samples or every_head_size or refused or c_path or in_c or packed_documents" tests/test_native.py tests/test_infer.py tests/test_kernels.py'
+    tests = '-k "not other_compilers and (attention_of_documents or more_samples or every_head_size or refused or c_path or in_c or packed_documents)" tests/test_native.py tests/test_infer.py tests/test_kernels.py'
     said, _ = child(start + f"import shlex; sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *shlex.split({tests!r})]))", timeout=3000, **env)
-    assert 'passed' in said and 'failed' not in said
+    assert said.count('.') > 40 and 'F' not in said

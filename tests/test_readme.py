@@ -88,5 +88,6 @@ def test_commands_that_run_offline(tmp_path):
 if __name__ == '__main__':
     with open(README, encoding='utf-8') as f:
         old = f.read()
+    new = corrected(old)
     with open(README, 'w', encoding='utf-8') as f:
-        f.write(corrected(old))
+        f.write(new)

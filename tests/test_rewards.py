@@ -1,4 +1,4 @@
-"""The answer checkers: data/gsm8k/reward.py by a table of cases, data/toy/reward.py, and what a run may feed them."""
+"""The answer checkers of GSM8K and of the toy sums, by a table of cases, and what a run may feed them."""
 import importlib.util
 import os
 import time
@@ -16,26 +16,47 @@ def load(path):
 
 
 gsm, toy = load('data/gsm8k/reward.py'), load('data/toy/reward.py')
+NEXT = '12 eggs\n#### 12\n\nQuestion: Tom has 5 apples and gets 3. How many?\nAnswer: He has 8.\n#### 8'
 
 CASES = [
     # '####', GSM8K's own mark
-    ('#### 72', '72'), ('#### 1,200', '1200'), ('#### $18.50', '37/2'), ('#### -5', '-5'), ('#### \u22125', '-5'), ('#### 7.', '7'),
-    ('#### 72 apples', '72'), ('#### 50%', '1/2'), ('#### 3/4', '3/4'), ('#### .5', '1/2'), ('#### 1 3/4', '7/4'), ('####72', '72'),
-    ('#### x = 12', '12'), ('#### 12\n#### 13', '13'), ('I had 5 ####', None), ('5 #### none', None), ('#### 72\nThat took 3 steps.', '72'),
+    ('#### 72', '72'), ('#### 1,200', '1200'), ('#### $18.50', '37/2'), ('#### -5', '-5'),
+    ('#### \u22125', '-5'), ('#### 7.', '7'), ('#### 72 apples', '72'), ('#### 50%', '50%'),
+    ('#### 3/4', '3/4'), ('#### .5', '1/2'), ('#### 1 3/4', '7/4'), ('####72', '72'), ('#### x = 12', '12'),
+    ('#### 12\n#### 13', '13'), ('I had 5 ####', None), ('5 #### none', None),
+    ('#### 72\nThat took 3 steps.', '72'), 
     # \boxed{}
-    (r'\boxed{72}', '72'), (r'\boxed{1{,}200}', '1200'), (r'\boxed{1\,200}', '1200'), (r'\boxed{\frac{3}{4}}', '3/4'), (r'\boxed{\dfrac34}', '3/4'),
-    (r'\boxed{-\frac{3}{4}}', '-3/4'), (r'\boxed{1\frac{3}{4}}', '7/4'), (r'\boxed{\$18.50}', '37/2'), (r'\boxed{50\%}', '1/2'),
-    (r'\boxed{72\text{ apples}}', '72'), (r'\boxed{x=12}', '12'), (r'\boxed{12} no \boxed{13}', '13'), (r'\boxed{12', '12'),
-    (r'5 \boxed{\text{none}}', None), (r'#### 5 but \boxed{6}', '6'), (r'$\boxed{8}$ apples and 3 pears', '8'),
+    (r'\boxed{72}', '72'), (r'\boxed{1{,}200}', '1200'), (r'\boxed{1\,200}', '1200'),
+    (r'\boxed{\frac{3}{4}}', '3/4'), (r'\boxed{\dfrac34}', '3/4'), (r'\boxed{-\frac{3}{4}}', '-3/4'),
+    (r'\boxed{1\frac{3}{4}}', '7/4'), (r'\boxed{\$18.50}', '37/2'), (r'\boxed{50\%}', '50%'),
+    (r'\boxed{72\text{ apples}}', '72'), (r'\boxed{x=12}', '12'), (r'\boxed{12} no \boxed{13}', '13'),
+    (r'\boxed{12', '12'), (r'5 \boxed{\text{none}}', None), (r'#### 5 but \boxed{6}', '6'),
+    (r'$\boxed{8}$ apples and 3 pears', '8'), (r'\boxed {12}, found in 3 steps', '12'), 
     # in words
-    ('The answer is 42.', '42'), ('The final answer is: $1,234.', '1234'), ('Answer: 9', '9'), ('The answer is 42. I used 3 steps.', '42'),
-    ('The answer is 6 * 7 = 42.', '42'), ('The answer is not known, 7', '7'), ('The answer is **18**', '18'), ('answer = -2.50', '-5/2'),
+    ('The answer is 42.', '42'), ('The final answer is: $1,234.', '1234'), ('Answer: 9', '9'),
+    ('The answer is 42. I used 3 steps.', '42'), ('The answer is 6 * 7 = 42.', '42'),
+    ('The answer is **18**', '18'), ('answer = -2.50', '-5/2'), ('The answer is unknown. 7', '7'),
+    ('The answer is 42. No, the answer is 43.', '43'), ('The answer is 42. Is my answer clear?', '42'), 
+    # what names the answer holds one number and words, or none
+    (r'\boxed{10^3}', None), (r'\boxed{12-5}', None), ('#### 12 - 5', None), ('#### 5, 6, 7', None),
+    ('#### 72 then 73', None), (r'\boxed{5!}', None), (r'\boxed{\sqrt{16}}', None), ('#### 7 or eight', None),
+    ('The answer is 7 or 8.', None), ('The answer is not 7', None), (r'\boxed{12x}', None),
+    ('#### 7:30', None), ('#### 42 = 6 * 7', None), ('#### 5 dollars/day', '5'), 
+    # words that are numbers
+    ('The answer is 1.5 million', '1500000'), (r'\boxed{3 \text{ dozen}}', '36'),
+    ('#### 2 hundred thousand', '200000'), ('#### 2 and a half', None), 
     # the fallback: the last number
-    ('She has 4 left, 3 of them red', '3'), ('48/2 = 24', '24'), ('<<48/2=24>>24 clips', '24'), ('costs 3.50.', '7/2'), ('3.', '3'), ('1.2.3', '3'),
-    ('25 percent', '1/4'), ('5 1/2 hours', '11/2'), ('12 34', '34'), ('10,000,000', '10000000'), ('1,23', '23'), ('1,2,3', '3'), ('1e3', '1000'),
-    ('x2', '2'), ('at 7:30', '30'), ('Room 5A', '5'), ('(7)', '7'),
+    ('She has 4 left, 3 of them red', '3'), ('48/2 = 24', '24'), ('<<48/2=24>>24 clips', '24'),
+    ('costs 3.50.', '7/2'), ('3.', '3'), ('1.2.3', '3'), ('25 percent', '25%'), ('5 1/2 hours', '11/2'),
+    ('12 34', '34'), ('10,000,000', '10000000'), ('1,23', '23'), ('1,2,3', '3'), ('1e3', '1000'), ('x2', '2'),
+    ('at 7:30', '30'), ('Room 5A', '5'), ('(7)', '7'), 
     # a sign is a sign only where it is not a minus between two numbers
-    ('2-1', '1'), ('it is 5-3', '3'), ('x = 12 - 5', '5'), ('12 -5', '-5'), ('from -3 to +4', '4'), ('-$3', '-3'), ('owes $-3', '-3'),
+    ('2-1', '1'), ('it is 5-3', '3'), ('x = 12 - 5', '5'), ('12 -5', '-5'), ('from -3 to +4', '4'),
+    ('-$3', '-3'), ('owes $-3', '-3'), ('#### - 5', '-5'), (r'\boxed{- \frac12}', '-1/2'),
+    ('it is - 5', '-5'), ('x - 5', '5'), ('The answer is - 5.', '-5'), 
+    # a thought is no answer, and neither is the next question
+    (r'<think>so \boxed{7}</think> The answer is 8.', '8'), (r'<think>maybe \boxed{7} or', None),
+    (r'so 7</think> 8', '8'), (NEXT, '12'), 
     # nothing
     ('', None), ('no number', None), ('3/0', None), ('\uff15', None), ('#### ' + '9' * 5000, None),
 ]
@@ -47,12 +68,20 @@ def test_extract_answer(text, want):
 
 
 @pytest.mark.parametrize('completion, answer, want', [
-    ('... #### 72', 'He sold 48+24 = <<48+24=72>>72.\n#### 72', 1), ('72.0', '#### 72', 1), ('$1,000', '#### 1000', 1), ('73', '#### 72', 0),
-    ('0.75', '#### 3/4', 1), ('75%', '#### 75', 1), ('75%', '#### 0.75', 1), ('0.75', '#### 75%', 1), ('75', '#### 0.75', 0), ('', '#### 72', 0),
-    ('72', 72, 1), ('72', '72', 1), ('-72', '#### 72', 0), ('#### 72 then 73', '#### 72', 1), (r'\boxed{34}', r'\boxed{34}', 1),
+    ('... #### 72', 'He sold 48+24 = <<48+24=72>>72.\n#### 72', 1), ('72.0', '#### 72', 1),
+    ('$1,000', '#### 1000', 1), ('73', '#### 72', 0), ('0.75', '#### 3/4', 1), ('75%', '#### 75', 1),
+    ('75%', '#### 0.75', 1), ('0.75', '#### 75%', 1), ('75', '#### 0.75', 0), ('', '#### 72', 0),
+    ('72', 72, 1), ('72', '72', 1), ('-72', '#### 72', 0), ('#### - 5', '-5', 1), ('#### - 5', '5', 0),
+    (r'\boxed{34}', r'\boxed{34}', 1),
     ('0.3333', '#### 1/3', 0)])  # exact: no tolerance that a policy could learn to live in
 def test_gsm8k_reward(completion, answer, want):
     assert gsm.reward('Q', completion, {'answer': answer, 'question': '?'}) == want
+
+
+def test_gsm8k_answers_that_are_paid_for_one_reference_are_one_class():
+    assert gsm.equal('50%', '50') and gsm.equal('50%', '1/2')
+    assert not gsm.equal('50', '1/2') and not gsm.equal('', '')
+    assert gsm.equal(gsm.extract_answer('#### 50%'), gsm.extract_answer('#### 50'))
 
 
 def test_gsm8k_reference_without_number_is_an_error():
@@ -61,17 +90,22 @@ def test_gsm8k_reference_without_number_is_an_error():
 
 
 def test_hostile_completions_are_fast_and_harmless():
-    for text in ('1,' * 20000, '1/' * 20000, '\\boxed{' * 5000, '{' * 20000, '\\frac{' * 5000, '#' * 20000, 'answer is ' * 3000, ' 1' * 20000, '-' * 20000, '$' * 20000,
-                 '9' * 20000, '1e999', '\\frac' * 5000, '1' + ' ' * 20000 + '/', '\ud800', '\0' * 99):
+    for text in (
+            '1,' * 20000, '1/' * 20000, '\\boxed{' * 5000, '{' * 20000, '\\frac{' * 5000, '#' * 20000,
+            'answer is ' * 3000, ' 1' * 20000, '-' * 20000, '- ' * 20000, '$' * 20000, '9' * 20000, '1e999',
+            '\\frac' * 5000, '1' + ' ' * 20000 + '/', '\ud800', '\0' * 99, 
+            '1 million ' + 'million ' * 5000, 'answer' * 5000, '\n' * 20000 + 'Question',
+            'answer ' + ' ' * 20000 + 'is'):
         start = time.process_time()
-        assert gsm.reward('', text, {'answer': '#### 77'}) == 0 and toy.reward('', text, {'answer': '77'}) == 0
-        assert time.process_time() - start < 5, text[:20]  # CPU seconds: milliseconds when linear, minutes when a pattern backtracks
+        assert gsm.reward('', text, {'answer': '#### 77'}) == toy.reward('', text, {'answer': '77'}) == 0
+        assert time.process_time() - start < 5, text[:20]  # CPU seconds: milliseconds when linear
 
 
 @pytest.mark.parametrize('text, want', [
-    ('7+8=15, 4+2+1=7, 75.', '75'), ('75.', '75'), ('Sure! 75. Any time!', '75'), ('7+8=15, 4+2+1=7, 7', None), ('75. 76.', '76'), ('075.', '75'),
-    ('', None), ('no', None), ('75', None), ('7+8=15. 75!', '75')])
+    ('7+8=15, 4+2+1=7, 75.', '75'), ('75.', '75'), ('Sure! 75. Any time!', '75'),
+    ('7+8=15, 4+2+1=7, 7', None), ('75. 76.', '76'), ('075.', '75'), ('', None), ('no', None), ('75', None),
+    ('7+8=15. 75!', '75'), ('It is 75.5', None), ('It is 0.75.', None), ('9' * 5000 + '.', None)])
 def test_toy_reward(text, want):
     assert toy.extract_answer(text) == want
-    assert toy.reward('Q: 47+28?\nA: ', text, {'answer': '75'}) == float(want == '75')
-    assert toy.reward('Q: 47+28?\nA: ', text, {'answer': 75}) == float(want == '75')
+    for answer in ('75', 75):
+        assert toy.reward('Q: 47+28?\nA: ', text, {'answer': answer}) == float(want == '75')

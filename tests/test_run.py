@@ -1,5 +1,6 @@
 """What every stage does around its algorithm: the folder's lock, checkpoints cut short, full disks, signals, words for the device."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,3 +195,88 @@ def test_out_of_memory_is_one_line_with_what_helps(world, error):
     r = subprocess.run(args, cwd=world, capture_output=True, text=True, env=env())
     assert r.returncode == 2 and r.stderr.startswith('error: out of memory') and r.stderr.count('\n') == 1, r.stderr
     assert 'micro_tokens (now 8192)' in r.stderr and 'the plan was 0.0' in r.stderr
+
+
+@pytest.mark.parametrize('env,says', [
+    (dict(WORLD_SIZE='2'), 'WORLD_SIZE is 2 in the environment, but RANK, MASTER_ADDR, MASTER_PORT is not'),
+    (dict(WORLD_SIZE='2', RANK='0', MASTER_ADDR='localhost'), 'but MASTER_PORT is not'),
+    (dict(WORLD_SIZE='two'), "WORLD_SIZE is 'two'"), (dict(WORLD_SIZE='0'), "WORLD_SIZE is '0'")])
+def test_half_an_environment_of_torchrun_is_said(monkeypatch, env, says):
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=says):
+        parallel.init()
+
+
+MAC = """
+import builtins, os, sys, sysconfig, requests, tiktoken, torch, zoneinfo, torch.distributed, torch._dynamo
+sysconfig.get_config_vars()
+sys.modules['triton'] = None
+for name in ('memfd_create', 'sched_getaffinity', 'eventfd', 'pidfd_open', 'posix_fallocate', 'getrandom'):
+    if hasattr(os, name):
+        delattr(os, name)
+sysconf, opened, exists, isdir = os.sysconf, builtins.open, os.path.exists, os.path.isdir
+def asked(name):
+    if name in ('SC_AVPHYS_PAGES', 'SC_PAGE_SIZE'):
+        raise ValueError('unrecognized configuration name')
+    return sysconf(name)
+def no_proc(path, *args, **kw):
+    if str(path).startswith(('/proc', '/dev/shm')):
+        raise FileNotFoundError(2, 'No such file or directory', path)
+    return opened(path, *args, **kw)
+os.sysconf, builtins.open = asked, no_proc
+os.sysconf_names = {k: v for k, v in os.sysconf_names.items() if k not in ('SC_AVPHYS_PAGES', 'SC_PAGE_SIZE')}
+os.path.exists = lambda path: not str(path).startswith('/proc') and exists(path)
+os.path.isdir = lambda path: not str(path).startswith('/proc') and isdir(path)
+sys.platform = 'darwin'
+import runpy
+for line in sys.stdin:
+    sys.argv = line.split()
+    runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_every_stage_runs_without_what_linux_alone_has(tmp_path):
+    """Played: no /proc, no SC_AVPHYS_PAGES, no memfd, no affinity, no Triton; each stage takes two iterations."""
+    (tmp_path / 'text.jsonl').write_text(''.join(f'{{"text": "row {i} of text"}}\n' for i in range(12)))
+    pair = '{{"prompt": "a{0}:", "chosen": "good", "rejected": "bad{0}", "completion": "x{0}", "label": {1}}}\n'
+    (tmp_path / 'pairs.jsonl').write_text(''.join(pair.format(i, ('true', 'false')[i % 2]) for i in range(12)))
+    (tmp_path / 'sums.py').write_text('def reward(prompt, completion, row):\n    return float(len(completion) % 5)\n')
+    tail = '--dataset=pairs.jsonl --val_dataset=pairs.jsonl --init_from=base --max_iters=2 --eval_iters=1 --batch_size=4 --device=cpu'
+    rl = f'{tail} --reward=sums.py --minibatch_size=4 --max_new_tokens=4'
+    lines = [f'sft.py {" ".join(TINY)} --max_iters=2 --out_dir=base',
+             f'reward.py {tail} --out_dir=rm --normalize=responses', f'dpo.py {tail} --out_dir=dpo --eval_samples=2 --max_new_tokens=4',
+             f'kto.py {tail} --out_dir=kto --eval_samples=2 --max_new_tokens=4', f'ppo.py {rl} --out_dir=ppo',
+             f'grpo.py {rl} --group_size=2 --out_dir=grpo', 'infer.py --init_from=ppo --start=a1: --max_new_tokens=4 --device=cpu']
+    text = ''.join(os.path.join(ROOT, line) + '\n' for line in lines)
+    r = subprocess.run([sys.executable, '-c', MAC], input=text, cwd=tmp_path, capture_output=True, text=True, env=env())
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert all((tmp_path / name / 'ckpt.pt').exists() for name in ('base', 'rm', 'dpo', 'kto', 'ppo', 'grpo'))
+
+
+SHAPES = {'gpt2': dict(arch='gpt2'), 'qwen3': dict(arch='qwen3', n_layer=28, n_head=16, n_kv_head=8, head_size=128, n_embd=1024, n_inner=3072,
+                                                   vocab_size=151936, block_size=40960)}
+
+
+def planned(config):
+    """Bytes that the memory plan of a run by this config file adds up, on a GPU; PPO has two trained networks and two frozen."""
+    keys = dict(micro_tokens=8192, max_num_seqs=0, max_prompt=0, max_new_tokens=0, dtype_bytes=4)
+    with open(os.path.join(ROOT, config), encoding='utf-8') as f:
+        exec(f.read(), {}, keys)
+    with torch.device('meta'):
+        model = GPT(GPTConfig.of(**SHAPES['qwen3' if 'qwen3' in config else 'gpt2']))
+    c, trained = model.config, sum(run.training_bytes(model))
+    networks = {'ppo': 2 * trained + 2 * run.training_bytes(model)[0], 'dpo': trained + run.training_bytes(model)[0],
+                'grpo': trained + run.training_bytes(model)[0] // 2}.get(os.path.basename(config).split('_')[0], trained)
+    activations = run.activation_bytes(c, keys['micro_tokens'], 512)
+    cache = run.kv_cache_bytes(c, keys['max_num_seqs'] * (keys['max_prompt'] + keys['max_new_tokens']), 2)
+    return networks + activations + cache + min(2 << 30, 4 * keys['micro_tokens'] * c.vocab_size)
+
+
+def test_each_config_fits_the_memory_that_readme_promises():
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        rows = re.findall(r'^\| [^|]+\|([^|]+)\| (\d+) GB \|', f.read(), re.M)
+    configs = [(config, int(size)) for commands, size in rows for config in re.findall(r'config/\w+\.py', commands)]
+    assert len(configs) >= 5
+    for config, size in configs:
+        assert 0.1 * size * 1e9 < planned(config) < size * 1e9, (config, planned(config) / 1e9)

@@ -35,7 +35,7 @@ CASES = {
     'bfloat16': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--micro_tokens=96', '--dtype=bfloat16'],
     'reward': ['reward.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=192', '--normalize_n=16', '--max_new_tokens=6'],
     'dpo': ['dpo.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=128', '--max_new_tokens=6', '--eval_samples=3'],
-    'kto': ['dpo.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=128', '--max_new_tokens=6', '--eval_samples=3', '--loss_type=kto', '--lora_r=4'],
+    'kto': ['kto.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=128', '--max_new_tokens=6', '--eval_samples=3', '--lora_r=4'],
     'reward_lora': ['reward.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=192', '--normalize=none', '--lora_r=4'],
     'ppo_lora': ['ppo.py', *RL, '--init_from=out-base', '--reward=reward.py', '--ppo_epochs=2', '--lora_r=4'],
     'grpo_lora': ['grpo.py', *RL, '--init_from=out-base', '--reward=reward.py', '--group_size=2', '--eval_k=2', '--beta=0.05', '--lora_r=4'],

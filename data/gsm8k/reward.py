@@ -1,101 +1,133 @@
 """Reward of GSM8K: 1 when the answer's number equals the reference's, exactly, as a rational number; else 0.
 
-Used by grpo.py / ppo.py (`--reward=data/gsm8k/reward.py`) and by their evaluation, for the base and the trained model
-alike: a parser that is kinder to one of them makes a gain out of nothing. What counts as the answer of a text, in order:
+Used by grpo.py / ppo.py (`--reward=data/gsm8k/reward.py`) and by their evaluation, for the base and the
+trained model alike: a parser that is kinder to one of them makes a gain out of nothing. What counts as the
+answer of a text, in order:
     1. the last \\boxed{...}                  "... so \\boxed{1{,}200}"       -> 1200
     2. what follows the last '####'           "... #### 1,200 apples"        -> 1200
-    3. what follows the last 'answer is/:/='   "The final answer is $18.50."  -> 37/2
-    4. the last number anywhere               "She has 4 left, 3 of them red" -> 3    (the fallback: generous, and the same for all)
-A place named by 1 or 2 that holds no number is an answer that is wrong; the search does not go on below it.
-Read as numbers: 1,200  $18.50  -3  −3  +3  (3)  .5  3/4  1 3/4  \\frac{3}{4}  50%  1e3  7.  '7 apples'  '7:30' -> 7.
+    3. what follows the last 'answer is/:/='  "The final answer is $18.50."  -> 37/2
+    4. the last number anywhere               "She has 4 left, 3 of them red" -> 3    (generous, but to all)
+A place named by 1 to 3 holds one number and words. '5, 6, 7', '7 or 8', '12-5' and '10^3' are no number, and
+the search does not go on below them; neither does it below an empty box. '6 * 7 = 42' is 42.
+Read as numbers: 1,200  $18.50  -3  - 3  −3  +3  (3)  .5  3/4  1 3/4  \\frac{3}{4}  50%  1e3  7.  '7 apples'
+1.5 million  3 dozen.
 50% is 1/2, and is also taken for 50: GSM8K's references leave the sign out.
 """
+import os
 import re
+import sys
 from fractions import Fraction
 
-_NUMBER = r'\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+'  # thousands by comma only in threes: '1,2' is two numbers
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from final_answer import marked, named, spoken
+
+LONGEST = 200  # characters of a number: Python's int refuses thousands of digits, and no answer is that long
+SCALES = {
+    'dozen': 12, 'hundred': 100, 'thousand': 10**3, 'million': 10**6, 'billion': 10**9, 'trillion': 10**12}
+# thousands in threes: '1,2' is two numbers
+_NUMBER = r'\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+'
 _VALUE = re.compile(
-    rf'(?P<sign>(?<![\w)}}])[-+])?(?:[$€£]\s?(?P<sign2>-)?)?'
-    rf'(?:(?P<whole>\d+)\s+)?(?:(?P<num>{_NUMBER})\s*/\s*(?P<den>\d[\d,]*(?:\.\d+)?)|(?P<plain>{_NUMBER})(?P<exp>[eE][-+]?\d{{1,3}}(?!\w))?)'
-    r'\s?(?P<percent>%|percent\b)?', re.ASCII)
+    r'(?P<sign>[-+]\s?)?(?:[$€£]\s?(?P<sign2>-)?)?'
+    rf'(?:(?:(?P<whole>\d+)\s+)?(?P<top>{_NUMBER})\s*/\s*(?P<bottom>\d[\d,]*(?:\.\d+)?)'
+    rf'|(?P<plain>{_NUMBER})(?P<exp>[eE][-+]?\d{{1,3}}(?!\w))?)'
+    rf'(?P<scales>(?:\s{{0,3}}(?:{"|".join(SCALES)})s?\b)*)\s?(?P<percent>%|percent\b)?', re.ASCII | re.I)
+# beside the one number of a named place: more digits, operators, unknowns, words that make a choice of it
+_MORE = re.compile(
+    r'[\\^*+<>!]|/(?!\s?[a-z])|\d|-\s*\w\b|(?<![a-z])[xyz](?![a-z])|'
+    r'\b(?:or|and|not|half|maybe|either)\b', re.I)
 
 
 def _clean(text):
-    """LaTeX and typography into plain characters; a \\frac becomes a/b, thousands written 1{,}200 or 1\\,200 lose the braces."""
-    text = text.replace('\u2212', '-').replace('\u2013', '-').replace('\u00a0', ' ').replace('{,}', ',').replace('\\%', '%').replace('\\$', '$')
+    """LaTeX and typography into plain characters; a \\frac becomes a/b, thousands written 1{,}200 or 1\\,200
+    get their comma."""
+    text = text.replace('\u2212', '-').replace('\u2013', '-').replace('\u00a0', ' ').replace('{,}', ',')
     text = re.sub(r'(?<=\d)\\[,! ](?=\d{3})', ',', text)
     text = re.sub(r'(?<=\d)\s*\\[dt]?frac', r' \\frac', text)  # 1\frac{3}{4} is 1 3/4
-    text = re.sub(r'\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))', lambda m: f'{m[1] or m[2]}/{m[3] or m[4]}', text)
-    return re.sub(r'\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}', r' \1 ', text).replace('**', '').replace('\\(', '(').replace('\\)', ')')
+    text = re.sub(r'\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))', r'\1\2/\3\4', text)
+    text = re.sub(r'\\(?:text|mathrm|mbox|textbf|mathbf|boldsymbol)\s*\{([^{}]*)\}', r' \1 ', text)
+    return re.sub(r'\\(?=[%$()])|\\[,;:! ]|\^\{?\\circ\}?|\*\*', ' ', text)
+
+
+def _value(match):
+    """The number of a match of _VALUE as a Fraction, without its sign; None where it is none: 3/0, thousands
+    of digits."""
+    digits = {key: Fraction(match[key].replace(',', '')) for key in ('whole', 'top', 'bottom') if match[key]}
+    if digits.get('bottom') == 0:
+        return None
+    if match['plain']:
+        value = Fraction(match['plain'].replace(',', '') + (match['exp'] or ''))
+    else:
+        value = digits['top'] / digits['bottom'] + digits.get('whole', 0)
+    for word in match['scales'].lower().split():
+        value *= SCALES[word.removesuffix('s')]
+    return value
 
 
 def _numbers(text):
-    """[(Fraction, has a percent sign), ...] of every number in the text, left to right."""
+    """[(Fraction, has a percent sign, start, end), ...] of every number in cleaned text, left to right."""
     found = []
-    for m in _VALUE.finditer(_clean(text)):
-        if len(m[0]) > 200:
-            continue  # a model gone astray writes thousands of digits: Python's int refuses them, and no answer is that long
-        if m['num'] is not None:
-            den = Fraction(m['den'].replace(',', ''))
-            if den == 0:
-                continue  # 3/0 is no number
-            value = Fraction(m['num'].replace(',', '')) / den + int(m['whole'] or 0)
-        else:
-            value = Fraction(m['plain'].replace(',', '') + (m['exp'] or ''))
-            if m['whole'] is not None:  # '12 34': two numbers, not a mixed fraction
-                found.append((int(m['whole']) * (-1 if '-' in (m['sign'], m['sign2']) else 1), False))
-                found.append((value, bool(m['percent'])))
-                continue
-        found.append((value * (-1 if '-' in (m['sign'], m['sign2']) else 1), bool(m['percent'])))
-    return [(Fraction(v), p) for v, p in found]
+    for m in _VALUE.finditer(text):
+        value = _value(m) if len(m[0]) <= LONGEST else None
+        if value is None:
+            continue
+        sign, before = m['sign'] or '', text[max(0, m.start() - 9):m.start()]
+        between = r'[\w)}\]]$' if sign == sign.strip() else r'([\d)}\]%]|\b\w)\s*$'
+        minus = '-' in sign and not re.search(between, before)  # 12-5, x - 5: no sign, but a minus
+        if minus or m['sign2']:
+            value = -value
+        found.append((value, bool(m['percent']), m.start(), m.end()))
+    return found
 
 
-def _boxed(text):
-    """The inside of the last \\boxed{...} with its braces matched, or None; an unclosed one gives what there is."""
-    start = max(text.rfind('\\boxed{'), text.rfind('\\fbox{'))
-    if start < 0:
+def _only_number(place):
+    """(Fraction, has a percent sign) of a place that names the answer; None where it does not hold one number
+    and words."""
+    text = _clean(place).split('=')[-1].strip()
+    found = _numbers(text)
+    if len(found) != 1:
         return None
-    i = begin = text.index('{', start) + 1
-    depth = 1
-    while i < len(text) and depth:
-        depth += {'{': 1, '}': -1}.get(text[i], 0)
-        i += 1
-    return text[begin:i - 1] if depth == 0 else text[begin:]
+    value, percent, start, end = found[0]
+    return None if _MORE.search(text[:start] + ' ' + text[end:]) else (value, percent)
 
 
 def _answer(text):
-    boxed = _boxed(text)
-    if boxed is not None:
-        inside = re.split(r'=', boxed)[-1]
-        return (_numbers(inside) or [None])[0]
-    if '####' in text:
-        line = text.rsplit('####', 1)[1].strip().split('\n')[0]
-        return (_numbers(line.split('=')[-1]) or [None])[0]
-    named = list(re.finditer(r'answer\s*(?:is|:|=|was|would be|must be)\s*:?([^\n]*)', text, re.I))
-    if named:
-        line = re.split(r'(?<=[.!?])\s', named[-1][1].strip())[0]  # the rest of its sentence
-        numbers = _numbers(line.split('=')[-1])
-        if numbers:
-            return numbers[0]
-    return (_numbers(text) or [None])[-1]
+    place = marked(text)
+    if place is not None:
+        return _only_number(place)
+    place = named(text)
+    if place is not None and _numbers(_clean(place)):
+        return _only_number(place)
+    found = _numbers(_clean(spoken(text)[-4000:]))  # the last number is all that counts
+    return found[-1][:2] if found else None
 
 
-def extract_answer(text):
-    """The answer of a text (str) as a string: '1200', '-3', '37/2'; None where there is no number.
+def extract_answer(text: str) -> str | None:
+    """The answer of a text as a string: '1200', '-3', '37/2', '50%'; None where there is no number.
 
-    extract_answer('48 / 2 = 24, so #### $1,200.00') -> '1200'; extract_answer('half: 1/2') -> '1/2'; extract_answer('50%') -> '1/2'."""
+    '48 / 2 = 24, so #### $1,200.00' -> '1200'; 'half: 1/2' -> '1/2'; '#### 5, 6' -> None."""
     found = _answer(text)
-    return None if found is None else str(found[0] / (100 if found[1] else 1))
+    return None if found is None else f'{found[0]}{"%" * found[1]}'
+
+
+def _meanings(value, percent):
+    return {value, value / 100} if percent else {value}
+
+
+def equal(answer: str, reference: str) -> bool:
+    """Do two answers of extract_answer mean the same? equal('50%', '1/2') and equal('50%', '50') are True,
+    equal('50', '1/2') is not."""
+    got, want = _answer(answer), _answer(reference)
+    return None not in (got, want) and bool(_meanings(*got) & _meanings(*want))
 
 
 def reward(prompt: str, completion: str, row: dict) -> float:
-    """1.0 where the completion's answer equals row['answer'] (a number, or a whole GSM8K solution with its '####'), else 0.0.
+    """1.0 where the completion's answer equals row['answer'] (a number, or a whole GSM8K solution with its
+    '####'), else 0.0.
 
-    reward('', 'So it is \\\\boxed{72}.', {'answer': '... #### 72'}) -> 1.0. ValueError where the reference has no number."""
-    want, got = _answer(str(row['answer'])), _answer(completion)
-    if want is None:
-        raise ValueError(f"data/gsm8k/reward.py: no number in the reference answer {str(row['answer'])[:80]!r}: give a row with \"answer\": \"... #### 72\"")
-    if got is None:
-        return 0.0
-    same = lambda v, p: {v} if not p else {v, v / 100}
-    return float(bool(same(*want) & same(*got)))
+    reward('', 'So it is \\boxed{72}.', {'answer': '... #### 72'}) -> 1.0. ValueError where the reference has
+    no number."""
+    reference = str(row['answer'])
+    if _answer(reference) is None:
+        raise ValueError(f'data/gsm8k/reward.py: no number in the reference answer {reference[:80]!r}: '
+                         'give a row with "answer": "... #### 72"')
+    return float(equal(completion, reference))

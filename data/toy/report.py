@@ -23,8 +23,8 @@ import gold
 import infer
 from dataset import load_dataset, pad
 from tokenizer import get_tokenizer
+from model import all_rewards
 from run import load_model
-from reward import reward_of
 from rollout import load_reward
 
 COLUMNS = ('gold', 'reward', 'kl', 'length', 'valid', 'sums', 'sums T=1', 'tok/s', 'seconds')
@@ -69,7 +69,7 @@ def judge(out_dir, sft, rm, rows, sums, n_new=80, temperature=0.7):
     ended = [c.finish_reason == 'stop' for c in done]
     tidy = [e and gold.marks(c.text, r)['tidy'] == 2 for e, c, r in zip(ended, done, rows)]
     row = {'gold': sum(gold.score(c.text, r) for c, r in zip(done, rows)) / len(rows),
-           'reward': reward_of(rm, [p + r for p, r in zip(prompts, responses)], torch.device('cpu'), 8192).mean().item(), 'kl': kl,
+           'reward': all_rewards(rm, [p + r for p, r in zip(prompts, responses)]).mean().item(), 'kl': kl,
            'length': sum(map(len, responses)) / len(rows), 'valid': sum(tidy) / len(rows),
            'sums': exact(greedy), 'sums T=1': exact(sampled), 'tok/s': rate, 'seconds': train_seconds(out_dir)}
     return row, [c.text for c in done]

@@ -7,8 +7,8 @@ import re
 
 
 def extract_answer(text):
-    """The last whole number of a finished answer, or None. '7+8=15, 4+2+1=7, 75. Any time!' -> '75'"""
-    found = re.findall(r'(?<![\d])\d+(?=[.!?])', text)
+    """The last whole number of a finished answer, or None. '7+8=15, 4+2+1=7, 75. Any time!' -> '75'; 'It is 75.5.' -> None"""
+    found = re.findall(r'(?<![\d.])\d{1,99}(?=[.!?](?!\d))', text)
     return str(int(found[-1])) if found else None
 
 

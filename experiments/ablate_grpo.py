@@ -1,6 +1,8 @@
-# GRPO against the same reward model as config/ablate_ppo.py, for about the same time: 8 prompts x 8 answers an iteration.
-#     python grpo.py config/ablate_grpo.py
-# 28 iterations x 64 = 1,792 completions, 2 optimizer steps each: no value network and no second pass, an iteration is cheaper than PPO's.
+# GRPO against the same reward model as experiments/ablate_ppo.py, for about the same time: 8 prompts x 8
+# answers an iteration.
+#     python grpo.py experiments/ablate_grpo.py
+# 28 iterations x 64 = 1,792 completions, 2 optimizer steps each: no value network and no second pass, an
+# iteration is cheaper than PPO's.
 init_from = 'out-sft'
 reward = 'out-reward'
 out_dir = 'out-exp/grpo'

@@ -1,5 +1,6 @@
-# DPO of the ablations: 64 steps of 32 pairs = 2,048 of the 5,638 pairs, the pairs that config/reward_toy.py learns from.
-#     python dpo.py config/ablate_dpo.py --loss_type=ipo
+# DPO of the ablations: 64 steps of 32 pairs = 2,048 of the 5,638 pairs, the pairs that config/reward_toy.py
+# learns from.
+#     python dpo.py experiments/ablate_dpo.py --loss_type=ipo
 init_from = 'out-sft'
 out_dir = 'out-exp/dpo'
 dataset = 'data/toy/pref_train.jsonl'

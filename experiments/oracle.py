@@ -1,13 +1,16 @@
-"""An exact oracle: a vocabulary so small that every sequence is enumerated, so expectations are sums and nothing is estimated.
+"""An exact oracle: a vocabulary so small that every sequence is enumerated, so expectations are sums and
+nothing is estimated.
 
-World(V, R): all sequences over V tokens of at most R, ended by token 0 (the end token, an action) or by R. A policy is a table of
-logits, one row a prefix, float64: it can be any distribution over the sequences. With a reward r(y) and a reference pi_ref:
+World(V, R): all sequences over V tokens of at most R, ended by token 0 (the end token, an action) or by R. A
+policy is a table of logits, one row a prefix, float64: it can be any distribution over the sequences. With a
+reward r(y) and a reference pi_ref:
 
     J(pi) = E_pi[r] - beta KL(pi || pi_ref)          the RLHF objective
     pi*(y) = pi_ref(y) exp(r(y) / beta) / Z          its optimum;  J(pi*) = beta log Z
 
 World(2, 2): 0 | 1 0 | 1 1, three sequences, prefixes () and (1): theta is (2, 2).
 """
+
 import itertools
 import math
 
@@ -19,14 +22,16 @@ class World:
         self.V, self.R = V, R
         rows, prefixes = [], {}
         for full in itertools.product(range(V), repeat=R):
-            y = full[:full.index(0) + 1] if 0 in full else full
+            y = full[: full.index(0) + 1] if 0 in full else full
             if y not in rows:
                 rows.append(y)
         for y in rows:
             for t in range(len(y)):
                 prefixes.setdefault(y[:t], len(prefixes))
         self.S, self.P, self.rows = len(rows), len(prefixes), rows
-        self.tokens = torch.tensor([y + (V - 1,) * (R - len(y)) for y in rows])  # garbage behind the end: it must not matter
+        self.tokens = torch.tensor(
+            [y + (V - 1,) * (R - len(y)) for y in rows]
+        )  # garbage behind the end: it must not matter
         self.mask = torch.tensor([[t < len(y) for t in range(R)] for y in rows])
         self.prefix = torch.tensor([[prefixes[y[:t]] if t < len(y) else 0 for t in range(R)] for y in rows])
         g = torch.Generator().manual_seed(seed)
@@ -34,7 +39,8 @@ class World:
         self.reward = torch.randn(self.S, generator=g, dtype=torch.float64)
 
     def token_logp(self, theta):
-        """theta (P, V) -> log-probs of every token of every sequence (S, R); what stands where mask is False is garbage."""
+        """theta (P, V) -> log-probs of every token of every sequence (S, R); what stands where mask is False
+        is garbage."""
         return torch.log_softmax(theta, -1)[self.prefix, self.tokens]
 
     def logp(self, theta):
@@ -58,7 +64,8 @@ class World:
         return self.logp(self.ref) + self.reward / beta - log_z, (beta * log_z).item()
 
     def table(self, logp):
-        """The theta whose sequence distribution is exp(logp): conditionals by summing over what begins with each prefix."""
+        """The theta whose sequence distribution is exp(logp): conditionals by summing over what begins with
+        each prefix."""
         theta = torch.full((self.P, self.V), -math.inf, dtype=torch.float64)
         for s in range(self.S):
             for t in range(len(self.rows[s])):
@@ -67,10 +74,15 @@ class World:
         return theta
 
     def frontier(self, kl):
-        """The most reward that any policy has within `kl` nats of the reference: E_{pi*(beta)}[r] at the beta where KL(pi*) = kl."""
+        """The most reward that any policy has within `kl` nats of the reference: E_{pi*(beta)}[r] at the beta
+        where KL(pi*) = kl."""
+
         def at(log_beta):
             logp, _ = self.optimum(math.exp(log_beta))
-            return (logp.exp() * (logp - self.logp(self.ref))).sum().item(), (logp.exp() * self.reward).sum().item()
+            return (logp.exp() * (logp - self.logp(self.ref))).sum().item(), (
+                logp.exp() * self.reward
+            ).sum().item()
+
         lo, hi = -8.0, 12.0  # KL falls as beta rises
         for _ in range(80):
             mid = (lo + hi) / 2
@@ -78,7 +90,8 @@ class World:
         return at(hi)[1]
 
     def shortfall(self, theta):
-        """How much reward a policy leaves on the table at the KL it spends: 0 on the frontier, never negative."""
+        """How much reward a policy leaves on the table at the KL it spends: 0 on the frontier, never
+        negative."""
         return self.frontier(self.kl(theta).item()) - self.expected_reward(theta).item()
 
     def sample(self, theta, n, generator=None):
@@ -92,7 +105,8 @@ def gradient(fn, theta):
 
 
 def central_difference(fn, x, h=1e-6):
-    """d fn / d x by (f(x + h) - f(x - h)) / 2h in float64, entry by entry: the truth that autograd is held against."""
+    """d fn / d x by (f(x + h) - f(x - h)) / 2h in float64, entry by entry: the truth that autograd is held
+    against."""
     out, flat = torch.zeros_like(x), x.detach().clone().reshape(-1)
     for i in range(flat.numel()):
         up, down = flat.clone(), flat.clone()

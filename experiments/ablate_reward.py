@@ -1,5 +1,6 @@
-# The reward model of the ablations: config/reward_toy.py on fewer pairs or other labels, always one learning rate.
-#     python reward.py config/ablate_reward.py --max_rows=600 --epochs=3
+# The reward model of the ablations: config/reward_toy.py on fewer pairs or other labels, always one learning
+# rate.
+#     python reward.py experiments/ablate_reward.py --max_rows=600 --epochs=3
 # 600 rows x 3 epochs = 53 steps, 1,800 x 1.5 = 79, all x 1 = 177: little data is not also little training.
 init_from = 'out-sft'
 out_dir = 'out-exp/reward'

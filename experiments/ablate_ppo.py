@@ -1,6 +1,8 @@
-# PPO of the ablations (data/toy/experiments.py varies one key at a time): ppo_toy's settings, 32 iterations instead of 40.
-#     python ppo.py config/ablate_ppo.py --beta=0.0
-# 32 iterations x 64 = 2,048 completions, 4 optimizer steps each; 128 held-out answers kept at every 4th iteration, marked by data/toy/gold.py afterwards.
+# PPO of the ablations (experiments/study.py varies one key at a time): ppo_toy's settings, 32 iterations
+# instead of 40.
+#     python ppo.py experiments/ablate_ppo.py --beta=0.0
+# 32 iterations x 64 = 2,048 completions, 4 optimizer steps each; 128 held-out answers kept at every 4th
+# iteration, marked by data/toy/gold.py afterwards.
 init_from = 'out-sft'
 reward = 'out-reward'
 out_dir = 'out-exp/ppo'

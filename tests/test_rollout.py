@@ -1,0 +1,267 @@
+"""rollout.py: batches, rewards from several sources, answers; and what PPO and GRPO share as runs: their orders, their
+evaluations, what is refused, what a resume takes over."""
+import copy
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import ckpt, equal, jsonl, log_rows, stage
+
+import grpo
+import ppo
+import rollout
+from model import ARCHS, GPT, GPTConfig
+from run import Run
+from tokenizer import get_tokenizer
+
+SUMS = 'def reward(prompt, completion, row):\n    return float(sum(map(ord, completion)) % 5)\n'
+FILES = {'sums.py': SUMS, 'draws.py': SUMS.replace('    return', '    import torch\n    torch.rand(1)\n    return'),
+         'a,b.py': SUMS, 'big.py': 'def reward(prompt, completion, row):\n    return 1e39\n',
+         'asks.py': 'def reward(prompt, completion, row):\n    assert prompt == row["prompt"]\n    return 1.0\n'}
+BASE = ['--init_from=base', '--tokenizer=byte', '--dataset=prompts.jsonl', '--val_dataset=prompts.jsonl',
+        '--reward=sums.py', '--batch_size=8', '--minibatch_size=4', '--max_new_tokens=6', '--max_iters=2',
+        '--eval_interval=1', '--eval_iters=3', '--learning_rate=1e-2']
+PPO = ['ppo.py', *BASE, '--ppo_epochs=2']
+GRPO = ['grpo.py', *BASE, '--group_size=2', '--grpo_epochs=2', '--eval_k=2']
+BOTH = pytest.mark.parametrize('args', [PPO, GRPO], ids=['ppo', 'grpo'])
+
+
+def tiny(head='lm', T=128, V=257, seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(arch='gpt2', n_layer=2, n_head=4, n_embd=32, vocab_size=V, block_size=T, **ARCHS['gpt2']), head)
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    d = tmp_path_factory.mktemp('rollout')
+    tiny().save_pretrained(d / 'base')
+    for name, model in (('rm', tiny('scalar')), ('short', tiny('scalar', T=20)), ('narrow', tiny('scalar', V=200))):
+        model.save_pretrained(d / name)
+        get_tokenizer('byte').save(str(d / name))
+    jsonl(d / 'prompts.jsonl', [dict(prompt=f'Q: {i}\nA: ', number=i) for i in range(12)])
+    jsonl(d / 'others.jsonl', [dict(prompt=f'Q: {i}?\nA: ', number=i) for i in range(12)])
+    for name, text in FILES.items():
+        (d / name).write_text(text)
+    return d
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+def batch_of(prompts, responses):
+    mask = torch.arange(max(map(len, responses))) < torch.tensor([len(r) for r in responses])[:, None]
+    logp = torch.where(mask, -torch.rand(mask.shape), 0.0)
+    rows = [dict(prompt=str(i), number=i) for i in range(len(responses))]
+    return rollout.Batch(rows, list(range(len(rows))), prompts, responses, torch.tensor([True, False] * 9)[:len(rows)],
+                         mask, logp, torch.zeros(mask.shape, dtype=torch.long))
+
+
+def test_parts_of_a_batch_and_batches_put_together():
+    p, q = [1, 2], [3]
+    a, b = batch_of([p, p, q], [[5], [6, 7], [8, 9, 10]]), batch_of([q], [[4, 4, 4, 4]])
+    a.advantages, b.advantages = torch.arange(3.0), torch.ones(1)
+    part = a[[1, 0]]
+    assert part.groups() == [(p, [[6, 7], [5]])] and part.mask.tolist() == [[True, True], [True, False]]
+    assert torch.equal(part.sampled, a.sampled[[1, 0], :2]) and part.advantages.tolist() == [1, 0] and part.values is None
+    assert [r['number'] for r in part.rows] == [1, 0] and part.ended.tolist() == [False, True] and part.tokens() == 3
+    whole = grpo.concatenate([a, b])
+    assert whole.mask.shape == (4, 4) and whole.responses == a.responses + b.responses
+    assert torch.equal(whole[[0, 1, 2]].sampled, a.sampled) and torch.equal(whole[[3]].sampled, b.sampled)
+    assert a.neighbours(range(3), room=4) == [(p, [0]), (p, [1]), (q, [2])]  # 2 + 1 + 2 tokens would be 5
+
+
+def test_minibatches_are_a_function_of_seed_iteration_and_epoch():
+    found = {}
+    for seed, it, epoch in [(1, 0, 0), (1, 0, 1), (1, 1, 1), (2, 0, 1), (1, 0, 2)]:
+        torch.rand(3)  # no matter what others draw
+        rows = rollout.minibatches(12, 4, seed, it, epoch, group_size=2)
+        assert rows == rollout.minibatches(12, 4, seed, it, epoch, group_size=2)
+        flat = sum(rows, [])
+        assert sorted(flat) == list(range(12)) and all(flat[i + 1] == flat[i] + 1 for i in range(0, 12, 2))
+        found[seed, it, epoch] = tuple(flat)
+    assert found[1, 0, 0] == tuple(range(12)) and len(set(found.values())) == 5
+
+
+def test_means_of_steps():
+    assert rollout.means([dict(a=1.0, b_max=3.0), dict(a=2.0, b_max=1.0)]) == dict(a=1.5, b_max=3.0)
+    a, b = batch_of([[1]], [[2, 3]]), batch_of([[1]] * 2, [[2], [3, 4]])
+    a.scores, b.scores = torch.tensor([7.0]), torch.tensor([1.0, 3.0])
+    assert rollout.means([]) == {} and rollout.overview(a) == dict(score=7, score_std=0, len=2, ended=1)
+    assert rollout.overview(b)['score_std'] == pytest.approx(math.sqrt(2)) and rollout.overview(b)['len'] == 1.5
+
+
+# ---- rewards -------------------------------------------------------------------------------------------------------
+
+
+def a_run(world, monkeypatch, reward, **more):
+    monkeypatch.chdir(world)
+    config = {k: ppo.config[k] for k in ppo.config_keys}
+    config |= dict(dataset='prompts.jsonl', out_dir='out-alone', device='cpu', overwrite=True, reward=reward, **more)
+    return Run('ppo', config)
+
+
+def test_several_rewards_and_a_path_with_a_comma(world, monkeypatch):
+    tok, batch = get_tokenizer('byte'), batch_of([[1], [1]], [list(b'ab') + [256], list(b'cd')])
+    rewards = rollout.Rewards(a_run(world, monkeypatch, 'sums.py, asks.py', reward_weights='1, 0.5'), tok, 32)
+    total, each = rewards(batch)  # 'ab' without its end token: 97 + 98 = 195; 'cd': 199
+    assert each['sums.py'].tolist() == [0, 4] and each['asks.py'].tolist() == [1, 1] and total.tolist() == [0.5, 4.5]
+    assert rollout.Rewards(a_run(world, monkeypatch, 'a,b.py'), tok, 32).names == ['a,b.py']
+    with pytest.raises(ValueError, match='big.py returned 1e[+]39 .*finite.*row .*number'):
+        rollout.Rewards(a_run(world, monkeypatch, 'big.py'), tok, 32)(batch)
+
+
+def test_a_reward_model_with_other_tokens_reads_the_row_as_in_its_training(world, monkeypatch):
+    """What the tokenizer puts in front (Llama's <s>) is there, and the end token where the answer ended."""
+    tok, other = get_tokenizer('byte'), copy.copy(get_tokenizer('byte'))
+    other.spec, other.prefix = 'another', [255]
+    run = a_run(world, monkeypatch, 'rm')
+    monkeypatch.setattr(rollout, 'get_tokenizer', lambda name: other)
+    rewards = rollout.Rewards(run, tok, 32)
+    batch = batch_of([list(b'Q')] * 2, [list(b'ab') + [256], list(b'c')])
+    batch.rows = [dict(prompt='Q')] * 2
+    model = rewards.models['rm'][0]
+    want = [model(torch.tensor([[255, *ids]]))[0][0, -1].item() for ids in (b'Qab' + b'', b'Qc')]
+    want[0] = model(torch.tensor([[255, *b'Qab', 256]]))[0][0, -1].item()
+    assert rewards.same_ids == [] and rewards(batch)[0].tolist() == pytest.approx(want, abs=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize('reward, says', [('short', 'reward short reads 20 tokens at most'), ('narrow', 'reward narrow: .*257')])
+def test_models_that_do_not_fit_are_refused(world, args, reward, says):
+    long = [*args, f'--reward={reward}', '--out_dir=out-bad', '--max_new_tokens=20']
+    with pytest.raises(ValueError, match=says):
+        stage(*long, cwd=world)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_what_a_reward_draws_changes_nothing(world, args):
+    logs = []
+    for reward in ('sums.py', 'draws.py'):
+        stage(*args, f'--reward={reward}', '--out_dir=out-draws', cwd=world)
+        logs.append((log_rows(world / 'out-draws'), ckpt(world / 'out-draws')['model']))
+    assert logs[0][0] == logs[1][0] and equal(logs[0][1], logs[1][1])
+
+
+@BOTH
+def test_an_iteration_can_be_followed(world, args, monkeypatch):
+    """From the rollout to the log: what a reader may have to open, besides engine and kernels."""
+    seen, outside = set(), ('infer.py', 'kernels.py', 'native.py', 'configurator.py')
+
+    def profile(frame, event, arg):
+        code = frame.f_code
+        folder, file = os.path.split(code.co_filename)
+        if event == 'call' and folder == ROOT and file not in outside and not code.co_name.startswith('<'):
+            seen.add((file, code.co_qualname))
+    after = rollout.Answers.next
+    monkeypatch.setattr(rollout.Answers, 'next', lambda *a, **k: sys.setprofile(profile) or after(*a, **k))
+    before = Run.log
+    monkeypatch.setattr(Run, 'log', lambda *a, **k: sys.setprofile(None) or before(*a, **k))
+    stage(*args, '--max_iters=1', '--out_dir=out-trace', cwd=world)
+    print(len(seen), sorted(seen))
+    assert 20 < len(seen) <= 88 and len({file for file, _ in seen}) <= 7, sorted(seen)  # aims: 60, 5
+
+
+@BOTH
+def test_eval_iters_0_is_the_whole_set_and_samples_begin_with_the_run(world, args):
+    for seed in (1, 2):
+        stage(*args, '--out_dir=out-eval', '--eval_iters=0', '--max_iters=1', f'--seed={seed}', cwd=world)
+        rows = [json.loads(line) for line in open(world / 'out-eval/samples.jsonl', encoding='utf-8')]
+        each = 12 * (2 if args is GRPO else 1)
+        assert [r['step'] for r in rows] == [0] * each + [1] * each
+    stage(*args, '--out_dir=out-eval', '--init_from=resume', '--seed=2', '--eval_iters=1', '--overwrite=False', cwd=world)
+    steps = [json.loads(line)['step'] for line in open(world / 'out-eval/samples.jsonl', encoding='utf-8')]
+    assert steps == sorted(steps) and steps.count(0) == steps.count(1) == each and steps.count(2) == each // 12
+
+
+@BOTH
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(world, args):
+    with pytest.raises(ValueError, match='is nan|is inf|not finite|last good checkpoint'):
+        stage(*args, '--learning_rate=1e30', '--grad_clip=0.0', '--max_iters=9', '--out_dir=out-nan', cwd=world)
+    last = ckpt(world / 'out-nan')
+    assert all(v.abs().max() < 1e6 for v in last['model'].values()) and last['iter'] == 0
+
+
+@BOTH
+def test_one_answer_a_batch_and_every_row_is_json(world, args):
+    if args is GRPO:
+        with pytest.raises(ValueError, match='batch_size 1'):
+            stage(*args, '--batch_size=1', '--minibatch_size=1', '--group_size=1', '--advantage=reinforce++',
+                  '--out_dir=out-one', cwd=world)
+        return
+    stage(*args, '--batch_size=1', '--minibatch_size=1', '--out_dir=out-one', '--eval_iters=1', cwd=world)
+
+    def strict(text):
+        raise AssertionError(text)
+    for line in open(world / 'out-one/log.jsonl', encoding='utf-8'):
+        json.loads(line, parse_constant=strict)
+    assert [r['score_std'] for r in log_rows(world / 'out-one')] == [0, 0]
+
+
+@pytest.mark.parametrize('args, says', [
+    ([*PPO, '--beta=0.0', '--target_kl=0.1'], 'beta 0 with target_kl 0.1'),
+    ([*PPO, '--value=reward'], 'shares the tokenizer'),
+    ([*GRPO, '--simulate_staleness=2'], 'simulate_staleness 2: it goes with --mode=async'),
+    ([*PPO, '--max_new_tokens=128'], 'leaves no room'),
+    ([*PPO, '--dataset=none.jsonl'], 'none.jsonl: no such data'),
+    ([*GRPO, '--init_from=scratch'], 'starts from a model that can answer')], ids=lambda x: x if isinstance(x, str) else '')
+def test_settings_without_a_sense_are_named(world, args, says):
+    with pytest.raises(ValueError, match=says):
+        stage(*args, '--out_dir=out-senseless', cwd=world)
+
+
+def test_a_resume_takes_a_new_beta_and_goes_on_with_an_adapted_one(world):
+    args = [*PPO, '--target_kl=0.001', '--kl_horizon=20', '--beta=0.05']
+    stage(*args, '--out_dir=out-beta', cwd=world)
+    adapted = ckpt(world / 'out-beta')['beta']
+    resumed = [*args, '--out_dir=out-beta', '--init_from=resume', '--overwrite=False']
+    stage(*resumed, '--max_iters=3', '--target_kl=0.0', cwd=world)
+    assert adapted != 0.05 and log_rows(world / 'out-beta')[-1]['beta'] == adapted  # the same beta was given
+    stage(*resumed, '--max_iters=4', '--target_kl=0.0', '--beta=0.5', cwd=world)
+    assert log_rows(world / 'out-beta')[-1]['beta'] == 0.5 == ckpt(world / 'out-beta')['config']['beta']
+    assert log_rows(world / 'out-beta', 'config')[0]['beta'] == 0.5
+
+
+def test_the_best_of_ppo_is_found_under_one_beta(world):
+    """Under an adapted beta a worse policy can win because beta fell; the given one is what all are measured with."""
+    stage(*PPO, '--target_kl=5.0', '--kl_horizon=1', '--beta=0.5', '--max_iters=4', '--out_dir=out-best', cwd=world)
+    evals = log_rows(world / 'out-best', 'eval')
+    assert len({r['beta'] for r in evals}) > 1
+    assert ckpt(world / 'out-best')['best'] == pytest.approx(max(r['score'] - 0.5 * r['kl'] for r in evals))
+
+
+@BOTH
+def test_a_resume_on_other_prompts_is_refused_and_so_is_another_group_size(world, args):
+    stage(*args, '--out_dir=out-same', '--max_iters=1', cwd=world)
+    again = [*args, '--out_dir=out-same', '--init_from=resume', '--overwrite=False']
+    with pytest.raises(ValueError, match='dataset'):
+        stage(*again, '--dataset=others.jsonl', cwd=world)
+    if args is GRPO:
+        with pytest.raises(ValueError, match='group_size'):
+            stage(*again, '--group_size=4', cwd=world)
+    else:
+        with pytest.raises(ValueError, match='value'):
+            stage(*again, '--value=reward', '--reward=rm', cwd=world)
+
+
+def test_explained_variance_does_not_depend_on_the_cut(world):
+    logs = []
+    for tokens in (16, 8192):
+        stage(*PPO, f'--micro_tokens={tokens}', '--beta=0.0', '--missing_eos=none', '--out_dir=out-cut', cwd=world)
+        logs.append(log_rows(world / 'out-cut'))
+    for a, b in zip(*logs):
+        assert a['explained'] == pytest.approx(b['explained'], abs=1e-3) and a['vf'] == pytest.approx(b['vf'], abs=1e-5)
+
+
+@pytest.mark.parametrize('loss_type', grpo.LOSSES)
+def test_nothing_to_learn_is_no_step_with_a_penalty_too(world, loss_type):
+    """No answer of an untrained model ends in two tokens: all are masked."""
+    stage(*GRPO, '--overlong=mask', '--beta=0.1', '--max_new_tokens=2', f'--loss_type={loss_type}', '--max_iters=1',
+          '--out_dir=out-mask', cwd=world)
+    assert log_rows(world / 'out-mask')[0]['steps'] == 0
