@@ -1198,9 +1198,9 @@ def encode_labelled(row, tok, **args) -> tuple[list[int], list[int]]:
 
 
 def encode_dataset(ds: Dataset, tok, encode=encode_row) -> Dataset:
-    """All rows by encode_row {"ids", "trained"}, encode_pair {"prompt", "chosen", "rejected"} or encode_prompt
-    {"ids"}, encoded once and mapped from then on; .arrays(i) gives a row without a copy. ValueError names file
-    and row of what cannot be read."""
+    """All rows by encode_row {"ids", "trained"}, encode_pair {"prompt", "chosen", "rejected"} or
+    encode_prompt {"ids"}, encoded once and mapped from then on; .arrays(i) gives a row without a copy.
+    ValueError names file and row of what cannot be read."""
     columns = {encode_row: ('ids', 'trained'), encode_pair: ('prompt', 'chosen', 'rejected')}
     names = columns.get(encode, ('ids',))
     with open(__file__, encoding='utf-8') as f:
