@@ -101,7 +101,7 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
-compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
+compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
@@ -279,10 +279,10 @@ def concatenate(batches):
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset, eval_interval,
-    # save_minutes, lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing, threads,
-    # tp, pp, cp, zero, dist_timeout; rollout.py reads dataset, max_prompt, long_prompts, reward_weights,
-    # temperature, max_num_seqs, rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers,
-    # reward_timeout, reward_retries, runtime
+    # save_minutes, lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing,
+    # threads, tp, pp, cp, zero, dist_timeout; rollout.py reads dataset, max_prompt, long_prompts,
+    # reward_weights, temperature, max_num_seqs, rollout_tp, max_staleness, simulate_staleness,
+    # rollout_workers, reward_workers, reward_timeout, reward_retries, runtime
     if batch_size % minibatch_size or minibatch_size % group_size:
         fits = [m for m in range(group_size, batch_size + 1, group_size) if batch_size % m == 0]
         way = f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'
@@ -404,11 +404,11 @@ if __name__ == '__main__':
             # all-reduce over the ranks, clip, AdamW
             stats['grad_norm'] = parallel.clip_and_step([optimizer], [lr], grad_clip)
             if it == len(steps) == 0:
-                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} (a loss of "
-                      '0 is right: at ratio 1 it is a mean of advantages; its gradient is what trains)')
+                print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, loss {stats['pg']:.1e} (a "
+                      'loss of 0 is right: at ratio 1 it is a mean of advantages; its gradient trains)')
                 if stats['ratio_max'] > 1e-3 and decoupled:
-                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and "
-                                     'new log-probs come from different computations; is dropout on?')
+                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before a step: "
+                                     'old and new log-probs come from different computations; is dropout on?')
             steps.append(stats)
         if not steps:
             print(f'iter {it}: no group alive, no step')

@@ -102,7 +102,7 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
-compile = False # torch.compile of the blocks; for CUDA: on the CPU it leaves oneDNN's products for slower ones
+compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 threads = 0 # >= 0: CPU threads; 0 = at most 2 for models under 5 M parameters, else torch's choice
@@ -283,7 +283,7 @@ if __name__ == '__main__':
     if run.ckpt:
         kind = run.ckpt['value_kind']
         if value not in ('auto', kind) or kind == 'trunk':
-            raise ValueError(f'value {value}: {out_dir} was started with {kind}, which a resumed run cannot change')
+            raise ValueError(f'value {value}: {out_dir} was started with {kind}, a resume cannot change it')
         value = kind
     if value == 'auto':
         value = 'reward' if rewards.same_ids else 'policy'
@@ -394,8 +394,8 @@ if __name__ == '__main__':
                 print(f"first update: max |ratio - 1| = {stats['ratio_max']:.1e}, approx KL = "
                       f"{stats['approx_kl']:.1e} (both are 0 when rollout and update agree)")
                 if stats['ratio_max'] > 1e-3 and decoupled:
-                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before any step: old and "
-                                     'new log-probs come from different computations; is dropout on?')
+                    raise ValueError(f"first update: |ratio - 1| is {stats['ratio_max']:.3g} before a step: "
+                                     'old and new log-probs come from different computations; is dropout on?')
             steps.append(stats)
             if kl_stop and stats['approx_kl'] > kl_stop:
                 break

@@ -42,7 +42,7 @@ def read_prompt(row, tok, room, long_prompts):
     dropped, or cut: it loses its beginning."""
     if 'prompt' not in row:
         raise ValueError(f'no "prompt", it has {sorted(row)}')
-    ids = encode_prompt(row['prompt'], tok)
+    ids = encode_prompt(row, tok)
     if not ids:
         raise ValueError('empty prompt')
     if len(ids) <= room:
@@ -67,7 +67,8 @@ def load_prompts(run, tok, context):
     train, val = (encode_all(rows, lambda row: read_prompt(row, tok, room, c['long_prompts']), name)
                   for rows, name in zip(run.rows(), names))
     run.same_rows([ids for _, ids in train])
-    return train, val, max(len(ids) for _, ids in train + val) + c['max_new_tokens']
+    longest = max(len(ids) for _, ids in train + val)
+    return train, val, longest + c['max_new_tokens']
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -113,7 +114,8 @@ class Batch:
         return sum(map(len, self.responses))
 
     def __getitem__(self, rows):
-        longest, part = max(len(self.responses[i]) for i in rows), {}
+        longest = max(len(self.responses[i]) for i in rows)
+        part = {}
         for field in fields(self):
             x = getattr(self, field.name)
             if isinstance(x, list):
@@ -125,9 +127,11 @@ class Batch:
     def neighbours(self, rows, room=math.inf):
         """[(prompt, [row number, ...])]: those that answer the same prompt, of at most `room` tokens, the
         prompt counted once."""
-        found, tokens = [], 0
+        found = []
+        tokens = 0
         for i in rows:
-            prompt, size = self.prompts[i], len(self.responses[i])
+            prompt = self.prompts[i]
+            size = len(self.responses[i])
             if found and found[-1][0] is prompt and tokens + size <= room:
                 found[-1][1].append(i)
                 tokens += size
@@ -234,9 +238,12 @@ class Rewards:
     its answer at most."""
 
     def __init__(self, run, tok, longest):
-        self.run, self.tok, self.names = run, tok, names_of(run.config['reward'])
+        self.run = run
+        self.tok = tok
+        self.names = names_of(run.config['reward'])
         self.weights = weights_of(run.config.get('reward_weights', ''), self.names)
-        self.files, self.models = {}, {}  # {name: function}, {name: (model, its tokenizer)}
+        self.files = {}   # {name: function}
+        self.models = {}  # {name: (model, its tokenizer)}
         for name in self.names:
             if name.endswith('.py'):
                 self.files[name] = load_reward(name)
@@ -259,7 +266,8 @@ class Rewards:
                 scores = self._scores(name, batch[share]) if share else []
                 scores = self.run.mesh.collect(scores, everyone=True)
                 each[name] = torch.tensor(scores, dtype=torch.float32)
-        return sum(weight * each[name] for name, weight in zip(self.names, self.weights)), each
+        total = sum(weight * each[name] for name, weight in zip(self.names, self.weights))
+        return total, each
 
     def _scores(self, name, batch):
         if name in self.same_ids:
@@ -269,7 +277,8 @@ class Rewards:
             ended = batch.ended.tolist()
             texts = [self.tok.decode(spoken(ids, end)) for ids, end in zip(batch.responses, ended)]
             if name in self.files:
-                return [ask_reward(self.files[name], name, row, text) for row, text in zip(batch.rows, texts)]
+                fn = self.files[name]
+                return [ask_reward(fn, name, row, text) for row, text in zip(batch.rows, texts)]
             model, tok = self.models[name]
             sequences = [self._reread(*read, tok) for read in zip(batch.rows, texts, ended)]
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
@@ -283,7 +292,7 @@ class Rewards:
     def _reread(self, row, text, ended, tok):
         """Other tokens: the row as the reward model's training read it, with the end token where the answer
         ended."""
-        ids, _ = encode_row(dict(prompt=row['prompt'], completion=text), tok)
+        ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
         return ids if ended else ids[:-1]
 
 
@@ -306,13 +315,19 @@ class Answers:
         c = self.config = run.config
         if c['simulate_staleness'] and c['mode'] == 'sync':
             raise ValueError(f'simulate_staleness {c["simulate_staleness"]}: it goes with --mode=async')
-        self.run, self.mesh, self.device, self.tok = run, run.mesh, run.device, tok
-        self.items, self.group_size = items, group_size
+        self.run = run
+        self.mesh = run.mesh
+        self.device = run.device
+        self.tok = tok
+        self.items = items
+        self.group_size = group_size
         self.need = c['batch_size'] // group_size      # prompts an iteration
         self.team = c['tp'] if c['rollout_tp'] else 1  # ranks that run one engine together
         self.params = infer.SamplingParams(max_tokens=c['max_new_tokens'], temperature=c['temperature'])
         self.options = dict(max_num_seqs=c['max_num_seqs'], max_len=longest)
-        self.stale, self.past, self.pool = c['simulate_staleness'], [], None
+        self.stale = c['simulate_staleness']
+        self.past = []
+        self.pool = None
         if self.stale:
             self.sampler = copy.deepcopy(policy).to(run.dtype).requires_grad_(False)
         else:
@@ -321,9 +336,11 @@ class Answers:
     def start(self, policy, reference, rewards):
         """policy: as it is trained. reference: a frozen model, or None: then it is the policy without its
         adapter."""
-        self.policy, self.reference = policy, reference
+        self.policy = policy
+        self.reference = reference
         self.engine = infer.Engine(self.sampler, self.tok, **self.options)
-        self.position, self.run.cursor = 0, self
+        self.position = 0
+        self.run.cursor = self
         if self.run.ckpt:
             state = self.run.ckpt['data']
             self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
@@ -348,7 +365,8 @@ class Answers:
         rows = self.options['max_num_seqs'] * self.options['max_len']
         found = dict(kv=kv_cache_bytes(self.sampler.config, rows, self.run.dtype.itemsize))
         if self.sampler is not getattr(self.policy, 'body', self.policy):
-            found['sampler'] = (1 + self.stale) * sum(p.nbytes for p in self.sampler.parameters())
+            weights = sum(p.nbytes for p in self.sampler.parameters())
+            found['sampler'] = (1 + self.stale) * weights
         return found
 
     def close(self):
@@ -360,13 +378,17 @@ class Answers:
 
     def _jobs(self, k):
         """Endless: (row number, row, prompt ids, how to sample) of prompt number k, k + 1, ..."""
-        seed, n, epoch = self.config['seed'], len(self.items), -1
+        seed = self.config['seed']
+        n = len(self.items)
+        epoch = -1
         for k in itertools.count(k):
             if k // n != epoch:  # a permutation an epoch, laid end to end
                 epoch = k // n
                 order = np.random.default_rng((seed, epoch)).permutation(n).tolist()
             own = (seed * 1000003 + k) % (1 << 31)
-            yield order[k % n], *self.items[order[k % n]], replace(self.params, n=self.group_size, seed=own)
+            i = order[k % n]
+            row, prompt = self.items[i]
+            yield i, row, prompt, replace(self.params, n=self.group_size, seed=own)
 
     def next(self, it, again=False):
         """The next Batch of need * group_size answers, sampled with the weights before update `it` or older
@@ -380,17 +402,22 @@ class Answers:
         groups = self.pool.take(self.need)
         answers = [(ids, logp, [it - version for version in versions], ended)
                    for group in groups for ids, logp, versions, ended in group.answers]
-        batch = self._batch([(group.index, *self.items[group.index]) for group in groups], answers)
-        batch.given = {name: torch.tensor([mark for group in groups for mark in group.scores[name]])
-                       for name in groups[0].scores}
+        asked = [(group.index, *self.items[group.index]) for group in groups]
+        batch = self._batch(asked, answers)
+        batch.given = {}
+        for name in groups[0].scores:
+            marks = [mark for group in groups for mark in group.scores[name]]
+            batch.given[name] = torch.tensor(marks)
         return batch
 
     def held_out(self, items, n=1):
         """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of
         their own."""
         parallel.refresh(self.engine, self.policy)
-        params = [replace(self.params, n=n, seed=i) for i in range(len(items))]
-        return self._answer([(i, *items[i], params[i]) for i in range(len(items))], 0)
+        jobs = []
+        for i, (row, prompt) in enumerate(items):
+            jobs.append((i, row, prompt, replace(self.params, n=n, seed=i)))
+        return self._answer(jobs, 0)
 
     def _publish(self, it):
         """The weights before update `it` go to whoever samples; with simulated staleness older ones do."""
@@ -407,21 +434,26 @@ class Answers:
         """A Batch, by the engine here. Each rank (with rollout_tp each team) answers its share, all get
         all."""
         mine = jobs[self.mesh.mine(len(jobs), self.team)]
-        done = self.engine.generate([prompt for _, _, prompt, _ in mine], [params for *_, params in mine])
-        found = [(c.token_ids, c.logprobs, [age] * len(c.token_ids), c.finish_reason == 'stop') for c in done]
-        return self._batch([job[:3] for job in jobs], self.mesh.collect(found, everyone=True, team=self.team))
+        prompts = [prompt for _, _, prompt, _ in mine]
+        done = self.engine.generate(prompts, [params for *_, params in mine])
+        found = []
+        for c in done:
+            ages = [age] * len(c.token_ids)
+            found.append((c.token_ids, c.logprobs, ages, c.finish_reason == 'stop'))
+        answers = self.mesh.collect(found, everyone=True, team=self.team)
+        return self._batch([job[:3] for job in jobs], answers)
 
     def _batch(self, asked, answers):
         """asked: [(row number, row, prompt)], answers: [(ids, log-probs, ages, ended)], as many for each."""
         n = len(answers) // len(asked)
         index, rows, prompts = zip(*(job for job in asked for _ in range(n)))
-        ids, logps, ages, ended = zip(*answers)
-        _, mask = pad(ids)
-        sampled, _ = pad(logps, 0.0)
-        ages, _ = pad(ages)
+        responses = [ids for ids, *_ in answers]
+        _, mask = pad(responses)
+        sampled, _ = pad([logps for _, logps, *_ in answers], 0.0)
+        ages, _ = pad([ages for _, _, ages, _ in answers])
+        ended = torch.tensor([end for *_, end in answers])
         mask, sampled, ages = (x.to(self.device) for x in (mask, sampled, ages))
-        lists = (list(x) for x in (rows, index, prompts, ids))
-        return Batch(*lists, torch.tensor(ended), mask, sampled, ages)
+        return Batch(list(rows), list(index), list(prompts), responses, ended, mask, sampled, ages)
 
     # ---- a forward pass over a batch
 
@@ -432,7 +464,10 @@ class Answers:
         units = batch.neighbours(rows, self.config['micro_tokens'])
         sizes = [len(prompt) + sum(len(batch.responses[i]) for i in mine) for prompt, mine in units]
         bins = self.run.micro_batches(sizes)
-        return [[i for unit in some for i in units[unit][1]] for some in bins], self.mesh.copies(len(units))
+        micros = []
+        for some in bins:
+            micros.append([i for unit in some for i in units[unit][1]])
+        return micros, self.mesh.copies(len(units))
 
     def logprobs(self, model, micro):
         """(log-probs, entropies) of a micro-batch at the temperature that it was sampled with, (b, r)."""
@@ -478,7 +513,8 @@ class Answers:
         if self.config['mode'] == 'sync':
             return {}
         ages = batch.ages[batch.mask].float()
-        row = dict(staleness=ages.mean(), staleness_max=ages.max(), prompts=batch.index[::self.group_size])
+        row = dict(staleness=ages.mean(), staleness_max=ages.max())
+        row['prompts'] = batch.index[::self.group_size]
         if self.pool is not None:
             row |= dict(idle=idle, dropped=self.pool.dropped, restarts=self.pool.restarts,
                         position=self.pool.position)
@@ -493,7 +529,8 @@ class Answers:
             file = os.path.join(self.run.out_dir, 'samples.jsonl')
             with open(file, 'a', encoding='utf-8') as f:
                 for prompt, text, score in zip(prompts, texts, batch.scores.tolist()):
-                    f.write(json.dumps(dict(step=it, prompt=prompt, completion=text, score=score)) + '\n')
+                    row = dict(step=it, prompt=prompt, completion=text, score=score)
+                    f.write(json.dumps(row) + '\n')
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -524,8 +561,11 @@ def kl_on_samples(run, engine, policy, frozen, prompts, max_new_tokens, temperat
     own = run.each(policy, lengths, logps)
     with reference_of(policy, frozen) as reference:
         theirs = run.each(reference, lengths, logps)
-    nats = sum((torch.exp(b - a) - 1 + a - b).sum().item() for a, b in zip(own, theirs))
-    return dict(kl=nats / len(groups), len=sum(map(len, answers)) / len(answers)), prompts[0] + answers[0]
+    nats = 0.0
+    for a, b in zip(own, theirs):
+        nats += (torch.exp(b - a) - 1 + a - b).sum().item()
+    tokens = sum(map(len, answers))
+    return dict(kl=nats / len(groups), len=tokens / len(answers)), prompts[0] + answers[0]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -580,7 +620,8 @@ class RolloutWorker:
         for number, group in list(self.open.items()):
             if all(request.finish_reason for request in group):
                 found = [request.completion() for request in self.open.pop(number)]
-                answers = [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop') for c in found]
+                answers = [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop')
+                           for c in found]
                 done.append((number, answers))
         return done
 
@@ -599,7 +640,10 @@ class Scorer:
     def score(self, row, answers):
         """{file: [float]} for answers without their end tokens. ValueError as in ask_reward."""
         texts = [self.tok.decode(answer) for answer in answers]
-        return {name: [ask_reward(fn, name, row, text) for text in texts] for name, fn in self.fns.items()}
+        found = {}
+        for name, fn in self.fns.items():
+            found[name] = [ask_reward(fn, name, row, text) for text in texts]
+        return found
 
 
 class _Hand:
@@ -607,16 +651,20 @@ class _Hand:
     has; version = its weights'; deaths = how often it was replaced since it last did something."""
 
     def __init__(self, hire):
-        self.hire, self.deaths = hire, 0
+        self.hire = hire
+        self.deaths = 0
         self.start()
 
     def start(self):
-        self.actor, self.work = self.hire(), []
-        self.version, self.up = None, False
+        self.actor = self.hire()
+        self.work = []
+        self.version = None
+        self.up = False
         self.go(self.actor.ready.remote(), START)
 
     def go(self, ref, seconds):
-        self.call, self.seconds = ref, seconds
+        self.call = ref
+        self.seconds = seconds
         self.deadline = time.monotonic() + seconds
 
 
@@ -640,15 +688,23 @@ class Rollouts:
                  reward_workers=1, reward_timeout=30.0, reward_retries=2, runtime='local', position=0,
                  device='cpu', **engine):
         import actors  # here: a synchronous stage starts nothing and imports nothing of it
-        self.actors, self.batch, self.max_staleness = actors, batch, max_staleness
-        self.reward_timeout, self.retries = reward_timeout, reward_retries
+        self.actors = actors
+        self.batch = batch
+        self.max_staleness = max_staleness
+        self.reward_timeout = reward_timeout
+        self.retries = reward_retries
         self.position = self.next = position
         self.taken = self.limit = 0                   # limit: prompts handed out and not dropped, at most
         self.dropped = self.restarts = self.in_a_row = 0  # in_a_row: groups dropped since the last good one
-        self.jobs, self.work, self.pending = jobs(position), {}, []
-        self.unscored, self.done, self.tries = deque(), {}, {}
+        self.jobs = jobs(position)
+        self.work = {}
+        self.pending = []
+        self.unscored = deque()
+        self.done = {}
+        self.tries = {}
         self.version = self.weights = self.error = None
-        self.cv, self.closed = threading.Condition(), False
+        self.cv = threading.Condition()
+        self.closed = False
         self.own = not actors.is_initialized()
         if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
             actors.PRELOAD.append('rollout')  # imported once for all workers; never with CUDA, before a fork
@@ -659,12 +715,14 @@ class Rollouts:
         share = dict(num_gpus=min(1, gpus / rollout_workers)) if gpus else {}
         worker = actors.remote(RolloutWorker).options(num_cpus=1, **share)
         scorer = actors.remote(Scorer).options(num_cpus=1)
-        first, place = actors.put(model), 'cuda' if gpus else str(device)
+        first = actors.put(model)
+        place = 'cuda' if gpus else str(device)
         def roller():
             return worker.remote(first, tokenizer, place, **engine)
         self.rollers = [_Hand(roller) for _ in range(rollout_workers)]
         self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(scorers)]
-        self.hands, self.size = self.rollers + self.scorers, engine.get('max_num_seqs', 256)
+        self.hands = self.rollers + self.scorers
+        self.size = engine.get('max_num_seqs', 256)
         self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
         self.thread.start()
 
@@ -673,7 +731,8 @@ class Rollouts:
         are several, else they share it. The runtime reads CUDA_VISIBLE_DEVICES; torch in this process has
         its device already."""
         gpus = torch.cuda.device_count() if str(device).startswith('cuda') else 0
-        before, mine = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
+        before = os.environ.get('CUDA_VISIBLE_DEVICES')
+        mine = torch.device(device).index or 0
         if gpus > 1:
             ids = before.split(',') if before else [str(i) for i in range(gpus)]
             os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])
@@ -705,7 +764,8 @@ class Rollouts:
         """New weights (a state dict) for all that is sampled from now on, answers in flight included."""
         weights = self.actors.put({name: x.detach().cpu() for name, x in state.items()})
         with self.cv:
-            self.version, self.weights = version, weights
+            self.version = version
+            self.weights = weights
             self.limit = self.taken + (self.max_staleness + 1) * self.batch
             self.cv.notify_all()
 
@@ -755,7 +815,8 @@ class Rollouts:
                             self.cv.wait(0.5)
                     continue
                 wait = min(hand.deadline for hand in calls.values()) - time.monotonic()
-                ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=min(0.1, max(0.0, wait)))
+                wait = min(0.1, max(0.0, wait))
+                ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=wait)
                 for ref in ready:
                     self._collect(calls[ref])
                 for hand in self.hands:
@@ -777,7 +838,8 @@ class Rollouts:
                 self.work[self.next] = next(self.jobs)
                 self.pending.append(self.next)
                 self.next += 1
-            version, weights = self.version, self.weights
+            version = self.version
+            weights = self.weights
         for hand in self.rollers:
             if hand.call is None and (hand.work or self.pending):
                 new = self._share(hand)
@@ -790,7 +852,8 @@ class Rollouts:
                 hand.work = [self.unscored.popleft()]
                 number, answers = hand.work[0]
                 texts = [spoken(ids, ended) for ids, _, _, ended in answers]
-                hand.go(hand.actor.score.remote(self.work[number][1], texts), self.reward_timeout)
+                row = self.work[number][1]
+                hand.go(hand.actor.score.remote(row, texts), self.reward_timeout)
 
     def _share(self, hand):
         """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its
@@ -813,7 +876,8 @@ class Rollouts:
             if hand in self.rollers or not hand.work:
                 raise
             hand.call = None
-            return self._again(hand.work.pop(), str(e).strip().splitlines()[-1])
+            why = str(e).strip().splitlines()[-1]
+            return self._again(hand.work.pop(), why)
         hand.call = None
         if not hand.up:  # it has started, that is all
             hand.up = True
@@ -846,8 +910,10 @@ class Rollouts:
         self.tries[number] = self.tries.get(number, 0) + 1
         if self.tries[number] <= self.retries:
             return self.unscored.append(work)
-        row, tries, why = self.work[number][0] + 1, self.tries[number], why[:200]
-        print(f'rollouts: prompt {number} (row {row}) is dropped, its reward failed {tries} times: {why}')
+        row = self.work[number][0] + 1
+        tries = self.tries[number]
+        print(f'rollouts: prompt {number} (row {row}) is dropped, its reward failed {tries} times: '
+              + why[:200])
         self._finish(number, None)
         if self.in_a_row >= max(16, self.batch):
             raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '

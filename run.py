@@ -41,7 +41,7 @@ import files
 import kernels
 import lora
 import parallel
-from dataset import load_dataset, pack, Sampler
+from dataset import load_dataset, pack, Sampler, place
 from model import GPT, GPTConfig, _fill
 from tokenizer import get_tokenizer
 
@@ -415,7 +415,7 @@ def encode_all(rows, encode, name):
         try:
             found, note = encode(row)
         except ValueError as e:
-            raise ValueError(f'{name}, row {i + 1}: {e}') from None
+            raise ValueError(f'{place(rows, i, name)}: {e}') from None
         items += found
         notes[note] += 1
     said = ', '.join(f'{n} {note}' for note, n in notes.items() if note)

@@ -1,8 +1,9 @@
-"""GRPO with one answer a prompt: an answer is compared with itself, every advantage is 0, nothing is learned. grpo.py
-refuses it; here it does not.
+"""GRPO with one answer a prompt: an answer is compared with itself, every advantage is 0, nothing is
+learned. grpo.py refuses it; here it does not.
 
     python failures/group_of_one.py experiments/ablate_grpo.py --group_size=1 --out_dir=out-exp/group_of_one
-dead 100 %, loss 0 and gradient norm 0 from the first iteration on, the score a flat line. No error anywhere.
+dead 100 %, loss 0 and gradient norm 0 from the first iteration on, the score a flat line. No error
+anywhere.
 """
 from stage import run
 

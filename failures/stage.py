@@ -1,9 +1,11 @@
-"""Runs a stage with one line made wrong: run('ppo.py', FILE, right, wrong), FILE being the stage or a room that it uses.
+"""Runs a stage with one line made wrong: run('ppo.py', FILE, right, wrong), FILE being the stage or a room
+that it uses.
 
-Each file of this folder is one classic mistake; the files on disk stay as they are. The docstring says what one would
-have seen, as measured:
+Each file of this folder is one classic mistake; the files on disk stay as they are. The docstring says
+what one would have seen, as measured:
     python failures/wrong_kl_sign.py experiments/ablate_ppo.py --out_dir=out-exp/wrong_kl_sign
-The options are the stage's own. `python experiments/study.py i` trains all of them beside their right twins.
+The options are the stage's own. `python experiments/study.py i` trains all of them beside their right
+twins.
 """
 import os
 import sys

@@ -1,5 +1,5 @@
-"""Answers are sampled with top_p = 0.7, log-probs are taken over the whole vocabulary: rare tokens never come, the policy
-learns that they need not.
+"""Answers are sampled with top_p = 0.7, log-probs are taken over the whole vocabulary: rare tokens never
+come, the policy learns that they need not.
 
     python failures/top_p_mismatch.py experiments/ablate_ppo.py --out_dir=out-exp/top_p_mismatch
 `mismatch` shows it, and the entropy falls faster than it should.

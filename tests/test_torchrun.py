@@ -248,8 +248,8 @@ def test_a_run_goes_on_with_another_layout(world, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_not_supported_is_refused_by_name(world, tmp_path):
-    _, stderr = run(world, 'ppo', 2, tmp_path / 'out', '--value=trunk', rc=2)
-    assert 'error: value trunk with 2 processes is not supported: the nearest that works is --value=policy' in stderr and not os.path.exists(tmp_path / 'out'), stderr[-2000:]
+    _, stderr = run(world, 'ppo', 2, tmp_path / 'out', '--mode=async', rc=2)
+    assert "error: mode 'async' with 2 ranks is not supported: it trains in one process" in stderr and not os.path.exists(tmp_path / 'out'), stderr[-2000:]
     for keys, says in [(dict(stage='grpo', cp=2), 'cp 2 is not supported by grpo.py'), (dict(stage='dpo', cp=2), 'cp 2 is not supported by dpo.py'), (dict(stage='ppo', mode='async'), '--mode=sync'),
                        (dict(stage='sft', compile=True), 'compile with 2 processes'), (dict(stage='grpo', rollout_tp=True), '--tp=2 and more'),
                        (dict(stage='sft', tp=3), 'tp 3 is not tested.*--tp=2'), (dict(stage='ppo', cp=8), '--cp=4')]:
