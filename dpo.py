@@ -278,7 +278,7 @@ def held_out_pairs(run, policy, pairs, ref_logps, how):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval,
+    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset, eval_interval,
     # save_minutes, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype,
     # compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
     if loss_type == 'kto':
@@ -327,10 +327,11 @@ if __name__ == '__main__':
         val_ref_logps = stored_logps(run, policy, frozen, val_pairs, average, 'val')
     elif needs_ref:
         val_ref_logps = reference_logps(run, policy, frozen, val_pairs, average)
-    way = 'precomputed' if precompute_ref else 'frozen copy' if frozen is not None else 'adapter disabled'
-    print(f'reference: {way if needs_ref else "none"}')
+    way = 'adapter disabled' if frozen is None else 'frozen copy'
     if precompute_ref:
+        way = 'precomputed'
         frozen, run.memory['reference'] = None, 0  # an evaluation loads it for the moment
+    print(f'reference: {way if needs_ref else "none"}')
     longest = max(tokens_of(pairs))  # of a pair
     run.plan(min(max(micro_tokens, longest), batch_size * longest), T)
     how = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, gamma=gamma)

@@ -260,7 +260,7 @@ def held_out_answers(run, policy, items, ref_logps, batch_size, how):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval,
+    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset, eval_interval,
     # save_minutes, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype,
     # compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
     run = Run('kto', config)

@@ -183,8 +183,9 @@ def validation_loss(run, model, batches, loss_of):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup: process, model (run reads the system keys and those of init_from, lora, optimizer)
-    # -----------------
+    # ---- setup. Run reads the rest of the keys: overwrite, val_dataset, eval_interval, save_minutes, lora_r,
+    # lora_alpha, lora_targets, weight_decay, beta1, beta2, device, dtype, compile, checkpointing, kernels,
+    # threads, tp, pp, cp, zero, dist_timeout
     if decay_lr and min_lr > learning_rate:
         raise ValueError(f'min_lr {min_lr} is above learning_rate {learning_rate}: set it to a tenth')
     run = Run('sft', config, folder=not show_masks)

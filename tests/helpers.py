@@ -13,8 +13,8 @@ import parallel
 
 
 def stage(script, *args, cwd, die_at_save=0):
-    """The script run as __main__ in this process (a subprocess costs seconds): what it printed. die_at_save: killed
-    after its n-th ckpt.pt. --overwrite is given unless args resume."""
+    """The script run as __main__ in this process (a subprocess costs seconds): what it printed. die_at_save:
+    killed after its n-th ckpt.pt. --overwrite is given unless args resume."""
     class Killed(Exception):
         """Stands for kill -9 in this process."""
     argv, hook, threads, here, saves = sys.argv, sys.excepthook, torch.get_num_threads(), os.getcwd(), []
@@ -32,7 +32,7 @@ def stage(script, *args, cwd, die_at_save=0):
         with contextlib.redirect_stdout(out):
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
     except Killed:
-        pass
+        out.write('killed')
     finally:
         parallel.save_checkpoint, sys.argv, sys.excepthook = save, argv, hook
         torch.set_num_threads(threads)
@@ -70,7 +70,8 @@ def equal(a, b):
 
 @torch.no_grad()
 def mismatch(engine, completions, model=None):
-    """Parity meter: |raw log-prob of the engine - model.logprobs| over the completions' tokens -> {'max', 'mean'} nats."""
+    """Parity meter: |raw log-prob of the engine - model.logprobs| over the completions' tokens -> {'max',
+    'mean'} nats."""
     model, differences = model or engine.model, [torch.zeros(1, dtype=torch.float64)]
     for c in completions:
         tokens = torch.tensor([c.prompt_token_ids + c.token_ids], device=engine.device)

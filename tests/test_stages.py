@@ -119,7 +119,7 @@ def test_kill_9_of_the_real_command(world):
 
 
 @pytest.mark.filterwarnings('ignore:invalid value:RuntimeWarning')
-@pytest.mark.parametrize('name', OFFLINE)
+@pytest.mark.parametrize('name', STAGES)
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(world, name):
     refused('last good checkpoint', name, 'out-bad', '--learning_rate=1e30', '--grad_clip=0.0', '--eval_interval=1',
             '--decay_lr=False' if name == 'sft' else '--max_iters=5', world=world)
