@@ -58,17 +58,29 @@ def _data_work(side, tmp, n):
             for line in f:
                 json.loads(line)
     if side == 'json.loads':
-        return {'load, 1 process': (n, floor), 'load, 2 processes': (n, floor)}
+        return {'load': (n, floor)}
     if side == 'ours':
+        import glob
         import dataset
+        from tokenizer import encode_dataset, encode_row, get_tokenizer
         opened = dataset.load_dataset
-        work = {f'load, {k} process{"es" * (k - 1)}': (n, lambda k=k: dataset.load_dataset(rows, num_proc=k)) for k in (1, 2)}
-        cached = lambda: {'cache_dir': new('map')}
+        tok = get_tokenizer('byte')
+
+        def first():  # SFT's start: every row read and encoded, and the next start, which maps the file
+            for file in glob.glob(rows + '.*.encoded'):
+                os.unlink(file)
+            again()
+        pairs = lambda: dataset.load_dataset(rows).rename_column('chosen', 'completion')
+        again = lambda: encode_dataset(pairs(), tok)
+        plain = lambda: [encode_row(row, tok) for row in pairs()]
+        work = {'load': (n, lambda: dataset.load_dataset(rows)), 'stage start, in lists': (n, plain), 'stage start, first': (n, first),
+                'stage start, again': (n, again)}
+        cached = lambda: {}
     else:
         import datasets
         datasets.disable_progress_bars()
         opened = datasets.load_from_disk
-        work = {'load, 1 process': (n, lambda: datasets.load_dataset('json', data_files=rows, split='train', cache_dir=new('load')))}
+        work = {'load': (n, lambda: datasets.load_dataset('json', data_files=rows, split='train', cache_dir=new('load')))}
         cached = lambda: {'load_from_cache_file': False}
     start = lambda: opened(folder)
     table = functools.cache(start)
@@ -82,8 +94,7 @@ def _data_work(side, tmp, n):
     work |= {'random rows': (len(at), lambda: each(table()[i] for i in at)), 'slices of 32': (some, lambda: each(table()[i:i + 32] for i in range(0, some, 32))),
              'iterate rows': (some, lambda: each(table().select(range(some)))), 'iter(256)': (some, lambda: each(table().select(range(some)).iter(256))),
              'shuffle': (n, lambda: table().shuffle(seed=next(fresh))), 'shuffled slices of 32': (32_000, lambda: each(mixed()[i:i + 32] for i in range(0, min(n, 32_000), 32)))}
-    for k in (1, 2):
-        work[f'map, {k} process{"es" * (k - 1)}'] = min(n, 40_000), lambda k=k: part().map(_data_tokens, batched=True, num_proc=k, **cached())
+    work['map'] = min(n, 40_000), lambda: part().map(_data_tokens, batched=True, **cached())
     return work
 
 

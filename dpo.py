@@ -296,7 +296,7 @@ if __name__ == '__main__':
     if sft_coef and loss_type == 'orpo':
         raise ValueError(f"sft_coef={sft_coef} means nothing to loss_type 'orpo': leave it out")
     run = Run('dpo', config)
-    policy, tok = run.model()
+    policy, tok = run.model()  # no dropout: policy and reference start equal
     T = min(block_size or policy.config.block_size, policy.config.block_size)
     room = prompt_room(policy, max_new_tokens) if eval_samples and needs_ref else 0
 
@@ -307,7 +307,7 @@ if __name__ == '__main__':
     val_pairs = encode_all(val_rows, lambda row: read_pair(row, tok, T), run.val_name)
     val_pairs = val_pairs[:eval_iters * batch_size or None]
     max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
-    order = run.order(pairs, batch_size)
+    order = run.order(pairs, batch_size)  # endless, a function of the seed
     print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of '
           f'{batch_size} = {max_iters * batch_size / len(pairs):.2f} epochs')
 
@@ -320,6 +320,7 @@ if __name__ == '__main__':
         asked = [list(prompt) for prompt in asked][:eval_samples]
     frozen = run.reference(policy, tok, T, ref) if needs_ref else None
     policy, optimizer = run.trained(policy, learning_rate, adam_eps)
+    # (n, 2) log-probs of the reference; those of the held-out pairs are asked for once
     ref_logps = val_ref_logps = None
     if precompute_ref:
         ref_logps = stored_logps(run, policy, frozen, pairs, average, 'train')
@@ -330,7 +331,7 @@ if __name__ == '__main__':
     print(f'reference: {way if needs_ref else "none"}')
     if precompute_ref:
         frozen, run.memory['reference'] = None, 0  # an evaluation loads it for the moment
-    longest = max(tokens_of(pairs))
+    longest = max(tokens_of(pairs))  # of a pair
     run.plan(min(max(micro_tokens, longest), batch_size * longest), T)
     how = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
     how |= dict(sft_coef=sft_coef, average=average)
@@ -350,7 +351,7 @@ if __name__ == '__main__':
             seen = held_out_pairs(run, policy, val_pairs, val_ref_logps, how)
             first_logp = seen['chosen_logp'] if first_logp is None else first_logp
             run.extra['first_logp'], seen['chosen_logp_change'] = first_logp, seen['chosen_logp'] - first_logp
-            if room:
+            if room:  # the policy answers, both models read
                 now = run.reference(policy, tok, T, ref) if frozen is None else frozen
                 samples, sample = kl_on_samples(run, engine, policy, now, asked, max_new_tokens, temperature)
                 seen |= samples
@@ -365,9 +366,9 @@ if __name__ == '__main__':
             break
 
         # ---- 2. a batch of pairs, in micro-batches; what the reference says of them
-        picked = next(order).tolist()
+        picked = next(order).tolist()  # (B,) row numbers
         batch = [pairs[i] for i in picked]
-        refs = ref_logps[picked] if precompute_ref else None
+        refs = ref_logps[picked] if precompute_ref else None  # (B, 2)
         if needs_ref and not precompute_ref:
             refs = reference_logps(run, policy, frozen, batch, average)
         lengths = tokens_of(batch)

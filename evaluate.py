@@ -36,7 +36,7 @@ from model import all_rewards
 from reward import wilson
 from rollout import load_reward
 from run import load_model, pick_device, pick_threads
-from tokenizer import _row_args, alpaca_prompt, encode_prompt, encode_row, get_tokenizer
+from tokenizer import alpaca_prompt, encode_prompt, encode_row, get_tokenizer, plain_row, template_args
 
 # what
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
@@ -193,7 +193,7 @@ class Answers:
 def generate(name: str, rows: list) -> Answers:
     """A model answers. An answer depends on seed, row and sample alone, never on the batch."""
     model, tok, _ = opened(name, half=True)
-    prompts = [encode_prompt(row['prompt'], tok, **_row_args(row, {})) for row in rows]
+    prompts = [encode_prompt(row, tok) for row in rows]
     room = model.config.block_size
     for i, ids in enumerate(prompts, 1):
         if len(ids) >= room:
@@ -227,7 +227,7 @@ def answers_of(path: str, rows: list) -> Answers:
     """Answers of a .jsonl to the same prompts. A prompt is its whole row: messages, tools. One that stands
     twice gets its answers in order, and so do samples; one that is missing is an error."""
     def key(row):
-        return json.dumps([row['prompt'], _row_args(row, {})], sort_keys=True)
+        return json.dumps([row['prompt'], template_args(plain_row(row))], sort_keys=True)
     found, texts = defaultdict(list), []
     for row in read_rows(path):
         found[key(row)].append(said_in(row))

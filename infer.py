@@ -995,7 +995,7 @@ class Engine:
         need = self.blocks.count(min(len(prompt) + params.max_tokens, self.max_len))
         if need > self.num_blocks:
             raise ValueError(
-                f'prompt + max_tokens need {need} of {self.num_blocks} blocks: lower max_tokens, or more num_blocks'
+                f'prompt + max_tokens need {need} of {self.num_blocks} blocks: lower max_tokens or add blocks'
             )
         outside = [t for t in [*params.logit_bias, *params.stop_token_ids] if not 0 <= t < self.vocab_size]
         if outside:
@@ -1133,13 +1133,12 @@ class Engine:
         if self.settings is None or rows != self.settings.rows:
             self.settings = Settings(rows, self.end_ids(), logits.device, logits.dtype)
         outs = np.array([len(r.tokens) - r.P + ahead for r in rows])
-        tokens, logprobs, raw, top = sample(logits, self.settings, outs)
+        *drawn, top = sample(logits, self.settings, outs)
         # all hold the same logits; one draw counts, whatever the last bit of a GPU's sum says
         if self.tp.size > 1:
-            drawn = torch.stack([t.double() for t in (tokens, logprobs, raw)])
-            tokens, logprobs, raw = self.tp.broadcast(drawn, 0, 'tokens')
-            tokens = tokens.long()
-        return Drawn(self.settings, outs, tokens, logprobs, raw, top)
+            drawn = self.tp.broadcast(torch.stack([t.double() for t in drawn]), 0, 'tokens')
+            drawn = [drawn[0].long(), *drawn[1:]]
+        return Drawn(self.settings, outs, *drawn, top)
 
     def end_ids(self):
         """All tokens that end an answer: the tokenizer's, and those of config.json and

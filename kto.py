@@ -209,7 +209,15 @@ def judge(model, items, ref_logp, z, beta, desirable_weight, undesirable_weight,
     losses, rewards = kto_loss(logp, ref_logp, label, z, beta, desirable_weight, undesirable_weight)
     right = (rewards > beta * z) == label
     good, bad = label.float(), (~label).float()
-    columns = losses, right.float(), good, bad, good * rewards, bad * rewards, good * logp, bad * logp
+    columns = [
+        losses,
+        right.float(),
+        good,
+        bad,
+        good * rewards,
+        bad * rewards,
+        good * logp,
+        bad * logp]
     return losses, torch.stack(columns, 1).detach()
 
 
@@ -256,7 +264,7 @@ if __name__ == '__main__':
     # save_minutes, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype,
     # compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
     run = Run('kto', config)
-    policy, tok = run.model()
+    policy, tok = run.model()  # no dropout: policy and reference start equal
     T = min(block_size or policy.config.block_size, policy.config.block_size)
     room = prompt_room(policy, max_new_tokens) if eval_samples else 0
 
@@ -268,7 +276,7 @@ if __name__ == '__main__':
     val_items = encode_all(val_rows, lambda row: read_answers(row, tok, T), run.val_name)
     val_items = with_other_answers(val_items, T)[:eval_iters * batch_size or None]
     max_iters = max_iters or math.ceil(epochs * len(items) / batch_size)
-    order = run.order(items, batch_size)
+    order = run.order(items, batch_size)  # endless, a function of the seed
     print(f'{dataset}: {len(items):,} answers, {sum(item[2] for item in items):,} good, {len(val_items):,} '
           f'held out; {max_iters} iterations: {max_iters * batch_size / len(items):.2f} epochs')
     engine = None

@@ -516,9 +516,9 @@ static void heads(const net *m, const layer *l, int64_t number, const cache *kv,
     }
 }
 
-// p (G, width) = scale * q (G, HS) k' for T keys of a block: LANES keys give as many vectors of partial sums, whose
-// lanes are added up pairwise. Memory is the limit (8 KB of keys and values a token in a model of 7 M): the
-// values are fetched while the keys are multiplied, and the next head's keys while these values are: 1.5
+// p (G, width) = scale * q (G, HS) k' for T keys of a block: LANES keys give as many vectors of partial sums,
+// whose lanes are added up pairwise. Memory is the limit (8 KB of keys and values a token in a model of 7 M):
+// the values are fetched while the keys are multiplied, and the next head's keys while these values are: 1.5
 // times faster.
 static void scores(const float *q, const float *k, const float *v, int64_t T, float by, int64_t width,
                    float (*p)[width]) {

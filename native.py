@@ -116,7 +116,8 @@ class Docs(ctypes.Structure):
     @staticmethod
     def of(tensors, longest, scale):
         """tensors: by their names in C; they must outlive what this returns."""
-        q, k, v, cu, first = (tensors[name] for name in ('q', 'k', 'v', 'cu', 'first'))
+        q, k, v = (tensors[name] for name in 'qkv')
+        cu, first = tensors['cu'], tensors['first']
         strides = dict(sq=q.stride(0), sk=k.stride(0), sv=v.stride(0))
         counts = dict(N=len(q), M=len(tensors['rows']), docs=min(len(cu) - 1, len(first)))
         counts.update(n_tasks=len(tensors['tasks']) - 1, nkv=k.shape[1], group=q.shape[1] // k.shape[1])
@@ -153,7 +154,9 @@ class DocAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        q, k, v, out, lse = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        q, k, v = saved[:3]
+        out, lse = saved[3:]
         dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
         tensors = dict(ctx.tensors, q=q, k=k, v=v, out=out, lse=lse, dout=g.contiguous(), dq=dq, dk=dk, dv=dv)
         docs(q.shape[-1])(ctypes.byref(Docs.of(tensors, ctx.longest, ctx.scale)))
@@ -310,12 +313,17 @@ class Forward:
         self.rows = self.net.rows = max(n, 2 * self.rows, 64)
         heads = c.n_head * self.width
         qkv = heads + 2 * c.n_kv_head * self.width
-        widths = dict(x=c.n_embd, y=c.n_embd, qkv=qkv, att=heads, mid=c.n_inner)
-        strides = dict(x='sx', y='sx', qkv='sq', att='sa', mid='sm')
-        for name, width in widths.items():
+        work = (  # name, floats of a row, name of its stride
+            ('x', c.n_embd, 'sx'),
+            ('y', c.n_embd, 'sx'),
+            ('qkv', qkv, 'sq'),
+            ('att', heads, 'sa'),
+            ('mid', c.n_inner, 'sm'),
+        )
+        for name, width, stride in work:
             self.work[name] = torch.zeros(self.rows, -(-width // 32) * 32 + 16)
             setattr(self.net, name, self.work[name].data_ptr())
-            setattr(self.net, strides[name], self.work[name].stride(0))
+            setattr(self.net, stride, self.work[name].stride(0))
 
     def hidden(self, batch):
         """-> (N, C) before the last norm, valid until the next call"""

@@ -137,23 +137,24 @@ def calibration(margins, bins=10):
     """Is sigmoid(margin) the share of pairs that it claims? margins (B,): r_chosen - r_rejected. The model's
     confidence in its own choice, sigmoid(|margin|) in [0.5, 1], against how often that choice is right.
     Returns (ECE, rows of (from, to, pairs, mean confidence, accuracy)). Guo et al. 2017 (1706.04599)."""
-    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    right = margins > 0
     edges = np.linspace(0.5, 1.0, bins + 1)
-    which = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
-    rows = []
+    which = np.clip(np.digitize(confidence, edges), 1, bins)
+    rows, gap = [], 0.0
     for b in np.unique(which):
         here = which == b
-        rows.append((float(edges[b]), float(edges[b + 1]), int(here.sum()), float(confidence[here].mean()),
-                     float(right[here].mean())))
-    return sum(n * abs(conf - acc) for _, _, n, conf, acc in rows) / len(margins), rows
+        n, claimed, true = int(here.sum()), float(confidence[here].mean()), float(right[here].mean())
+        rows.append((float(edges[b - 1]), float(edges[b]), n, claimed, true))
+        gap += n * abs(claimed - true)
+    return gap / len(margins), rows
 
 
 def correlation(x, y):
     """Pearson's r; 0 where one side is constant."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / scale) if scale else 0.0
+    if np.std(x) == 0 or np.std(y) == 0:
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def linear_lr(it, peak, warmup, total):
@@ -196,15 +197,24 @@ def held_out_report(run, model, pairs):
     ece, reliability = calibration(margins)
     right = int((margins > 0).sum())
     edges = np.histogram_bin_edges(np.nan_to_num(both.numpy()), 30)  # NaN: the run stops at the loss
-    histogram = {'edges': edges.tolist(), 'chosen': np.histogram(chosen, edges)[0].tolist(),
-                 'rejected': np.histogram(rejected, edges)[0].tolist()}
+    histogram = dict(edges=edges.tolist())
+    for name, x in (('chosen', chosen), ('rejected', rejected)):
+        histogram[name] = np.histogram(x, edges)[0].tolist()
     lengths = [len(answer) for p in pairs for answer in p[1:3]]
-    longer = [len(p[1]) > len(p[2]) for p in pairs]
-    return dict(loss=float(np.logaddexp(0, -margins).mean()), accuracy=right / len(pairs),
-                accuracy_95=wilson(right, len(pairs)), pairs=len(pairs), margin=float(margins.mean()),
-                ece=ece, reliability=reliability, length_correlation=correlation(both, lengths),
-                longer_is_chosen=float(np.mean(longer)), reward_mean=float(both.mean()),
-                reward_std=float(both.std()), histogram=histogram)
+    longer = np.mean([len(p[1]) > len(p[2]) for p in pairs])
+    return dict(
+        loss=float(np.logaddexp(0, -margins).mean()),
+        accuracy=right / len(pairs),
+        accuracy_95=wilson(right, len(pairs)),
+        pairs=len(pairs),
+        margin=float(margins.mean()),
+        ece=ece,
+        reliability=reliability,
+        length_correlation=correlation(both.numpy(), lengths),
+        longer_is_chosen=float(longer),
+        reward_mean=float(both.mean()),
+        reward_std=float(both.std()),
+        histogram=histogram)
 
 
 def sampled_sequences(run, tok, pairs, n, max_new_tokens, temperature, seed):

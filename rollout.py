@@ -42,7 +42,7 @@ def read_prompt(row, tok, room, long_prompts):
     dropped, or cut: it loses its beginning."""
     if 'prompt' not in row:
         raise ValueError(f'no "prompt", it has {sorted(row)}')
-    ids = encode_prompt(row['prompt'], tok)
+    ids = encode_prompt(row, tok)
     if not ids:
         raise ValueError('empty prompt')
     if len(ids) <= room:
@@ -292,7 +292,7 @@ class Rewards:
     def _reread(self, row, text, ended, tok):
         """Other tokens: the row as the reward model's training read it, with the end token where the answer
         ended."""
-        ids, _ = encode_row(dict(prompt=row['prompt'], completion=text), tok)
+        ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
         return ids if ended else ids[:-1]
 
 

@@ -2,8 +2,7 @@
 
 What every stage does around its algorithm stands here once; a stage holds its equations and its loop:
 
-    run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from, or
-    None
+    run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from
     model, tok = run.model()            # from anywhere, with lora_r > 0 under an adapter
     train, val = run.rows()             # dataset and val_dataset, or 5 % of dataset kept aside
     items = encode_all(train, fn, name)     # rows to token ids; a bad row is named by file and number
@@ -42,7 +41,7 @@ import files
 import kernels
 import lora
 import parallel
-from dataset import load_dataset, pack, Sampler
+from dataset import load_dataset, pack, Sampler, place
 from model import GPT, GPTConfig, _fill
 from tokenizer import get_tokenizer
 
@@ -137,11 +136,11 @@ def check_fit(model, name, tok, T):
     """ValueError, naming the model, when ids of this tokenizer or sequences of T tokens do not fit it."""
     c = model.config
     if c.vocab_size < tok.vocab_size:
-        raise ValueError(f'{name}: tokenizer {tok.name!r} has {tok.vocab_size} tokens, the model {c.vocab_size}: '
-                         f'give the tokenizer that belongs to it, --tokenizer=...')
+        raise ValueError(f'{name}: tokenizer {tok.name!r} has {tok.vocab_size} tokens, the model '
+                         f'{c.vocab_size}: give the tokenizer that belongs to it, --tokenizer=...')
     if c.block_size < T:
-        raise ValueError(f'{name} reads {c.block_size} tokens at most, this run has sequences of up to {T}: shorten '
-                         f'them (block_size, max_new_tokens), or take a model with a longer context')
+        raise ValueError(f'{name} reads {c.block_size} tokens at most, this run has sequences of up to {T}: '
+                         f'shorten them (block_size, max_new_tokens), or take a model with a longer context')
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -226,16 +225,16 @@ def trim_heap(grown=1.25):
 def pick_device(device, dtype):
     """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights
     stay float32; dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling),
-    float32 on CPU. The device becomes torch's current one: streams, events and graphs are made on it. ValueError
-    names what is here."""
-    here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
-    here += ['mps'] * torch.backends.mps.is_available()
+    float32 on CPU. The device becomes torch's current one: streams, events and graphs are made on it.
+    ValueError names what is here."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ['cpu'] + [f'cuda:{i}' for i in range(gpus)] + ['mps'] * torch.backends.mps.is_available()
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
         unused = next((f for f in ('/dev/nvidia0', '/dev/dxg', '/dev/kfd') if os.path.exists(f)), None)
         if device == 'cpu' and unused:
-            print(f'{unused} is there, but this torch ({torch.__version__}, CUDA {torch.version.cuda}) sees no GPU: it runs on the '
-                  f'CPU. Install the torch build that fits your driver.', file=sys.stderr)
+            print(f'{unused} is there, but this torch ({torch.__version__}, CUDA {torch.version.cuda}) sees '
+                  f'no GPU: it runs on the CPU. Install the build for your driver.', file=sys.stderr)
     if device not in here and (device != 'cuda' or 'cuda:0' not in here):
         raise ValueError(f'device {device!r}: not here; this torch sees {", ".join(here)}')
     device = torch.device(device)
@@ -265,8 +264,9 @@ owned = {}  # folder -> its lock file, open as long as this process lives
 
 
 def own_folder(out_dir, mesh):
-    """One run writes a folder at a time. The kernel holds the lock and gives it back however the process ends, so a
-    killed run blocks nobody; children made by fork do not keep it. ValueError where another process has it."""
+    """One run writes a folder at a time. The kernel holds the lock and gives it back however the process
+    ends, so a killed run blocks nobody; children made by fork do not keep it. ValueError where another
+    process has it."""
     name = os.path.realpath(out_dir)
     taken = False
     if mesh.master and name not in owned:
@@ -276,7 +276,8 @@ def own_folder(out_dir, mesh):
         except BlockingIOError:
             taken = True
     if mesh.everyone.share_object(taken, 0, 'lock of the folder'):
-        raise ValueError(f'{out_dir} is being written by a run right now: stop that one, or give another --out_dir')
+        raise ValueError(f'{out_dir} is being written by a run right now: stop that one, or give another '
+                         f'--out_dir')
 
 
 def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
@@ -298,12 +299,12 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
         mesh.saved(file, ckpt['iter'])
         return ckpt
     if os.path.exists(file) and not overwrite:
-        raise ValueError(f'{out_dir} already holds a run: --init_from=resume continues it, --out_dir=... starts another, '
-                         f'--overwrite=True replaces it')
+        raise ValueError(f'{out_dir} already holds a run: --init_from=resume continues it, --out_dir=... '
+                         f'starts another, --overwrite=True replaces it')
     own_folder(out_dir, mesh)
     mesh.barrier()  # all have looked
     if mesh.torchrun and mesh.master and os.path.exists(file):
-        os.remove(file)  # or torchrun, starting us again before the first checkpoint, would go on with the old run
+        os.remove(file)  # or torchrun, starting us again before the first checkpoint, would resume that
     mesh.mark(out_dir)
     return None
 
@@ -317,8 +318,8 @@ def same_settings(config, old, out_dir):
         fixed += lora_keys
     for key in fixed:
         if key in config and config[key] not in ('', old.get(key, config[key])):
-            raise ValueError(f'{key} {config[key]!r}: {out_dir} was started with {old[key]!r}, which a resumed run cannot '
-                             f'change; start a new run from its weights with --init_from={out_dir} --out_dir=...')
+            raise ValueError(f'{key} {config[key]!r}: {out_dir} was started with {old[key]!r}, which a '
+                             f'resumed run cannot change; start a new run with --init_from={out_dir}')
     shape = ['init_from', 'arch', 'n_layer', 'n_head', 'n_embd', 'bias']
     config.update({key: old[key] for key in [*shape, *lora_keys] if key in old})
 
@@ -378,8 +379,8 @@ def check_finite(step, out_dir, **metrics):
     """Stops the run at the first number that is not finite: JSON knows no NaN, nor should a reader."""
     for name, value in metrics.items():
         if isinstance(value, (int, float)) and not math.isfinite(value):
-            raise ValueError(f'iter {step}: {name} is {value}; the last good checkpoint is {out_dir}/ckpt.pt: resume from it '
-                             f'with a lower learning_rate or a smaller grad_clip')
+            raise ValueError(f'iter {step}: {name} is {value}; the last good checkpoint is '
+                             f'{out_dir}/ckpt.pt: resume from it with a lower learning_rate or grad_clip')
 
 
 def eta(seconds):
@@ -389,11 +390,12 @@ def eta(seconds):
 
 
 SHOWN = dict(  # how a metric looks on the console
-    loss='loss {:.4f}', accuracy='acc {:.1%}', accuracy_95='{0[0]:.1%} to {0[1]:.1%}', margin='margin {:.3f}', chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}',
-    grad_norm='norm {:.2f}', lr='lr {:.1e}', tok_per_s='{:,.0f} tok/s', score='score {:.3f}', kl='kl {:.2f} nats/seq',
-    len='len {:.1f} tok', ended='ended {:.0%}', ece='ece {:.3f}', length_correlation='length correlation {:+.2f}',
-    pg='pg {:.3f}', vf='vf {:.3f}', clip_frac='clip {:.1%}', dead='dead {:.0%}', mismatch='mismatch {:.1e}',
-    staleness='staleness {:.1f}', idle='idle {:.0%}', gen_s='gen {:.1f}s', upd_s='upd {:.1f}s')
+    loss='loss {:.4f}', accuracy='acc {:.1%}', accuracy_95='{0[0]:.1%} to {0[1]:.1%}', margin='margin {:.3f}',
+    chosen_logp='chosen {:.1f}', rejected_logp='rejected {:.1f}', grad_norm='norm {:.2f}', lr='lr {:.1e}',
+    score='score {:.3f}', kl='kl {:.2f} nats/seq', len='len {:.1f} tok', ended='ended {:.0%}',
+    ece='ece {:.3f}', length_correlation='length correlation {:+.2f}', pg='pg {:.3f}', vf='vf {:.3f}',
+    clip_frac='clip {:.1%}', dead='dead {:.0%}', mismatch='mismatch {:.1e}', staleness='staleness {:.1f}',
+    idle='idle {:.0%}', gen_s='gen {:.1f}s', upd_s='upd {:.1f}s')
 
 
 def line(metrics, keys):
@@ -413,7 +415,7 @@ def encode_all(rows, encode, name):
         try:
             found, note = encode(row)
         except ValueError as e:
-            raise ValueError(f'{name}, row {i + 1}: {e}') from None
+            raise ValueError(f'{place(rows, i, name)}: {e}') from None
         items += found
         notes[note] += 1
     said = ', '.join(f'{n} {note}' for note, n in notes.items() if note)
@@ -456,34 +458,40 @@ class Run:
         device, self.dtype = pick_device(config['device'], config['dtype'])
         kernels.use(config['kernels'])
         tp, pp, cp = config['tp'], config['pp'], config['cp']
-        parallel.accept(stage, tp, pp, cp, config['compile'], config.get('mode', 'sync'), config.get('value', ''),
-                        config.get('rollout_tp', False))
-        self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'], quiet=True)
+        parallel.accept(stage, tp, pp, cp, config['compile'], config.get('mode', 'sync'),
+                        config.get('value', ''), config.get('rollout_tp', False))
+        self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'],
+                                  quiet=True)
         self.device = self.mesh.device
         data = config['dataset']
         self.val_name = config['val_dataset'] or f'{data} (5 % kept aside)'
         if not os.path.exists(data):
-            raise ValueError(f'{data}: no such data; python {os.path.dirname(data) or "data/toy"}/prepare.py makes it (or '
-                             f'name a file of your own)')
-        self.ckpt = open_run(self.out_dir, config['init_from'], config['overwrite'], stage, self.mesh) if folder else None
+            raise ValueError(f'{data}: no such data; python {os.path.dirname(data) or "data/toy"}/prepare.py '
+                             f'makes it (or name a file of your own)')
+        self.ckpt = None
+        if folder:
+            self.ckpt = open_run(self.out_dir, config['init_from'], config['overwrite'], stage, self.mesh)
         if self.ckpt:
             same_settings(config, self.ckpt['config'], self.out_dir)
         self.best = self.ckpt['best'] if self.ckpt else None
         self.networks, self.memory, self.cursor = {}, collections.Counter(), None
-        self.extra, self.rates = {}, []  # further keys of the checkpoint; tokens a second
+        self.extra = {}  # further keys of the checkpoint
 
     def amp(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def failed(self, otherwise, kind, error, tb):
-        """Python's last word on an error: running out of memory, the most certain one of all, gets one line of its own."""
-        if kind.__name__ != 'OutOfMemoryError' and not issubclass(kind, MemoryError) and 'DefaultCPUAllocator' not in str(error):
+        """Python's last word on an error: running out of memory, the most certain one of all, gets one line
+        of its own."""
+        known = kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError)
+        if not known and 'DefaultCPUAllocator' not in str(error):
             return otherwise(kind, error, tb)
         asked = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.I)
         savers = ('micro_tokens', 'checkpointing', 'max_num_seqs', 'lora_r', 'batch_size')
         keys = ', '.join(f'{key} (now {self.config[key]})' for key in savers if key in self.config)
-        print(f'error: out of memory{": " + asked[0] if asked else ""}; the plan was {self.planned / 1e9:.2f} GB. What helps, '
-              f'the cheapest first: {keys}', file=sys.stderr)
+        asked = ': ' + asked[0] if asked else ''
+        print(f'error: out of memory{asked}; the plan was {self.planned / 1e9:.2f} GB. What helps, the '
+              f'cheapest first: {keys}', file=sys.stderr)
         sys.exit(2)
 
     # ---- models and rows
@@ -492,10 +500,10 @@ class Run:
         """(model on the device, its tokenizer): resumed, loaded, or made of `scratch` (a GPTConfig)."""
         c = self.config
         if c['init_from'] == 'scratch' and scratch is None and not self.ckpt:
-            raise ValueError(f'{c["stage"]}.py starts from a model that can answer: --init_from=out-sft (made by python '
-                             f'sft.py config/sft_toy.py), a name or a directory')
-        model, self.tokenizer = open_model(c['init_from'], self.ckpt, head, c['tokenizer'], scratch, c['lora_r'],
-                                           c['lora_alpha'], c.get('lora_dropout', 0.0), c['lora_targets'])
+            raise ValueError(f'{c["stage"]}.py starts from a model that can answer: --init_from=out-sft '
+                             f'(made by python sft.py config/sft_toy.py), a name or a directory')
+        adapter = c['lora_r'], c['lora_alpha'], c.get('lora_dropout', 0.0), c['lora_targets']
+        model, self.tokenizer = open_model(c['init_from'], self.ckpt, head, c['tokenizer'], scratch, *adapter)
         tok = get_tokenizer(self.tokenizer)
         check_fit(model, c['init_from'], tok, 0)
         model.config.dropout, model.checkpointing = dropout, c['checkpointing']
@@ -524,7 +532,8 @@ class Run:
         if c['val_dataset']:
             return rows, load_dataset(c['val_dataset'])
         if len(rows) < 2:
-            raise ValueError(f'{c["dataset"]}: {len(rows)} row, so none can be kept aside: add rows, or give --val_dataset')
+            raise ValueError(f'{c["dataset"]}: {len(rows)} row, so none can be kept aside: add rows, or give '
+                             f'--val_dataset')
         parts = rows.train_test_split(0.05, c['seed'])
         return parts['train'], parts['test']
 
@@ -532,8 +541,8 @@ class Run:
         """ValueError when a resumed run is given other rows than it was trained on."""
         self.extra['rows'] = found = digest(items)
         if self.ckpt and self.ckpt.get('rows', found) != found:
-            raise ValueError(f'dataset {self.config["dataset"]}: not the rows that {self.out_dir} was trained on (or cut '
-                             f'otherwise); start a new run with --init_from={self.out_dir} --out_dir=...')
+            raise ValueError(f'dataset {self.config["dataset"]}: not the rows that {self.out_dir} was '
+                             f'trained on (or cut otherwise): start a new run with --init_from')
 
     def order(self, items, batch_size):
         """Endless batches of row numbers; resumed behind the last one."""
@@ -553,7 +562,8 @@ class Run:
             self.memory[name] += size
         self.n_trained = sum(p.numel() for _, p in lora.trainable(model))
         model = parallel.shard(model, self.mesh)
-        optimizer = parallel.Optimizer(model, self.mesh, learning_rate, (c['beta1'], c['beta2']), eps, c['weight_decay'])
+        betas = c['beta1'], c['beta2']
+        optimizer = parallel.Optimizer(model, self.mesh, learning_rate, betas, eps, c['weight_decay'])
         self.mesh.split_seeds(c['seed'])
         if self.ckpt:
             optimizer.load_state_dict(self.ckpt['optimizer' if key == 'model' else 'value_optimizer'])
@@ -568,8 +578,9 @@ class Run:
         more['activations'] = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
         more['logits'] = kernels.logits_bytes(self.device, tokens, c.vocab_size)
         self.planned = memory_plan({**self.memory, **more})
-        print(f'{self.n_params / 1e6:.2f} M parameters ({self.n_trained:,} trained) on {self.device}{self.mesh.words()}, {self.dtype}, {self.threads} '
-              f'threads, kernels: {kernels.which()}')
+        where = f'{self.device}{self.mesh.words()}, {self.dtype}, {self.threads} threads'
+        print(f'{self.n_params / 1e6:.2f} M parameters ({self.n_trained:,} trained) on {where}, '
+              f'kernels: {kernels.which()}')
 
     # ---- micro-batches
 
@@ -607,16 +618,18 @@ class Run:
             if signal or 0 < self.config['save_minutes'] < minutes:
                 self.save(it + 1, evaluated=False)
             if signal:
-                print(f'stopped after iteration {it}, which {self.out_dir}/ckpt.pt holds: the same command with '
-                      f'--init_from=resume continues it')
+                print(f'stopped after iteration {it}, which {self.out_dir}/ckpt.pt holds: the same command '
+                      f'with --init_from=resume continues it')
                 self.mesh.close()
                 sys.exit(128 + signal)  # as a shell counts
 
     def due(self, it):
         """Is it time to evaluate? Not where a checkpoint that holds this very evaluation was resumed."""
-        if self.ckpt and it == self.start and self.ckpt.get('evaluated', True) and not self.config['eval_only']:
+        if self.config['eval_only']:
+            return True
+        if self.ckpt and it == self.start and self.ckpt.get('evaluated', True):
             return False
-        return it % self.config['eval_interval'] == 0 or it == self.max_iters or self.config['eval_only']
+        return it % self.config['eval_interval'] == 0 or it == self.max_iters
 
     def evaluated(self, it, metrics, mark, show, lower=False):
         """Ends an evaluation: numbers that are not finite stop the run, and the last good checkpoint stays;
@@ -633,12 +646,14 @@ class Run:
 
     def save(self, it, better=False, evaluated=True):
         """Writes ckpt.pt, the state before iteration `it`; better: ckpt_best.pt too."""
-        file, best = (os.path.join(self.out_dir, name) for name in ('ckpt.pt', 'ckpt_best.pt'))
-        (model, optimizer), value = self.networks['model'], self.networks.get('value', (None, None))
-        data = self.cursor.state_dict() if self.cursor is not None else None
-        parallel.save_checkpoint(file, self.mesh, model, optimizer, *value, also=best if better else None,
-                                 **checkpoint_keys(model), **self.extra, config=self.config, tokenizer=self.tokenizer, iter=it,
-                                 best=self.best, data=data, time=self.log_file.elapsed(), evaluated=evaluated)
+        best = os.path.join(self.out_dir, 'ckpt_best.pt') if better else None
+        model, optimizer = self.networks['model']
+        value = self.networks.get('value', (None, None))  # PPO's second network and its optimizer
+        state = dict(self.extra, config=self.config, tokenizer=self.tokenizer, iter=it, best=self.best)
+        state['data'] = self.cursor.state_dict() if self.cursor is not None else None
+        state |= dict(time=self.log_file.elapsed(), evaluated=evaluated, **checkpoint_keys(model))
+        file = os.path.join(self.out_dir, 'ckpt.pt')
+        parallel.save_checkpoint(file, self.mesh, model, optimizer, *value, also=best, **state)
         self.saved = time.time()
 
     def replace(self, path, saved):
@@ -655,7 +670,6 @@ class Run:
         metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
         metrics['tok_per_s'] = metrics['tokens'] / seconds
         check_finite(it, self.out_dir, **metrics)
-        self.rates.append(metrics['tok_per_s'])
         self.log_file.row(it, 'train', **metrics)
         if it % 10 == 0 or seconds > 1:
             left = eta((self.max_iters - it) * seconds)
@@ -665,6 +679,6 @@ class Run:
     def finish(self, said):
         """The last line: what came out, the memory that it took beside the plan, where it is."""
         peak = memory_now(self.device, peak=True) - max(0, self.base)
-        print(f'done: {said}, peak memory {peak / 1e9:.2f} GB (planned {self.planned / 1e9:.2f}), checkpoint in '
-              f'{self.out_dir}/ckpt.pt')
+        print(f'done: {said}, peak memory {peak / 1e9:.2f} GB (planned {self.planned / 1e9:.2f}), checkpoint '
+              f'in {self.out_dir}/ckpt.pt')
         self.mesh.close()

@@ -310,7 +310,7 @@ class HTTP(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A client's reset is nobody's fault; anything else is one line."""
-        error = sys.exception() if hasattr(sys, 'exception') else sys.exc_info()[1]
+        error = sys.exception()
         if not isinstance(error, (ConnectionError, TimeoutError)):
             print(f'server: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
 

@@ -195,11 +195,14 @@ if __name__ == '__main__':
         of_folder = 'char:' + meta if os.path.exists(meta) else 'gpt2'
         config['tokenizer'] = tokenizer or (of_folder if text else 'byte')
         tok = get_tokenizer(config['tokenizer'])
-        biases = dict(bias=bias, qkv_bias=bias, attn_out_bias=bias) if arch == 'gpt2' else {}
+        biases = {}
+        if arch == 'gpt2':  # the others have theirs fixed
+            biases = dict(bias=bias, qkv_bias=bias, attn_out_bias=bias)
         shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size or 256)
         scratch = GPTConfig.of(arch, **shape, **biases, vocab_size=tok.vocab_size, bos_token_id=tok.eot,
                                eos_token_id=tok.eot)
     model, tok = run.model('lm', scratch, dropout)
+    # tokens of a row at most
     T = min(block_size or model.config.block_size, model.config.block_size)
 
     # ---- 1. rows become ids and masks; or two token files, of which random crops are taken
@@ -220,12 +223,13 @@ if __name__ == '__main__':
         n_trained = sum(int(trained.sum()) for _, trained in train)
         print(f'{dataset}: {len(train):,} rows, {n_tokens:,} tokens, {n_trained:,} of them trained on; '
               f'{batch_size} rows = {n_tokens / len(train) * batch_size:,.0f} tokens an iteration')
+    # what an evaluation reads: always the same batches
     if text and eval_iters:
-        held_out = [random_crops(val, batch_size, T, k) for k in range(eval_iters)]  # always the same
+        held_out = [random_crops(val, batch_size, T, k) for k in range(eval_iters)]
     else:
         whole = [val[i:i + T + 1].astype(np.int64) for i in range(0, len(val) - T, T)] if text else val
         held_out = [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)][:eval_iters or None]
-    model, optimizer = run.trained(model, learning_rate)
+    model, optimizer = run.trained(model, learning_rate)  # of several ranks: this one's part of it
     run.plan(min(micro_tokens, batch_size * T), T)
 
     def loss_of(model, micro):
@@ -245,13 +249,14 @@ if __name__ == '__main__':
             break
 
         # ---- 2. a batch, packed
-        if text:
+        if text:  # crops are a function of (seed, it)
             rows = random_crops(train, batch_size, T, seed * 1000003 + it)
         else:
             rows = [train[i] for i in next(order)]
         micros = micro_batches(run, rows)
 
         # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its trained tokens
+        # trained tokens of each, its weight
         trained = [int((targets >= 0).sum()) for _, targets, _ in micros]
         loss = parallel.forward_backward(model, optimizer, micros, loss_of, trained)['loss']  # GPU is awaited
 

@@ -1,6 +1,6 @@
 # KTO on the same answers as dpo_toy.py, each judged alone: good or bad.
 #     python kto.py config/kto_toy.py
-# 5,638 pairs without the ties give 11,276 answers; 64 a step, 177 steps = 1 epoch, so as many tokens as dpo_toy.py's.
+# 5,638 pairs without the ties are 11,276 answers; 64 a step, 177 steps = 1 epoch: the answers of dpo_toy.py.
 init_from = 'out-sft'
 out_dir = 'out-kto'
 dataset = 'data/toy/pref_train.jsonl'

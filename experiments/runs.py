@@ -68,8 +68,9 @@ LOSSES = {
     'sigmoid, beta 0.1': DPO,
     **{
         f'{kind}, beta {b}': _add('dpo', f'dpo-{kind}{b}', ('sft',), loss_type=kind, beta=b)
-        for kind, b in (('sigmoid', 0.02), ('sigmoid', 0.5), ('ipo', 0.1), ('kto', 0.1), ('simpo', 2.0))
+        for kind, b in (('sigmoid', 0.02), ('sigmoid', 0.5), ('ipo', 0.1), ('simpo', 2.0))
     },
+    'kto, beta 0.1': _add('kto', 'kto-beta0.1', ('sft',)),
 }
 RANKS = {0: DPO, **{r: _add('dpo', f'dpo-r{r}', ('sft',), lora_r=r, learning_rate=1e-3) for r in (1, 8, 64)}}
 RM_DATA = {

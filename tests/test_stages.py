@@ -16,8 +16,9 @@ import torch
 from conftest import ROOT
 from helpers import ckpt, equal, jsonl, log_rows, stage
 
+import measure_stages
 import model as M
-from run import load_model
+from run import load_model, Run
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--block_size=96']
 FEW = ['--batch_size=8', '--max_iters=6', '--eval_interval=3', '--learning_rate=1e-3', '--warmup_iters=0']
@@ -31,7 +32,7 @@ RUNS = {
     'ppo': [*[a for a in RL if 'warmup' not in a], '--value=policy', '--target_kl=1.0'],
     'grpo': [*RL, '--group_size=2', '--minibatch_size=8'],
 }
-STAGES = ['sft', 'reward', 'dpo', 'kto']  # and ppo, grpo
+STAGES = list(RUNS)
 OFFLINE = ['sft', 'reward', 'dpo', 'kto']  # they do not sample while they train
 
 
@@ -57,7 +58,8 @@ def world(tmp_path_factory):
     jsonl(d / 'sft.jsonl', [dict(messages=[ask(i), dict(role='assistant', content=good(i))]) for i in range(60)])
     jsonl(d / 'pref.jsonl', [dict(prompt=prompt(i), chosen=good(i), rejected=bad(i), tie=i % 9 == 0) for i in range(60)])
     jsonl(d / 'prompts.jsonl', [dict(prompt=prompt(i), letter=letters[i % 8]) for i in range(60)])
-    (d / 'reward.py').write_text('def reward(prompt, completion, row):\n    return float(completion.count(row["letter"]))\n')
+    rule = 'def reward(prompt, completion, row):\n    return float(sum(map(ord, completion)) % 5)\n'
+    (d / 'reward.py').write_text(rule)  # no group of answers is dead
     start('sft', 'out-sft', *TINY, world=d, init='scratch')
     start('sft', 'out-lora', '--lora_r=4', '--lora_targets=c_attn, mlp.c_fc', '--learning_rate=1e-2', world=d)
     start('reward', 'out-reward', world=d)
@@ -322,6 +324,30 @@ def test_ppo_checks_its_invariant_and_logs(world):
     keys = {'score', 'kl', 'clip_frac', 'approx_kl', 'mismatch', 'entropy', 'explained', 'len', 'beta', 'vf', 'pg'}
     assert keys <= train[0].keys() and train[0]['kl'] == 0 and train[0]['mismatch'] < 1e-4 and train[0]['ratio_max'] > 0
     assert c['value_kind'] == 'reward' and 'score.weight' in c['value']
+
+
+# ---- what a reader has before them ------------------------------------------------------------------------------------
+
+
+HELD = dict(sft=(1.9, 10.7), reward=(2.6, 11.1), dpo=(2.8, 10.6), kto=(2.5, 11.1))  # thousand tokens, tokens a line
+
+
+@pytest.mark.parametrize('name', HELD)
+def test_a_stage_stays_readable(world, name, monkeypatch):
+    """Tokens, columns, comments in the run, what its inner functions read; the functions that one iteration passes."""
+    m = measure_stages.measure(name)
+    tokens, density = HELD[name]
+    assert m['tokens'] <= tokens and m['density'] <= density and m['widest'] <= 110 and m['said'] >= 0.2
+    assert all(len(names) <= 3 for names in m['closures'].values())
+    seen, log = set(), Run.log
+
+    def traced(run, it, *rest):
+        sys.setprofile(measure_stages.passes(seen) if it == 1 else None)
+        log(run, it, *rest)
+    monkeypatch.setattr(Run, 'log', traced)
+    start(name, 'out-step', '--eval_interval=100', world=world)
+    assert len(seen) <= 60, sorted(seen)
+    assert len({file for file, _ in seen}) <= 6, sorted({file for file, _ in seen})
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

@@ -7,14 +7,15 @@ import os
 import random
 import shutil
 import sys
-import time
 
 import pytest
 
 import dataset
 import tokenizer
-from tokenizer import encode_completion, encode_pair, encode_prompt, encode_row, get_tokenizer, show_masks, split_pair
+from tokenizer import encode_labelled, encode_pair, encode_prompt, encode_row, get_tokenizer, show_masks, split_pair
 
+pa = pytest.importorskip('pyarrow')
+pq = pytest.importorskip('pyarrow.parquet')
 tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -112,7 +113,7 @@ def test_byte_and_char(tmp_path):
     with pytest.raises(ValueError, match="'z' is not among the 6"):
         char.encode('abz')
     with pytest.raises(ValueError, match='no end token'):
-        encode_completion('abc', char)
+        encode_row({'text': 'abc'}, char)
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'qwen', 'llama3'])
@@ -311,7 +312,7 @@ def test_published_templates_equal_transformers(folders, which):
             for m, args in [*((m, {}) for m in CHATS.values()), (CHATS['multi'], {'enable_thinking': False}), (CHATS['think'], {'enable_thinking': False}), (TOOL_CHAT, {'tools': TOOLS})]:
                 if same_as_transformers(t, hf, template, m, **args) and not name.startswith(('idefics3', 'smolvlm')):  # these drop content that is a string
                     done += 1
-                    if m in (CHATS['multi'], TOOL_CHAT):
+                    if m == CHATS['multi'] or m == TOOL_CHAT and 'tool_calls' in template:
                         said = ''.join(wrote(t, m, **args))
                         masks += 1
                         assert ('Sure thing' in said and 'Hello one' in said and 'More?' not in said) or ('It is sunny' in said and 'Weather?' not in said), (name, said)
@@ -328,13 +329,11 @@ def test_trl_training_templates_agree(folders):
         plain, blocks = (with_template(tok, all_of[n]) for n in (name, name + '_training'))
         for m, args in [*((m, {}) for m in CHATS.values()), (TOOL_CHAT, {'tools': TOOLS})]:
             try:
-                chats = [tokenizer._Chat(t, m, args) for t in (plain, blocks)]
-                a, b = (c.text() for c in chats)
+                (a, got), (b, want) = (tokenizer.Chat(t, m, args).wrote() for t in (plain, blocks))
             except ValueError:
                 continue
             if a == b:
-                got, want = ({i for x, y in c.spans()[1] for i in range(x, y)} for c in chats)
-                assert not ''.join(a[i] for i in sorted(got ^ want)).strip(), (name, m)
+                assert not ''.join(char for char, x, y in zip(a, got, want) if x != y).strip(), (name, m)
                 equal += 1
     assert equal > 40
 
@@ -358,8 +357,8 @@ def test_mask_without_generation_prompt_or_end_token(folders):
     assert wrote(plain, chat('u:Hi', 'a:one', 'u:two', 'a:three')) == [' one\n', ' three\n']  # ' one': one token holds the prompt's blank too
     byte = with_template(get_tokenizer('byte'), plain.templates['default'])
     assert wrote(byte, chat('u:Hi', 'a:one', 'u:two', 'a:three')) == ['one\n', 'three\n']
-    last = "{{ messages[-1].content }}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"  # shows the last turn only
-    assert wrote(with_template(byte, last, eos_token='<|endoftext|>'), chat('u:Hi', 'a:one')) == ['one<|endoftext|>']
+    with pytest.raises(ValueError, match='generation'):  # shows the last turn only, in no loop
+        wrote(with_template(byte, "{{ messages[-1].content }}{{ eos_token }}", eos_token='<|endoftext|>'), chat('u:Hi', 'a:one'))
 
 
 def test_masks_against_a_renderer_by_hand(folders):
@@ -407,39 +406,13 @@ REACHES = ["{{ ''.__class__.__mro__ }}", "{{ messages.__class__.__base__.__subcl
            "{{ raise_exception.__globals__['os'] }}", "{% set x = messages.append(1) %}", "{{ messages[0].update({'a': 1}) }}", "{{ (messages[0]|attr('__class__')).__mro__ }}",
            "{% set ns = namespace(__class__=1) %}", "{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "{{ dict.mro() }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
            "{{ lipsum.__globals__ }}", "{{ '{0.__class__.__mro__}'.format(messages).x.y }}", "{{ strftime_now.__code__.co_consts }}", "{{ [].__reduce_ex__(4) }}",
-           "{{ messages|metered(-1000000) }}", "{{ messages|$meter(-1000000) }}"]
-GROWTH = ["{% set ns.s = ns.s ~ ns.s %}", "{% set ns.s = ns.s + ns.s %}", "{% set ns.s = ns.s.replace('a', ns.s) %}", "{% set ns.s = ns.s|replace('a', ns.s) %}", "{% set ns.s = [ns.s, ns.s]|join %}",
-          "{% set ns.s = ns.s|join(ns.s) %}", "{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}", "{% set ns.s = [ns.s, ns.s] %}{{ ns.s if loop.last }}", "{% set ns.s = ns.s * 2 %}"]
-ENDLESS = ["{% for i in range(100000) %}{% for j in range(100000) %}{% set x = 1 %}{% endfor %}{% endfor %}", "{% for i in range(100000) %}{% for j in range(100000)|map('string') %}{% endfor %}{% endfor %}",
-           "{% for i in range(10**9) %}{% endfor %}", "{{ 'a' * 10**10 }}", "{{ (10**1000)**1000 }}", "{{ 'x'|center(10**10) }}", "{{ 'x'.ljust(10**10) }}", "{{ '%99999999999d' % 3 }}", "{{ '%*d' % (10**9, 3) }}",
-           "{{ '{:99999999999}'.format(3) }}", "{{ '{:{w}}'.format(3, w=10**10) }}", "{% macro f(n) %}{% if n %}{% set a = f(n-1) %}{% set b = f(n-1) %}{% endif %}{% endmacro %}{{ f(60) }}",
-           "{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(40) }}", "{{ 'a\nb'|indent(10**10) }}", "{{ " + '(' * 5000 + '1' + ')' * 5000 + ' }}', "{% if x %}" * 3000 + '{% endif %}' * 3000,
-           "{{ ','.join(['a' * 1000000] * 100000) }}", "{{ ([[1]] * 1000000)|sum(start=[]) }}", "{{ messages|tojson(indent=9) * 10**9 }}", "{{ '%s' * 1000000 % (['a' * 100] * 1000000) }}",
-           "{% set ns = namespace(s=[1], t=[1]) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.s is eq(ns.t) }}",
-           *("{% set ns = namespace(s='aaaaaaaaaa') %}{% for i in range(60) %}" + g + '{% endfor %}' for g in GROWTH)]
+           "{{ messages|$turn(0) }}", "{{ $turns }}"]
 
 
 @pytest.mark.parametrize('template', REACHES)
 def test_hostile_templates_reach_nothing(template):
     with pytest.raises(ValueError, match='template'):
         with_template(get_tokenizer('byte'), template).render(chat('u:hi'))
-
-
-def test_hostile_templates_are_bounded(monkeypatch):
-    monkeypatch.setattr(tokenizer, 'SECONDS', 0.5)
-    for template in ENDLESS:
-        t0 = time.thread_time()
-        with pytest.raises(ValueError, match='template'):
-            with_template(get_tokenizer('byte'), template).render(chat('u:hi'))
-        assert time.thread_time() - t0 < 2, template[:80]
-
-
-def test_the_meter_lets_ordinary_chats_pass():
-    """Long ones, with numbers and per cent signs in them, under templates that replace and join."""
-    tok = with_template(get_tokenizer('byte'), "{% for m in messages %}{{ m.content.replace('a', 'b') | replace('c', 'd') | trim }}{{ [m.role, '%d|' % loop.index, '{}'.format(m.content)] | join(',') }}{% endfor %}")
-    m = chat('u:Answer: 123456, {:99999} and %99999 ' + 'word ' * 20000, 'a:*1234567*') * 20
-    assert tok.render(m).count('assistant,') == 20
-    assert len(with_template(tok, CHATML).render(chat('u:a', 'a:b') * 5000)) > 100000
 
 
 def test_templates_see_json_only():
@@ -473,7 +446,6 @@ def test_prompts_completions_rows():
     assert tok.decode(tok.apply_chat_template(m)) == 'Be kind.\nQ: 2+2?\nA: 4<|endoftext|>Q: ok\nA: good<|endoftext|>'
     assert wrote(tok, m) == ['4<|endoftext|>', 'good<|endoftext|>']
     assert encode_prompt(chat('u:hi'), tok) == encode_prompt('Q: hi\nA: ', tok) == list(b'Q: hi\nA: ')
-    assert encode_completion('ok', tok) == encode_completion(chat('a:ok'), tok) == [111, 107, 256] and encode_completion('ok', tok, eot=False) == [111, 107]
     assert encode_row({'messages': chat('u:hi', 'a:yo')}, tok) == encode_row({'prompt': 'Q: hi\nA: ', 'completion': 'yo'}, tok)
     assert encode_row({'prompt': chat('u:hi'), 'completion': chat('a:yo')}, tok) == encode_row({'prompt': chat('u:hi'), 'completion': 'yo'}, tok) == encode_row({'messages': chat('u:hi', 'a:yo')}, tok)
     ids, trained = encode_row({'text': 'abc'}, tok)
@@ -486,22 +458,28 @@ def test_prompts_completions_rows():
         with pytest.raises(ValueError, match=words):
             encode_row(bad, tok)
     with pytest.raises(ValueError, match='one assistant message'):
-        encode_completion(chat('u:ok'), tok)
+        encode_row({'prompt': 'a', 'completion': chat('u:ok')}, tok)
 
 
 def test_rows_out_of_a_table(tmp_path, folders):
-    """A table fills the keys that a message lacks with null; tools and template arguments may stand in the row, as for TRL."""
+    """Rows come back as they were written; a struct column fills the keys that a message lacks with null, which are left out.
+    Tools and template arguments may stand in the row, as for TRL, and as JSON text."""
     rows = [{'messages': TOOL_CHAT, 'tools': TOOLS}, {'messages': CHATS['multi'], 'chat_template_kwargs': {'enable_thinking': False}}]
     (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist([{'tools': None, 'chat_template_kwargs': None, **row} for row in rows]), tmp_path / 'rows.parquet')
+    (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({**row, **{k: json.dumps(row[k]) for k in row.keys() - {'messages'}}}) for row in rows))
     template = THINKS.replace("{{ c + '<|im_end|>", "{% if 'tool_calls' in m %}{{ m.tool_calls[0].function | tojson }}{% endif %}{{ c + '<|im_end|>").replace('m.content', '(m.content or "")')
     tok = with_template(get_tokenizer(str(folders / 'qwen')), '{% if tools %}T{% endif %}' + template)
-    read = list(dataset.load_dataset(str(tmp_path / 'rows.jsonl')))
-    assert 'tool_calls' in read[1]['messages'][0]  # so it is: null
-    for row, raw in zip(read, rows):
-        args = {'tools': TOOLS} if 'tools' in raw else {'enable_thinking': False}
-        assert encode_row(row, tok) == encode_row(raw, tok) == tok.apply_chat_template(raw['messages'], return_mask=True, **args)
+    assert 'tool_calls' in dataset.load_dataset(str(tmp_path / 'rows.parquet'))[1]['messages'][0]  # so it is: null
+    for file in ('rows.jsonl', 'rows.parquet', 'text.jsonl'):
+        for row, raw in zip(dataset.load_dataset(str(tmp_path / file)), rows):
+            args = {'tools': TOOLS} if 'tools' in raw else {'enable_thinking': False}
+            assert encode_row(row, tok) == encode_row(raw, tok) == tok.apply_chat_template(raw['messages'], return_mask=True, **args)
     said = wrote(tok, TOOL_CHAT, tools=TOOLS)
     assert len(said) == 2 and said[0].startswith('{"name": "get_weather"') and said[1].endswith('It is sunny<|im_end|>')
+    for key, bad in (('tools', '{"a": 1}'), ('tools', {'a': 1}), ('tools', '[x'), ('chat_template_kwargs', '[1]')):
+        with pytest.raises(ValueError, match=key):
+            encode_row({**rows[1], key: bad}, tok)
 
 
 def test_prefix_stands_before_a_text(folders):
@@ -532,3 +510,152 @@ def test_pairs(folders):
 def test_show_masks():
     tok = get_tokenizer('byte')
     assert show_masks(*encode_row({'prompt': 'é? ', 'completion': 'ö'}, tok), tok) == '\033[90mé? \033[32mö<|endoftext|>\033[0m'
+
+
+# ---- one reading of a row: forms of one conversation, tools, turns that are begun, what a template drops ----
+
+TOOLED = ("{% for m in messages %}{% if m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>' + m.content + '</tool_response><|im_end|>\n' }}{% else %}"
+          "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content or '' }}"
+          "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+
+
+def tooled(template=TOOLED, eos='<|im_end|>'):
+    """Bytes and seven added tokens, four of them no control tokens."""
+    added = {t: 256 + i for i, t in enumerate(('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<think>', '</think>', '<tool_call>', '</tool_call>'))}
+    vocab = {char: byte for byte, char in sorted(tokenizer.BYTE_CHARS.items())}
+    return tokenizer.from_spec(tokenizer.bpe_spec(vocab, [], added, None, list(added)[3:]), {'eos_token': eos, 'chat_template': template}, 'tooled')
+
+
+ROME = [{'type': 'function', 'function': {'name': 'w', 'arguments': {'city': 'Rome'}}}]
+TALK = [*chat('u:W?'), {'role': 'assistant', 'content': '', 'tool_calls': ROME}, {'role': 'tool', 'content': '30 C'}, *chat('a:Hot.')]
+CALLED = '<tool_call>{"name": "w", "arguments": {"city": "Rome"}}</tool_call><|im_end|>'
+
+
+def said(tok, row):
+    ids, mask = encode_row(row, tok)
+    return tok.decode([i for i, on in zip(ids, mask) if on]), ids
+
+
+@pytest.mark.parametrize('row', [{'messages': TALK}, {'prompt': TALK[:1], 'completion': TALK[1:]}, {'prompt': 'W?', 'completion': TALK}, {'prompt': TALK[:1], 'completion': TALK}])
+def test_every_form_of_a_conversation_is_read_alike(row):
+    """Tool replies and questions inside an answer are never trained; an answer that repeats its prompt loses it."""
+    tok = tooled()
+    assert said(tok, row)[0] == CALLED + '<think>\n\n</think>\n\nHot.<|im_end|>'
+    (ids, mask), (whole, marks) = encode_row(row, tok), encode_row({'messages': TALK}, tok)
+    assert (ids, mask) == (whole[:len(ids)], marks[:len(ids)]) and whole[len(ids):] in ([], [10])  # but the last line's end
+    ids, _ = encode_row({'messages': TALK}, tok)
+    other = [*TALK[:-1], *chat('a:Cold.')]
+    for pair in ({'chosen': TALK, 'rejected': other}, {'prompt': TALK[:3], 'chosen': TALK, 'rejected': other}, {'prompt': TALK[:3], 'chosen': 'Hot.', 'rejected': 'Cold.'}):
+        prompt, chosen, rejected = encode_pair(pair, tok)
+        assert prompt + chosen == ids[:-1] and prompt == encode_prompt({'prompt': TALK[:3]}, tok) and rejected[-6:] == [*b'Cold.', 258]  # but the last line's end
+    assert encode_labelled({'messages': TALK, 'label': True}, tok) == (prompt, chosen) == encode_labelled({'prompt': TALK[:3], 'completion': 'Hot.', 'label': 1}, tok)
+
+
+def test_prompts_with_tools_arguments_and_begun_turns():
+    tok = tooled("{% if tools %}{{ tools | tojson }}{% endif %}" + TOOLED)
+    row = {'prompt': chat('u:W?'), 'tools': json.dumps(TOOLS), 'chat_template_kwargs': '{"enable_thinking": false}'}
+    assert tok.decode(encode_prompt(row, tok)) == tok.render(row['prompt'], True, tools=TOOLS, enable_thinking=False) and 'get_weather' in tok.decode(encode_prompt(row, tok))
+    assert tok.decode(encode_prompt({'prompt': chat('u:2+2?', 'a:Let me think. ')}, tok)).endswith('</think>\n\nLet me think. ')  # to its last blank
+    trim = tooled(TOOLED.replace("m.content or ''", "(m.content or '') | trim"))
+    assert trim.decode(encode_prompt({'prompt': chat('u:2+2?', 'a: Let me think. ')}, trim)).endswith('</think>\n\nLet me think.')
+    ids, mask = encode_row({'prompt': chat('u:2+2?', 'a:Let me'), 'completion': chat('a: think')}, tok)
+    assert [*ids, 10] == encode_row({'messages': chat('u:2+2?', 'a:Let me think')}, tok)[0] and tok.decode([i for i, on in zip(ids, mask) if on]) == ' think<|im_end|>'
+    for bad in (None, [], 5, [1], [{'content': 'x'}]):
+        with pytest.raises(ValueError, match='the prompt is'):
+            encode_prompt({'prompt': bad}, tok)
+
+
+def test_mask_begins_behind_the_header_whatever_the_prompt_opens():
+    """The generation prompt holds a thought that the turn lacks: the model has to write the template's words before the call, too."""
+    assert said(tooled(), {'messages': TALK, 'chat_template_kwargs': {'enable_thinking': False}})[0] == CALLED + 'Hot.<|im_end|>'
+    always = tooled(TOOLED.replace("{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}", "{{ '<think>\n' }}"))
+    assert said(always, {'messages': TALK})[0] == CALLED + '\n</think>\n\nHot.<|im_end|>'
+    with pytest.raises(ValueError, match='add_generation_prompt'):
+        tooled(CHATML.replace('add_generation_prompt', 'false')).apply_chat_template(chat('u:a', 'a:b'), return_mask=True)
+
+
+@pytest.mark.parametrize('message, key', [(dict(content='4', reasoning_content='add'), 'reasoning_content'), (dict(content='', tool_calls=ROME), 'tool_calls'), (dict(content='LOUD'), 'content')])
+def test_what_a_template_drops_is_named(message, key):
+    tok = tooled(CHATML.replace("m['content']", "m['content'] | lower"))
+    with pytest.raises(ValueError, match=f'message 1: .*{key}'):
+        encode_row({'messages': [*chat('u:a'), {'role': 'assistant', **message}]}, tok)
+
+
+def test_text_parts_are_joined():
+    tok, parts = tooled(CHATML), lambda *texts: [{'type': 'text', 'text': text} for text in texts]
+    assert tok.render([{'role': 'user', 'content': parts('yo', 'ho')}]) == tok.render(chat('u:yo\nho'))
+    assert said(tok, {'messages': [*chat('u:a'), {'role': 'assistant', 'content': parts('b')}]})[0] == 'b<|im_end|>'
+    lists = tooled(CHATML.replace("m['content']", "(m.content if m.content is string else m.content | map(attribute='text') | join)"))
+    assert lists.render([{'role': 'user', 'content': parts('yo', 'ho')}]) == lists.render(chat('u:yoho'))  # as the template has it
+    with pytest.raises(ValueError, match='content part'):
+        tok.render([{'role': 'user', 'content': [{'type': 'image', 'image': 'x.png'}]}])
+
+
+def test_prompt_and_answer_are_one_text(tmp_path):
+    tok = library_kind(tmp_path, 'unigram')
+    ids, mask = encode_row({'prompt': 'hello', 'completion': 'there'}, tok)
+    assert ids[:-1] == tok.prefix + tok.encode('hellothere') and mask[-2:] == [True, True] and ids[-1] == tok.eot
+    assert encode_pair({'prompt': 'hello', 'chosen': 'there', 'rejected': 'hello'}, tok)[0] + encode_pair({'prompt': 'hello', 'chosen': 'there', 'rejected': 'hello'}, tok)[1] == ids
+
+
+def test_pairs_of_many_layouts():
+    tok = tooled(CHATML.replace("m['content']", "m['content'] | trim"))
+    with pytest.raises(ValueError, match='equal once rendered'):
+        encode_pair({'prompt': chat('u:ok?'), 'chosen': chat('a:yes'), 'rejected': chat('a:yes\n')}, tok)
+    want = encode_pair({'prompt': chat('u:Sky?'), 'chosen': 'Blue.', 'rejected': 'Red.'}, tok)
+    assert encode_pair({'prompt': 'Sky?', 'chosen': chat('u:Sky?', 'a:Blue.'), 'rejected': chat('u:Sky?', 'a:Red.')}, tok) == want  # ultrafeedback_binarized
+    history = chat('u:Hi', 'a:Hello', 'u:Sky?')
+    _, chosen, _ = encode_pair({'prompt': history, 'chosen': history + chat('a:Blue.'), 'rejected': history + chat('a:Red.')}, tok)
+    assert tok.decode(chosen) == 'Blue.<|im_end|>'
+    prompt, _, rejected = encode_pair({'instruction': 'Add.', 'input': '', 'output': 'Five.', 'chosen': 'Five.', 'rejected': 'No.'}, tok)
+    assert tok.decode(prompt).endswith('### Instruction:\nAdd.\n\n### Response:') and tok.decode(rejected) == 'No.<|im_end|>'
+    with pytest.raises(ValueError, match='does not begin with "prompt"'):
+        encode_pair({'prompt': 'Sky?', 'chosen': chat('u:Sea?', 'a:Blue.'), 'rejected': chat('u:Sea?', 'a:Red.')}, tok)
+
+
+def test_end_tokens_and_added_tokens(tmp_path):
+    tok = tooled(eos='<|endoftext|>')
+    assert tok.eot == 256 and tok.stop_ids == [256, 258] and tooled().stop_ids == [258] and get_tokenizer('byte').stop_ids == [256]
+    text = '<|im_start|>user\nhi<|im_end|><think>x</think>'
+    assert tok.decode(tok.encode(text, allow_special=True)) == text and tok.decode([300]) == ''
+    tok.save(tmp_path)
+    (tmp_path / 'generation_config.json').write_text('{"eos_token_id": [256, 257]}')
+    assert get_tokenizer(str(tmp_path)).stop_ids == [256, 257, 258]
+
+
+def test_masks_take_time_in_proportion():
+    """Renders are counted, not seconds: as many for 40 exchanges as for 4."""
+    tok, counts = tooled(), []
+    for n in (4, 40):
+        calls, text = [], tokenizer.Chat.text
+        with pytest.MonkeyPatch.context() as mp:
+            mp.setattr(tokenizer.Chat, 'text', lambda self, *args, **kw: calls.append(1) or text(self, *args, **kw))
+            assert said(tok, {'messages': chat('u:q', 'a:r') * n})[0].count('r<|im_end|>') == n
+        counts.append(len(calls))
+    assert counts[0] == counts[1] <= 6
+
+
+def test_encoded_rows_are_written_once(tmp_path, monkeypatch, capsys):
+    """The second start opens the file; another byte of the data, template or reading makes another one; ids and masks are the same."""
+    tok, path = tooled(), tmp_path / 'x.jsonl'
+    rows = [{'messages': chat(f'u:q{i}', f'a:{"é" * i}r')} for i in range(30)]
+    path.write_text('\n'.join(map(json.dumps, rows)))
+    ds, files = dataset.load_dataset(path), lambda: sorted(f.name for f in tmp_path.iterdir() if f.suffix == '.encoded')
+    want = [dict(zip(('ids', 'trained'), encode_row(row, tok))) for row in rows]
+    for start in range(2):
+        made = tokenizer.encode_dataset(ds, tok)
+        assert [made[i] for i in range(30)] == want and len(files()) == 1
+        monkeypatch.setattr(tokenizer.Chat, 'text', None)  # nothing is rendered again
+    monkeypatch.undo()
+    view = made.shuffle(1).arrays(3)
+    assert view['ids'].tolist() == made.shuffle(1)[3]['ids'] and view['trained'].dtype == bool and not view['ids'].flags.owndata
+    assert dataset.place(made.shuffle(1), 0, '') == dataset.place(ds.shuffle(1), 0, '')
+    tokenizer.encode_dataset(ds, tooled('{# another #}' + TOOLED))
+    path.write_text(path.read_text().replace('q3', 'q4'))
+    tokenizer.encode_dataset(dataset.load_dataset(path), tok)
+    assert len(files()) == 3 and tokenizer.encode_dataset(dataset.Dataset.from_list(rows), tok)[2] == made[2]
+    monkeypatch.setattr(dataset, 'replaced', lambda path: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')))
+    assert tokenizer.encode_dataset(ds, tooled('{# another one #}' + TOOLED))[2] == made[2] and 'stay in memory' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='row 2: '):
+        tokenizer.encode_dataset(dataset.Dataset.from_list([rows[0], {'messages': chat('u:x')}]), tok)
