@@ -730,7 +730,7 @@ def answer_logprobs(model, groups, temperature=1.0):
     """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])]. Returns (logp, entropy,
     mask), all (S, R): S answers in order, padded on the right with 0."""
     answers = [a for _, answers in groups for a in answers]
-    if _cut_along_context(model):
+    if _cut_along_context(model) or len(answers) == len(groups):  # nothing is shared
         idx, doc, predicts = _packed_answers(groups, next(model.parameters()).device)
         where = predicts[:, :-1]
         logp, entropy = (y[where] for y in model.logprobs(idx, temperature, doc=doc, where=where, entropy=True))
@@ -744,7 +744,7 @@ def answer_logprobs(model, groups, temperature=1.0):
 def answer_values(model, groups):
     """Values (S, R) of a scalar head where it predicts each token of each answer, and the mask."""
     answers = [a for _, answers in groups for a in answers]
-    if _cut_along_context(model):
+    if _cut_along_context(model) or len(answers) == len(groups):  # nothing is shared
         idx, doc, predicts = _packed_answers(groups, next(model.parameters()).device)
         values = model(idx, doc=doc)[0][predicts]
     else:

@@ -15,12 +15,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def broken(file, right, wrong):
-    """The source of a file with `right` made `wrong`; it must stand there exactly once, or the failure is out of date:
-    ValueError."""
+    """The source of a file with `right` made `wrong`. ValueError where it does not stand there exactly once."""
     with open(os.path.join(ROOT, file), encoding='utf-8') as f:
         source = f.read()
     if source.count(right) != 1:
-        raise ValueError(f'{file} has {source.count(right)} places with {right!r}, expected 1: it has changed, bring '
+        raise ValueError(f'{file} has {source.count(right)} places with {right!r}, expected 1: bring '
                          'the failure up to date')
     return source.replace(right, wrong)
 

@@ -7,5 +7,5 @@ comparison with the sampler, `mismatch`, shows it.
 """
 from stage import run
 
-run('ppo.py', 'rollout.py', 'dataclasses.replace(self.params, n=self.group_size, seed=seed)',
-    'dataclasses.replace(self.params, n=self.group_size, seed=seed, temperature=0.5)')
+run('ppo.py', 'rollout.py', 'replace(self.params, n=self.group_size, seed=own)',
+    'replace(self.params, n=self.group_size, seed=own, temperature=0.5)')

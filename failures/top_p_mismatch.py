@@ -6,5 +6,5 @@ come, the policy learns that they need not.
 """
 from stage import run
 
-run('ppo.py', 'rollout.py', 'dataclasses.replace(self.params, n=self.group_size, seed=seed)',
-    'dataclasses.replace(self.params, n=self.group_size, seed=seed, top_p=0.7)')
+run('ppo.py', 'rollout.py', 'replace(self.params, n=self.group_size, seed=own)',
+    'replace(self.params, n=self.group_size, seed=own, top_p=0.7)')

@@ -7,5 +7,5 @@ in nats a token, shows it at once.
 """
 from stage import run
 
-run('ppo.py', 'model.py', 'rows = [path[start:] for path, start in zip(paths, starts)]',
-    'rows = [path[:len(path) - start] for path, start in zip(paths, starts)]')
+run('ppo.py', 'model.py', '[False] * (len(prompt) - 1) + [True] * len(answer) + [False] for',
+    '[True] * len(answer) + [False] * len(prompt) for')
