@@ -15,7 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def broken(file, right, wrong):
-    """The source of a file with `right` made `wrong`. ValueError where it does not stand there exactly once."""
+    """The source of a file with `right` made `wrong`. ValueError where that does not stand there once."""
     with open(os.path.join(ROOT, file), encoding='utf-8') as f:
         source = f.read()
     if source.count(right) != 1:
