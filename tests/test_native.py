@@ -69,6 +69,7 @@ def test_without_a_compiler_everything_runs_and_one_line_says_so(tmp_path):
     assert broken == without and without.split(' ', 1)[1] == with_c.split(' ', 1)[1], 'the same tokens'
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize('compiler', ['gcc', 'clang'])
 def test_no_warning(tmp_path, compiler):
@@ -122,6 +123,7 @@ def test_other_compilers(monkeypatch, forget, tmp_path, refused, want):
     check_engine()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('clang'), reason='no clang here')
 def test_clang(monkeypatch, forget):
     """The same numbers from clang, which starts no threads beside torch's."""
