@@ -35,7 +35,9 @@ CASES = {
     'bfloat16': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--micro_tokens=96', '--dtype=bfloat16'],
     'reward': ['reward.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=192', '--normalize_n=16', '--max_new_tokens=6'],
     'dpo': ['dpo.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=128', '--max_new_tokens=6', '--eval_samples=3'],
-    'kto': ['kto.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=128', '--max_new_tokens=6', '--eval_samples=3', '--lora_r=4'],
+    'kto': ['kto.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=128', '--max_new_tokens=6', '--eval_samples=3'],
+    'kto_lora': ['kto.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=128', '--max_new_tokens=6',
+                 '--eval_samples=3', '--lora_r=4'],
     'reward_lora': ['reward.py', *FEW, '--init_from=out-base', '--dataset=pref.jsonl', '--micro_tokens=192', '--normalize=none', '--lora_r=4'],
     'ppo_lora': ['ppo.py', *RL, '--init_from=out-base', '--reward=reward.py', '--ppo_epochs=2', '--lora_r=4'],
     'grpo_lora': ['grpo.py', *RL, '--init_from=out-base', '--reward=reward.py', '--group_size=2', '--eval_k=2', '--beta=0.05', '--lora_r=4'],
@@ -170,7 +172,7 @@ sharded = lambda stage, i, keys: ['--rollout_tp=True'] if stage in ('ppo', 'grpo
 GRID = {  # ranks: [(case, *keys)]
     2: [(stage, *axes, f'--zero={(i + 3 * len(axes)) % 4}') for i, stage in enumerate(parallel.STAGES) for axes in AXES if takes(stage, axes)] +
        [(stage, f'--zero={(i + 1) % 4}') for i, stage in enumerate(parallel.STAGES)] +
-       [('text', '--zero=3'), ('kto', '--zero=1'), ('adapter', '--pp=2'), ('adapter', '--cp=2', '--zero=2'), ('reward_lora', '--pp=2'), ('kto', '--pp=2'),
+       [('text', '--zero=3'), ('kto_lora', '--zero=1'), ('adapter', '--pp=2'), ('adapter', '--cp=2', '--zero=2'), ('reward_lora', '--pp=2'), ('kto_lora', '--pp=2'),
         ('ppo_lora', '--cp=2', '--zero=1'), ('ppo_lora', '--pp=2'), ('grpo_lora', '--zero=2'), ('grpo_lora', '--pp=2'), ('bfloat16', '--tp=2'), ('bfloat16', '--cp=2')],
     4: [(stage, *axes, f'--zero={(i + j + 2) % 4}', *sharded(stage, i, axes)) for i, stage in enumerate(parallel.STAGES) for j, axes in enumerate(PAIRS) if takes(stage, axes)] +
        [('grpo', '--tp=2', '--zero=3', '--rollout_tp=True'), ('ppo', '--tp=2', '--cp=2', '--zero=1', '--rollout_tp=True')],
