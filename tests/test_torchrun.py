@@ -143,6 +143,8 @@ def assert_same(a, b, tol=TOL):
     for p, q in zip(x, y):
         assert p.keys() == q.keys() - {'bubble', 'bubble_ideal'}  # which a pipeline alone has
         for k in p.keys() - set(NOT_THE_SAME):
+            if k == 'accuracy' and abs(p.get('margin', 1)) < 1e-6:
+                continue  # before the first step the rewards are 0 but for the order of sums: their signs are noise
             assert math.isclose(p[k], q[k], rel_tol=tol, abs_tol=tol), (p['step'], p['split'], k, p[k], q[k])
     a, b = (torch.load(os.path.join(d, 'ckpt.pt'), weights_only=True) for d in (a, b))
     assert a.keys() == b.keys() and a['iter'] == b['iter'] and a['data'] == b['data'] and a['optimizer']['step'] == b['optimizer']['step'] > 0
