@@ -179,6 +179,7 @@ GRID = {  # ranks: [(case, *keys)]
     4: [(stage, *axes, f'--zero={(i + j + 2) % 4}', *sharded(stage, i, axes)) for i, stage in enumerate(parallel.STAGES) for j, axes in enumerate(PAIRS) if takes(stage, axes)] +
        [('grpo', '--tp=2', '--zero=3', '--rollout_tp=True'), ('ppo', '--tp=2', '--cp=2', '--zero=1', '--rollout_tp=True')],
     8: [(stage, '--tp=2', '--pp=2', '--cp=2', *keys) for stage, keys in (('sft', ['--zero=3']), ('reward', []), ('ppo', ['--zero=1', '--rollout_tp=True']))]}
+GRID = {n: list(dict.fromkeys(jobs)) for n, jobs in GRID.items()}  # a layout that two lines name runs once
 name_of = lambda job: ' '.join(map(str, job)).replace('--', '').replace('=', '')
 
 
