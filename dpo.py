@@ -23,6 +23,7 @@ on 531 held-out pairs 50 -> 62.1 / 60.5 / 60.5 % (each within 4). "The longer an
 import os
 import math
 
+os.environ.setdefault('GOMP_SPINCOUNT', '2000') # idle CPU threads soon sleep: python bench.py neighbour
 import torch
 from torch.nn import functional as F
 

@@ -27,6 +27,7 @@ import math
 import os
 import time
 
+os.environ.setdefault('GOMP_SPINCOUNT', '2000') # idle CPU threads soon sleep: python bench.py neighbour
 import torch
 
 import parallel

@@ -23,6 +23,7 @@ Changed from the papers: ties are either left out or trained with both orders at
 import os
 import math
 
+os.environ.setdefault('GOMP_SPINCOUNT', '2000') # idle CPU threads soon sleep: python bench.py neighbour
 import numpy as np
 import torch
 from torch.nn import functional as F

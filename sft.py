@@ -22,6 +22,7 @@ Changed from the paper: nothing.
 import os
 import math
 
+os.environ.setdefault('GOMP_SPINCOUNT', '2000') # idle CPU threads soon sleep: python bench.py neighbour
 import numpy as np
 import torch
 
