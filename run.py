@@ -579,7 +579,8 @@ class Run:
         more['logits'] = kernels.logits_bytes(self.device, tokens, c.vocab_size)
         self.planned = memory_plan({**self.memory, **more})
         where = f'{self.device}{self.mesh.words()}, {self.dtype}, {self.threads} threads'
-        where += f' (spin {os.environ.get("GOMP_SPINCOUNT", "as libgomp does")})' * (self.device.type == 'cpu' and self.threads > 1)
+        if self.device.type == 'cpu' and self.threads > 1:  # how long an idle one looks for work
+            where += f' (spin {os.environ.get("GOMP_SPINCOUNT", "of libgomp")})'
         print(f'{self.n_params / 1e6:.2f} M parameters ({self.n_trained:,} trained) on {where}, '
               f'kernels: {kernels.which()}')
 
