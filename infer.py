@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 import kernels as K
 import parallel
-from run import kv_cache_bytes, load_model
+from run import kv_cache_bytes, load_model, pick_device
 from tokenizer import encode_prompt, get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -65,8 +65,8 @@ num_blocks = 0 # >= 0: 0 = what max_num_seqs full contexts need, within half of 
 prefix_caching = True # requests that begin alike share what they begin with
 # system
 seed = 1337
-device = 'cuda' if torch.cuda.is_available() else 'cpu'
-dtype = 'bfloat16' if torch.cuda.is_available() else 'float32' # 'float32', 'bfloat16', 'float16', 'float64'
+device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
+dtype = 'auto' # of the weights: 'auto' | 'float32' | 'bfloat16' | 'float16' | 'float64'
 threads = 0 # >= 0: CPU threads; 0 = one for models under 4 M parameters, else torch's choice
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -1353,13 +1353,15 @@ def _ask():
 
 
 def open_engine(init_from, device, dtype, kernels, seed, **options):
-    """An engine for any checkpoint, for the commands that need one. dtype: 'float32', 'bfloat16', 'float16'
-    or 'float64'."""
+    """An engine for any checkpoint, for the commands that need one. dtype: 'auto' (bfloat16 on a GPU that
+    has it, else float32), 'float32', 'bfloat16', 'float16' or 'float64'."""
     K.use(kernels)
     torch.manual_seed(seed)
-    if dtype not in ('float32', 'bfloat16', 'float16', 'float64'):
-        raise ValueError(f"--dtype={dtype}: expected 'float32', 'bfloat16', 'float16' or 'float64'")
-    model, tokenizer = load_model(init_from, device, getattr(torch, dtype))
+    place, usual = pick_device(device, 'auto')
+    kinds = dict(auto=usual, float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, float64=torch.float64)
+    if dtype not in kinds:
+        raise ValueError(f"--dtype={dtype}: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64'")
+    model, tokenizer = load_model(init_from, place, kinds[dtype])
     engine = Engine(model.eval(), get_tokenizer(tokenizer), seed=seed, **options)
     print(engine, file=sys.stderr)
     return engine

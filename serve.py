@@ -37,8 +37,8 @@ num_blocks = 0 # >= 0: 0 = what max_num_seqs full contexts need, within half of 
 prefix_caching = True # requests that begin alike share what they begin with
 # system
 seed = 1337
-device = 'cuda' if torch.cuda.is_available() else 'cpu'
-dtype = 'bfloat16' if torch.cuda.is_available() else 'float32' # 'float32', 'bfloat16', 'float16', 'float64'
+device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
+dtype = 'auto' # of the weights: 'auto' | 'float32' | 'bfloat16' | 'float16' | 'float64'
 threads = 0 # >= 0: CPU threads; 0 = the engine's choice
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
