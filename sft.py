@@ -193,8 +193,8 @@ if __name__ == '__main__':
     text = os.path.exists(os.path.join(dataset, 'train.bin'))  # token files instead of rows
     scratch = None
     if init_from == 'scratch':
-        meta = os.path.join(dataset, 'meta.json')
-        of_folder = 'char:' + meta if os.path.exists(meta) else 'gpt2'
+        meta = f'{dataset}/meta.json'
+        of_folder = f'char:{meta}' if os.path.exists(meta) else 'gpt2'
         config['tokenizer'] = tokenizer or (of_folder if text else 'byte')
         tok = get_tokenizer(config['tokenizer'])
         biases = {}
