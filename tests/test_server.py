@@ -456,7 +456,7 @@ def test_command_chats_and_says_what_is_wrong(folder):
     r = run(folder, '--chat', '--max_new_tokens=9', text='hello\n/reset\nyou\n\n')
     assert r.returncode == 0 and r.stderr.count('tok/s)') == 2, r.stderr
     for args, word in ((['--init_from=out-none'], 'no such checkpoint'), (['--temprature=1'], 'temperature'), (['--dtype=int8'], 'float32'),
-                       (['--max_new_tokens=0'], 'max_tokens')):
+                       (['--max_new_tokens=0'], 'max_new_tokens is 0')):
         r = run(folder, *args)
         assert r.returncode == 2 and word in r.stderr and 'Traceback' not in r.stderr, (args, r.stderr)
     assert run(folder, '--help').stdout.count('--') > 20
