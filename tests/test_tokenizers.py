@@ -313,7 +313,11 @@ def test_published_templates_equal_transformers(folders, which):
                 if same_as_transformers(t, hf, template, m, **args) and not name.startswith(('idefics3', 'smolvlm')):  # these drop content that is a string
                     done += 1
                     if m == CHATS['multi'] or m == TOOL_CHAT and 'tool_calls' in template:
-                        said = ''.join(wrote(t, m, **args))
+                        try:
+                            said = ''.join(wrote(t, m, **args))
+                        except ValueError as e:  # exact or refused: some templates rewrite a tool call
+                            assert not which and '{% generation %}' in str(e)
+                            continue
                         masks += 1
                         assert ('Sure thing' in said and 'Hello one' in said and 'More?' not in said) or ('It is sunny' in said and 'Weather?' not in said), (name, said)
     assert done >= 8 and masks >= 1
