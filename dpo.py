@@ -27,12 +27,11 @@ os.environ.setdefault('GOMP_SPINCOUNT', '2000') # idle CPU threads soon sleep: p
 import torch
 from torch.nn import functional as F
 
-import infer
 import parallel
 from lora import is_adapter
 from model import answer_logprobs, load_safetensors, save_safetensors
-from rollout import kl_on_samples
-from run import check_finite, digest, encode_all, prompt_room, reference_of, Run
+from rollout import SampledKL
+from run import check_finite, digest, encode_all, reference_of, Run
 from tokenizer import encode_pair
 
 # -----------------------------------------------------------------------------------------------------------
@@ -299,11 +298,9 @@ if __name__ == '__main__':
     run = Run('dpo', config)
     policy, tok = run.model()  # no dropout: policy and reference start equal
     T = min(block_size or policy.config.block_size, policy.config.block_size)
-    room = prompt_room(policy, max_new_tokens) if eval_samples and needs_ref else 0
 
     # ---- pairs
     rows, val_rows = run.rows()
-    rows = rows.select(range(min(max_rows or len(rows), len(rows))))
     pairs = encode_all(rows, lambda row: read_pair(row, tok, T), dataset)
     val_pairs = encode_all(val_rows, lambda row: read_pair(row, tok, T), run.val_name)
     val_pairs = val_pairs[:eval_iters * batch_size or None]
@@ -314,11 +311,8 @@ if __name__ == '__main__':
 
     # ---- 1. the reference: a frozen copy, or None: the policy with its adapter off; its log-probs may lie on
     # the disk
-    engine = None
-    if room:  # answers held-out prompts, for the KL
-        engine = infer.Engine(parallel.sampler_of(policy, run.mesh), tok, max_num_seqs=64)
-        asked = dict.fromkeys(tuple(prompt[-room:]) for prompt, _, _ in val_pairs)  # each prompt once
-        asked = [list(prompt) for prompt in asked][:eval_samples]
+    with_kl = eval_samples and needs_ref
+    sampled_kl = SampledKL(run, policy, tok, [prompt for prompt, _, _ in val_pairs]) if with_kl else None
     frozen = run.reference(policy, tok, T, ref) if needs_ref else None
     policy, optimizer = run.trained(policy, learning_rate, adam_eps)
     # (n, 2) log-probs of the reference; those of the held-out pairs are asked for once
@@ -353,11 +347,8 @@ if __name__ == '__main__':
             seen = held_out_pairs(run, policy, val_pairs, val_ref_logps, how)
             first_logp = seen['chosen_logp'] if first_logp is None else first_logp
             run.extra['first_logp'], seen['chosen_logp_change'] = first_logp, seen['chosen_logp'] - first_logp
-            if room:  # the policy answers, both models read
-                now = run.reference(policy, tok, T, ref) if frozen is None else frozen
-                samples, sample = kl_on_samples(run, engine, policy, now, asked, max_new_tokens, temperature)
-                seen |= samples
-                print(f'  sample: {tok.decode(sample)!r}')
+            if sampled_kl:  # the policy answers, both models read
+                seen |= sampled_kl(policy, run.reference(policy, tok, T, ref) if frozen is None else frozen)
             shown = 'loss accuracy accuracy_95 margin chosen_logp rejected_logp kl len'
             run.evaluated(it, seen, seen['loss'], shown, lower=True)
             if -seen['chosen_logp_change'] > 0.05 * abs(first_logp):

@@ -25,12 +25,11 @@ import math
 os.environ.setdefault('GOMP_SPINCOUNT', '2000') # idle CPU threads soon sleep: python bench.py neighbour
 import torch
 
-import infer
 import parallel
 from model import answer_logprobs
-from rollout import kl_on_samples
-from run import check_finite, encode_all, prompt_room, reference_of, Run
-from tokenizer import encode_pair, encode_row
+from rollout import SampledKL
+from run import check_finite, encode_all, reference_of, Run
+from tokenizer import encode_labelled, encode_pair
 
 # -----------------------------------------------------------------------------------------------------------
 # I/O
@@ -139,32 +138,26 @@ def label_of(value):
 
 
 def read_answers(row, tok, T):
-    """One row -> ([(prompt, answer, label)], note). A prompt that does not fit loses its beginning; an answer
+    """One row -> ([(prompt, answer, good)], note). A prompt that does not fit loses its beginning; an answer
     that alone is too long is dropped."""
     if row.get('tie'):
         return [], 'ties left out'
     if row.get('label') is None:
         prompt, chosen, rejected = encode_pair(row, tok)
-        found = [(prompt, chosen, True), (prompt, rejected, False)]
+        answers = [(chosen, True), (rejected, False)]
     else:
-        talk = row.get('messages')
-        if talk:
-            row = {**row, 'messages': None, 'prompt': talk[:-1], 'completion': talk[-1:]}
-        if row.get('prompt') is None or not row.get('completion'):
-            raise ValueError('a row with "label" has "prompt" and "completion", or "messages"')
-        ids, trained = encode_row(row, tok)  # the one reading of a row
-        start = trained.index(True)
-        found = [(ids[:start], ids[start:], label_of(row['label']))]
-    if not found[0][0]:
+        prompt, answer = encode_labelled(row, tok)
+        answers = [(answer, label_of(row['label']))]
+    if not prompt:
         raise ValueError('the prompt is empty: the first token of an answer needs one before it')
     kept, note = [], ''
-    for prompt, answer, label in found:
-        if len(answer) >= T:
+    for answer, good in answers:
+        room = T - len(answer)
+        if room < 1:
             note = f'rows with an answer that was dropped (it alone has more than {T} tokens)'
-            continue
-        if len(prompt) + len(answer) > T:
-            note = note or 'prompts cut on the left'
-        kept.append((prompt[-(T - len(answer)):], answer, label))
+        else:
+            kept.append((prompt[-room:], answer, good))
+            note = note or ('prompts cut on the left' if len(prompt) > room else '')
     return kept, note
 
 
@@ -182,7 +175,7 @@ def with_other_answers(items, T):
     return out
 
 
-def answers_logp(model, items, which, average):
+def logps_of(model, items, which, average):
     """log pi(answer | prompt) (B, len(which)); which: (1,) the own answer, (3,) another one, (1, 3) both."""
     logp, _, mask = answer_logprobs(model, [(item[0], [item[k] for k in which]) for item in items])
     return sequence_logp(logp, mask, average).view(-1, len(which))
@@ -193,8 +186,15 @@ def logps_in_order(run, model, items, which, average):
     lengths = [len(item[0]) + sum(len(item[k]) for k in which) for item in items]
 
     def logps(net, rows):
-        return answers_logp(net, [items[i] for i in rows], which, average)
+        return logps_of(net, [items[i] for i in rows], which, average)
     return torch.stack(run.each(model, lengths, logps)).float()
+
+
+def reference_point(run, policy, items, ref_logps, average):
+    """z: the mean of log pi/pi_ref of answers to other prompts, at least 0; ref_logps (B, 2), its column 1
+    theirs."""
+    logps = logps_in_order(run, policy, items, (3,), average)[:, 0]
+    return (logps - ref_logps[:, 1]).mean().clamp(min=0).item()
 
 
 COLUMNS = ('loss', 'accuracy', 'good', 'bad',
@@ -204,21 +204,14 @@ COLUMNS = ('loss', 'accuracy', 'good', 'bad',
 def judge(model, items, ref_logp, z, beta, desirable_weight, undesirable_weight, average):
     """(losses (B,) with gradient, COLUMNS of each answer (B, 8) without); 0 in the columns of the side that
     it is not on. ref_logp (B,), z a float."""
-    logp = answers_logp(model, items, (1,), average)[:, 0]
+    logp = logps_of(model, items, (1,), average)[:, 0]
     label = torch.tensor([item[2] for item in items], device=logp.device)
-    ref_logp = ref_logp.to(logp.device)
-    losses, rewards = kto_loss(logp, ref_logp, label, z, beta, desirable_weight, undesirable_weight)
-    right = (rewards > beta * z) == label
-    good, bad = label.float(), (~label).float()
-    columns = [
-        losses,
-        right.float(),
-        good,
-        bad,
-        good * rewards,
-        bad * rewards,
-        good * logp,
-        bad * logp]
+    losses, rewards = kto_loss(logp, ref_logp.to(logp.device), label, z, beta, desirable_weight,
+                               undesirable_weight)
+    right = ((rewards > beta * z) == label).float()
+    good = label.float()
+    bad = 1 - good
+    columns = [losses, right, good, bad, good * rewards, bad * rewards, good * logp, bad * logp]
     return losses, torch.stack(columns, 1).detach()
 
 
@@ -228,17 +221,11 @@ def metrics_of(means):
     out = dict(loss=means['loss'], accuracy=means['accuracy'])
     for side, share in (('chosen', means['good']), ('rejected', means['bad'])):
         if share:
-            out |= {f'{side}_{kind}': means[f'{side}_{kind}'] / share for kind in ('reward', 'logp')}
+            out[f'{side}_reward'] = means[f'{side}_reward'] / share
+            out[f'{side}_logp'] = means[f'{side}_logp'] / share
     if means['good'] and means['bad']:
         out['margin'] = out['chosen_reward'] - out['rejected_reward']
     return out
-
-
-def reference_point(run, policy, items, ref_logps, average):
-    """z: the mean of log pi/pi_ref of answers to other prompts, at least 0; ref_logps (B, 2), its column 1
-    theirs."""
-    logps = logps_in_order(run, policy, items, (3,), average)[:, 0]
-    return (logps - ref_logps[:, 1]).mean().clamp(min=0).item()
 
 
 def held_out_answers(run, policy, items, ref_logps, batch_size, how):
@@ -267,12 +254,10 @@ if __name__ == '__main__':
     run = Run('kto', config)
     policy, tok = run.model()  # no dropout: policy and reference start equal
     T = min(block_size or policy.config.block_size, policy.config.block_size)
-    room = prompt_room(policy, max_new_tokens) if eval_samples else 0
 
     # ---- 1. answers with their labels, and the reference: a frozen copy, or None: the policy with its
     # adapter off
     rows, val_rows = run.rows()
-    rows = rows.select(range(min(max_rows or len(rows), len(rows))))
     items = with_other_answers(encode_all(rows, lambda row: read_answers(row, tok, T), dataset), T)
     val_items = encode_all(val_rows, lambda row: read_answers(row, tok, T), run.val_name)
     val_items = with_other_answers(val_items, T)[:eval_iters * batch_size or None]
@@ -280,19 +265,17 @@ if __name__ == '__main__':
     order = run.order(items, batch_size)  # endless, a function of the seed
     print(f'{dataset}: {len(items):,} answers, {sum(item[2] for item in items):,} good, {len(val_items):,} '
           f'held out; {max_iters} iterations: {max_iters * batch_size / len(items):.2f} epochs')
-    engine = None
-    if room:  # answers held-out prompts, for the KL
-        engine = infer.Engine(parallel.sampler_of(policy, run.mesh), tok, max_num_seqs=64)
-        asked = [list(p) for p in dict.fromkeys(tuple(item[0][-room:]) for item in val_items)][:eval_samples]
+    prompts = [prompt for prompt, *_ in val_items]
+    sampled_kl = SampledKL(run, policy, tok, prompts) if eval_samples else None
     frozen = run.reference(policy, tok, T, ref)
     policy, optimizer = run.trained(policy, learning_rate, adam_eps)
-    average = length_norm
     with reference_of(policy, frozen) as reference:
-        val_refs = logps_in_order(run, reference, val_items, (1, 3), average)  # (n, 2): own answer, another
+        # (n, 2): of the own answer, and of another one
+        val_refs = logps_in_order(run, reference, val_items, (1, 3), length_norm)
     longest = max(len(prompt) + len(answer) + len(other) for prompt, answer, _, other in items)
     run.plan(min(max(micro_tokens, longest), batch_size * longest), T)
-    how = dict(beta=beta, average=average)
-    how |= dict(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    how = dict(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
+               average=length_norm)
 
     def loss_of(policy, micro):
         """(mean loss of some answers, means of COLUMNS); micro: (items, their ref_logp (b,), z)."""
@@ -306,10 +289,8 @@ if __name__ == '__main__':
         # same
         if run.due(it):
             seen = held_out_answers(run, policy, val_items, val_refs, batch_size, how)
-            if room:
-                found, sample = kl_on_samples(run, engine, policy, frozen, asked, max_new_tokens, temperature)
-                seen |= found
-                print(f'  sample: {tok.decode(sample)!r}')
+            if sampled_kl:  # the policy answers, both models read
+                seen |= sampled_kl(policy, frozen)
             shown = 'loss accuracy margin chosen_logp rejected_logp kto_kl kl len'
             run.evaluated(it, seen, seen['loss'], shown, lower=True)
         if it == max_iters or eval_only:
@@ -318,8 +299,8 @@ if __name__ == '__main__':
         # ---- 2. a batch, what the reference says of it, and the reference point z
         batch = [items[i] for i in next(order)]
         with reference_of(policy, frozen) as reference:
-            refs = logps_in_order(run, reference, batch, (1, 3), average)
-        z = reference_point(run, policy, batch, refs, average)
+            refs = logps_in_order(run, reference, batch, (1, 3), length_norm)
+        z = reference_point(run, policy, batch, refs, length_norm)
         lengths = [len(item[0]) + len(item[1]) for item in batch]
         micros = [([batch[i] for i in rows], refs[rows, 0], z) for rows in run.micro_batches(lengths)]
 

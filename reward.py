@@ -274,7 +274,6 @@ if __name__ == '__main__':
 
     # ---- pairs
     rows, val_rows = run.rows()
-    rows = rows.select(range(min(max_rows or len(rows), len(rows))))
     pairs = encode_all(rows, lambda row: read_preference(row, tok, T, ties), dataset)
     val_pairs = encode_all(val_rows, lambda row: read_preference(row, tok, T, 'drop'), run.val_name)
     max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)

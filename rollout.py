@@ -30,7 +30,7 @@ import infer
 import parallel
 from dataset import pad
 from model import all_rewards, answer_logprobs, answer_values
-from run import check_fit, encode_all, kv_cache_bytes, load_model, reference_of
+from run import check_fit, encode_all, kv_cache_bytes, load_model, prompt_room, reference_of
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
@@ -547,25 +547,37 @@ def answers_to(run, engine, prompts, max_new_tokens, temperature, seed=0):
     return run.mesh.collect([c.token_ids for c in done], everyone=True)
 
 
-def kl_on_samples(run, engine, policy, frozen, prompts, max_new_tokens, temperature):
-    """({'kl': KL(policy || reference) in nats a sequence, 'len': tokens}, ids of the first prompt and its
-    answer), on the policy's own answers with fixed seeds. k3 of each token: unbiased, never negative.
-    frozen: see reference_of."""
-    parallel.refresh(engine, policy)
-    answers = answers_to(run, engine, prompts, max_new_tokens, temperature)
-    groups = [(prompt, [answer]) for prompt, answer in zip(prompts, answers)]
-    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers)]
+class SampledKL:
+    """KL(policy || reference) on the policy's own answers to `eval_samples` held-out prompts, always with the
+    same seeds. Made before the policy is cut to ranks; a prompt that stands there twice is asked once."""
 
-    def logps(net, rows):
-        return answer_logprobs(net, [groups[i] for i in rows], temperature)[0]  # 0 behind an answer's end
-    own = run.each(policy, lengths, logps)
-    with reference_of(policy, frozen) as reference:
-        theirs = run.each(reference, lengths, logps)
-    nats = 0.0
-    for a, b in zip(own, theirs):
-        nats += (torch.exp(b - a) - 1 + a - b).sum().item()
-    tokens = sum(map(len, answers))
-    return dict(kl=nats / len(groups), len=tokens / len(answers)), prompts[0] + answers[0]
+    def __init__(self, run, policy, tok, prompts):
+        c = self.config = run.config
+        self.run, self.tok = run, tok
+        room = prompt_room(policy, c['max_new_tokens'])
+        once = dict.fromkeys(tuple(prompt[-room:]) for prompt in prompts)
+        self.prompts = [list(prompt) for prompt in once][:c['eval_samples']]
+        self.engine = infer.Engine(parallel.sampler_of(policy, run.mesh), tok, max_num_seqs=64)
+
+    def __call__(self, policy, frozen):
+        """{'kl': nats a sequence, 'len': tokens of an answer}; prints the first. k3 of each token (see
+        ppo.kl_estimate): unbiased, never negative. frozen: see reference_of."""
+        temperature = self.config['temperature']
+        parallel.refresh(self.engine, policy)
+        answers = answers_to(self.run, self.engine, self.prompts, self.config['max_new_tokens'], temperature)
+        groups = [(prompt, [answer]) for prompt, answer in zip(self.prompts, answers)]
+        lengths = [len(prompt) + len(answer) for prompt, answer in zip(self.prompts, answers)]
+
+        def logps(net, rows):
+            return answer_logprobs(net, [groups[i] for i in rows], temperature)[0]  # 0 behind an end token
+        own = self.run.each(policy, lengths, logps)
+        with reference_of(policy, frozen) as reference:
+            theirs = self.run.each(reference, lengths, logps)
+        nats = 0.0
+        for a, b in zip(own, theirs):
+            nats += (torch.exp(b - a) - 1 + a - b).sum().item()
+        print(f'  sample: {self.tok.decode(self.prompts[0] + answers[0])!r}')
+        return dict(kl=nats / len(groups), len=sum(map(len, answers)) / len(answers))
 
 
 # -----------------------------------------------------------------------------------------------------------

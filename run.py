@@ -332,43 +332,48 @@ def digest(items):
     return found.hexdigest()
 
 
+def rows_before(path, ckpt):
+    """The lines of a log that were written before the checkpoint. Later ones are dropped, so that no step of
+    a resumed run stands there twice; so is the half line that a kill left."""
+    kept = []
+    if ckpt and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            lines = f.readlines()
+        for text in lines:
+            try:
+                row = json.loads(text)
+            except ValueError:
+                continue
+            before = row['step'] < ckpt['iter']
+            if row['step'] == ckpt['iter']:  # its evaluation comes before its update
+                before = row.get('split') != 'train' and ckpt.get('evaluated', True)
+            if before and row.get('split') != 'config':
+                kept.append(text)
+    return kept
+
+
 class RunLog:
-    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. Resumed, what
-    was logged (and what samples.jsonl holds) of later steps than the checkpoint's is dropped, so that no step
-    stands there twice. master: of several ranks one writes."""
+    """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. A resumed run
+    goes on behind the rows before its checkpoint, here and in samples.jsonl. master: of several ranks one
+    writes."""
 
     def __init__(self, out_dir, config, ckpt=None, master=True):
-        self.file, self.t0 = None, time.time() - (ckpt['time'] if ckpt else 0)
-        if master:
-            first = json.dumps(dict(step=0, time=0.0, split='config', **config)) + '\n'
-            path = os.path.join(out_dir, 'log.jsonl')
-            self._rewrite(path, [first], ckpt)
-            self._rewrite(os.path.join(out_dir, 'samples.jsonl'), [], ckpt)
-            self.file = open(path, 'a', buffering=1)
-
-    def _rewrite(self, path, lines, ckpt):
-        if ckpt and os.path.exists(path):
-            with open(path) as f:
-                lines = lines + [line for line in f if self._before(line, ckpt)]
-        with open(path + '.tmp', 'w') as f:
-            f.writelines(lines)
-        os.replace(path + '.tmp', path)
-
-    def _before(self, line, ckpt):
-        """Does this row stand before the checkpoint?"""
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return False  # the half line of a kill
-        if row['step'] == ckpt['iter']:
-            return row.get('split') != 'train' and ckpt.get('evaluated', True)
-        return row['step'] < ckpt['iter'] and row.get('split') != 'config'
+        self.file, self.began = None, time.time() - (ckpt['time'] if ckpt else 0)
+        if not master:
+            return
+        first = json.dumps(dict(step=0, time=0.0, split='config', **config)) + '\n'
+        for name, head in (('samples.jsonl', []), ('log.jsonl', [first])):
+            path = os.path.join(out_dir, name)
+            lines = head + rows_before(path, ckpt)
+            with files.replaced(path, 'w') as f:
+                f.writelines(lines)
+        self.file = open(path, 'a', buffering=1, encoding='utf-8')
 
     def elapsed(self):
-        return time.time() - self.t0
+        return time.time() - self.began
 
     def row(self, step, split, **metrics):
-        metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
+        """Writes one row; metrics are numbers, words or lists of them."""
         if self.file is not None:
             row = dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)
             self.file.write(json.dumps(row) + '\n')
@@ -481,15 +486,19 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def failed(self, otherwise, kind, error, tb):
-        """Python's last word on an error: running out of memory, the most certain one of all, gets one line
-        of its own."""
+        """Python's last word on an error. Two kinds get one line of their own: memory that ran out, and
+        weights that sampling found broken."""
+        if issubclass(kind, FloatingPointError):
+            print(f'error: {error}; the last good checkpoint is {self.out_dir}/ckpt.pt: resume from it with '
+                  f'a lower learning_rate or grad_clip', file=sys.stderr)
+            sys.exit(2)
         known = kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError)
         if not known and 'DefaultCPUAllocator' not in str(error):
             return otherwise(kind, error, tb)
         asked = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.I)
+        asked = ': ' + asked[0] if asked else ''
         savers = ('micro_tokens', 'checkpointing', 'max_num_seqs', 'lora_r', 'batch_size')
         keys = ', '.join(f'{key} (now {self.config[key]})' for key in savers if key in self.config)
-        asked = ': ' + asked[0] if asked else ''
         print(f'error: out of memory{asked}; the plan was {self.planned / 1e9:.2f} GB. What helps, the '
               f'cheapest first: {keys}', file=sys.stderr)
         sys.exit(2)
@@ -526,16 +535,21 @@ class Run:
         return parallel.shard(model.requires_grad_(False).eval(), self.mesh)
 
     def rows(self):
-        """(training rows, held-out rows) of dataset and val_dataset; '' keeps 5 % of dataset aside."""
+        """(training rows, held-out rows) of dataset and val_dataset; '' keeps 5 % of dataset aside. max_rows:
+        the first ones only, to train on."""
         c = self.config
-        rows = load_dataset(c['dataset'])
+        train = load_dataset(c['dataset'])
         if c['val_dataset']:
-            return rows, load_dataset(c['val_dataset'])
-        if len(rows) < 2:
-            raise ValueError(f'{c["dataset"]}: {len(rows)} row, so none can be kept aside: add rows, or give '
+            held_out = load_dataset(c['val_dataset'])
+        elif len(train) < 2:
+            raise ValueError(f'{c["dataset"]}: {len(train)} row, so none can be kept aside: add rows, or give '
                              f'--val_dataset')
-        parts = rows.train_test_split(0.05, c['seed'])
-        return parts['train'], parts['test']
+        else:
+            parts = train.train_test_split(0.05, c['seed'])
+            train, held_out = parts['train'], parts['test']
+        if 0 < c.get('max_rows', 0) < len(train):
+            train = train.select(range(c['max_rows']))
+        return train, held_out
 
     def same_rows(self, items):
         """ValueError when a resumed run is given other rows than it was trained on."""
@@ -661,8 +675,8 @@ class Run:
     def replace(self, path, saved):
         """Writes a checkpoint that was read and changed; whoever reads sees the old file or the new one."""
         if self.mesh.master:
-            torch.save(saved, path + '.tmp')
-            os.replace(path + '.tmp', path)
+            with files.replaced(path) as f:
+                torch.save(saved, f)
         self.mesh.barrier()
 
     def log(self, it, metrics, show):
