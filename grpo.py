@@ -12,7 +12,8 @@ DeepSeekMath, Shao et al. 2024 (2402.03300), eq. 3; DeepSeek-R1 (2501.12948). On
   5. clipped policy loss on every token of the answer, beta * k3 to the reference if beta > 0, AdamW, learning
      rate linear to 0
   6. evaluation: pass@1 and pass@k on held-out prompts, read by the same reward function from step 0 on
-Variants are one key each: --advantage=dr_grpo, rloo or reinforce++; --loss_type=dr_grpo, dapo, gspo or cispo.
+Variants are one key each: --advantage=dr_grpo, rloo or reinforce++; --loss_type=dr_grpo, dapo, gspo or cispo;
+--teacher=NAME (on-policy distillation): what another model thinks of each token is its advantage.
 --mode=async (AReaL, 2505.24298): step 1 runs ahead in other processes, at most max_staleness updates old.
 Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable rewards need no leash, and no
 second model).
@@ -73,6 +74,8 @@ clip_low = 0.2 # >= 0: the ratio stays above 1 - clip_low; gspo wants 3e-4
 clip_high = 0.2 # >= 0: and below 1 + clip_high; dapo 0.28, gspo 4e-4
 beta = 0.0 # >= 0: weight of k3 to the reference; 0 = off
 dynamic_sampling = 0 # >= 0: further rounds of prompts at most, to replace dead groups; 0 = off
+entropy_coef = 0.0 # >= 0: bonus for the entropy of each token's distribution; 0 = off
+teacher = '' # model whose log-prob minus ours is each token's advantage, instead of the rewards; '' = off
 track_kl = True # KL to the reference at evaluations also when beta = 0 (costs the memory of a frozen copy)
 # asynchronous rollouts (2505.24298)
 mode = 'sync' # one of 'sync', 'async': sample, then train; or workers sample while this process trains
@@ -80,6 +83,8 @@ max_staleness = 1 # >= 0: async: updates that a sample's weights may be behind a
 simulate_staleness = 0 # >= 0: async in one process: batches sampled with the weights of n updates ago
 decoupled = True # the ratio to the policy before the update, weighted by tis_cap; False: to the sampler
 tis_cap = 2.0 # >= 0: bound of the importance weight between sampler and trainer; 0 = off
+tis_mode = 'token' # one of 'token', 'sequence': a weight for each token | one for the whole answer
+tis_rule = 'truncate' # one of 'truncate', 'mask': a weight over tis_cap is cut to it | becomes 0
 rollout_workers = 1 # >= 1: async: processes that sample, each with an engine of its own
 reward_workers = 1 # >= 1: async: processes that run the reward files (a reward model scores in this process)
 reward_timeout = 30.0 # > 0: async: seconds for the answers to one prompt; then the reward is tried again
@@ -164,7 +169,7 @@ def k3(logp, ref_logp):
 
 
 def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_low=0.2, clip_high=0.2,
-              loss_type='grpo', max_len=None, weights=None, denom=None):
+              loss_type='grpo', max_len=None, weights=None, denom=None, entropy=None, entropy_coef=0.0):
     """PPO's clipped surrogate with one advantage for a whole completion. logp, old_logp, ref_logp (B, R)
     float, advantages (B,), or (B, R) for one a token, mask (B, R) bool. r_t = pi / pi_old; per token
     -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) + beta * k3(pi, ref), then
@@ -176,7 +181,8 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
                  (2507.18071 eq. 5)
         cispo    -clip(r_t) A logp with the weight held constant: a clipped token still learns; mean over
                  all tokens (2506.13585 eq. 4)
-    weights (B, R): importance correction between sampler and trainer (`tis_weights`). denom: what to divide
+    weights (B, R): importance correction between sampler and trainer (`tis_weights`). entropy (B, R) of each
+    token's distribution: entropy_coef times it is taken off the loss, averaged alike. denom: what to divide
     by instead of this batch's own count (tokens for dapo and cispo, else completions), so that the losses
     of micro-batches add up to the batch's. Returns (loss, stats); stats: clip_frac, clip_low_frac,
     clip_high_frac, approx_kl = mean(log r^2) / 2, ratio_max = largest |r - 1|, kl (k3, mean over tokens;
@@ -202,6 +208,8 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
         kl = k3(logp, torch.where(mask, ref_logp, 0.0))
         stats['kl'] = kl.detach().sum() / tokens
         per_token = per_token + beta * kl if beta else per_token
+    if entropy_coef:
+        per_token = per_token - entropy_coef * torch.where(mask, entropy, 0.0)
     per_token = torch.where(mask, per_token, 0.0)
     if loss_type in PER_TOKEN:
         loss = per_token.sum() / (denom or tokens)
@@ -218,21 +226,31 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
     return loss, stats
 
 
-def tis_weights(logp, sampler_logp, mask, cap):
-    """Truncated importance sampling: min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False;
-    all (B, R), no gradient. The sampler's kernels (paged, another dtype) are not the trainer's, and in
-    async mode its weights are older, so the samples come from another policy. With pi_trainer = the policy
-    before the update this is the decoupled objective of 2505.24298 eq. 5: the weight leads from the policy
-    that sampled to the one around which the loss clips. cap 0 = no bound. Returns (weights, stats):
-    mismatch and mismatch_max, mean and largest |delta log p|, and tis_frac, the share that was cut. cap=2,
-    delta = log 3 -> 2."""
+def tis_weights(logp, sampler_logp, mask, cap, mode='token', rule='truncate'):
+    """Importance sampling, bounded: pi_trainer / pi_sampler (B, R) of each token, or (mode 'sequence') of the
+    whole answer at each of its tokens; over `cap` it is cut to it, or (rule 'mask') 0. No gradient. The
+    sampler's kernels (paged, another dtype) are not the trainer's, and in async mode its weights are older,
+    so the samples come from another policy. With pi_trainer = the policy before the update this is the
+    decoupled objective of 2505.24298 eq. 5: the weight leads from the policy that sampled to the one around
+    which the loss clips. cap 0 = no bound. Returns (weights, stats): mismatch and mismatch_max, mean and
+    largest |delta log p| of a token, and tis_frac, the share of weights over the cap. cap=2, delta =
+    [log 3, -log 2]: token [2, 0.5], masked [0, 0.5]; sequence [1.5, 1.5]."""
     with torch.no_grad():
         delta = torch.where(mask, logp - sampler_logp, 0.0)
         n = mask.sum().clamp(min=1)
-        weights, bound = delta.exp(), cap or math.inf
-        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(),
-                     tis_frac=(weights > bound).sum() / n)
-        return weights.clamp(max=bound), stats
+        log_weights = delta.sum(1, keepdim=True).expand_as(delta) if mode == 'sequence' else delta
+        weights, bound = torch.where(mask, log_weights, 0.0).exp(), cap or math.inf
+        over = mask & (weights > bound)
+        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(), tis_frac=over.sum() / n)
+        return torch.where(over, 0.0 if rule == 'mask' else bound, weights), stats
+
+
+def teacher_advantages(logp, teacher_logp, mask):
+    """On-policy distillation (2306.13649): the advantage of each token is the teacher's log-prob minus our
+    own of before the update, (B, R) -> (B, R), 0 where mask is False. Its expectation over our own samples is
+    minus the reverse KL, token by token, and so is the policy gradient. logp log 1/2, teacher log 1/4 ->
+    -0.6931."""
+    return torch.where(mask, teacher_logp - logp, 0.0)
 
 
 def overlong_penalty(lengths, max_len, cache):
@@ -289,7 +307,10 @@ if __name__ == '__main__':
         way = f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'
         raise ValueError(f'batch_size {batch_size}, minibatch_size {minibatch_size}, group_size {group_size}:'
                          f' each must divide the one before; set --minibatch_size to {way}')
-    if group_size == 1 and advantage != 'reinforce++':
+    if teacher and dynamic_sampling:
+        raise ValueError(f'dynamic_sampling {dynamic_sampling} replaces groups of equal rewards, and with a '
+                         'teacher none is dead: --dynamic_sampling=0')
+    if group_size == 1 and advantage != 'reinforce++' and not teacher:
         raise ValueError(f'group_size 1 with advantage {advantage!r}: a group of one has no baseline, every '
                          'advantage would be 0; --group_size=8, or --advantage=reinforce++')
     if batch_size == 1:
@@ -300,6 +321,7 @@ if __name__ == '__main__':
     wanted = beta > 0 or track_kl
     reference = run.reference(policy, tok, longest) if wanted else None  # with an adapter: None, it is free
     compared = reference is not None or bool(lora.adapted(policy))
+    teaching = run.reference(policy, tok, longest, teacher) if teacher else None
     rewards = Rewards(run, tok, longest)
 
     # the engine reads the policy's weights where they lie, so it comes before the model is cut to ranks
@@ -319,20 +341,21 @@ if __name__ == '__main__':
 
     # the loss of a micro-batch (b answers, the longest of r tokens), see 5.
     surrogate = dict(beta=beta, clip_low=clip_low, clip_high=clip_high, loss_type=loss_type,
-                     max_len=max_new_tokens)
+                     max_len=max_new_tokens, entropy_coef=entropy_coef)
+    correction = dict(cap=tis_cap, mode=tis_mode, rule=tis_rule)
 
     def part(policy, item):
         """The share of some answers in the minibatch's loss and statistics."""
         micro, denom, share = item
         logp, entropy = answers.logprobs(policy, micro)  # (b, r), with gradient
         before = logp.detach() if micro.old_logp is None else micro.old_logp  # the policy before the update
-        weights, mismatch = tis_weights(before, micro.sampled, micro.mask, tis_cap)
+        weights, mismatch = tis_weights(before, micro.sampled, micro.mask, **correction)
         if not decoupled:
             before = micro.sampled  # naive: the ratio is to the sampler itself
-        if not decoupled or not tis_cap:
+        if not decoupled or not correction['cap']:
             weights = None
         loss, stats = grpo_loss(logp, before, micro.advantages, micro.mask, micro.ref_logp, weights=weights,
-                                denom=denom, **surrogate)
+                                denom=denom, entropy=entropy, **surrogate)
         stats |= dict(mismatch, entropy=masked_mean(entropy, micro.mask))
         return loss, {k: x if k.endswith('_max') else x * share for k, x in stats.items()}
 
@@ -374,7 +397,8 @@ if __name__ == '__main__':
         batch.advantages = group_advantages(batch.scores, group_size, advantage).to(run.device)
         if overlong == 'mask':
             batch.mask &= batch.ended[:, None].to(run.device)
-        teaches = batch.mask.any(1) & ((batch.advantages != 0) | (beta > 0))
+        always = bool(beta or entropy_coef or teacher)
+        teaches = batch.mask.any(1) & ((batch.advantages != 0) | always)
         teaches, sizes = teaches.tolist(), batch.mask.sum(1).tolist()  # trained tokens; waits for the GPU
 
         # ---- 4. log-probs before the update and under the reference, (B, R)
@@ -386,6 +410,10 @@ if __name__ == '__main__':
             batch.old_logp = answers.all_logprobs(policy, batch, first)
         if beta:
             batch.ref_logp = answers.reference_logprobs(batch, first)
+        if teacher:
+            own = answers.all_logprobs(policy, batch, first) if batch.old_logp is None else batch.old_logp
+            theirs = answers.all_logprobs(teaching, batch, first)
+            batch.advantages = teacher_advantages(own, theirs, batch.mask)
 
         # ---- 5. the update
         lr, steps = linear_lr(it, learning_rate, warmup_iters, max_iters), []
@@ -419,6 +447,8 @@ if __name__ == '__main__':
         if 'kl' in stats:
             stats['k3'] = stats.pop('kl')  # nats a token, as trained; kl: nats a sequence, as it was sampled
             stats['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
+        if teacher:
+            stats['teacher_kl'] = -batch.advantages.sum(1).mean()  # nats a sequence to the teacher, k1
         idle = gen_s / (time.time() - t0)
         row = dict(overview(batch), dead=1 - alive.float().mean().item(), rounds=len(asked), lr=lr,
                    steps=len(steps), tokens=batch.tokens(), gen_s=gen_s, upd_s=time.time() - t1, **stats,
@@ -429,8 +459,8 @@ if __name__ == '__main__':
             for name in rewards.names:
                 scores = torch.cat([part.given[name] for part in asked])
                 row[f'score/{os.path.basename(name)}'] = scores.mean()
-        run.log(it, row, 'score dead kl pg clip_frac grad_norm mismatch mismatch_max staleness idle dropped '
-                         'len gen_s upd_s')
+        run.log(it, row, 'score dead kl teacher_kl pg clip_frac grad_norm mismatch mismatch_max staleness '
+                         'idle dropped len gen_s upd_s')
 
     # ---- end
     answers.close()

@@ -191,21 +191,23 @@ def policy_loss(logp, old_logp, advantages, mask, clip, weights=None):
     return masked_mean(torch.maximum(plain, clipped), mask), stats
 
 
-def tis_weights(logp, sampler_logp, mask, cap):
-    """Truncated importance sampling: min(pi_trainer / pi_sampler, cap) per token, 1 where mask is False;
-    all (B, R), no gradient. The sampler's kernels (paged, another dtype) are not the trainer's, and in
-    async mode its weights are older, so the samples come from another policy. With pi_trainer = the policy
-    before the update this is the decoupled objective of 2505.24298 eq. 5: the weight leads from the policy
-    that sampled to the one around which the loss clips. cap 0 = no bound. Returns (weights, stats):
-    mismatch and mismatch_max, mean and largest |delta log p|, and tis_frac, the share that was cut. cap=2,
-    delta = log 3 -> 2."""
+def tis_weights(logp, sampler_logp, mask, cap, mode='token', rule='truncate'):
+    """Importance sampling, bounded: pi_trainer / pi_sampler (B, R) of each token, or (mode 'sequence') of the
+    whole answer at each of its tokens; over `cap` it is cut to it, or (rule 'mask') 0. No gradient. The
+    sampler's kernels (paged, another dtype) are not the trainer's, and in async mode its weights are older,
+    so the samples come from another policy. With pi_trainer = the policy before the update this is the
+    decoupled objective of 2505.24298 eq. 5: the weight leads from the policy that sampled to the one around
+    which the loss clips. cap 0 = no bound. Returns (weights, stats): mismatch and mismatch_max, mean and
+    largest |delta log p| of a token, and tis_frac, the share of weights over the cap. cap=2, delta =
+    [log 3, -log 2]: token [2, 0.5], masked [0, 0.5]; sequence [1.5, 1.5]."""
     with torch.no_grad():
         delta = torch.where(mask, logp - sampler_logp, 0.0)
         n = mask.sum().clamp(min=1)
-        weights, bound = delta.exp(), cap or math.inf
-        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(),
-                     tis_frac=(weights > bound).sum() / n)
-        return weights.clamp(max=bound), stats
+        log_weights = delta.sum(1, keepdim=True).expand_as(delta) if mode == 'sequence' else delta
+        weights, bound = torch.where(mask, log_weights, 0.0).exp(), cap or math.inf
+        over = mask & (weights > bound)
+        stats = dict(mismatch=delta.abs().sum() / n, mismatch_max=delta.abs().max(), tis_frac=over.sum() / n)
+        return torch.where(over, 0.0 if rule == 'mask' else bound, weights), stats
 
 
 def value_loss(values, old_values, returns, mask, clip):

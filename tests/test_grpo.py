@@ -150,6 +150,82 @@ def test_tis_weights_and_mismatch():
     assert stats['mismatch_max'].item() == pytest.approx(math.log(3)) and stats['mismatch'].item() == pytest.approx((math.log(3) + 0.1) / 2) and stats['tis_frac'] == 0.5
 
 
+@pytest.mark.parametrize('mode, rule, want', [('token', 'mask', [0, 0.5, 1]), ('sequence', 'truncate', [1.5, 1.5, 1]),
+                                              ('token', 'truncate', [2, 0.5, 1])])
+def test_the_rules_of_tis(mode, rule, want):
+    """Ratios 3 and 1/2 of two tokens: each for itself, or their product for both; over the cap of 2 it is cut or 0."""
+    logp, mask = torch.tensor([[math.log(3), -math.log(2), 5.0]]), torch.tensor([[True, True, False]])
+    weights, stats = grpo.tis_weights(logp, torch.zeros(1, 3), mask, 2.0, mode, rule)
+    assert weights[0].tolist() == pytest.approx(want)
+    assert stats['tis_frac'].item() == (0.5 if mode == 'token' else 0)
+    masked = grpo.tis_weights(logp, torch.zeros(1, 3), mask, 1.4, 'sequence', 'mask')[0]
+    assert masked[0].tolist() == [0, 0, 1]  # the whole answer goes
+
+
+def test_tis_by_sequence_makes_the_gradient_of_two_tokens_right():
+    """All answers of two tokens from a two-token vocabulary, sampled by mu: the expected gradient of weighted
+    answers is that of the policy's own expected reward; with a weight a token it is not."""
+    g = torch.Generator().manual_seed(1)
+    theta, mu = torch.randn(3, 2, generator=g, dtype=D), torch.randn(3, 2, generator=g, dtype=D)
+    answers = list(itertools.product((0, 1), (0, 1)))
+    reward = dict(zip(answers, (1.0, 0.0, -2.0, 3.0)))
+
+    def tokens(t, answer):  # the second token's distribution depends on the first
+        table = torch.log_softmax(t, -1)
+        return torch.stack([table[0, answer[0]], table[1 + answer[0], answer[1]]])[None]
+    mask = torch.ones(1, 2, dtype=torch.bool)
+
+    def loss(t, mode):
+        total = 0.0
+        for answer in answers:
+            logp, sampler = tokens(t, answer), tokens(mu, answer)
+            weights = grpo.tis_weights(logp.detach(), sampler, mask, 0, mode)[0]
+            A = torch.tensor([reward[answer]], dtype=D)
+            total = total + sampler.sum().exp() * grpo.grpo_loss(logp, logp.detach(), A, mask, weights=weights)[0]
+        return total
+    exact = gradient(lambda t: -sum(tokens(t, a).sum().exp() * reward[a] for a in answers) / 2, theta)  # / 2: a mean
+    assert (gradient(lambda t: loss(t, 'sequence'), theta) - exact).abs().max() < 1e-12
+    assert (gradient(lambda t: loss(t, 'token'), theta) - exact).abs().max() > 0.01
+
+
+@pytest.mark.parametrize('loss_type', grpo.LOSSES)
+def test_entropy_bonus(loss_type):
+    """On a two-token policy: the loss less entropy_coef H, H's gradient with it; a masked token counts for nothing."""
+    theta, mask = torch.tensor([0.3, -0.4], dtype=D), torch.tensor([[True, False]])
+
+    def loss(t, coef):
+        logp = torch.log_softmax(t, 0)
+        H = -(logp.exp() * logp).sum()
+        entropy = torch.stack([H, 7 * H])[None]
+        return grpo.grpo_loss(logp[None], logp.detach()[None], torch.zeros(1, dtype=D), mask, loss_type=loss_type,
+                              max_len=1, entropy=entropy, entropy_coef=coef)[0]
+
+    def exact(t):
+        return 0.1 * (torch.softmax(t, 0) * torch.log_softmax(t, 0)).sum()
+    assert (gradient(lambda t: loss(t, 0.1), theta) - gradient(exact, theta)).abs().max() < 1e-15
+    assert gradient(lambda t: loss(t, 0.0) + 0 * t.sum(), theta).abs().max() == 0
+
+
+def test_a_teachers_advantage_is_the_gradient_of_the_reverse_kl():
+    """Expected over the policy's own samples (all of them, enumerated): minus the gradient of KL(policy || teacher)."""
+    g = torch.Generator().manual_seed(2)
+    theta, teacher = (torch.randn(6, generator=g, dtype=D) for _ in range(2))
+    theirs, mask = torch.log_softmax(teacher, 0), torch.ones(1, 1, dtype=torch.bool)
+
+    def loss(t):
+        logp = torch.log_softmax(t, 0)
+        total = 0.0
+        for s in range(6):
+            own = logp[s].view(1, 1)
+            A = grpo.teacher_advantages(own.detach(), theirs[s].view(1, 1), mask)
+            total = total + logp[s].detach().exp() * grpo.grpo_loss(own, own.detach(), A, mask)[0]
+        return total
+    exact = gradient(lambda t: (torch.softmax(t, 0) * (torch.log_softmax(t, 0) - theirs)).sum(), theta)
+    assert (gradient(loss, theta) - exact).abs().max() < 1e-12
+    garbage = grpo.teacher_advantages(torch.tensor([[0.5, 9e9]]), torch.tensor([[1.0, -9e9]]), torch.tensor([[True, False]]))
+    assert garbage.tolist() == [[0.5, 0.0]]
+
+
 def test_tis_makes_a_foreign_samplers_gradient_right():
     """Samples from mu, trained as if from pi: with weight pi / mu (uncut) the expected gradient is pi's; without, it is not."""
     g = torch.Generator().manual_seed(0)
@@ -216,6 +292,22 @@ def test_the_command_and_what_it_writes(world):
     assert len(open(world / 'out-a/samples.jsonl').readlines()) == 3 * 4 * 2
     model, tok = run.load_model(str(world / 'out-a'))
     assert tok == 'byte' and not torch.equal(model.wte.weight, run.load_model(str(world / 'base'))[0].wte.weight)
+
+
+@pytest.mark.parametrize('extra, left', [([], 0.1), (['--minibatch_size=8'], 0.1), (['--lora_r=4', '--lora_targets=all-linear'], 0.9)])
+def test_a_teacher_is_approached(world, extra, left):
+    """No reward trains: answers of the policy's own, each token against the teacher. One answer a prompt is enough."""
+    teacher = tiny_model()
+    words = teacher.wte.weight.data[[ord(c) for c in 'abcd']]
+    teacher.ln_f.bias.data += 5 * torch.linalg.pinv(words).sum(1)  # 5 nats more for four letters than for the rest
+    teacher.save_pretrained(world / 'teacher')
+    args = ['--teacher=teacher', '--group_size=1', '--max_iters=30', '--batch_size=32', '--minibatch_size=32', '--learning_rate=1e-2',
+            '--reward=same.py', '--eval_interval=100', '--entropy_coef=0.001', '--tis_mode=sequence', '--overwrite=True']
+    stage('grpo.py', *COMMON, *args, '--out_dir=out-distilled', *extra, cwd=world)
+    kl = [row['teacher_kl'] for row in log_rows(world / 'out-distilled')]
+    assert len(kl) == 30 and kl[0] > 10 and sum(kl[-5:]) / 5 < left * kl[0]  # adapters leave the head as it is
+    with pytest.raises(ValueError, match='dynamic_sampling 1 replaces'):
+        stage('grpo.py', *COMMON, *args, '--dynamic_sampling=1', '--out_dir=out-no', cwd=world)
 
 
 def test_it_learns(world):
