@@ -38,88 +38,99 @@ def _data_rows(n, seed=0):
         yield json.dumps({'prompt': f'{i} {r.choice(text)}', 'chosen': r.choice(text), 'rejected': r.choice(text)}, ensure_ascii=False) + '\n'
 
 
-def _data_tokens(batch):
-    """A stand-in for a tokenizer that costs about what tiktoken does: the same for both sides."""
-    from zlib import crc32
-    return {'ids': [[crc32(w.encode()) % 50257 for w in (p + c).split(' ')] for p, c in zip(batch['prompt'], batch['chosen'])]}
-
-
-def _data_work(side, tmp, n):
-    """What is measured on one side: {name: (rows it handles, function)}. The table that most of them read is opened before, by 'ready'."""
+def _data_jobs(side, folder, n):
+    """What one side does: {name: (rows it handles, function)}."""
     import functools
-    import itertools
-    import json
     import numpy as np
-    rows, folder, fresh = os.path.join(tmp, 'rows.jsonl'), os.path.join(tmp, side), itertools.count()
-    new = lambda kind: os.path.join(tmp, f'{kind}-{os.getpid()}-{next(fresh)}')  # a cache folder of its own: nothing is found there
-
-    def floor():
-        with open(rows, 'rb') as f:
-            for line in f:
-                json.loads(line)
+    path, table = os.path.join(folder, 'rows.jsonl'), os.path.join(folder, side)
     if side == 'json.loads':
-        return {'load': (n, floor)}
+        def load():
+            with open(path, 'rb') as f:
+                for line in f:
+                    json.loads(line)
+        return {'load': (n, load)}
     if side == 'ours':
-        import glob
-        import dataset
-        from tokenizer import encode_dataset, encode_row, get_tokenizer
-        opened = dataset.load_dataset
-        tok = get_tokenizer('byte')
-
-        def first():  # SFT's start: every row read and encoded, and the next start, which maps the file
-            for file in glob.glob(rows + '.*.encoded'):
-                os.unlink(file)
-            again()
-        pairs = lambda: dataset.load_dataset(rows).rename_column('chosen', 'completion')
-        again = lambda: encode_dataset(pairs(), tok)
-        plain = lambda: [encode_row(row, tok) for row in pairs()]
-        work = {'load': (n, lambda: dataset.load_dataset(rows)), 'stage start, in lists': (n, plain), 'stage start, first': (n, first),
-                'stage start, again': (n, again)}
-        cached = lambda: {}
+        from dataset import load_dataset
+        load, open_table = functools.partial(load_dataset, path), functools.partial(load_dataset, table)
     else:
         import datasets
         datasets.disable_progress_bars()
-        opened = datasets.load_from_disk
-        work = {'load': (n, lambda: datasets.load_dataset('json', data_files=rows, split='train', cache_dir=new('load')))}
-        cached = lambda: {'load_from_cache_file': False}
-    start = lambda: opened(folder)
-    table = functools.cache(start)
-    mixed, part = functools.cache(lambda: table().shuffle(seed=1)), functools.cache(lambda: table().select(range(min(n, 40_000))))
-    at, some = np.random.default_rng(0).integers(0, n, 10_000).tolist(), min(n, 100_000)
+        open_table = functools.partial(datasets.load_from_disk, table)
 
-    def each(items):
-        for _ in items:
+        def load():
+            with tempfile.TemporaryDirectory() as cache:  # an empty one: nothing is found there
+                return datasets.load_dataset('json', data_files=path, split='train', cache_dir=cache)
+    opened = functools.cache(open_table)  # by the first round, which the median leaves out
+    places = np.random.default_rng(0).integers(0, n, 10_000).tolist()
+    some = min(n, 100_000)
+
+    def random_rows():
+        for i in places:
+            opened()[i]
+
+    def slices():
+        for i in range(0, some, 32):
+            opened()[i:i + 32]
+
+    def iterate():
+        for _ in opened().select(range(some)):
             pass
-    work |= {'open': (1, start), **({'open, written by HF': (1, lambda: opened(os.path.join(tmp, 'HF')))} if os.path.isdir(os.path.join(tmp, 'HF')) else {})}
-    work |= {'random rows': (len(at), lambda: each(table()[i] for i in at)), 'slices of 32': (some, lambda: each(table()[i:i + 32] for i in range(0, some, 32))),
-             'iterate rows': (some, lambda: each(table().select(range(some)))), 'iter(256)': (some, lambda: each(table().select(range(some)).iter(256))),
-             'shuffle': (n, lambda: table().shuffle(seed=next(fresh))), 'shuffled slices of 32': (32_000, lambda: each(mixed()[i:i + 32] for i in range(0, min(n, 32_000), 32)))}
-    work['map'] = min(n, 40_000), lambda: part().map(_data_tokens, batched=True, **cached())
-    return work
+    return {'open': (1, open_table), 'random rows': (len(places), random_rows),
+            'slices of 32': (some, slices), 'iterate': (some, iterate), 'load': (n, load)}
 
 
-def _data_peak(side, what, tmp, n):
-    """Run by a process of its own: prints the MB that this work, its opening of the table included, adds to what the imports take; the parts
-    of mapped files that it touched count. Worker processes: twice what the larger of the two adds. Linux."""
-    import resource
-    rss = lambda key: int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])
-    work = _data_work(side, tmp, n)[what][1]
+def _data_peak(side, job, folder, n):
+    """Run by a process of its own: prints the MB that a job adds at its peak to what the imports take; the
+    parts of mapped files that it touched count. Linux."""
+    def resident(key):
+        with open('/proc/self/status') as f:
+            return int(next(line for line in f if line.startswith(key)).split()[1])
+    work = _data_jobs(side, folder, n)[job][1]
     with open('/proc/self/clear_refs', 'w') as f:
         f.write('5')  # the peak counts from here
-    base = rss('VmRSS')
-    work()
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(max(rss('VmHWM') - base, 0) // 1024 + (2 * max(workers - base, 0) // 1024 if what.endswith('processes') else 0))
+    base = resident('VmRSS')
+    held = work()  # what it has made is alive at the end
+    print(max(resident('VmHWM') - base, 0) // 1024, file=sys.stderr)
+    del held
+
+
+def _data_lists(path):
+    """The peer of a stage's start: all rows encoded into Python lists."""
+    from dataset import load_dataset
+    from tokenizer import encode_row, get_tokenizer
+    tok = get_tokenizer('byte')
+    print(sum(len(encoded[0]) for encoded in [encode_row(row, tok) for row in load_dataset(path)]))
+
+
+def _data_stage(folder, n):
+    """Prints seconds and peak memory of one step of sft.py on n rows: the first start, which encodes them,
+    and the next, which maps what the first has written; beside the same rows encoded into Python lists."""
+    path = os.path.join(folder, 'sft.jsonl')
+    with open(path, 'w', encoding='utf-8') as f:
+        for line in _data_rows(n):
+            row = json.loads(line)
+            f.write(json.dumps({'prompt': row['prompt'], 'completion': row['chosen']}) + '\n')
+    model = ['--tokenizer=byte', '--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=1024', '--device=cpu']
+    run = ['--max_iters=1', '--batch_size=8', '--eval_iters=1', '--overwrite', f'--out_dir={folder}/out']
+    stage = [sys.executable, 'sft.py', f'--dataset={path}', *model, *run]
+    lists = [sys.executable, '-c', f'import bench; bench._data_lists({path!r})']
+    for name, command in (('in lists', lists), ('first start', stage), ('second start', stage)):
+        begin = time.perf_counter()
+        child = subprocess.Popen(command, cwd=os.path.dirname(os.path.abspath(__file__)), stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            raise RuntimeError(f'{name}: {" ".join(command)} ended with {status}')
+        seconds, peak = time.perf_counter() - begin, usage.ru_maxrss / 1024
+        print(f'sft.py, {n:,} rows, {name:12} {seconds:6.1f} s | {peak:,.0f} MB', flush=True)
 
 
 def bench_data(args):
-    """dataset.py against HF datasets and bare json.loads, speed and peak memory: python bench.py data [rows=500000]."""
-    import tempfile
-    import dataset
-    begin, n, sides = time.perf_counter(), int(args[0]) if args else 500_000, ['ours', 'json.loads', 'HF']
+    """dataset.py against HF datasets and bare json.loads, speed and peak memory, then the start of a stage:
+    python bench.py data [rows=500000]."""
+    from dataset import load_dataset
+    n, sides = int(args[0]) if args else 500_000, ['ours', 'json.loads', 'HF']
     try:
         import datasets
-        datasets.disable_progress_bars()
     except ImportError:
         sides.remove('HF')
         print('datasets is not installed: its side is skipped (pip install -r requirements-test.txt)')
@@ -131,25 +142,33 @@ def bench_data(args):
             return count / (time.perf_counter() - start)
         return measure
 
-    with tempfile.TemporaryDirectory() as tmp:
-        with open(os.path.join(tmp, 'rows.jsonl'), 'w', encoding='utf-8') as f:
+    def peak(side, job, folder):
+        command = f'import bench; bench._data_peak({side!r}, {job!r}, {folder!r}, {n})'
+        done = subprocess.run([sys.executable, '-c', command], capture_output=True, text=True,
+                              cwd=os.path.dirname(os.path.abspath(__file__)))
+        if done.returncode:
+            raise RuntimeError(f'{side}, {job}: {done.stderr[-2000:]}')
+        return done.stderr.split()[-1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'rows.jsonl')
+        with open(path, 'w', encoding='utf-8') as f:
             f.writelines(_data_rows(n))
-        print(f'{n:,} rows of prompt/chosen/rejected, {os.path.getsize(f.name) / 1e6:.0f} MB of JSON lines; rows/s (median of 3, sides in turn), peak MB above the imports')
-        dataset.load_dataset(f.name).save_to_disk(os.path.join(tmp, 'ours'))
-        if 'HF' in sides:
-            datasets.load_from_disk(os.path.join(tmp, 'ours')).save_to_disk(os.path.join(tmp, 'HF'))  # each side opens what it has written
-        work = {side: _data_work(side, tmp, n) for side in sides}
-        for what in work['ours']:
-            found = alternate({side: rate(*work[side][what]) for side in sides if what in work[side]})
-            line = f'{what:22}'
+        print(f'{n:,} preference rows, {os.path.getsize(path) / 1e6:.0f} MB of JSON lines: rows/s, median of '
+              f'3, sides in turn; peak MB above the imports')
+        load_dataset(path).save_to_disk(os.path.join(folder, 'ours'))
+        if 'HF' in sides:  # each side opens what it has written
+            datasets.load_from_disk(os.path.join(folder, 'ours')).save_to_disk(os.path.join(folder, 'HF'))
+        jobs = {side: _data_jobs(side, folder, n) for side in sides}
+        for job in jobs['ours']:
+            found = alternate({side: rate(*jobs[side][job]) for side in sides if job in jobs[side]})
+            said = f'{job:13}'
             for side, value in found.items():
-                peak = subprocess.run([sys.executable, '-c', f'import bench; bench._data_peak({side!r}, {what!r}, {tmp!r}, {n})'], capture_output=True, text=True,
-                                      cwd=os.path.dirname(os.path.abspath(__file__))) if os.path.exists('/proc/self/clear_refs') else None
-                if peak and peak.returncode:
-                    raise RuntimeError(f'{side}, {what}: {peak.stderr[-2000:]}')
-                line += f'{side} {value:,.0f}' + (f' {peak.stdout.split()[-1]} MB' if peak else '') + ' | '
-            print(line + ', '.join(f'{found["ours"] / v:.2f}x {side}' for side, v in found.items() if side != 'ours'), flush=True)
-    print(f'{time.perf_counter() - begin:.0f} s in all')
+                memory = f' {peak(side, job, folder)} MB' if os.path.exists('/proc/self/clear_refs') else ''
+                said += f'{side} {value:,.0f}{memory} | '
+            others = [f'{found["ours"] / value:.2f}x {side}' for side, value in found.items() if side != 'ours']
+            print(said + ', '.join(others), flush=True)
+        _data_stage(folder, n)
 
 
 def _actors_pss(pids):

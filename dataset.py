@@ -9,6 +9,7 @@ filter copy nothing. The verbs are those of HF datasets. Nested values keep keys
 types: where they differ from row to row, they are stored as JSON, as HF's Json feature does.
 """
 import bisect
+import collections
 import contextlib
 import csv
 import gc
@@ -27,9 +28,9 @@ import zlib
 import numpy as np
 import torch
 
-from files import replaced
-from arrow import (ArrowError, Batch, Field, Mixed, Type, Writer, build, guard, infer, inside, map_file,
-                   read_stream, type_name, unify)
+from files import locked, replaced
+from arrow import (Array, ArrowError, Batch, Field, Mixed, Type, Writer, build, collect, guard, infer, inside,
+                   map_file, read_stream, type_name, unify)
 
 BLOCK = 1 << 20   # bytes of JSON that become one batch
 SPILL = (
@@ -755,51 +756,163 @@ def load_csv(f, path, sink, delimiter):
         sink.type = Type('struct', tuple(Field(f.name, Type('string')) for f in sink.type.fields))
 
 
-def encoded(ds: Dataset, encode, key: str) -> Dataset:
-    """Every row as encode(row) -> {name: list of ids or of bools}, written once as list<int32> and list<bool>
-    and mapped from then on: a million rows lie in the page cache, not in Python's memory. The file stands
-    beside the data; its name is the hash of the data's bytes and of key: all else that the ids depend on."""
-    paths = [file for _, file in ds.sources]
-    if paths and isinstance(ds.index, range) and ds.index == range(ds.starts[-1]):
-        digest = hashlib.sha256(f'{key}{ds.type}'.encode())
-        for path in paths:
-            with open(path, 'rb') as f:
-                digest.update(hashlib.file_digest(f, 'sha256').digest())
-        path = f'{paths[0]}.{digest.hexdigest()[:16]}.encoded'
-        if not os.path.exists(path):
-            try:
-                with replaced(path) as f:
-                    write_encoded(ds, encode, f)
-            except OSError as e:
-                print(f'{path}: {e.strerror}: the encoded rows stay in memory')
-        if os.path.exists(path):
-            with open(path, 'rb') as f:
-                return from_arrow(map_file(f), path, ds.sources)
-    f = tempfile.TemporaryFile()
-    write_encoded(ds, encode, f)
-    f.flush()
-    return from_arrow(map_file(f), 'encoded rows', ds.sources)
+# -----------------------------------------------------------------------------------------------------------
+# encoded rows: 4 bytes a token, in mapped pages
+# -----------------------------------------------------------------------------------------------------------
+
+CACHED_FROM = 10_000  # rows of a table; fewer are encoded in a second
 
 
-def write_encoded(ds, encode, f):
-    writer = None
-    for start in range(0, len(ds), 1000):
-        rows = []
-        for i in range(start, min(start + 1000, len(ds))):
-            try:
-                rows.append(encode(ds[i]))
-            except ValueError as e:
-                raise ValueError(f"{place(ds, i, 'dataset')}: {e}") from None
-        if writer is None:
-            fields = []
-            for name, values in rows[0].items():
-                item = Type('bool' if isinstance(values[0], bool) else 'int32')
-                fields.append(Field(name, Type('list', (Field('item', item),))))
-            t = Type('struct', tuple(fields))
-            writer = Writer(f, t)
-        columns = [build([row[column.name] for row in rows], column.type) for column in t.fields]
-        writer.write(columns, len(rows))
+class Items:
+    """What a stage makes of rows: a sequence of tuples of token ids, masks and numbers. They lie in Arrow
+    batches, 4 bytes a token, in memory or in a mapped file, and are read when they are asked for: a list
+    comes back as a list, an int64 or bool array as such an array. index: the entries that are shown."""
+
+    def __init__(self, batches, index):
+        self.batches = batches
+        self.starts = list(itertools.accumulate((batch.length for batch in batches), initial=0))
+        self.index = index
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            return Items(self.batches, self.index[key])
+        entry = int(self.index[key])
+        b = bisect.bisect_right(self.starts, entry) - 1
+        columns = list(self.batches[b].columns().items())[len(ABOUT):]
+        return tuple(stored_value(name, column, entry - self.starts[b]) for name, column in columns)
+
+
+# of an entry: the row that it comes from, has that row an item at all, what there is to say of the row
+ABOUT = (Field('row', Type('int64')), Field('kept', Type('bool')), Field('note', Type('string')))
+
+
+def item_fields(item):
+    """The columns that hold a tuple's values; a name tells which Python type comes back."""
+    fields = []
+    for i, value in enumerate(item):
+        if hasattr(value, '__len__'):
+            bools = np.asarray(value).dtype == bool
+            t = Type('list', (Field('item', Type('bool' if bools else 'int32')),))
+        else:
+            t = infer([value])
+        fields.append(Field(f'{i} {type(value).__name__}', t))
+    return tuple(fields)
+
+
+def stored_column(values, t):
+    if t.kind != 'list':
+        return build(values, t)
+    item = t.fields[0].type
+    data = flat(values, bool if item.kind == 'bool' else np.int32)
+    bits = np.packbits(data, bitorder='little') if item.kind == 'bool' else data
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return Array(t, len(values), None, None, offsets, (Array(item, len(data), None, bits),))
+
+
+def stored_value(name, column, i):
+    if column.type.kind != 'list':
+        return column.item(i)
+    values = column.items(i)
+    if name.endswith('list'):
+        return values.tolist()
+    return values if values.dtype == bool else values.astype(np.int64)
+
+
+def entries(rows, encode, name):
+    """(number of the row in its table, item, note) of all rows, in order; the item of a row without one is
+    (). ValueError with file and row of what encode refuses."""
+    for i, row in enumerate(rows):
+        try:
+            items, note = encode(row)
+        except ValueError as e:
+            raise ValueError(f'{place(rows, i, name)}: {e}') from None
+        number = int(rows.index[i]) if isinstance(rows, Dataset) else i
+        for item in items or [()]:
+            yield number, item, note
+            note = ''
+
+
+def write_items(f, rows, encode, name):
+    """All entries as an Arrow stream."""
+    stream, first = entries(rows, encode, name), []
+    for entry in stream:
+        first.append(entry)
+        if entry[1]:
+            break
+    fields = item_fields(first[-1][1] if first else ())  # the first item tells the columns
+    nothing = tuple([] if field.type.fields else 0 for field in fields)
+    t = Type('struct', ABOUT + fields)
+    writer, stream = Writer(f, t), itertools.chain(first, stream)
+    while chunk := list(itertools.islice(stream, 1000)):
+        table = [(number, bool(item), note, *(item or nothing)) for number, item, note in chunk]
+        writer.write([stored_column(values, f.type) for f, values in zip(t.fields, zip(*table))], len(table))
     writer.end()
+
+
+def cache_path(rows, key):
+    """Where the items of these rows lie beside the first file of their table; None for a small table. The
+    name is the hash of the table's values and of key(), the text of all else that the items depend on."""
+    if not isinstance(rows, Dataset) or not rows.sources or rows.starts[-1] < CACHED_FROM:
+        return None
+    digest = hashlib.sha256(f'{rows.type}{key()}'.encode())
+    for batch in rows.batches:
+        nodes, buffers = [], []
+        for column in batch.columns().values():
+            collect(column, nodes, buffers)
+        digest.update(repr(nodes).encode())
+        for buffer in buffers:
+            digest.update(buffer)
+    return f'{rows.sources[0][1]}.{digest.hexdigest()[:16]}.encoded'
+
+
+def write_cache(path, rows, encode, name):
+    """One of several processes writes, the others wait for it."""
+    lock = path.removesuffix('encoded') + 'lock'
+    with locked(lock):
+        try:
+            if not os.path.exists(path):
+                with replaced(path) as f:
+                    write_items(f, rows, encode, name)
+        finally:
+            os.unlink(lock)
+
+
+def encoded(rows, encode, name: str, key):
+    """(Items of all rows, Counter of the notes). encode(row) -> ([item, ...], note). A large table is encoded
+    once, into a file beside its own, which is mapped from then on: a million rows lie in the page cache, not
+    in Python's memory. Rows that are a small part of their table, and those in a folder that cannot be
+    written, stay in memory."""
+    path = cache_path(rows, key)
+    if path and not os.path.exists(path) and len(rows) >= 0.9 * rows.starts[-1]:
+        try:
+            write_cache(path, rows.choose(range(rows.starts[-1])), encode, name)
+        except OSError as e:
+            print(f'{path}: {e.strerror}: the encoded rows stay in memory')
+    if path and os.path.exists(path):
+        with open(path, 'rb') as f:
+            return chosen_items(read_stream(map_file(f), path)[2], np.asarray(rows.index))
+    f = io.BytesIO()
+    write_items(f, rows, encode, name)
+    return chosen_items(read_stream(f.getbuffer(), name)[2])
+
+
+def chosen_items(batches, rows=None):
+    """(Items, their notes) of all entries in order, or of those of the given rows, where `row` ascends."""
+    def column(name):
+        return [batch.columns()[name] for batch in batches]
+    index = np.arange(sum(batch.length for batch in batches))
+    if rows is not None:
+        numbers = np.concatenate([c.numpy() for c in column('row')])
+        first = np.searchsorted(numbers, rows)
+        counts = np.searchsorted(numbers, rows, 'right') - first
+        index = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+    kept = np.concatenate([np.zeros(0, bool), *(c.numpy() for c in column('kept'))])
+    notes = list(itertools.chain.from_iterable(c.list(0, c.length) for c in column('note')))
+    notes = collections.Counter(notes[i] for i in index.tolist() if notes[i])
+    return Items(batches, index[kept[index]]), notes
 
 
 # -----------------------------------------------------------------------------------------------------------

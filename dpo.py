@@ -22,6 +22,7 @@ on 531 held-out pairs 50 -> 62.1 / 60.5 / 60.5 % (each within 4). "The longer an
 """
 import os
 import math
+import itertools
 
 os.environ.setdefault('GOMP_SPINCOUNT', '2000') # idle CPU threads soon sleep: python bench.py neighbour
 import torch
@@ -250,7 +251,7 @@ def stored_logps(run, policy, frozen, pairs, average, split):
     with reference_of(policy, frozen) as reference:
         weights = parallel.full_state(reference, only_master=True)  # names may lie, weights do not
     weights = [weights[name].numpy().tobytes() for name in sorted(weights) if not is_adapter(name)]
-    name = run.mesh.everyone.share_object(digest([*weights, *pairs, average, run.dtype]), 0, 'reference')
+    name = run.mesh.everyone.share_object(digest(itertools.chain(weights, pairs, [average, run.dtype])), 0, 'reference')
     name = torch.frombuffer(bytearray.fromhex(name), dtype=torch.uint8)
     if os.path.exists(file):
         stored = load_safetensors(file)
@@ -301,8 +302,8 @@ if __name__ == '__main__':
 
     # ---- pairs
     rows, val_rows = run.rows()
-    pairs = encode_all(rows, lambda row: read_pair(row, tok, T), dataset)
-    val_pairs = encode_all(val_rows, lambda row: read_pair(row, tok, T), run.val_name)
+    pairs = encode_all(rows, read_pair, dataset, (tok, T))
+    val_pairs = encode_all(val_rows, read_pair, run.val_name, (tok, T))
     val_pairs = val_pairs[:eval_iters * batch_size or None]
     max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
     order = run.order(pairs, batch_size)  # endless, a function of the seed

@@ -161,18 +161,25 @@ def read_answers(row, tok, T):
     return kept, note
 
 
-def with_other_answers(items, T):
-    """(prompt, answer, label, other): an answer of the next item with another prompt, y' for x in the
-    estimate of z."""
-    out = []
-    for i, (prompt, answer, label) in enumerate(items):
-        others = (items[(i + k) % len(items)] for k in range(1, len(items)))
-        other = next((a for p, a, _ in others if p != prompt), None)
-        if other is None:
-            raise ValueError('kto estimates the KL on answers to other prompts, and all rows have the same '
-                             'prompt: add rows')
-        out.append((prompt, answer, label, other[:T - len(prompt)]))
-    return out
+class WithOtherAnswers:
+    """The sequence of (prompt, answer, label, other), made when it is asked for; other: an answer of the next
+    item with another prompt, y' for x in the estimate of z."""
+
+    def __init__(self, items, T):
+        self.items = items
+        self.T = T
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        prompt, answer, label = self.items[i]
+        for k in range(1, len(self)):
+            next_prompt, other, _ = self.items[(i + k) % len(self)]
+            if next_prompt != prompt:
+                return prompt, answer, label, other[:self.T - len(prompt)]
+        raise ValueError('kto estimates the KL on answers to other prompts, and all rows have the same '
+                         'prompt: add rows')
 
 
 def logps_of(model, items, which, average):
@@ -258,9 +265,9 @@ if __name__ == '__main__':
     # ---- 1. answers with their labels, and the reference: a frozen copy, or None: the policy with its
     # adapter off
     rows, val_rows = run.rows()
-    items = with_other_answers(encode_all(rows, lambda row: read_answers(row, tok, T), dataset), T)
-    val_items = encode_all(val_rows, lambda row: read_answers(row, tok, T), run.val_name)
-    val_items = with_other_answers(val_items, T)[:eval_iters * batch_size or None]
+    items = WithOtherAnswers(encode_all(rows, read_answers, dataset, (tok, T)), T)
+    val_items = WithOtherAnswers(encode_all(val_rows, read_answers, run.val_name, (tok, T)), T)
+    val_items = list(val_items)[:eval_iters * batch_size or None]
     max_iters = max_iters or math.ceil(epochs * len(items) / batch_size)
     order = run.order(items, batch_size)  # endless, a function of the seed
     print(f'{dataset}: {len(items):,} answers, {sum(item[2] for item in items):,} good, {len(val_items):,} '

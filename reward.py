@@ -274,8 +274,8 @@ if __name__ == '__main__':
 
     # ---- pairs
     rows, val_rows = run.rows()
-    pairs = encode_all(rows, lambda row: read_preference(row, tok, T, ties), dataset)
-    val_pairs = encode_all(val_rows, lambda row: read_preference(row, tok, T, 'drop'), run.val_name)
+    pairs = encode_all(rows, read_preference, dataset, (tok, T, ties))
+    val_pairs = encode_all(val_rows, read_preference, run.val_name, (tok, T, 'drop'))
     max_iters = max_iters or math.ceil(epochs * len(pairs) / batch_size)
     order = run.order(pairs, batch_size)
     print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of '
@@ -327,7 +327,7 @@ if __name__ == '__main__':
         if normalize == 'samples':
             sequences = sampled_sequences(run, tok, pairs, normalize_n, max_new_tokens, temperature, seed)
         else:
-            sequences = [p[0] + answer for p in pairs for answer in p[1:3]][:normalize_n]
+            sequences = [p[0] + answer for p in pairs[:normalize_n] for answer in p[1:3]][:normalize_n]
         for name in ('ckpt_best.pt', 'ckpt.pt'):
             if os.path.exists(os.path.join(out_dir, name)):
                 normalise(run, model, sequences, name)

@@ -5,7 +5,7 @@ What every stage does around its algorithm stands here once; a stage holds its e
     run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from
     model, tok = run.model()            # from anywhere, with lora_r > 0 under an adapter
     train, val = run.rows()             # dataset and val_dataset, or 5 % of dataset kept aside
-    items = encode_all(train, fn, name)     # rows to token ids; a bad row is named by file and number
+    items = encode_all(train, fn, name, (tok, T))   # by fn(row, tok, T); a bad row is named by file and number
     model, optimizer = run.trained(model, learning_rate)    # this rank's part of it, and its AdamW
     order = run.order(items, batch_size)    # endless batches of row numbers
     run.plan(tokens, T)                 # says what runs where and how much memory it will take
@@ -41,7 +41,7 @@ import files
 import kernels
 import lora
 import parallel
-from dataset import load_dataset, pack, Sampler, place
+from dataset import encoded, entries, load_dataset, pack, Sampler
 from model import GPT, GPTConfig, _fill
 from tokenizer import get_tokenizer
 
@@ -325,9 +325,11 @@ def same_settings(config, old, out_dir):
 
 
 def digest(items):
-    """SHA-256 of a list of plain rows: are they the same ones?"""
+    """SHA-256 of plain rows, or of tuples of arrays: are they the same ones?"""
     found = hashlib.sha256()
     for item in items:
+        if isinstance(item, tuple) and all(hasattr(part, 'tobytes') for part in item):
+            item = b''.join(part.tobytes() for part in item)
         found.update(item if isinstance(item, bytes) else repr(item).encode())
     return found.hexdigest()
 
@@ -412,19 +414,22 @@ def line(metrics, keys):
 # the run
 
 
-def encode_all(rows, encode, name):
+def encode_all(rows, encode, name, args=None):
     """Items of all rows. encode(row) -> ([item, ...], note), the note ('' or words) is counted and printed.
-    ValueError names file and row of what encode refuses, and a data set of which nothing is left."""
-    items, notes = [], collections.Counter()
-    for i, row in enumerate(rows):
-        try:
-            found, note = encode(row)
-        except ValueError as e:
-            raise ValueError(f'{place(rows, i, name)}: {e}') from None
-        items += found
-        notes[note] += 1
-    said = ', '.join(f'{n} {note}' for note, n in notes.items() if note)
-    if not items:
+    With args, (tokenizer, ...), it is encode(row, *args), and the items, tuples of token ids, masks and
+    numbers, lie in mapped pages: see dataset.encoded. ValueError names file and row of what encode refuses,
+    and a data set of which nothing is left."""
+    if args is None:
+        found = list(entries(rows, encode, name))
+        items = [item for _, item, _ in found if item]
+        notes = collections.Counter(note for _, _, note in found if note)
+    else:
+        def key():
+            with open(encode.__code__.co_filename, encoding='utf-8') as f:
+                return repr([encode.__name__, f.read(), args[0].state(), args[1:]])
+        items, notes = encoded(rows, lambda row: encode(row, *args), name, key)
+    said = ', '.join(f'{n} {note}' for note, n in notes.items())
+    if not len(items):
         raise ValueError(f'{name}: no usable row of {len(rows)}: {said}')
     if said:
         print(f'{name}: {said}')

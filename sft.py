@@ -214,13 +214,13 @@ if __name__ == '__main__':
         print(f'{dataset}: {len(train):,} tokens; {batch_size} x {T} = {batch_size * T:,} an iteration')
     else:
         train_rows, val_rows = run.rows()
-        train = encode_all(train_rows, lambda row: read_row(row, tok, T), dataset)
+        train = encode_all(train_rows, read_row, dataset, (tok, T))
         if show_masks:
             for ids, trained in train[:show_masks]:
                 print(coloured(ids.tolist(), trained.tolist(), tok) + '\n' + '-' * 80)
             raise SystemExit
-        val = encode_all(val_rows, lambda row: read_row(row, tok, T), run.val_name)
-        order = run.order([ids.tobytes() + trained.tobytes() for ids, trained in train], batch_size)
+        val = encode_all(val_rows, read_row, run.val_name, (tok, T))
+        order = run.order(train, batch_size)
         n_tokens = sum(len(ids) for ids, _ in train)
         n_trained = sum(int(trained.sum()) for _, trained in train)
         print(f'{dataset}: {len(train):,} rows, {n_tokens:,} tokens, {n_trained:,} of them trained on; '

@@ -27,7 +27,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 import files
 from arrow import Record
-from dataset import Dataset, encoded
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -193,6 +192,11 @@ class Tokenizer:
         except ValueError:  # no template, or one that does not tell what ends a turn
             return list(dict.fromkeys(i for i in ids if i is not None))
         return list(dict.fromkeys(i for i in ids if i is not None))
+
+    def state(self):
+        """Text that says all that its ids depend on."""
+        with open(__file__, encoding='utf-8') as f:
+            return json.dumps([self.spec, self.config, self.templates, self.prefix, f.read()])
 
     def save(self, folder):
         """tokenizer.json and tokenizer_config.json: get_tokenizer(folder) reads them back, so do transformers
@@ -1195,22 +1199,6 @@ def encode_labelled(row, tok, **args) -> tuple[list[int], list[int]]:
     ids, trained = encode_row(row, tok, **args)
     first = trained.index(True)
     return ids[:first], ids[first:last_true(trained) + 1]
-
-
-def encode_dataset(ds: Dataset, tok, encode=encode_row) -> Dataset:
-    """All rows by encode_row {"ids", "trained"}, encode_pair {"prompt", "chosen", "rejected"} or
-    encode_prompt {"ids"}, encoded once and mapped from then on; .arrays(i) gives a row without a copy.
-    ValueError names file and row of what cannot be read."""
-    columns = {encode_row: ('ids', 'trained'), encode_pair: ('prompt', 'chosen', 'rejected')}
-    names = columns.get(encode, ('ids',))
-    with open(__file__, encoding='utf-8') as f:
-        key = json.dumps([encode.__name__, tok.spec, tok.config, tok.templates, tok.prefix, f.read()])
-
-    def row(values):
-        found = encode(values, tok)
-        return dict(zip(names, found if len(names) > 1 else (found,)))
-
-    return encoded(ds, row, key)
 
 
 def show_masks(ids, trained, tok):

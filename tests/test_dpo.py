@@ -349,7 +349,7 @@ def test_kto_reads_labels_and_messages(world):
     stage('kto.py', *COMMON, '--dataset=talk.jsonl', '--out_dir=out-kto', '--max_iters=2', cwd=world)
     assert len(log_rows(world / 'out-kto')) == 2
     items = [([1], [2, 9], True), ([1], [3, 9], True), ([5], [4, 9], False)]
-    others = [item[3] for item in kto.with_other_answers(items, 64)]
+    others = [item[3] for item in kto.WithOtherAnswers(items, 64)]
     assert others == [[4, 9], [4, 9], [2, 9]]  # the KL is estimated on answers to another prompt
 
 

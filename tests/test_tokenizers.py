@@ -8,9 +8,11 @@ import random
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 import dataset
+import run
 import tokenizer
 from tokenizer import encode_labelled, encode_pair, encode_prompt, encode_row, get_tokenizer, show_masks, split_pair
 
@@ -640,26 +642,72 @@ def test_masks_take_time_in_proportion():
     assert counts[0] == counts[1] <= 6
 
 
+def read_sft(row, tok, T):
+    ids, trained = encode_row(row, tok)
+    if len(ids) > T:
+        return [], 'rows dropped'
+    return [(np.asarray(ids), np.asarray(trained)), (np.asarray(ids[::-1]), ~np.asarray(trained))], ''
+
+
+def read_kto(row, tok):
+    ids, trained = encode_row(row, tok)
+    return [(ids, trained, trained[0], 0.5)], 'all of them'
+
+
+def as_lists(items):
+    return [tuple(part.tolist() if hasattr(part, 'tolist') else part for part in item) for item in items]
+
+
 def test_encoded_rows_are_written_once(tmp_path, monkeypatch, capsys):
-    """The second start opens the file; another byte of the data, template or reading makes another one; ids and masks are the same."""
+    """The second start opens the file; another byte of the data, template, reading or argument makes another
+    one; the items of a shuffled part are what they are without a file."""
     tok, path = tooled(), tmp_path / 'x.jsonl'
-    rows = [{'messages': chat(f'u:q{i}', f'a:{"é" * i}r')} for i in range(30)]
+    rows = [{'messages': chat(f'u:q{i}', f'a:{"é" * i}r')} for i in range(40)]
     path.write_text('\n'.join(map(json.dumps, rows)))
-    ds, files = dataset.load_dataset(path), lambda: sorted(f.name for f in tmp_path.iterdir() if f.suffix == '.encoded')
-    want = [dict(zip(('ids', 'trained'), encode_row(row, tok))) for row in rows]
+
+    def written():
+        return sorted(f.name for f in tmp_path.iterdir() if f.name != 'x.jsonl')
+
+    parts = dataset.load_dataset(path).train_test_split(0.05, 1)
+    want = {}
+    for name, part in parts.items():
+        found = [read_sft(row, tok, 99) for row in part]
+        want[name] = as_lists([item for items, _ in found for item in items]), sum(note != '' for _, note in found)
+    assert written() == [] and want['train'][1]  # a small table has no file
+    monkeypatch.setattr(dataset, 'CACHED_FROM', 1)
     for start in range(2):
-        made = tokenizer.encode_dataset(ds, tok)
-        assert [made[i] for i in range(30)] == want and len(files()) == 1
+        for name, part in parts.items():
+            items = run.encode_all(part, read_sft, name, (tok, 99))
+            assert as_lists(items) == want[name][0] and as_lists(items[1:3]) == want[name][0][1:3]
+            assert (f'{want[name][1]} rows dropped' in capsys.readouterr().out) == (want[name][1] > 0)
+            assert items[0][0].dtype == np.int64 and items[-1][1].dtype == bool and len(written()) == 1
         monkeypatch.setattr(tokenizer.Chat, 'text', None)  # nothing is rendered again
     monkeypatch.undo()
-    view = made.shuffle(1).arrays(3)
-    assert view['ids'].tolist() == made.shuffle(1)[3]['ids'] and view['trained'].dtype == bool and not view['ids'].flags.owndata
-    assert dataset.place(made.shuffle(1), 0, '') == dataset.place(ds.shuffle(1), 0, '')
-    tokenizer.encode_dataset(ds, tooled('{# another #}' + TOOLED))
+    monkeypatch.setattr(dataset, 'CACHED_FROM', 1)
+    ds = dataset.load_dataset(path)
+    for n, (data, *args) in enumerate([(ds, read_sft, (tok, 98)), (ds, read_kto, (tok,)),
+                                       (ds, read_kto, (tooled('{# another #}' + TOOLED),))]):
+        items = run.encode_all(data, args[0], 'x', args[1])
+        assert len(written()) == n + 2
+    ids, trained = encode_row(rows[3], tok)
+    assert items[3] == (ids, trained, False, 0.5) and [type(part) for part in items[3]] == [list, list, bool, float]
     path.write_text(path.read_text().replace('q3', 'q4'))
-    tokenizer.encode_dataset(dataset.load_dataset(path), tok)
-    assert len(files()) == 3 and tokenizer.encode_dataset(dataset.Dataset.from_list(rows), tok)[2] == made[2]
+    other = dataset.load_dataset(path)
+    run.encode_all(other.select(range(9)), read_kto, 'x', (tok,))  # a few rows of many: in memory
+    assert len(written()) == 4 and '9 all of them' in capsys.readouterr().out
     monkeypatch.setattr(dataset, 'replaced', lambda path: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')))
-    assert tokenizer.encode_dataset(ds, tooled('{# another one #}' + TOOLED))[2] == made[2] and 'stay in memory' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='row 2: '):
-        tokenizer.encode_dataset(dataset.Dataset.from_list([rows[0], {'messages': chat('u:x')}]), tok)
+    assert len(run.encode_all(other, read_kto, 'x', (tok,))) == 40 and len(written()) == 4
+    assert 'stay in memory' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('cached_from', [1, 1000])
+def test_a_bad_row_is_named_by_its_place_in_the_file(tmp_path, monkeypatch, cached_from):
+    monkeypatch.setattr(dataset, 'CACHED_FROM', cached_from)
+    rows = [{'prompt': f'a{i}:', 'completion': None if i == 56 else 'b'} for i in range(100)]
+    for name, part in (('one', rows[:60]), ('two', rows[60:])):
+        (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, part)))
+    train = dataset.load_dataset([tmp_path / 'two.jsonl', tmp_path / 'one.jsonl']).train_test_split(0.05, 1)['train']
+    for args in ((tooled(),), None):
+        with pytest.raises(ValueError, match='one.jsonl, row 57: '):
+            run.encode_all(train, (lambda row: read_kto(row, tooled())) if args is None else read_kto, 'x', args)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['one.jsonl', 'two.jsonl']
