@@ -5,7 +5,7 @@ What every stage does around its algorithm stands here once; a stage holds its e
     run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from
     model, tok = run.model()            # from anywhere, with lora_r > 0 under an adapter
     train, val = run.rows()             # dataset and val_dataset, or 5 % of dataset kept aside
-    items = encode_all(train, fn, name, (tok, T))   # by fn(row, tok, T); a bad row is named by file and number
+    items = encode_all(train, fn, name, (tok, T))   # by fn(row, tok, T); a bad row is named
     model, optimizer = run.trained(model, learning_rate)    # this rank's part of it, and its AdamW
     order = run.order(items, batch_size)    # endless batches of row numbers
     run.plan(tokens, T)                 # says what runs where and how much memory it will take
@@ -547,8 +547,8 @@ class Run:
         if c['val_dataset']:
             held_out = load_dataset(c['val_dataset'])
         elif len(train) < 2:
-            raise ValueError(f'{c["dataset"]}: {len(train)} row, so none can be kept aside: add rows, or give '
-                             f'--val_dataset')
+            raise ValueError(f'{c["dataset"]}: {len(train)} row, so none can be kept aside: add rows, or '
+                             f'give --val_dataset')
         else:
             parts = train.train_test_split(0.05, c['seed'])
             train, held_out = parts['train'], parts['test']
