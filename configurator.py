@@ -46,7 +46,7 @@ if __name__ in ('__main__', '__mp_main__'):  # '__mp_main__': a spawned worker; 
     def _comment(key):
         """What stands behind `key = default #`; '' where there is nothing."""
         default = r'''(?:'[^'\n]*'|"[^"\n]*"|[^#'"\n])*'''
-        found = re.search(rf'^{key} = {default}#\s*(.*)$', _source, re.M)
+        found = re.search(rf'^ *{key} = {default}#\s*(.*)$', _source, re.M)
         return found[1] if found else ''
 
     def _range(key):

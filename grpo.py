@@ -48,6 +48,7 @@ eval_iters = 64 # >= 0: held-out prompts an evaluation answers; 0 = all
 eval_k = 4 # >= 1: answers to each of them: pass@1 and pass@eval_k
 eval_only = False # evaluate once and stop
 save_minutes = 5.0 # >= 0: minutes between checkpoints besides those of evaluations; 0 = evaluations only
+log_to = '' # also 'tensorboard', 'wandb' or FILE.py with log(step, split, metrics), by comma
 # data
 dataset = 'data/toy/arith_train.jsonl' # rows {"prompt", ...}; the whole row goes to a reward file
 val_dataset = '' # '' keeps 5 % of dataset aside
@@ -297,11 +298,11 @@ def concatenate(batches):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset, eval_interval,
-    # save_minutes, lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing,
-    # threads, tp, pp, cp, zero, dist_timeout; rollout.py reads dataset, max_prompt, long_prompts,
-    # reward_weights, temperature, max_num_seqs, rollout_tp, max_staleness, simulate_staleness,
-    # rollout_workers, reward_workers, reward_timeout, reward_retries, runtime
+    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset,
+    # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2,
+    # compile, checkpointing, threads, tp, pp, cp, zero, dist_timeout; rollout.py reads dataset, max_prompt,
+    # long_prompts, reward_weights, temperature, max_num_seqs, rollout_tp, max_staleness,
+    # simulate_staleness, rollout_workers, reward_workers, reward_timeout, reward_retries, runtime
     if batch_size % minibatch_size or minibatch_size % group_size:
         fits = [m for m in range(group_size, batch_size + 1, group_size) if batch_size % m == 0]
         way = f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'

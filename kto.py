@@ -40,6 +40,7 @@ eval_interval = 100 # >= 1: iterations between evaluations; a checkpoint is writ
 eval_iters = 0 # >= 0: batches an evaluation; 0 = the whole validation set
 eval_only = False # evaluate once and stop
 save_minutes = 5.0 # >= 0: minutes between checkpoints besides those of evaluations; 0 = evaluations only
+log_to = '' # also 'tensorboard', 'wandb' or FILE.py with log(step, split, metrics), by comma
 # data
 dataset = 'data/toy/pref_train.jsonl' # rows {"prompt", "completion", "label": true}; a pair gives one of each
 val_dataset = '' # '' keeps 5 % of dataset aside
@@ -255,9 +256,9 @@ def held_out_answers(run, policy, items, ref_logps, batch_size, how):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset, eval_interval,
-    # save_minutes, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2, device, dtype,
-    # compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
+    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset,
+    # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay,
+    # beta1, beta2, device, dtype, compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
     run = Run('kto', config)
     policy, tok = run.model()  # no dropout: policy and reference start equal
     T = min(block_size or policy.config.block_size, policy.config.block_size)

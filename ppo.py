@@ -43,6 +43,7 @@ eval_interval = 20 # >= 1: iterations between evaluations; a checkpoint is writt
 eval_iters = 64 # >= 0: held-out prompts an evaluation answers; 0 = all
 eval_only = False # evaluate once and stop
 save_minutes = 5.0 # >= 0: minutes between checkpoints besides those of evaluations; 0 = evaluations only
+log_to = '' # also 'tensorboard', 'wandb' or FILE.py with log(step, split, metrics), by comma
 # data
 dataset = 'data/toy/prompts_train.jsonl' # rows {"prompt", ...}; the whole row goes to a reward file
 val_dataset = '' # '' keeps 5 % of dataset aside
@@ -263,11 +264,11 @@ def linear_lr(it, peak, warmup, total):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: overwrite, val_dataset, eval_interval, save_minutes, lora_r,
-    # lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing, threads, tp, pp, cp, zero,
-    # dist_timeout; rollout.py reads dataset, max_prompt, long_prompts, max_new_tokens, max_num_seqs,
-    # rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers, reward_timeout,
-    # reward_retries, runtime
+    # ---- setup. Run reads the rest of the keys: overwrite, val_dataset, eval_interval, save_minutes,
+    # lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing, threads, tp, pp,
+    # cp, zero, dist_timeout; rollout.py reads dataset, max_prompt, long_prompts, max_new_tokens,
+    # max_num_seqs, rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers,
+    # reward_timeout, reward_retries, runtime
     if batch_size % minibatch_size:
         fits = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
         raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: '

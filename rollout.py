@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import runpy
 import sys
 import threading
 import time
@@ -30,7 +29,7 @@ import infer
 import parallel
 from dataset import pad
 from model import all_rewards, answer_logprobs, answer_values
-from run import check_fit, encode_all, kv_cache_bytes, load_model, prompt_room, reference_of
+from run import check_fit, encode_all, kv_cache_bytes, load_function, load_model, prompt_room, reference_of
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
@@ -179,20 +178,8 @@ def overview(batch):
 
 def load_reward(path):
     """The function `reward(prompt, completion: str, row: dict) -> float` of a Python file of the user's.
-    prompt is the row's own: a string, or the list of messages. The file's folder can be imported from while
-    it loads. ValueError when the file is missing, does not run, or has no such function."""
-    if not os.path.isfile(path):
-        raise ValueError(f'reward {path}: no such file; it defines reward(prompt, completion, row) -> float')
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-    try:
-        space = runpy.run_path(path, run_name='reward')
-    except Exception as e:
-        raise ValueError(f'reward {path} does not run: {type(e).__name__}: {e}') from e
-    finally:
-        sys.path.pop(0)
-    if not callable(space.get('reward')):
-        raise ValueError(f'reward {path}: it defines no function reward(prompt, completion, row)')
-    return space['reward']
+    prompt is the row's own: a string, or the list of messages. ValueError: see load_function."""
+    return load_function(path, 'reward', 'reward(prompt, completion, row) -> float')
 
 
 def ask_reward(fn, name, row, text):

@@ -20,6 +20,11 @@ What every stage does around its algorithm stands here once; a stage holds its e
 
 A resumed run finds models, optimizers and order where they stood. The words of several processes (mesh,
 replica, rank) are explained in parallel.py; a single process is a mesh of one.
+
+What was trained leaves the project by
+
+    python run.py export --init_from=out-ppo --to=my-model                    # a Hugging Face folder
+    python run.py export --init_from=out-lora --to=my-adapter --adapter=True  # a PEFT folder
 """
 import collections
 import contextlib
@@ -32,6 +37,7 @@ import math
 import mmap
 import os
 import re
+import runpy
 import sys
 import time
 
@@ -52,7 +58,7 @@ from tokenizer import get_tokenizer
 def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
     """(GPT, tokenizer name or directory) from an out_dir, a ckpt file, an HF or PEFT directory, or a hub
     name. Always a plain model: an adapter is merged into its base. A language model asked for with
-    head='scalar' gets a fresh head. ValueError, one line, for what is no model."""
+    head='scalar' gets a fresh head; None: the one that it has. ValueError, one line, for what is no model."""
     inside = os.path.join(init_from, 'ckpt.pt')
     file = inside if os.path.exists(inside) else init_from
     if not os.path.isfile(file):
@@ -62,8 +68,9 @@ def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
         return GPT.from_pretrained(folder, head, dtype).to(device), folder
     ckpt = parallel.read_checkpoint(file, mmap=True)
     config, state = GPTConfig(**ckpt['model_args']), ckpt['model']
+    own_head = 'scalar' if 'score.weight' in state else 'lm'
+    head = head or own_head
     if ckpt.get('lora'):
-        own_head = 'scalar' if 'score.weight' in state else 'lm'
         base, _ = load_model(ckpt['lora']['base'], 'cpu', dtype, own_head)
         model = _merged(lora.load_state(base, ckpt['lora'], state), file, dtype, head)
     else:
@@ -94,7 +101,7 @@ def _from_peft(folder, device, dtype, head):
     own_head = 'scalar' if config.get('task_type') == 'SEQ_CLS' else 'lm'
     base, tokenizer = load_model(config['base_model_name_or_path'], 'cpu', dtype, own_head)
     brought = any(os.path.exists(os.path.join(folder, f)) for f in ('tokenizer.json', 'vocab.json'))
-    model = _merged(lora.load_lora(base, folder), folder, dtype, head)
+    model = _merged(lora.load_lora(base, folder), folder, dtype, head or own_head)
     return model.to(device), folder if brought else tokenizer
 
 
@@ -354,9 +361,60 @@ def rows_before(path, ckpt):
     return kept
 
 
+def load_function(path, name, usage):
+    """The function `name` of a Python file of the user's, whose folder can be imported from while it loads.
+    ValueError, with `usage` in it, when the file is missing, does not run, or has no such function."""
+    if not os.path.isfile(path):
+        raise ValueError(f'{name} {path}: no such file; it defines {usage}')
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    try:
+        space = runpy.run_path(path, run_name=name)
+    except Exception as e:
+        raise ValueError(f'{name} {path} does not run: {type(e).__name__}: {e}') from e
+    finally:
+        sys.path.pop(0)
+    if not callable(space.get(name)):
+        raise ValueError(f'{name} {path}: it defines no {usage}')
+    return space[name]
+
+
+def open_logger(name, out_dir, config, ckpt):
+    """--log_to: a function (step, split, {metric: number}) that takes the rows of log.jsonl to 'tensorboard'
+    (into out_dir), 'wandb' (project plainRLHF), or to the function `log` of FILE.py. ValueError for another
+    name, and for a package that is not installed."""
+    if name.endswith('.py'):
+        return load_function(name, 'log', 'log(step, split, metrics)')
+    if name not in ('tensorboard', 'wandb'):
+        raise ValueError(f"log_to {name!r}: expected 'tensorboard', 'wandb' or a FILE.py that defines "
+                         f"log(step, split, metrics)")
+    try:
+        if name == 'tensorboard':
+            from torch.utils.tensorboard import SummaryWriter
+        else:
+            import wandb
+    except ImportError:
+        raise ValueError(f'log_to {name!r}: it is not installed, pip install {name}') from None
+    if name == 'wandb':
+        same = hashlib.sha256(os.path.abspath(out_dir).encode()).hexdigest()[:16]  # also when resumed
+        run = wandb.init(project='plainRLHF', name=os.path.basename(out_dir), dir=out_dir, config=config,
+                         id=same, resume='allow' if ckpt else None)
+
+        def log(step, split, metrics):
+            run.log({f'{split}/{key}': value for key, value in metrics.items()}, step=step)
+        return log
+    writer = SummaryWriter(out_dir, purge_step=ckpt['iter'] if ckpt else None)
+
+    def log(step, split, metrics):
+        for key, value in metrics.items():
+            writer.add_scalar(f'{split}/{key}', value, step)
+        writer.flush()
+    return log
+
+
 class RunLog:
     """out_dir/log.jsonl: one row an iteration and evaluation; the first row holds the config. A resumed run
-    goes on behind the rows before its checkpoint, here and in samples.jsonl. master: of several ranks one
+    goes on behind the rows before its checkpoint, here and in samples.jsonl. The same numbers go to what
+    log_to names; one that fails is told of and left out, the run goes on. master: of several ranks one
     writes."""
 
     def __init__(self, out_dir, config, ckpt=None, master=True):
@@ -370,6 +428,13 @@ class RunLog:
             with files.replaced(path, 'w') as f:
                 f.writelines(lines)
         self.file = open(path, 'a', buffering=1, encoding='utf-8')
+        names = [name.strip() for name in config.get('log_to', '').split(',') if name.strip()]
+        self.others = {name: open_logger(name, out_dir, config, ckpt) for name in names}
+        if ckpt and 'tensorboard' in self.others:  # it forgets what it had of this step on
+            for row in map(json.loads, lines[1:]):
+                if row['step'] == ckpt['iter']:
+                    del row['time']
+                    self.send('tensorboard', row.pop('step'), row.pop('split'), row)
 
     def elapsed(self):
         return time.time() - self.began
@@ -379,7 +444,18 @@ class RunLog:
         if self.file is not None:
             row = dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)
             self.file.write(json.dumps(row) + '\n')
+            for name in list(self.others):
+                self.send(name, step, split, metrics)
         trim_heap()
+
+    def send(self, name, step, split, metrics):
+        """One row to another logger."""
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+        try:
+            self.others[name](step, split, numbers)
+        except Exception as e:
+            print(f'log_to {name} failed at step {step} ({type(e).__name__}: {e}): no more rows go there')
+            del self.others[name]
 
 
 def check_finite(step, out_dir, **metrics):
@@ -703,3 +779,46 @@ class Run:
         print(f'done: {said}, peak memory {peak / 1e9:.2f} GB (planned {self.planned / 1e9:.2f}), checkpoint '
               f'in {self.out_dir}/ckpt.pt')
         self.mesh.close()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# out of the project
+
+
+def export(init_from, to, adapter=False, dtype='float32'):
+    """Writes what load_model reads as a Hugging Face folder, its adapter merged, with its tokenizer;
+    adapter=True: the adapter of an out_dir alone, as a PEFT folder. A base that is a run of ours is exported
+    beside it, into `to`/base, for PEFT to find. ValueError for a folder that is not empty."""
+    if not to or (os.path.exists(to) and os.listdir(to)):
+        raise ValueError(f'to {to!r}: name a folder that is new or empty, --to=DIR')
+    if not adapter:
+        model, tokenizer = load_model(init_from, head=None)
+        model.to(getattr(torch, dtype)).save_pretrained(to)
+    else:
+        file = os.path.join(init_from, 'ckpt.pt') if os.path.isdir(init_from) else init_from
+        ckpt = parallel.read_checkpoint(file)
+        if not ckpt.get('lora'):
+            raise ValueError(f'{init_from} was trained without an adapter: leave out --adapter=True')
+        base, tokenizer = ckpt['lora']['base'], ckpt['tokenizer']
+        head = 'scalar' if 'score.weight' in ckpt['model'] else 'lm'
+        model, _ = load_model(base, head=head)
+        if os.path.exists(os.path.join(base, 'ckpt.pt')) or os.path.isfile(base):
+            base = os.path.join(os.path.abspath(to), 'base')
+            export(ckpt['lora']['base'], base, dtype=dtype)
+        lora.save_lora(lora.load_state(model, ckpt['lora'], ckpt['model']), to, base=base)
+    get_tokenizer(tokenizer).save(to)
+    print(f'{to}: {", ".join(sorted(os.listdir(to)))}')
+
+
+if __name__ == '__main__':
+    init_from = '' # what to export: an out_dir, a ckpt file, an HF or PEFT directory, a hub name
+    to = '' # the folder to write, new or empty
+    adapter = False # a PEFT folder of the adapter alone, instead of a model with the adapter merged
+    dtype = 'float32' # one of 'float32', 'bfloat16', 'float16': of the weights in the file
+    config_keys = ['init_from', 'to', 'adapter', 'dtype']
+    if sys.argv[1:2] == ['export']:
+        del sys.argv[1]
+    elif not {'-h', '--help'} & set(sys.argv):
+        sys.exit('error: python run.py export --init_from=out-ppo --to=DIR; stages are run by their own name')
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+    export(init_from, to, adapter, dtype)

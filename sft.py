@@ -41,6 +41,7 @@ eval_interval = 250 # >= 1: iterations between evaluations; a checkpoint is writ
 eval_iters = 20 # >= 0: batches an evaluation; 0 = the whole validation set
 eval_only = False # evaluate once and stop
 save_minutes = 5.0 # >= 0: minutes between checkpoints besides those of evaluations; 0 = evaluations only
+log_to = '' # also 'tensorboard', 'wandb' or FILE.py with log(step, split, metrics), by comma
 show_masks = 0 # >= 0: print this many rows, trained tokens in green, and stop
 # data
 dataset = 'data/toy/sft_train.jsonl' # rows (.jsonl, .arrow ...), or a folder with train.bin and val.bin
@@ -184,9 +185,9 @@ def validation_loss(run, model, batches, loss_of):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: overwrite, val_dataset, eval_interval, save_minutes, lora_r,
-    # lora_alpha, lora_targets, weight_decay, beta1, beta2, device, dtype, compile, checkpointing, kernels,
-    # threads, tp, pp, cp, zero, dist_timeout
+    # ---- setup. Run reads the rest of the keys: overwrite, val_dataset, eval_interval, save_minutes,
+    # lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, device, dtype, compile, checkpointing,
+    # kernels, threads, tp, pp, cp, zero, dist_timeout
     if decay_lr and min_lr > learning_rate:
         raise ValueError(f'min_lr {min_lr} is above learning_rate {learning_rate}: set it to a tenth')
     run = Run('sft', config, folder=not show_masks)

@@ -1,18 +1,23 @@
 """What every stage does around its algorithm: the folder's lock, checkpoints cut short, full disks, signals, words for the device."""
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 from conftest import ROOT
+from helpers import jsonl, stage
 
 import parallel
 import run
 from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
 
 TINY = ['--dataset=text.jsonl', '--val_dataset=text.jsonl', '--tokenizer=byte', '--n_layer=1', '--n_embd=32', '--n_head=2',
         '--batch_size=4', '--eval_iters=1', '--device=cpu']
@@ -280,3 +285,102 @@ def test_each_config_fits_the_memory_that_readme_promises():
     assert len(configs) >= 5
     for config, size in configs:
         assert 0.1 * size * 1e9 < planned(config) < size * 1e9, (config, planned(config) / 1e9)
+
+
+# ---- the log, elsewhere; out of the project ----------------------------------------------------------------------
+
+
+def sft_args(out, *more):
+    return ['sft.py', '--dataset=text.jsonl', '--val_dataset=text.jsonl', '--tokenizer=byte', '--n_layer=1', '--n_head=2', '--n_embd=16',
+            '--batch_size=4', '--eval_interval=2', '--device=cpu', f'--out_dir={out}', *more]
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+    d = tmp_path_factory.mktemp('elsewhere')
+    jsonl(d / 'text.jsonl', [dict(text=f'row {i} of text') for i in range(12)])
+    (d / 'mine.py').write_text('import json\ndef log(step, split, metrics):\n    open("mine.jsonl", "a").write(json.dumps([step, split, metrics]) + "\\n")\n')
+    (d / 'breaks.py').write_text('def log(step, split, metrics):\n    1 / (step < 2)\n')
+    return d
+
+
+def numbers_of(out):
+    rows = [json.loads(line) for line in open(out / 'log.jsonl')]
+    return {(row['split'], key, row['step']): value for row in rows if row['split'] != 'config'
+            for key, value in row.items() if key not in ('step', 'split', 'time') and isinstance(value, (int, float))}
+
+
+def test_rows_go_where_log_to_says(texts, capsys):
+    """Also after a resume from an earlier checkpoint: every number of log.jsonl once, and no other."""
+    accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    out = texts / 'out-log'
+    stage(*sft_args('out-log', '--max_iters=4', '--log_to=tensorboard, mine.py'), cwd=texts)
+    assert {(row[1], key, row[0]) for row in map(json.loads, open(texts / 'mine.jsonl')) for key in row[2]} == set(numbers_of(out))
+    shutil.copy(out / 'ckpt.pt', texts / 'at4.pt')
+    stage(*sft_args('out-log', '--max_iters=7', '--init_from=resume', '--log_to=tensorboard'), cwd=texts)
+    shutil.copy(texts / 'at4.pt', out / 'ckpt.pt')
+    stage(*sft_args('out-log', '--max_iters=6', '--init_from=resume', '--log_to=tensorboard'), cwd=texts)
+    seen = accumulator.EventAccumulator(str(out), size_guidance=dict(scalars=0)).Reload()
+    found = {(*tag.split('/', 1), event.step): event.value for tag in seen.Tags()['scalars'] for event in seen.Scalars(tag)}
+    want = numbers_of(out)
+    assert found.keys() == want.keys() and max(step for _, _, step in want) == 6
+    assert all(found[key] == pytest.approx(value, rel=1e-6) for key, value in want.items())
+
+
+def test_a_logger_that_fails_does_not_end_the_run(texts, monkeypatch):
+    said = stage(*sft_args('out-breaks', '--max_iters=4', '--log_to=breaks.py'), cwd=texts)
+    assert said.count('log_to breaks.py failed at step 2 (ZeroDivisionError') == 1 and 'done:' in said
+    for name, says in (('nowhere', "expected 'tensorboard', 'wandb'"), ('gone.py', 'no such file'), ('text.jsonl', 'expected')):
+        with pytest.raises(ValueError, match=says):
+            stage(*sft_args('out-no', '--max_iters=1', f'--log_to={name}'), cwd=texts)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(ValueError, match='pip install wandb'):
+        stage(*sft_args('out-no', '--max_iters=1', '--log_to=wandb'), cwd=texts)
+
+
+def test_wandb_gets_the_config_and_goes_on_when_resumed(texts, monkeypatch):
+    calls, rows = [], []
+
+    def init(**options):
+        calls.append(options)
+        return types.SimpleNamespace(log=lambda row, step: rows.append((step, row)))
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+    stage(*sft_args('out-w', '--max_iters=2', '--log_to=wandb'), cwd=texts)
+    stage(*sft_args('out-w', '--max_iters=4', '--init_from=resume', '--log_to=wandb'), cwd=texts)
+    assert calls[0]['id'] == calls[1]['id'] and calls[0]['resume'] is None and calls[1]['resume'] == 'allow'
+    assert calls[0]['config']['max_iters'] == 2 and [step for step, _ in rows] == [0, 0, 1, 2, 2, 3, 4]
+    assert {'train/loss', 'train/lr', 'train/tok_per_s'} <= rows[1][1].keys() and 'eval/loss' in rows[0][1]
+
+
+def test_export(texts):
+    """What leaves opens in transformers and PEFT, to the same log-probs; the reward model keeps its head."""
+    transformers, peft = pytest.importorskip('transformers'), pytest.importorskip('peft')
+    stage(*sft_args('out-base', '--max_iters=3'), cwd=texts)
+    stage('sft.py', '--dataset=text.jsonl', '--val_dataset=text.jsonl', '--init_from=out-base', '--out_dir=out-lora', '--batch_size=4', '--device=cpu',
+          '--max_iters=3', '--lora_r=4', '--learning_rate=1e-1', cwd=texts)
+    here = os.getcwd()
+    os.chdir(texts)
+    try:
+        run.export('out-lora', 'merged')
+        run.export('out-lora', 'adapter', adapter=True)
+        ids = torch.tensor([[104, 101, 108, 108, 111]])
+        want = run.load_model('out-lora')[0].eval()(ids)[0]
+        tok = transformers.AutoTokenizer.from_pretrained('merged')
+        assert tok('hello')['input_ids'] == ids[0].tolist() and tok.decode(ids[0]) == 'hello'
+        merged = transformers.AutoModelForCausalLM.from_pretrained('merged')
+        adapted = peft.AutoPeftModelForCausalLM.from_pretrained('adapter')
+        plain = run.load_model('out-base')[0].eval()(ids)[0]
+        for model in (merged, adapted):
+            assert (model.eval()(ids).logits - want).abs().max() < 1e-5 < (want - plain).abs().max()
+        run.export('merged', 'half', dtype='bfloat16')
+        assert transformers.AutoModelForCausalLM.from_pretrained('half', dtype='auto').dtype == torch.bfloat16
+        scalar = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=257, block_size=32), 'scalar')
+        scalar.save_pretrained('rm')
+        get_tokenizer('byte').save('rm')
+        run.export('rm', 'rm2')
+        assert transformers.AutoModelForSequenceClassification.from_pretrained('rm2').config.num_labels == 1
+        for args, says in ((('out-base', 'merged'), 'new or empty'), (('out-base', ''), 'new or empty'), (('out-base', 'x', True), 'without an adapter')):
+            with pytest.raises(ValueError, match=says):
+                run.export(*args)
+    finally:
+        os.chdir(here)
