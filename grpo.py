@@ -59,6 +59,8 @@ seed = 1337 # in [0, 2147483648): of order, samples, new weights, dropout
 # reward
 reward = 'data/toy/reward.py' # as in ppo.py, several by comma; the first says what is correct
 reward_weights = '' # '1,0.2': one weight each; '' = 1 each
+env = '' # FILE.py with a class Env: conversations of several turns, see rollout.load_env; '' = none
+max_turns = 4 # >= 1: of the policy in a conversation; with env, max_new_tokens holds all turns and replies
 overlong = 'none' # one of 'none', 'mask', 'shape': a cut-off answer is not trained on; overlong_penalty
 overlong_cache = 16 # >= 0: tokens before max_new_tokens over which 'shape' falls from 0 to -1
 # algorithm
@@ -87,9 +89,9 @@ tis_cap = 2.0 # >= 0: bound of the importance weight between sampler and trainer
 tis_mode = 'token' # one of 'token', 'sequence': a weight for each token | one for the whole answer
 tis_rule = 'truncate' # one of 'truncate', 'mask': a weight over tis_cap is cut to it | becomes 0
 rollout_workers = 1 # >= 1: async: processes that sample, each with an engine of its own
-reward_workers = 1 # >= 1: async: processes that run the reward files (a reward model scores in this process)
-reward_timeout = 30.0 # > 0: async: seconds for the answers to one prompt; then the reward is tried again
-reward_retries = 2 # >= 0: async: times; then the prompt is dropped, and the next one takes its place
+reward_workers = 1 # >= 0: processes that run the reward files; 0 = this one, without a time limit
+reward_timeout = 30.0 # > 0: seconds for the answers to one prompt; then the reward is tried again
+reward_retries = 2 # >= 0: times; then the prompt is dropped, and the next one takes its place
 runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --head=True
 # LoRA (2106.09685)
 lora_r = 0 # >= 0: rank; 0 = train all weights
@@ -369,13 +371,13 @@ if __name__ == '__main__':
             seen.scores, each = marks(seen)
             answers.write_samples(it, seen)
             found = overview(seen)
-            if rewards.names[0] in rewards.files:  # a file says what is correct
+            if rewards.names[0].endswith('.py'):  # a file says what is correct
                 correct = each[rewards.names[0]] > 0.5
                 found |= {f'pass@{k}': pass_at_k(correct, eval_k, k) for k in (1, eval_k)}
             if compared:
                 some = [list(range(0, len(seen), eval_k))]  # one answer a prompt is enough for the KL
                 kl = k3(answers.all_logprobs(policy, seen, some), answers.reference_logprobs(seen, some))
-                found['kl'] = kl.sum().item() / len(some[0])  # it is 0 for the others
+                found['kl'] = kl[seen.mask].sum().item() / len(some[0])  # it is 0 for the others
             run.evaluated(it, found, found['score'], f'score pass@1 pass@{eval_k} kl len ended')
         if it == max_iters or eval_only:
             break
@@ -447,7 +449,7 @@ if __name__ == '__main__':
         stats = means(steps)
         if 'kl' in stats:
             stats['k3'] = stats.pop('kl')  # nats a token, as trained; kl: nats a sequence, as it was sampled
-            stats['kl'] = k3(batch.sampled, batch.ref_logp).sum(1).mean()
+            stats['kl'] = k3(batch.sampled, batch.ref_logp)[batch.mask].sum() / len(batch)
         if teacher:
             stats['teacher_kl'] = -batch.advantages.sum(1).mean()  # nats a sequence to the teacher, k1
         idle = gen_s / (time.time() - t0)

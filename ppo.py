@@ -83,9 +83,9 @@ simulate_staleness = 0 # >= 0: async in one process: batches sampled with the we
 decoupled = True # the ratio to the policy before the update, weighted by tis_cap; False: to the sampler
 tis_cap = 2.0 # >= 0: bound of the importance weight between sampler and trainer; 0 = off
 rollout_workers = 1 # >= 1: async: processes that sample, each with an engine of its own
-reward_workers = 1 # >= 1: async: processes that run the reward files (a reward model scores in this process)
-reward_timeout = 30.0 # > 0: async: seconds for the answers to one prompt; then the reward is tried again
-reward_retries = 2 # >= 0: async: times; then the prompt is dropped, and the next one takes its place
+reward_workers = 1 # >= 0: processes that run the reward files; 0 = this one, without a time limit
+reward_timeout = 30.0 # > 0: seconds for the answers to one prompt; then the reward is tried again
+reward_retries = 2 # >= 0: times; then the prompt is dropped, and the next one takes its place
 runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --head=True
 # LoRA (2106.09685)
 lora_r = 0 # >= 0: rank; 0 = train all weights

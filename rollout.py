@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -63,8 +63,16 @@ def load_prompts(run, tok, context):
                          f'{context}: lower it')
     room = min(c['max_prompt'] or room, room)
     names = c['dataset'], c['val_dataset'] or c['dataset']
-    train, val = (encode_all(rows, lambda row: read_prompt(row, tok, room, c['long_prompts']), name)
-                  for rows, name in zip(run.rows(), names))
+    env = load_env(c['env']) if c.get('env') else None
+
+    def read(row):
+        if env:
+            try:
+                row = dict(row, prompt=env().start(row))
+            except Exception as e:
+                raise ValueError(f'env {c["env"]}: start raised {type(e).__name__}: {e}') from e
+        return read_prompt(row, tok, room, c['long_prompts'])
+    train, val = (encode_all(rows, read, name) for rows, name in zip(run.rows(), names))
     run.same_rows([ids for _, ids in train])
     longest = max(len(ids) for _, ids in train + val)
     return train, val, longest + c['max_new_tokens']
@@ -87,6 +95,7 @@ class Batch:
         mask       (B, R) bool     True = response token; answers are padded on the right
         sampled    (B, R) float    log-prob that the sampler had for each token, 0 elsewhere
         ages       (B, R) int      updates that the sampler's weights were behind
+        replied    [int]           tokens of each that an environment wrote; mask is False there
     The rest a stage fills in as it goes; None until then. `batch[rows]` is a Batch of some answers, cut to
     the longest."""
     rows: list
@@ -97,6 +106,7 @@ class Batch:
     mask: torch.Tensor
     sampled: torch.Tensor
     ages: torch.Tensor
+    replied: list
     scores: torch.Tensor = None      # (B,)
     advantages: torch.Tensor = None  # (B,) or (B, R), as are those below
     old_logp: torch.Tensor = None
@@ -104,23 +114,24 @@ class Batch:
     values: torch.Tensor = None
     returns: torch.Tensor = None
     weights: torch.Tensor = None
-    given: dict = None  # {reward file: (B,)}, come along with asynchronous answers; not in parts of a batch
+    given: dict = None  # {reward file or environment: (B,)}, come with the answers; not in parts of a batch
 
     def __len__(self):
         return len(self.responses)
 
     def tokens(self):
-        return sum(map(len, self.responses))
+        """How many the policy wrote."""
+        return sum(map(len, self.responses)) - sum(self.replied)
 
     def __getitem__(self, rows):
         longest = max(len(self.responses[i]) for i in rows)
         part = {}
-        for field in fields(self):
-            x = getattr(self, field.name)
+        for each in fields(self):
+            x = getattr(self, each.name)
             if isinstance(x, list):
-                part[field.name] = [x[i] for i in rows]
+                part[each.name] = [x[i] for i in rows]
             elif torch.is_tensor(x):
-                part[field.name] = x[rows] if x.dim() == 1 else x[rows, :longest]
+                part[each.name] = x[rows] if x.dim() == 1 else x[rows, :longest]
         return Batch(**part)
 
     def neighbours(self, rows, room=math.inf):
@@ -195,6 +206,40 @@ def ask_reward(fn, name, row, text):
     return mark
 
 
+def load_env(path):
+    """The class `Env` of a Python file of the user's, an environment of several turns:
+
+        start(row) -> the prompt, a string or a list of messages
+        step(completion: str) -> (reply: str or None, reward: float or None)     None: it is over; no mark yet
+        stop = ['=']            optional: strings that end a turn, besides the end tokens
+
+    One object is one conversation, and its rewards add up. The reply to a turn that an end token ended is
+    the user's next message; to one that a stop string ended (a tool call) it is text in the same turn. After
+    a failure the conversation so far is replayed in a new object, so a step depends on nothing else."""
+    return load_function(path, 'Env', 'class Env: start(row), step(completion) -> (reply, reward)')
+
+
+def encode_reply(tok, reply, chat, ended):
+    """Token ids of an environment's reply, up to where the model goes on. chat: the prompt is messages;
+    ended: by an end token. Nothing that was sampled is encoded again: in a chat the reply is what the
+    template writes behind an assistant's turn. ValueError where it changes what came before."""
+    if not chat or not ended:
+        return tok.encode(reply)
+    talk = [dict(role='user', content='?'), dict(role='assistant', content='x')]
+    before, mask = tok.apply_chat_template(talk, return_mask=True)
+    end = len(mask) - mask[::-1].index(True)  # behind the end token of the assistant's turn
+    ids = tok.apply_chat_template(talk + [dict(role='user', content=reply)], add_generation_prompt=True)
+    if ids[:end] != before[:end]:
+        raise ValueError(f'tokenizer {tok.name!r}: its chat template rewrites earlier turns, so a '
+                         f'conversation cannot go on token by token: take a template that does not')
+    return ids[end:]
+
+
+def without_end(ids, tok):
+    """The token ids without the end token, where they have one."""
+    return ids[:-1] if ids and ids[-1] in tok.stop_ids else ids
+
+
 def spoken(ids, ended):
     """The token ids of an answer that are text: all but the end token."""
     return ids[:-1] if ended else ids
@@ -220,18 +265,24 @@ def weights_of(text, names):
 class Rewards:
     """Reward files and reward models, several by comma, added up with one weight each.
 
-    A file is asked in this process, one completion after the other. A model reads prompt and answer in its
-    own tokens, as in its training. Of several ranks each scores its share. longest: tokens of a prompt and
-    its answer at most."""
+    Files (and an environment) are asked in the processes of a RewardPool, and their marks come with the
+    answers; with reward_workers=0 here, one completion after the other. A model reads prompt and answer in
+    its own tokens, as in its training. Of several ranks each scores its share. longest: tokens of a prompt
+    and its answer at most."""
 
     def __init__(self, run, tok, longest):
         self.run = run
         self.tok = tok
-        self.names = names_of(run.config['reward'])
+        self.env = run.config.get('env', '')
+        self.names = [self.env] if self.env else []
+        if run.config['reward'] or not self.env:
+            self.names += names_of(run.config['reward'])
         self.weights = weights_of(run.config.get('reward_weights', ''), self.names)
         self.files = {}   # {name: function}
         self.models = {}  # {name: (model, its tokenizer)}
         for name in self.names:
+            if name == self.env:
+                continue  # its marks come with the answers
             if name.endswith('.py'):
                 self.files[name] = load_reward(name)
             else:
@@ -314,7 +365,12 @@ class Answers:
         self.options = dict(max_num_seqs=c['max_num_seqs'], max_len=longest)
         self.stale = c['simulate_staleness']
         self.past = []
-        self.pool = None
+        self.pool = self.judges = None
+        self.chats = 0
+        if c.get('env') and c['mode'] != 'sync':
+            raise ValueError(f'env {c["env"]}: conversations are led in this process: --mode=sync')
+        if c.get('env') and not c['reward_workers']:
+            raise ValueError(f'env {c["env"]}: it steps in processes of its own: --reward_workers=1 or more')
         if self.stale:
             self.sampler = copy.deepcopy(policy).to(run.dtype).requires_grad_(False)
         else:
@@ -333,14 +389,18 @@ class Answers:
             self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
             self.past = self.run.ckpt.get('past', [])
         self.jobs = self._jobs(self.position)
+        files, env = list(rewards.files), rewards.env
+        if self.config['reward_workers'] and (files or env):
+            self.env = load_env(env) if env else None
+            self.judges = RewardPool(self.run, files, env, max(16, self.need))
         if self.stale:
             self.run.extra['past'] = self.past
         elif self.config['mode'] == 'async' and not self.config['eval_only']:
             model = copy.deepcopy(self.sampler).cpu().requires_grad_(False)
             keys = 'max_staleness rollout_workers reward_workers reward_timeout reward_retries runtime'
             workers = {key: self.config[key] for key in keys.split()}
-            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, list(rewards.files),
-                                 position=self.position, device=self.device, **workers, **self.options)
+            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, files, **workers,
+                                 position=self.position, device=self.device, **self.options)
 
     def state_dict(self):
         """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled
@@ -357,9 +417,10 @@ class Answers:
         return found
 
     def close(self):
-        """Ends the processes that run ahead."""
-        if self.pool is not None:
-            self.pool.close()
+        """Ends the other processes."""
+        for workers in (self.judges, self.pool):
+            if workers is not None:
+                workers.close()
 
     # ---- sampling
 
@@ -382,29 +443,36 @@ class Answers:
         ones. again: a second helping for the same update (dynamic sampling)."""
         if not again:
             self._publish(it)
-        if self.pool is None:
-            jobs = list(itertools.islice(self.jobs, self.need))
-            self.position += self.need
-            return self._answer(jobs, min(it, self.stale))
-        groups = self.pool.take(self.need)
-        answers = [(ids, logp, [it - version for version in versions], ended)
-                   for group in groups for ids, logp, versions, ended in group.answers]
-        asked = [(group.index, *self.items[group.index]) for group in groups]
-        batch = self._batch(asked, answers)
-        batch.given = {}
-        for name in groups[0].scores:
-            marks = [mark for group in groups for mark in group.scores[name]]
-            batch.given[name] = torch.tensor(marks)
-        return batch
+        if self.pool is not None:
+            groups = []
+            for group in self.pool.take(self.need):
+                answers = []
+                for ids, logp, versions, ended in group.answers:
+                    ages = [it - version for version in versions]
+                    answers.append((ids, logp, ages, ended, [True] * len(ids)))
+                groups.append(((group.index, *self.items[group.index]), answers, group.scores))
+            return self._batch(groups)
+        groups = []
+        while len(groups) < self.need:  # the next prompts take the place of those whose reward failed
+            missing = self.need - len(groups)
+            groups += self._answer(list(itertools.islice(self.jobs, missing)), min(it, self.stale))
+            self.position += missing
+        return self._batch(groups)
 
     def held_out(self, items, n=1):
         """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of
-        their own."""
+        their own; prompts whose reward fails are left out."""
         parallel.refresh(self.engine, self.policy)
         jobs = []
         for i, (row, prompt) in enumerate(items):
             jobs.append((i, row, prompt, replace(self.params, n=n, seed=i)))
-        return self._answer(jobs, 0)
+        groups = self._answer(jobs, 0)
+        if len(groups) < len(jobs):
+            lost = len(jobs) - len(groups)
+            print(f'evaluation: {lost} of {len(jobs)} prompts left out, their reward failed')
+        if not groups:
+            raise ValueError(f'evaluation: the reward failed for each prompt, at last with: {self.judges.why}')
+        return self._batch(groups)
 
     def _publish(self, it):
         """The weights before update `it` go to whoever samples; with simulated staleness older ones do."""
@@ -418,29 +486,96 @@ class Answers:
             parallel.refresh(self.engine, self.policy)
 
     def _answer(self, jobs, age):
-        """A Batch, by the engine here. Each rank (with rollout_tp each team) answers its share, all get
-        all."""
+        """[((row number, row, prompt), answers, {file or environment: marks})] of jobs, by the engine here;
+        answers: [(ids, log-probs, ages, ended, which of the ids are the policy's)]. Those that the RewardPool
+        drops are left out. Each rank (with rollout_tp each team) answers its share, all get all."""
         mine = jobs[self.mesh.mine(len(jobs), self.team)]
-        prompts = [prompt for _, _, prompt, _ in mine]
-        done = self.engine.generate(prompts, [params for *_, params in mine])
-        found = []
-        for c in done:
-            ages = [age] * len(c.token_ids)
-            found.append((c.token_ids, c.logprobs, ages, c.finish_reason == 'stop'))
-        answers = self.mesh.collect(found, everyone=True, team=self.team)
-        return self._batch([job[:3] for job in jobs], answers)
+        if self.judges is not None and self.judges.env:
+            found = self._converse(mine, age)
+        else:
+            done = iter(self.engine.generate([job[2] for job in mine], [job[3] for job in mine]))
+            found = []
+            for job in mine:
+                answers = []
+                for c in itertools.islice(done, job[3].n):
+                    size = len(c.token_ids)
+                    ended = c.finish_reason == 'stop'
+                    answers.append((c.token_ids, c.logprobs, [age] * size, ended, [True] * size))
+                found.append((answers, {}))
+        if self.judges is not None and self.judges.files:
+            asked = []
+            for job, (answers, _) in zip(mine, found):
+                asked.append((job[1], [without_end(ids, self.tok) for ids, *_ in answers]))
+            for i, marks in enumerate(self.judges.ask('score', asked)):
+                given = found[i][1]
+                found[i] = found[i][0], None if marks is None or given is None else {**given, **marks}
+        found = self.mesh.collect(found, everyone=True, team=self.team)
+        return [(job[:3], *group) for job, group in zip(jobs, found) if group[1] is not None]
 
-    def _batch(self, asked, answers):
-        """asked: [(row number, row, prompt)], answers: [(ids, log-probs, ages, ended)], as many for each."""
-        n = len(answers) // len(asked)
-        index, rows, prompts = zip(*(job for job in asked for _ in range(n)))
-        responses = [ids for ids, *_ in answers]
-        _, mask = pad(responses)
-        sampled, _ = pad([logps for _, logps, *_ in answers], 0.0)
-        ages, _ = pad([ages for _, _, ages, _ in answers])
-        ended = torch.tensor([end for *_, end in answers])
+    def _converse(self, jobs, age):
+        """[(answers, {environment: marks})] of conversations: the policy's turns by the engine, all that are
+        open at a time, the environment's by its processes. Marks are None where a step failed."""
+        c, talks = self.config, []
+        for _, row, prompt, params in jobs:
+            for copy_ in range(params.n):
+                seed = (params.seed * 31 + copy_) % (1 << 31)
+                talks.append(Talk(self.chats + len(talks), row, prompt, seed))
+        self.chats += len(talks)
+        stop = list(getattr(self.env, 'stop', ()))
+        live = talks
+        for turn in range(c['max_turns']):
+            params = []
+            for talk in live:
+                left = c['max_new_tokens'] - len(talk.ids)
+                seed = (talk.seed + 7919 * turn) % (1 << 31)
+                params.append(replace(self.params, n=1, max_tokens=left, seed=seed, stop=stop))
+            done = self.engine.generate([talk.prompt + talk.ids for talk in live], params)
+            for talk, completion in zip(live, done):
+                talk.say(completion, self.tok)
+            steps = self.judges.ask('step', [(talk.number, talk.row, talk.said) for talk in live])
+            going = []
+            for talk, completion, step in zip(live, done, steps):
+                if step is None:
+                    talk.failed = True
+                    continue
+                reply, reward = step
+                talk.reward += reward or 0.0
+                talk.ended = reply is None and completion.finish_reason == 'stop'
+                if reply is None or completion.finish_reason != 'stop' or turn + 1 == c['max_turns']:
+                    continue
+                ended = talk.ids[-1] in self.tok.stop_ids
+                ids = encode_reply(self.tok, reply, not isinstance(talk.row['prompt'], str), ended)
+                if len(talk.ids) + len(ids) < c['max_new_tokens']:  # else no room is left for a turn
+                    talk.hear(ids)
+                    going.append(talk)
+            live = going
+            if not live:
+                break
+        found, talks = [], iter(talks)
+        for job in jobs:
+            group = list(itertools.islice(talks, job[3].n))
+            answers = [(t.ids, t.logps, [age] * len(t.ids), t.ended, t.own) for t in group]
+            marks = {self.judges.env: [t.reward for t in group]}
+            found.append((answers, None if any(t.failed for t in group) else marks))
+        return found
+
+    def _batch(self, groups):
+        """The Batch of what _answer found."""
+        n = len(groups[0][1])
+        index, rows, prompts = zip(*(job for job, _, _ in groups for _ in range(n)))
+        responses, logps, ages, ended, own = zip(*(answer for _, answers, _ in groups for answer in answers))
+        mask, _ = pad(own, False)
+        sampled, _ = pad(logps, 0.0)
+        ages, _ = pad(ages)
         mask, sampled, ages = (x.to(self.device) for x in (mask, sampled, ages))
-        return Batch(list(rows), list(index), list(prompts), responses, ended, mask, sampled, ages)
+        replied = [len(x) - sum(x) for x in own]
+        batch = Batch(list(rows), list(index), list(prompts), list(responses), torch.tensor(ended), mask,
+                      sampled, ages, replied)
+        batch.given = {}
+        for name in groups[0][2]:
+            marks = [mark for _, _, given in groups for mark in given[name]]
+            batch.given[name] = torch.tensor(marks, dtype=torch.float32)
+        return batch
 
     # ---- a forward pass over a batch
 
@@ -498,7 +633,8 @@ class Answers:
         """Asynchronous rollouts in a row of the log; idle: the share of the time that the trainer waited
         for samples."""
         if self.config['mode'] == 'sync':
-            return {}
+            lost = self.judges.dropped if self.judges is not None else 0
+            return dict(dropped=lost) if lost else {}
         ages = batch.ages[batch.mask].float()
         row = dict(staleness=ages.mean(), staleness_max=ages.max())
         row['prompts'] = batch.index[::self.group_size]
@@ -568,6 +704,141 @@ class SampledKL:
 
 
 # -----------------------------------------------------------------------------------------------------------
+# conversations, and processes in which rewards and environments may hang
+
+
+@dataclass
+class Talk:
+    """One conversation with an environment: what the policy said and the environment replied, as token ids
+    behind the prompt. own: which of them the policy sampled; said: its turns as text."""
+    number: int
+    row: dict
+    prompt: list
+    seed: int
+    ids: list = field(default_factory=list)
+    logps: list = field(default_factory=list)
+    own: list = field(default_factory=list)
+    said: list = field(default_factory=list)
+    reward: float = 0.0
+    ended: bool = False
+    failed: bool = False
+
+    def say(self, completion, tok):
+        """A turn of the policy's."""
+        ids = completion.token_ids
+        self.ids = self.ids + ids
+        self.logps = self.logps + completion.logprobs
+        self.own = self.own + [True] * len(ids)
+        self.said = [*self.said, tok.decode(without_end(ids, tok))]
+
+    def hear(self, ids):
+        """A reply: nothing of it is trained on."""
+        self.ids = self.ids + ids
+        self.logps = self.logps + [0.0] * len(ids)
+        self.own = self.own + [False] * len(ids)
+
+
+class RewardPool:
+    """Reward files and an environment in processes of their own, for answers that are sampled in this one:
+    what they do there (hang, raise, fork, end the process) stays there. A call that fails, or is silent for
+    reward_timeout s, is tried reward_retries times more, in a new process if need be; then it is dropped.
+    `patience` failures one after the other end the run: then it is the file."""
+
+    def __init__(self, run, files, env, patience):
+        import actors  # here: a stage without reward files starts nothing and imports nothing of it
+        c = run.config
+        self.actors = actors
+        self.files = files
+        self.env = env
+        self.patience = patience
+        self.timeout = c['reward_timeout']
+        self.retries = c['reward_retries']
+        self.dropped = self.in_a_row = 0
+        self.why = ''  # of the last failure
+        self.own = not actors.is_initialized()
+        if self.own:
+            if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
+                actors.PRELOAD.append('rollout')  # see Rollouts
+            actors.init(num_cpus=c['reward_workers'], num_gpus=0)
+        paths = {name: os.path.abspath(name) for name in files}
+        scorer = actors.remote(Scorer).options(num_cpus=0)
+        env = os.path.abspath(env) if env else ''
+        workers = range(c['reward_workers'])
+        self.hands = [_Hand(lambda: scorer.remote(paths, run.tokenizer, env)) for _ in workers]
+
+    def ask(self, method, jobs):
+        """Scorer.method(*job) of each job, in order; None for one that was dropped."""
+        found = [None] * len(jobs)
+        tries = [0] * len(jobs)
+        waiting = list(range(len(jobs)))
+        while waiting or any(hand.work for hand in self.hands):
+            for k, hand in enumerate(self.hands):
+                if hand.call is None and waiting:
+                    own = [i for i in waiting if i % len(self.hands) == k]  # it may know the conversation
+                    hand.work = [(own or waiting)[0]]
+                    waiting.remove(hand.work[0])
+                    hand.go(getattr(hand.actor, method).remote(*jobs[hand.work[0]]), self.timeout)
+            calls = {hand.call: hand for hand in self.hands if hand.call is not None}
+            wait = min(hand.deadline for hand in calls.values()) - time.monotonic()
+            ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=max(0.0, wait))
+            for ref, hand in calls.items():
+                if ref not in ready and time.monotonic() < hand.deadline:
+                    continue
+                work = hand.work
+                result, why = self._outcome(hand, ref in ready)
+                if work and not why:
+                    self.in_a_row = 0
+                    found[work[0]] = result
+                elif work:
+                    tries[work[0]] += 1
+                    if tries[work[0]] <= self.retries:
+                        waiting.append(work[0])
+                    else:
+                        self._drop(jobs[work[0]], tries[work[0]], why)
+        return found
+
+    def _outcome(self, hand, came):
+        """(result, '') of a call, or (None, why it failed); a process that died or is silent is replaced."""
+        try:
+            if came:
+                result = self.actors.get(hand.call)
+                hand.call = None
+                hand.work = []
+                hand.deaths = 0
+                return result, ''
+            why = f'no answer for {hand.seconds:g} s'
+        except self.actors.exceptions.RayActorError as e:
+            why = str(e).strip().splitlines()[-1]
+        except Exception as e:
+            hand.call = None
+            hand.work = []
+            return None, str(e).strip().splitlines()[-1]
+        self.actors.kill(hand.actor)
+        hand.deaths += not hand.work
+        if hand.deaths >= DEATHS:
+            raise RuntimeError(f'a reward worker died {hand.deaths} times before it did anything: {why}')
+        hand.start()
+        return None, why
+
+    def _drop(self, job, tries, why):
+        self.dropped += 1
+        self.in_a_row += 1
+        self.why = why
+        row = next(part for part in job if isinstance(part, dict))
+        print(f'a prompt is dropped, its reward failed {tries} times: {why[:200]} (row {str(row)[:80]})')
+        if self.in_a_row >= self.patience:
+            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '
+                             f'with: {why}')
+
+    def close(self):
+        """Ends the processes, and the runtime if it was started here."""
+        for hand in self.hands:
+            self.actors.kill(hand.actor)
+        if self.own:
+            self.actors.shutdown()
+
+
+# -----------------------------------------------------------------------------------------------------------
 # rollouts ahead of the trainer
 #
 #     jobs (prompts in order) --capacity--> RolloutWorker x n -answers-> Scorer x m -> done -take()-> trainer
@@ -628,10 +899,12 @@ class RolloutWorker:
 class Scorer:
     """Reward files in an actor: what they do there (hang, raise, kill the process) stays there."""
 
-    def __init__(self, files, tokenizer):
-        """files {name in the log: path}, a path that holds in any process of any node."""
+    def __init__(self, files, tokenizer, env=''):
+        """files {name in the log: path}, a path that holds in any process of any node; env: a path, too."""
         self.fns = {name: load_reward(path) for name, path in files.items()}
         self.tok = get_tokenizer(tokenizer)
+        self.env = load_env(env) if env else None
+        self.talks = {}  # number of a conversation -> (its Env, turns seen)
 
     def ready(self):
         """Answers once the process is up: from then on reward_timeout counts."""
@@ -643,6 +916,26 @@ class Scorer:
         for name, fn in self.fns.items():
             found[name] = [ask_reward(fn, name, row, text) for text in texts]
         return found
+
+
+    def step(self, number, row, said):
+        """(reply or None, reward or None) of conversation `number` to the last of what the policy said,
+        [str]. A process that has not seen its beginning replays it."""
+        env, seen = self.talks.pop(number, (None, 0))
+        if env is None or seen != len(said) - 1:
+            env = self.env()
+            env.start(row)
+            for text in said[:-1]:
+                env.step(text)
+        reply, reward = env.step(said[-1])
+        if not (reply is None or isinstance(reply, str)) or not abs(reward or 0.0) < 3.4e38:
+            raise ValueError(f'Env.step returned {(reply, reward)!r}: expected (text or None, a finite '
+                             f'number or None)')
+        if reply is not None:
+            self.talks[number] = env, len(said)
+            if len(self.talks) > 1000:  # of conversations that ended for want of room
+                del self.talks[next(iter(self.talks))]
+        return reply, reward
 
 
 class _Hand:

@@ -1,10 +1,13 @@
 """rollout.py: batches, rewards from several sources, answers; and what PPO and GRPO share as runs: their orders, their
 evaluations, what is refused, what a resume takes over."""
+import collections
 import copy
 import json
 import math
 import os
+import random
 import sys
+import types
 
 import pytest
 import torch
@@ -12,12 +15,15 @@ from conftest import ROOT
 from helpers import ckpt, equal, jsonl, log_rows, stage
 
 import grpo
+import infer
+import parallel
 import ppo
 import rollout
 from model import ARCHS, GPT, GPTConfig
 from run import Run
 from tokenizer import get_tokenizer
 
+SEED = 1234
 SUMS = 'def reward(prompt, completion, row):\n    return float(sum(map(ord, completion)) % 5)\n'
 FILES = {'sums.py': SUMS, 'draws.py': SUMS.replace('    return', '    import torch\n    torch.rand(1)\n    return'),
          'a,b.py': SUMS, 'big.py': 'def reward(prompt, completion, row):\n    return 1e39\n',
@@ -57,7 +63,7 @@ def batch_of(prompts, responses):
     logp = torch.where(mask, -torch.rand(mask.shape), 0.0)
     rows = [dict(prompt=str(i), number=i) for i in range(len(responses))]
     return rollout.Batch(rows, list(range(len(rows))), prompts, responses, torch.tensor([True, False] * 9)[:len(rows)],
-                         mask, logp, torch.zeros(mask.shape, dtype=torch.long))
+                         mask, logp, torch.zeros(mask.shape, dtype=torch.long), [0] * len(rows))
 
 
 def test_parts_of_a_batch_and_batches_put_together():
@@ -265,3 +271,182 @@ def test_nothing_to_learn_is_no_step_with_a_penalty_too(world, loss_type):
     stage(*GRPO, '--overlong=mask', '--beta=0.1', '--max_new_tokens=2', f'--loss_type={loss_type}', '--max_iters=1',
           '--out_dir=out-mask', cwd=world)
     assert log_rows(world / 'out-mask')[0]['steps'] == 0
+
+
+# ---- environments, and rewards that hang -----------------------------------------------------------------------------
+
+ECHO = """
+class Env:
+    stop = ['=']
+
+    def start(self, row):
+        self.left = row['turns']
+        return row['ask']
+
+    def step(self, completion):
+        self.left -= 1
+        reward = None if self.left % 2 else sum(map(ord, completion)) % 7 / 10
+        return (None if self.left == 0 else f'<{completion[:3]}{self.left}>'), reward
+"""
+BAD = """
+import os, subprocess, sys, time
+seen = {}
+def reward(prompt, completion, row):
+    n = row['number']
+    first = not os.path.exists(f'tried{n}')
+    open(f'tried{n}', 'w').close()
+    if n == 1:
+        time.sleep(1000)
+    if n == 2:
+        os._exit(1)
+    if n == 3:
+        raise KeyError('three')
+    if n == 4 and first:
+        1 / 0
+    if n == 5:
+        for _ in range(20):
+            subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(999)'])
+        time.sleep(1000)
+    print('x' * 1000)
+    return float(n)
+"""
+
+
+class Scripted:
+    """An engine whose answers are drawn beforehand; it remembers what it was asked."""
+
+    def __init__(self, rng, tok):
+        self.rng, self.tok, self.asked = rng, tok, []
+
+    def generate(self, prompts, params):
+        done = []
+        for prompt, p in zip(prompts, params):
+            text = ''.join(self.rng.choices('abc', k=self.rng.randrange(1, 6)))
+            ids, finish = self.tok.encode(text), 'length'
+            if len(ids) < p.max_tokens and self.rng.random() < 0.9:
+                ids, finish = ids + self.rng.choice([[self.tok.eot], self.tok.encode('=')]), 'stop'
+            ids = ids[:p.max_tokens]
+            self.asked.append((prompt, ids, p))
+            done.append(types.SimpleNamespace(token_ids=ids, logprobs=[-0.1 * (i % 7) - 0.1 for i in ids], finish_reason=finish))
+        return done
+
+
+@pytest.mark.parametrize('chat', [False, True])
+def test_conversations_with_a_scripted_policy(tmp_path, chat):
+    """1,000 of them against a plain loop over one at a time: ids, mask, rewards, ends; what the engine is asked is what stands there."""
+    (tmp_path / 'env.py').write_text(ECHO)
+    tok, rng = get_tokenizer('byte'), random.Random(SEED)
+    template = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '[assistant]' }}{% generation %}{{ m.content + eos_token }}"
+                "{% endgeneration %}{% else %}{{ '[user]' + m.content }}{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}")
+    if chat:
+        tok.config = {**tok.config, 'chat_template': template}
+        tok.save(tmp_path / 'tok')
+        tok = get_tokenizer(str(tmp_path / 'tok'))
+    env = rollout.load_env(str(tmp_path / 'env.py'))
+    scorer = rollout.Scorer({}, str(tmp_path / 'tok') if chat else 'byte', str(tmp_path / 'env.py'))
+    judges = types.SimpleNamespace(env='env.py', files=[], dropped=0,
+                                   ask=lambda method, jobs: [getattr(scorer, method)(*job) for job in jobs])
+    room = 60 if chat else 20
+    answers, engine = rollout.Answers.__new__(rollout.Answers), Scripted(rng, tok)
+    answers.config = dict(max_turns=4, max_new_tokens=room)
+    answers.__dict__.update(tok=tok, engine=engine, judges=judges, env=env, chats=0, team=1, mesh=parallel.ALONE, device=torch.device('cpu'),
+                            params=infer.SamplingParams(max_tokens=room))
+    jobs = []
+    for k in range(250):
+        ask = [dict(role='user', content='hi')] if chat else 'hi'
+        row = dict(ask=ask, turns=rng.randrange(1, 7))
+        row['prompt'] = env().start(row)
+        ids = tok.apply_chat_template(ask, add_generation_prompt=True) if chat else tok.encode(ask)
+        jobs.append((k, row, ids, infer.SamplingParams(n=4, seed=k)))
+    batch = answers._batch(answers._answer(jobs, 2))
+    assert len(batch) == 1000 and len({p.seed for _, _, p in engine.asked}) > 0.99 * len(engine.asked)
+    said = {}
+    for prompt, ids, p in engine.asked:
+        said.setdefault(tuple(prompt), []).append((ids, p))
+    kinds = collections.Counter()
+    for i in range(1000):
+        row, prompt = batch.rows[i], batch.prompts[i]
+        ids, own, reward, world_, ended = [], [], 0.0, env(), False
+        world_.start(row)
+        for turn in range(4):
+            here = batch.responses[i][len(ids):]  # the policy's turn is what some call sampled behind this very text
+            options = [x for x, p in said[tuple(prompt + ids)] if here[:len(x)] == x and p.max_tokens == room - len(ids) and p.stop == ['=']]
+            new = max(options, key=len)
+            stopped = new[-1] == tok.eot or new[-1:] == tok.encode('=')
+            ids, own = ids + new, own + [True] * len(new)
+            reply, mark = world_.step(tok.decode([x for x in new if x != tok.eot]))
+            reward += mark or 0.0
+            if reply is None or not stopped or turn == 3:
+                ended = reply is None and stopped
+                break
+            if chat and new[-1] == tok.eot:
+                words = tok.encode(f'[user]{reply}[assistant]')
+            else:
+                words = tok.encode(reply)
+            if len(ids) + len(words) >= room:
+                kinds['full'] += 1
+                break
+            ids, own = ids + words, own + [False] * len(words)
+        kinds[turn, ended] += 1
+        n = len(ids)
+        assert batch.responses[i] == ids and batch.mask[i].tolist() == own + [False] * (batch.mask.shape[1] - n)
+        assert batch.given['env.py'][i].item() == pytest.approx(reward) and batch.ended[i].item() == ended
+        assert batch.replied[i] == n - sum(own) and (batch.sampled[i][~batch.mask[i]] == 0).all() and (batch.sampled[i][batch.mask[i]] < 0).all()
+        assert (batch.ages[i, :n] == 2).all()
+    assert kinds['full'] and kinds[3, False] and kinds[0, True] and kinds[2, True] and batch.tokens() == int(batch.mask.sum())
+
+
+def test_replies_take_no_part_in_loss_or_kl():
+    logp, old = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4)
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    for loss_type in grpo.LOSSES:
+        loss, _ = grpo.grpo_loss(logp, old, torch.ones(2), mask, old, 0.1, loss_type=loss_type, max_len=4, entropy=torch.rand(2, 4), entropy_coef=0.1)
+        grad, = torch.autograd.grad(loss, logp)
+        assert (grad[~mask] == 0).all() and (grad[mask] != 0).all()
+
+
+@pytest.mark.parametrize('more', [[], ['--lora_r=4', '--beta=0.1'], ['--reward=sums.py', '--reward_weights=1,0.01', '--minibatch_size=8', '--grpo_epochs=1']])
+def test_grpo_in_an_environment(world, more):
+    (world / 'env.py').write_text(ECHO)
+    jsonl(world / 'turns.jsonl', [dict(ask=f'Q: {i}', turns=1 + i % 3) for i in range(12)])
+    args = [a for a in GRPO if not a.startswith(('--dataset', '--val_dataset', '--reward'))]
+    said = stage(*args, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--reward=', '--max_new_tokens=30', '--out_dir=out-env', *more, cwd=world)
+    rows, evals = log_rows(world / 'out-env'), log_rows(world / 'out-env', 'eval')
+    assert len(rows) == 2 and len(evals) == 3 and 'pass@1' in evals[0] and all(0 < row['len'] <= 30 for row in rows)
+    assert all(row['mismatch_max'] < 1e-4 for row in rows) and 'max |ratio - 1| = 0.0e+00' in said
+    for args, says in ((['--mode=async'], 'mode=sync'), (['--reward_workers=0'], 'reward_workers=1'), (['--env=sums.py'], 'defines no class Env'),
+                       (['--val_dataset=prompts.jsonl'], "row 1: env env.py: start raised KeyError: 'turns'")):
+        with pytest.raises(ValueError, match=says):
+            stage(*GRPO, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--out_dir=out-no', *args, cwd=world)
+
+
+def test_rewards_that_hang_die_and_raise_are_dropped(world):
+    """Groups 1, 2, 3 and 5 never come, 4 comes at the second try: 8 of 12 prompts train, the counts are right, and nothing is left running."""
+    (world / 'bad.py').write_text(BAD)
+    for old in world.glob('tried*'):
+        old.unlink()
+    args = [a for a in GRPO if not a.startswith(('--reward', '--eval_iters', '--max_iters'))]
+    said = stage(*args, '--reward=bad.py', '--reward_timeout=1.5', '--reward_retries=1', '--reward_workers=2', '--max_iters=2', '--eval_interval=9',
+                 '--eval_iters=6', '--out_dir=out-bad', cwd=world)
+    rows = log_rows(world / 'out-bad')
+    assert len(rows) == 2 and said.count('a prompt is dropped') == rows[-1]['dropped'] + 4 * (said.count('evaluation: 4 of 6') - 1)
+    assert 'evaluation: 4 of 6 prompts left out' in said and "KeyError: 'three'" in said and 'no answer for 1.5 s' in said
+    assert not [p for p in os.listdir('/proc') if p.isdigit() and b'signal.SIG_IGN); time.sleep(999)' in read_bytes(f'/proc/{p}/cmdline')]
+
+
+def test_a_reward_that_always_fails_ends_the_run(world):
+    (world / 'never.py').write_text('def reward(prompt, completion, row):\n    return None\n')
+    args = [a for a in GRPO if not a.startswith('--reward')]
+    for n, says in ((3, 'evaluation: the reward failed for each prompt'), (0, 'the reward failed for 16 prompts one after the other')):
+        jsonl(world / 'many.jsonl', [dict(prompt=f'Q: {i}', number=i) for i in range(20)])
+        with pytest.raises(ValueError, match=f'{says}, at last with: .*never.py raised TypeError'):
+            stage(*args, '--reward=never.py', f'--eval_iters={n}', '--val_dataset=many.jsonl', '--out_dir=out-never', '--reward_retries=0', cwd=world)
+
+
+def read_bytes(path):
+    try:
+        with open(path, 'rb') as f:
+            return f.read()
+    except OSError:
+        return b''
