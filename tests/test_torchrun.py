@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 TOL = 2e-5  # relative, and absolute: reductions in another order, through AdamW
 NOT_THE_SAME = ('split', 'time', 'gen_s', 'upd_s', 'tok_per_s', 'pairs_per_s', 'completions_per_s')
 FEW = ['--batch_size=8', '--eval_interval=2', '--max_iters=2', '--learning_rate=1e-3', '--device=cpu']
-RL = [*FEW, '--dataset=prompts.jsonl', '--max_new_tokens=6', '--eval_iters=3', '--minibatch_size=4', '--micro_tokens=64']
+RL = [*FEW, '--reward_workers=0', '--dataset=prompts.jsonl', '--max_new_tokens=6', '--eval_iters=3', '--minibatch_size=4', '--micro_tokens=64']
 CASES = {
     'sft': ['sft.py', *FEW, '--init_from=out-base', '--dataset=sft.jsonl', '--val_dataset=sft_val.jsonl', '--micro_tokens=96'],
     'text': ['sft.py', *FEW, '--dataset=text', '--n_layer=2', '--n_head=4', '--n_embd=32', '--block_size=32', '--micro_tokens=64', '--eval_iters=2'],
@@ -42,7 +42,7 @@ CASES = {
     'ppo_lora': ['ppo.py', *RL, '--init_from=out-base', '--reward=reward.py', '--ppo_epochs=2', '--lora_r=4'],
     'grpo_lora': ['grpo.py', *RL, '--init_from=out-base', '--reward=reward.py', '--group_size=2', '--eval_k=2', '--beta=0.05', '--lora_r=4'],
     'ppo': ['ppo.py', *RL, '--init_from=out-base', '--reward=out-rm', '--ppo_epochs=2', '--whiten_rewards', '--target_kl=1.0'],
-    'grpo': ['grpo.py', *RL, '--init_from=out-base', '--reward=reward.py', '--group_size=2', '--eval_k=2', '--grpo_epochs=2', '--beta=0.05'],
+    'grpo': ['grpo.py', *RL, '--reward_workers=1', '--init_from=out-base', '--reward=reward.py', '--group_size=2', '--eval_k=2', '--grpo_epochs=2', '--beta=0.05'],
 }
 
 
