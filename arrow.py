@@ -236,12 +236,12 @@ class Array:
     def strings(self, start, stop):
         ends = self.offsets[start:stop + 1].tolist()
         raw = io.BytesIO(self.data[ends[0]:ends[-1]])
-        parts = list(map(raw.read, map(operator.sub, ends[1:], ends)))  # twice as fast as slices of it
+        parts = map(raw.read, map(operator.sub, ends[1:], ends))  # twice as fast as slices of it
         if self.valid is not None:  # what stands in a null slot need not be text
             valid = unpack(self.valid, start, stop).tolist()
             parts = [part if there else b'' for part, there in zip(parts, valid)]
         if self.type.kind not in TEXT:
-            return parts
+            return list(parts)
         try:
             texts = list(map(bytes.decode, parts))
             return [json.loads(text or 'null') for text in texts] if 'json' in self.type.kind else texts
@@ -318,7 +318,7 @@ def build_pieces(t, n, valid, present):
         raise Mixed('text with a lone surrogate (half a character), which UTF-8 cannot hold') from None
     except (TypeError, ValueError, RecursionError) as e:
         raise Mixed(f'a value does not fit {type_name(t)}: {e}') from None
-    lengths = spread(np.array(list(map(len, parts)), np.int64), valid, n)
+    lengths = spread(np.fromiter(map(len, parts), np.int64), valid, n)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     if offsets[-1] > np.iinfo(OFFSETS[t.kind]).max:
         raise Mixed('more than 2 GiB in one batch: write smaller batches')

@@ -548,14 +548,14 @@ def load_parquet(path, sources):
 
 def load_lines(f, path, sink):
     """One JSON object a line; blank lines are skipped."""
-    number = 1
+    number, parse = 1, json.JSONDecoder().decode  # json.loads asks each line for its encoding
     while lines := f.readlines(BLOCK):
         rows, numbers = [], []
         if number == 1:
             lines[0] = lines[0].removeprefix(b'\xef\xbb\xbf')
         for number, line in enumerate(lines, number):
             try:
-                row = json.loads(line)
+                row = parse(line.decode())
             except (ValueError, RecursionError) as e:
                 if not line.isspace():
                     raise ValueError(f'{path}:{number}{bad_line(line, e)}') from None
