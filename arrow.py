@@ -19,6 +19,7 @@ https://arrow.apache.org/docs/format/Columnar.html, Schema.fbs, Message.fbs
 """
 import contextlib
 import datetime
+import functools
 import io
 import itertools
 import json
@@ -78,8 +79,9 @@ class Record(dict):
     written."""
 
 
-NUMBERS = {f'{sign}int{bits}': np.dtype(f'{sign}int{bits}') for sign in ('', 'u') for bits in (8, 16, 32, 64)}
-NUMBERS |= {f'float{bits}': np.dtype(f'float{bits}') for bits in (16, 32, 64)}
+INTS = {f'{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64)}
+FLOATS = {'float16', 'float32', 'float64'}
+NUMBERS = {kind: np.dtype(kind) for kind in INTS | FLOATS}
 NUMBERS |= {f'timestamp[{unit}]': np.dtype(f'M8[{unit}]') for unit in ('s', 'ms', 'us', 'ns')}
 OFFSETS = {kind: np.dtype('i4') for kind in ('string', 'binary', 'list', 'json')}  # how wide the offsets are
 OFFSETS |= {'large_' + kind: np.dtype('i8') for kind in OFFSETS}
@@ -87,6 +89,7 @@ TEXT = ('string', 'large_string', 'json', 'large_json')
 # of exact Python types; a bool is no int here
 KIND_OF = {
     bool: 'bool',
+    np.bool_: 'bool',
     int: 'int64',
     float: 'float64',
     str: 'string',
@@ -95,6 +98,7 @@ KIND_OF = {
     Record: 'struct',
     list: 'list',
     tuple: 'list',
+    np.ndarray: 'list',
     datetime.datetime: 'timestamp[us]',
 }
 
@@ -111,8 +115,6 @@ def kind_of(value_type):
         return KIND_OF[value_type]
     if issubclass(value_type, np.generic) and np.dtype(value_type).name in NUMBERS:
         return np.dtype(value_type).name
-    if issubclass(value_type, (np.bool_, np.ndarray)):
-        return 'bool' if value_type is np.bool_ else 'list'
     raise Mixed(f'values of type {value_type.__name__} have no column type')
 
 
@@ -122,29 +124,21 @@ def infer(values: list, nested: bool = False) -> Type:
     another mixture is Mixed. [1, None] -> int64; [{'a': 1}, {'a': 2}] -> struct<a: int64>; [{'a': 1}, {'b':
     'x'}] -> json."""
     types = set(map(type, values)) - {NoneType}
-    kinds = {kind_of(t) for t in types}
-    if not kinds:
-        return Type('null')
-    if len(kinds) > 1:
-        if not nested and all(kind in NUMBERS and kind[0] != 't' for kind in kinds):
-            return Type('float64' if any(kind[0] == 'f' for kind in kinds) else np.result_type(*kinds).name)
-        return json_or_mixed(nested, ' and '.join(sorted(kinds)))
-    kind = kinds.pop()
+    kinds = sorted({kind_of(t) for t in types})
+    if len(kinds) != 1:
+        return functools.reduce(lambda a, b: unify(a, b, nested), map(Type, kinds), Type('null'))
+    kind = kinds[0]
     if NoneType in set(map(type, values)):
         values = [value for value in values if value is not None]
     if kind == 'int64' and not -2**63 <= min(values) <= max(values) < 2**63:
-        return json_or_mixed(nested, 'an integer beyond 64 bits')
+        if nested:
+            return Type('json')
+        raise Mixed('an integer beyond 64 bits')
     if kind == 'list':
         return Type('list', (Field('item', infer(list(itertools.chain.from_iterable(values)), True)),))
     if kind == 'struct':
         return infer_struct(values)
     return Type(kind)
-
-
-def json_or_mixed(nested, what):
-    if nested:
-        return Type('json')
-    raise Mixed(what if 'beyond' in what else f'mixed types: {what}')
 
 
 def infer_struct(rows):
@@ -177,15 +171,13 @@ def unify(a: Type, b: Type, nested: bool = False) -> Type:
     if short[0] == short[1] and short[0] in OFFSETS:
         return Type(kind)
     if a.kind == b.kind == 'struct' and [f.name for f in a.fields] == [f.name for f in b.fields]:
-        return Type(
-            'struct', tuple(Field(f.name, unify(f.type, g.type, True)) for f, g in zip(a.fields, b.fields))
-        )
-    if all(kind in NUMBERS and kind[0] != 't' for kind in short) and not (
-        nested and short[0][0] != short[1][0]
-    ):
-        floating = any(kind[0] == 'f' for kind in short)
-        return Type('float64' if floating and short[0][0] != short[1][0] else np.promote_types(*short).name)
-    if nested or {'json', 'struct', 'list'} >= set(short):
+        pairs = zip(a.fields, b.fields)
+        return Type('struct', tuple(Field(f.name, unify(f.type, g.type, True)) for f, g in pairs))
+    if set(short) <= INTS or set(short) <= FLOATS:
+        return Type(np.promote_types(*short).name)
+    if set(short) <= INTS | FLOATS and not nested:
+        return Type('float64')
+    if nested or {'json', 'struct'} >= set(short) or {'json', 'list'} >= set(short):
         return Type('json')
     raise Mixed(f'mixed types: {type_name(a)} and {type_name(b)}')
 
@@ -198,7 +190,7 @@ def unify(a: Type, b: Type, nested: bool = False) -> Type:
 class Array:
     """length values of one type. valid: None (no nulls) or bits; data: numbers, bits (bool) or bytes
     (memoryview); offsets cut data into strings, or children[0] into lists; a struct has one child a field."""
-    __slots__ = ('type', 'length', 'valid', 'data', 'offsets', 'children', 'views')
+    __slots__ = ('type', 'length', 'valid', 'data', 'offsets', 'children')
 
     def __init__(self, type, length, valid=None, data=None, offsets=None, children=()):
         self.type = type
@@ -207,15 +199,10 @@ class Array:
         self.data = data
         self.offsets = offsets
         self.children = children
-        # of a plain string column: offsets and lengths as memoryviews, whose items are Python's ints
-        self.views = None
 
     def item(self, i: int):
         """Value i as a Python object."""
-        if self.views is None:
-            return self.list(i, i + 1)[0]
-        offsets = self.views[0]
-        return decode([bytes(self.data[offsets[i]:offsets[i + 1]])])[0]
+        return self.list(i, i + 1)[0]
 
     def list(self, start: int, stop: int) -> list:
         """Values start..stop as Python objects, as pyarrow's to_pylist(). Nanoseconds are np.datetime64."""
@@ -232,11 +219,8 @@ class Array:
         elif kind == 'struct':
             names = [f.name for f in self.type.fields]
             columns = [child.list(start, stop) for child in self.children]
-            values = (
-                [Record(zip(names, row)) for row in zip(*columns)]
-                if names
-                else [Record() for _ in range(start, stop)]
-            )
+            rows = zip(*columns) if names else itertools.repeat((), stop - start)
+            values = [Record(zip(names, row)) for row in rows]
         elif self.children:
             first = int(self.offsets[start])
             ends = (self.offsets[start:stop + 1] - first).tolist()
@@ -246,64 +230,42 @@ class Array:
             values = self.strings(start, stop)
         if self.valid is None:
             return values
-        return [
-            value if valid else None for value, valid in zip(values, unpack(self.valid, start, stop).tolist())
-        ]
+        valid = unpack(self.valid, start, stop).tolist()
+        return [value if there else None for value, there in zip(values, valid)]
 
     def strings(self, start, stop):
-        """All in C: reading a file in memory piece by piece beats slicing."""
-        kind = self.type.kind
-        if self.views is None:
-            lengths = memoryview(np.diff(self.offsets))
-            views = memoryview(self.offsets), lengths
-            if self.valid is None and kind in ('string', 'large_string'):
-                self.views = views
-        else:
-            views = self.views
-        first, last = views[0][start], views[0][stop]
-        parts = map(io.BytesIO(self.data[first:last]).read, views[1][start:stop])
+        ends = self.offsets[start:stop + 1].tolist()
+        raw = io.BytesIO(self.data[ends[0]:ends[-1]])
+        parts = map(raw.read, map(operator.sub, ends[1:], ends))  # twice as fast as slices of it
         if self.valid is not None:  # what stands in a null slot need not be text
-            parts = [
-                part if valid else b'' for part, valid in zip(parts, unpack(self.valid, start, stop).tolist())
-            ]
-        if kind not in TEXT:
+            valid = unpack(self.valid, start, stop).tolist()
+            parts = [part if there else b'' for part, there in zip(parts, valid)]
+        if self.type.kind not in TEXT:
             return list(parts)
-        texts = decode(parts)
-        if kind in ('json', 'large_json'):
-            try:
-                return [json.loads(text) if text else None for text in texts]
-            except (ValueError, RecursionError) as e:
-                raise ArrowError(f'corrupt: a value that is no JSON ({e})') from None
-        return texts
+        try:
+            texts = list(map(bytes.decode, parts))
+            return [json.loads(text or 'null') for text in texts] if 'json' in self.type.kind else texts
+        except UnicodeDecodeError as e:
+            raise ArrowError(f'corrupt: text that is not UTF-8 ({e.reason})') from None
+        except (ValueError, RecursionError) as e:
+            raise ArrowError(f'corrupt: a value that is no JSON ({e})') from None
 
     def items(self, i: int) -> np.ndarray:
-        """Value i of a list of numbers (a view) or bools."""
+        """Value i of a list of ints or bools as an array."""
         start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
         child = self.children[0]
-        return unpack(child.data, start, stop) if child.type.kind == 'bool' else child.data[start:stop]
+        bools = child.type.kind == 'bool'
+        return unpack(child.data, start, stop) if bools else child.data[start:stop].astype(np.int64)
 
     def numpy(self) -> np.ndarray:
         """(length,) numbers, a view without a copy (bools are a copy). ValueError on nulls and on other
         types."""
         kind = self.type.kind
-        if self.valid is not None and not unpack(self.valid, 0, self.length).all():
+        if self.valid is not None:
             raise ValueError('the column has nulls, which numpy cannot show: filter them out first')
         if kind != 'bool' and kind not in NUMBERS:
             raise ValueError(f'the column is {type_name(self.type)}: no numpy view, read it as a list')
         return unpack(self.data, 0, self.length) if kind == 'bool' else self.data
-
-    def nbytes(self) -> int:
-        own = sum(memoryview(part).nbytes for part in (self.valid, self.offsets) if part is not None)
-        if self.data is not None:
-            own += self.data.nbytes
-        return own + sum(child.nbytes() for child in self.children)
-
-
-def decode(parts):
-    try:
-        return list(map(bytes.decode, parts))
-    except UnicodeDecodeError as e:
-        raise ArrowError(f'corrupt: text that is not UTF-8 ({e.reason})') from None
 
 
 def unpack(bits, start, stop):
@@ -316,29 +278,32 @@ def build(values: list, t: Type) -> Array:
     """Python values -> Array of the type t; None is null. Mixed where a value does not fit."""
     n, valid, present = len(values), None, values
     if NoneType in set(map(type, values)):
-        mask = np.fromiter((value is not None for value in values), bool, n)
-        valid = np.packbits(mask, bitorder='little')
+        valid = np.packbits([value is not None for value in values], bitorder='little')
         present = [value for value in values if value is not None]
     if t.kind == 'null':
         return Array(t, n)
     if t.kind == 'struct':
-        rows = values if valid is None else [{} if value is None else value for value in values]
         children = []
         for f in t.fields:
             with inside(f.name):
-                children.append(build([row.get(f.name) for row in rows], f.type))
+                children.append(build([(row or {}).get(f.name) for row in values], f.type))
         return Array(t, n, valid, children=tuple(children))
     if t.kind in OFFSETS:
         return build_pieces(t, n, valid, present)
     try:
-        data = np.array(present, NUMBERS.get(t.kind, bool))
+        data = spread(np.array(present, NUMBERS.get(t.kind, bool)), valid, n)
     except (OverflowError, TypeError, ValueError) as e:
         raise Mixed(f'a value does not fit {type_name(t)}: {e}') from None
-    if valid is not None:  # null slots are zero
-        full = np.zeros(n, data.dtype)
-        full[mask] = data
-        data = full
     return Array(t, n, valid, np.packbits(data, bitorder='little') if t.kind == 'bool' else data)
+
+
+def spread(data, valid, n):
+    """Numbers of the valid slots -> of all n slots, zero where there is a null."""
+    if valid is None:
+        return data
+    full = np.zeros(n, data.dtype)
+    full[unpack(valid, 0, n)] = data
+    return full
 
 
 def build_pieces(t, n, valid, present):
@@ -353,18 +318,14 @@ def build_pieces(t, n, valid, present):
         raise Mixed('text with a lone surrogate (half a character), which UTF-8 cannot hold') from None
     except (TypeError, ValueError, RecursionError) as e:
         raise Mixed(f'a value does not fit {type_name(t)}: {e}') from None
-    lengths = np.zeros(n, np.int64)
-    lengths[slice(None) if valid is None else unpack(valid, 0, n)] = np.fromiter(
-        map(len, parts), np.int64, len(parts)
-    )
+    lengths = spread(np.fromiter(map(len, parts), np.int64), valid, n)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     if offsets[-1] > np.iinfo(OFFSETS[t.kind]).max:
         raise Mixed('more than 2 GiB in one batch: write smaller batches')
     offsets = offsets.astype(OFFSETS[t.kind])
     if t.fields:
-        return Array(
-            t, n, valid, None, offsets, (build(list(itertools.chain.from_iterable(parts)), t.fields[0].type),)
-        )
+        items = build(list(itertools.chain.from_iterable(parts)), t.fields[0].type)
+        return Array(t, n, valid, None, offsets, (items,))
     return Array(t, n, valid, memoryview(b''.join(parts)), offsets)
 
 
@@ -614,12 +575,11 @@ def read_message(view, at):
     """The message at byte `at`, or None at the end of the stream."""
     if at == len(view):
         return None
-    size, start = *struct.unpack_from('<i', view, at), at + 4
-    if size == -1:  # the mark before the size; files from before Arrow 0.15 lack it
-        size, start = *struct.unpack_from('<i', view, at + 4), at + 8
-    if size == 0:
+    mark, size = struct.unpack_from('<ii', view, at)
+    start = at + 8
+    if mark == -1 and size == 0:
         return None
-    if not 0 < size <= len(view) - start:
+    if mark != -1 or not 0 < size <= len(view) - start:
         raise ArrowError(
             f'cut off, or no Arrow data: a message of {size} bytes at {start}, the file has {len(view)}'
         )
@@ -652,8 +612,7 @@ class Body:
         return self.view[start:start + size]
 
     def numbers(self, dtype, count):
-        array = np.frombuffer(self.buffer(count * dtype.itemsize), dtype, count)
-        return array if array.flags.aligned else array.copy()
+        return np.frombuffer(self.buffer(count * dtype.itemsize), dtype, count)
 
     def bits(self, count):
         return np.frombuffer(self.buffer((count + 7) // 8), np.uint8)
@@ -693,36 +652,23 @@ class Body:
 
 
 class Batch:
-    """length rows of a table. load() -> {name: Array}, called at first use."""
+    """length rows of a table. columns() -> {name: Array}, which load() makes when they are first used."""
 
     def __init__(self, length, load):
         self.length = length
-        self.load = load
-        self.loaded = None
-
-    def columns(self) -> dict:
-        if self.loaded is None:
-            self.loaded = self.load()
-        return self.loaded
+        self.columns = functools.cache(load)
 
     def recast(self, t: Type, old_names: dict = {}):
         """The same rows as the struct type t, whose field f is here called old_names[f.name]; a column that
         is not here is null."""
         def load():
-            columns = self.columns()
-            return {
-                f.name: recast(columns.get(old_names.get(f.name, f.name)), f.type, self.length)
-                for f in t.fields
-            }
-
+            arrays = {}
+            for f in t.fields:
+                array = self.columns().get(old_names.get(f.name, f.name), Array(Type('null'), self.length))
+                same = array.type == f.type
+                arrays[f.name] = array if same else build(array.list(0, self.length), f.type)
+            return arrays
         return Batch(self.length, load)
-
-
-def recast(array, t, length):
-    """The same values as another type, built anew if they are of another one."""
-    if array is not None and array.type == t:
-        return array
-    return build([None] * length if array is None else array.list(0, length), t)
 
 
 def read_stream(view: memoryview, name: str):
@@ -817,7 +763,7 @@ def collect(array, nodes, buffers):
     nodes.append((array.length, array.length if kind == 'null' else nulls))
     if kind == 'null':
         return
-    buffers.append(memoryview(array.valid) if nulls else memoryview(b''))
+    buffers.append(memoryview(b'' if array.valid is None else array.valid))
     if array.offsets is not None:
         buffers.append(memoryview(np.ascontiguousarray(array.offsets)))
     if array.data is not None:

@@ -29,13 +29,10 @@ import numpy as np
 import torch
 
 from files import locked, replaced
-from arrow import (Array, ArrowError, Batch, Field, Mixed, Type, Writer, build, collect, guard, infer, inside,
-                   map_file, read_stream, type_name, unify)
+from arrow import (ArrowError, Field, Mixed, Type, Writer, build, collect, guard, infer, inside, map_file,
+                   read_stream, type_name, unify)
 
 BLOCK = 1 << 20   # bytes of JSON that become one batch
-SPILL = (
-    64 << 20
-)  # bytes of columns that a load holds in memory; what goes beyond lies in an unnamed temporary file
 ENDINGS = ('.jsonl', '.json', '.ndjson', '.csv', '.tsv', '.parquet', '.arrow')
 
 # -----------------------------------------------------------------------------------------------------------
@@ -58,9 +55,7 @@ class Column:
             yield from self[start:start + 1000]
 
     def __getitem__(self, key):
-        if isinstance(key, (int, np.integer)):
-            return self.ds.row(key, [self.name])[self.name]
-        return self.ds.read(self.ds.places(key), [self.name])[self.name]
+        return self.ds.get(key, [self.name])[self.name]
 
     def __eq__(self, other):
         return len(self) == len(other) and all(a == b for a, b in zip(self, other))
@@ -69,19 +64,13 @@ class Column:
         return f'Column {self.name!r} of {len(self)} x {type_name(self.ds.types[self.name])}'
 
     def numpy(self) -> np.ndarray:
-        """(n,) numbers or bools; a read-only view where the rows stand together in one batch, else a copy.
+        """(n,) numbers or bools; of rows that follow each other in one batch a read-only view, else a copy.
         ValueError on nulls."""
-        index = self.ds.index
-        parts = []
-        for batch, start in zip(self.ds.batches, self.ds.starts):
-            values = batch.columns()[self.name].numpy()
-            if isinstance(index, range) and index.step == 1:
-                values = values[max(index.start - start, 0):max(index.stop - start, 0)]
-            parts.append(values)
+        parts = [batch.columns()[self.name].numpy() for batch in self.ds.batches]
+        values, index = parts[0] if len(parts) == 1 else np.concatenate(parts), self.ds.index
         if isinstance(index, range) and index.step == 1:
-            parts = [part for part in parts if len(part)] or parts[:1]
-            return parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return np.concatenate(parts)[np.asarray(index)]
+            return values[index.start:index.stop]
+        return values[np.asarray(index)]
 
 
 class Dataset:
@@ -106,14 +95,6 @@ class Dataset:
             sink.add(rows[start:start + 10000], lambda k, e, start=start: f'row {start + k}: {e}')
         return sink.dataset()
 
-    @classmethod
-    def from_dict(cls, columns):
-        """{name: values}, all of one length."""
-        lengths = {len(values) for values in columns.values()}
-        if len(lengths) > 1:
-            raise ValueError(f'columns of different lengths: { {k: len(v) for k, v in columns.items()} }')
-        return cls.from_list([dict(zip(columns, row)) for row in zip(*columns.values())])
-
     @property
     def column_names(self):
         return list(self.types)
@@ -137,94 +118,66 @@ class Dataset:
     # reading
 
     def places(self, key):
-        """slice, range, numbers or bools -> rows of the batches: a range or an int64 array."""
-        n = len(self)
+        """slice, numbers or a mask of bools -> rows of the batches: a range or an int64 array."""
+        n, index = len(self), self.index
         if isinstance(key, slice):
-            return self.index[key]
-        at = np.asarray(key if isinstance(key, (list, tuple, np.ndarray)) else list(key))
-        if not at.size:
-            at = at.astype(np.int64)
-        if at.dtype == bool:
-            if at.shape != (n,):
-                raise IndexError(f'a mask of shape {at.shape} for a dataset of {n} rows')
+            return index[key]
+        at = np.asarray(key)
+        if at.dtype == bool and at.shape == (n,):
             at = np.flatnonzero(at)
-        if at.dtype.kind not in 'iu' or at.ndim != 1:
-            raise TypeError(
-                f'rows are chosen by integers, a slice or a mask, got {at.dtype} of shape {at.shape}'
-            )
+        if at.ndim != 1 or at.size and at.dtype.kind not in 'iu':
+            raise TypeError(f'rows are chosen by integers, a slice or {n} bools, got {at.dtype} of shape '
+                            f'{at.shape}')
         at = np.where(at < 0, at + n, at).astype(np.int64)
-        if at.size and not 0 <= at.min() <= at.max() < n:
-            raise IndexError(
-                f'row {int(at.max() if at.max() >= n else at.min() - n)} of a dataset of {n} rows'
-            )
-        if isinstance(self.index, np.ndarray):
-            return self.index[at]
-        return at * self.index.step + self.index.start
+        if ((at < 0) | (at >= n)).any():
+            raise IndexError(f'rows {at.min()} to {at.max()} of a dataset of {n} rows')
+        return index.start + at * index.step if isinstance(index, range) else index[at]
 
-    def row(self, i, names):
-        if not -len(self) <= i < len(self):
-            raise IndexError(f'row {i} of a dataset of {len(self)} rows')
-        place = int(self.index[i])
+    def find(self, place):
+        """(batch, row in it)"""
         b = bisect.bisect_right(self.starts, place) - 1
-        columns = self.batches[b].columns()
-        place -= self.starts[b]
-        return {name: columns[name].item(place) for name in names}
+        return self.batches[b], place - self.starts[b]
+
+    def get(self, key, names):
+        """These columns of one row, or of several: {name: value or list}."""
+        if not isinstance(key, (int, np.integer)):
+            return self.read(self.places(key), names)
+        if not -len(self) <= key < len(self):
+            raise IndexError(f'row {key} of a dataset of {len(self)} rows')
+        batch, row = self.find(int(self.index[key]))
+        columns = batch.columns()
+        return {name: columns[name].item(row) for name in names}
 
     def read(self, places, names):
-        """-> {name: list of Python values}"""
-        if isinstance(places, range) and places.step == 1:
-            b = bisect.bisect_right(self.starts, places.start) - 1
-            if places and places.stop <= self.starts[b + 1]:  # most slices lie in one batch
-                columns, first = self.batches[b].columns(), self.starts[b]
-                return {name: columns[name].list(places.start - first, places.stop - first) for name in names}
-            parts = [
-                {name: batch.columns()[name].list(start, stop) for name in names}
-                for batch, start, stop in self.pieces(places)
-            ]
-            return {name: list(itertools.chain.from_iterable(part[name] for part in parts)) for name in names}
-        places = np.asarray(places, np.int64)
-        which = np.searchsorted(self.starts, places, 'right') - 1
-        local = (places - np.asarray(self.starts)[which]).tolist()
-        which = which.tolist()
-        columns = {b: self.batches[b].columns() for b in set(which)}
-        return {name: [columns[b][name].item(row) for b, row in zip(which, local)] for name in names}
-
-    def arrays(self, i: int) -> dict:
-        """Row i of columns that are lists of numbers or bools: {name: array}, numbers without a copy."""
-        b = bisect.bisect_right(self.starts, int(self.index[i])) - 1
-        local = int(self.index[i]) - self.starts[b]
-        return {name: column.items(local) for name, column in self.batches[b].columns().items()}
-
-    def pieces(self, places):
-        """A range of step 1 -> (batch, first row in it, one past the last)."""
-        start = places.start
-        b = bisect.bisect_right(self.starts, start) - 1
-        while start < places.stop:
-            stop = min(places.stop, self.starts[b + 1])
-            if start < stop:
-                yield self.batches[b], start - self.starts[b], stop - self.starts[b]
-            start, b = max(start, stop), b + 1
+        """{name: list of Python values}; rows that stand together in a batch are read together."""
+        if not isinstance(places, range) or places.step != 1:
+            found = [(batch.columns(), row) for batch, row in map(self.find, map(int, places))]
+            return {name: [columns[name].item(row) for columns, row in found] for name in names}
+        values, at = {name: [] for name in names}, places.start
+        while at < places.stop:
+            batch, start = self.find(at)
+            stop = min(batch.length, start + places.stop - at)
+            at += stop - start
+            for name in names:
+                values[name] += batch.columns()[name].list(start, stop)
+        return values
 
     def __getitem__(self, key):
-        if isinstance(key, (int, np.integer)):
-            return self.row(key, self.types)
         if isinstance(key, str):
             self.known([key], KeyError)
             return Column(self, key)
-        return self.read(self.places(key), self.types)
+        return self.get(key, self.types)
 
     def __iter__(self):
         for start in range(0, len(self), 1000):
             places = self.index[start:start + 1000]
             columns = self.read(places, self.types)
-            if columns:
-                yield from map(dict, map(zip, itertools.repeat(tuple(columns)), zip(*columns.values())))
-            else:
-                yield from ({} for _ in places)
+            for values in zip(*columns.values()) if columns else [()] * len(places):
+                yield dict(zip(columns, values))
 
-    def iter(self, batch_size, drop_last_batch=False):
+    def iter(self, batch_size):
         """Batches as ds[i:j] gives them."""
-        for start in range(0, len(self) - (batch_size - 1 if drop_last_batch else 0), batch_size):
+        for start in range(0, len(self), batch_size):
             yield self.read(self.index[start:start + batch_size], self.types)
 
     # choosing rows and columns
@@ -234,12 +187,8 @@ class Dataset:
 
     def select(self, indices):
         """The rows at these places: a range, numbers or a mask, any order, repeats allowed."""
-        if (
-            isinstance(indices, range)
-            and indices.step > 0
-            and 0 <= indices.start
-            and indices.stop <= len(self)
-        ):
+        ahead = isinstance(indices, range) and indices.step > 0
+        if ahead and 0 <= indices.start and indices.stop <= len(self):
             return self.choose(self.index[indices.start:indices.stop:indices.step])
         return self.choose(self.places(indices))
 
@@ -253,21 +202,14 @@ class Dataset:
         n = len(self)
         count = math.ceil(test_size * n) if isinstance(test_size, float) else test_size
         if not 0 < count < n:
-            raise ValueError(
-                f'test_size {test_size} of {n} rows leaves one side empty: give a share between 0 and '
-                '1, or 1 to '
-                f'{n - 1} rows (in a training run: more rows, or --val_dataset=FILE)'
-            )
+            raise ValueError(f'test_size {test_size} of {n} rows leaves one side empty: give a share between '
+                             f'0 and 1, or 1 to {n - 1} rows (in a run: more rows, or --val_dataset=FILE)')
         order = np.random.default_rng(seed).permutation(n) if shuffle else np.roll(np.arange(n), count)
         return {'train': self.select(order[count:]), 'test': self.select(order[:count])}
 
-    def filter(self, function, batched=False, batch_size=1000):
-        """The rows for which function(row) holds (batched: function(columns) -> a list of bools)."""
-        if batched:
-            keep = itertools.chain.from_iterable(map(function, self.iter(batch_size)))
-        else:
-            keep = map(function, self)
-        return self.select(np.fromiter(map(bool, keep), bool))
+    def filter(self, function):
+        """The rows for which function(row) holds."""
+        return self.select(np.fromiter(map(bool, map(function, self)), bool))
 
     def known(self, names, error=ValueError):
         for name in names:
@@ -279,9 +221,8 @@ class Dataset:
         self.known(old_names.values())
         t = Type('struct', tuple(Field(new, self.types[old]) for new, old in old_names.items()))
         special = {new: self.special[old] for new, old in old_names.items() if old in self.special}
-        return Dataset(
-            [batch.recast(t, old_names) for batch in self.batches], t, self.index, special, self.sources
-        )
+        batches = [batch.recast(t, old_names) for batch in self.batches]
+        return Dataset(batches, t, self.index, special, self.sources)
 
     def select_columns(self, names):
         names = [names] if isinstance(names, str) else names
@@ -298,39 +239,33 @@ class Dataset:
         self.known([old])
         return self.renamed({new if name == old else name: name for name in self.types})
 
-    def map(self, function, batched=False, batch_size=1000, remove_columns=(), with_indices=False):
+    def map(self, function, batched=False, batch_size=1000, remove_columns=()):
         """function(row) -> dict of new or changed values; batched: function(columns) -> columns, of any
         length if the old ones are all removed or replaced. In memory, each time: what is slow belongs in a
         prepare script, whose file opens at once."""
-        remove_columns = [remove_columns] if isinstance(remove_columns, str) else list(remove_columns)
-        self.known(remove_columns)
+        removed = {remove_columns} if isinstance(remove_columns, str) else set(remove_columns)
+        self.known(removed)
         sink = Sink()
         for start in range(0, len(self), batch_size):
             old = self.read(self.index[start:start + batch_size], self.types)
-            numbers = range(start, min(start + batch_size, len(self)))
-            kept = {name: values for name, values in old.items() if name not in remove_columns}
+            rows = [dict(zip(old, values)) for values in zip(*old.values())]
+            kept = [name for name in old if name not in removed]
             if batched:
-                new = {**kept, **self.answer(function(old, list(numbers)) if with_indices else function(old))}
-                if len({len(values) for values in new.values()}) > 1:
-                    lengths = {name: len(values) for name, values in new.items()}
-                    raise ValueError(
-                        f'map: columns of different lengths {lengths}: name the old ones in remove_columns'
-                    )
-                rows = [dict(zip(new, row)) for row in zip(*new.values())]
+                columns = {name: old[name] for name in kept} | self.answer(function(old))
+                lengths = {name: len(values) for name, values in columns.items()}
+                if len(set(lengths.values())) > 1:
+                    raise ValueError(f'map: columns of different lengths {lengths}: name the old ones in '
+                                     f'remove_columns')
+                rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
             else:
-                rows = []
-                for i, values in zip(numbers, zip(*old.values())):
-                    row = dict(zip(old, values))
-                    new = self.answer(function(row, i) if with_indices else function(row))
-                    rows.append({**{name: value for name, value in row.items() if name in kept}, **new})
+                rows = [{name: row[name] for name in kept} | self.answer(function(row)) for row in rows]
             sink.add(rows, lambda k, e, start=start: f'map, row {start + k}: {e}')
         return sink.dataset()
 
     def answer(self, new):
         if not isinstance(new, dict) and new is not None:
-            raise ValueError(
-                f'map: the function returned {type(new).__name__}, expected a dict of new values (or None)'
-            )
+            raise ValueError(f'map: the function returned {type(new).__name__}, expected a dict of new '
+                             f'values (or None)')
         return new or {}
 
     # files
@@ -341,17 +276,12 @@ class Dataset:
             self.write(f)
 
     def write(self, f):
-        writer = Writer(
-            f, self.type, {b'huggingface': json.dumps({'info': {'features': self.features}}).encode()}
-        )
-        if isinstance(self.index, range) and self.index == range(self.starts[-1]):
-            for batch in self.batches:
-                writer.write(list(batch.columns().values()), batch.length)
-        else:
-            for start in range(0, len(self), 10000):
-                places = self.index[start:start + 10000]
-                columns = self.read(places, self.types)
-                writer.write([build(columns[name], t) for name, t in self.types.items()], len(places))
+        features = json.dumps({'info': {'features': self.features}})
+        writer = Writer(f, self.type, {b'huggingface': features.encode()})
+        for start in range(0, len(self), 10000):
+            places = self.index[start:start + 10000]
+            columns = self.read(places, self.types)
+            writer.write([build(columns[name], t) for name, t in self.types.items()], len(places))
         writer.end()
 
     def save_to_disk(self, path):
@@ -361,33 +291,25 @@ class Dataset:
         os.makedirs(path)
         name = 'data-00000-of-00001.arrow'
         self.to_arrow(os.path.join(path, name))
-        info = {'citation': '', 'description': '', 'homepage': '', 'license': '', 'features': self.features}
-        state = {
-            '_data_files': [{'filename': name}],
-            '_fingerprint': os.urandom(8).hex(),
-            '_format_columns': None,
-            '_format_kwargs': {},
-            '_format_type': None,
-            '_output_all_columns': False,
-            '_split': None,
-        }
-        for file, content in (('dataset_info.json', info), ('state.json', state)):
+        info = dict.fromkeys(('citation', 'description', 'homepage', 'license'), '')
+        state = dict.fromkeys(('_format_columns', '_format_type', '_split'))
+        state |= {'_data_files': [{'filename': name}], '_fingerprint': os.urandom(8).hex(),
+                  '_format_kwargs': {}, '_output_all_columns': False}
+        files = ('dataset_info.json', info | {'features': self.features}), ('state.json', state)
+        for file, content in files:
             with replaced(os.path.join(path, file)) as f:
                 f.write(json.dumps(content, indent=2).encode())
 
     def to_json(self, path):
         """One JSON object a line, UTF-8; .gz compresses. Whole or not at all."""
-        with (
-            replaced(path) as raw,
-            gzip.open(raw, 'wb') if str(path).endswith('.gz') else contextlib.nullcontext(raw) as f,
-        ):
+        opened = gzip.open if str(path).endswith('.gz') else contextlib.nullcontext
+        with replaced(path) as raw, opened(raw, 'wb') if opened is gzip.open else opened(raw) as f:
             for row in self:
                 try:
                     f.write((json.dumps(row, ensure_ascii=False) + '\n').encode())
                 except TypeError as e:
-                    raise ValueError(
-                        f'{path}: {e}: JSON has no such type; map the column to text, or write to_arrow'
-                    ) from None
+                    raise ValueError(f'{path}: {e}: JSON has no such type; map the column to text, or write '
+                                     f'to_arrow') from None
 
 
 def concatenate(datasets):
@@ -399,15 +321,14 @@ def concatenate(datasets):
     batches, indices, sources = [], [], []
     base = 0
     for ds in datasets:
-        batches += ds.batches if ds.type == t else [batch.recast(t) for batch in ds.batches]
+        batches += [batch if ds.type == t else batch.recast(t) for batch in ds.batches]
         sources += [(base + first, file) for first, file in ds.sources]
-        indices.append(np.asarray(ds.index, np.int64) + base)
+        indices.append(base + np.asarray(ds.index, np.int64))
         base += ds.starts[-1]
-    whole = all(ds.index == range(ds.starts[-1]) for ds in datasets if isinstance(ds.index, range))
-    whole = whole and all(isinstance(ds.index, range) for ds in datasets)
-    special = {name: value for name, value in datasets[0].special.items()
-               if all(ds.special.get(name) == value for ds in datasets)}
-    return Dataset(batches, t, None if whole else np.concatenate(indices), special, sources)
+    index = np.concatenate(indices)
+    in_order = len(index) == base and (index == np.arange(base)).all()
+    special = datasets[0].special if all(ds.special == datasets[0].special for ds in datasets) else {}
+    return Dataset(batches, t, None if in_order else index, special, sources)
 
 
 def place(rows, i: int, name: str) -> str:
@@ -449,14 +370,13 @@ def join_types(a, b):
 
 
 class Sink:
-    """Takes lists of rows, keeps their common type, and makes them a Dataset."""
+    """Takes lists of rows, keeps their common type, and makes them a Dataset. Its batches lie in an unnamed
+    temporary file, so that a file larger than the memory can be loaded."""
 
     def __init__(self):
         self.type = Type('struct')
-        self.batches = []  # (batch, its type)
-        self.size = 0
-        self.spill = None
-        self.spans = []    # (rows, type, start, stop) of the streams in the temporary file
+        self.file = tempfile.TemporaryFile()
+        self.ends = [0]  # of the batches in the file; each is a stream of its own
 
     def add(self, rows, where):
         """Rows become a batch. where(k, error) -> the message for a row k that does not fit."""
@@ -482,34 +402,23 @@ class Sink:
                 fields.append(Field(name, infer(values)))
         common = join_types(self.type, Type('struct', tuple(fields)))
         t = Type('struct', tuple(f for f in common.fields if f.name in columns))
-        arrays = {}
+        arrays = []
         for f in t.fields:
             with inside(f.name):
-                arrays[f.name] = build(columns[f.name], f.type)
+                arrays.append(build(columns[f.name], f.type))
         if keep:
             self.type = common
-            self.hold(arrays, t, len(rows))
-
-    def hold(self, arrays, t, length):
-        """Keeps a batch: in memory, or in the temporary file."""
-        self.size += sum(array.nbytes() for array in arrays.values())
-        if self.size <= SPILL:
-            self.batches.append((Batch(length, lambda: arrays), t))
-            return
-        self.spill = self.spill or tempfile.TemporaryFile()
-        start = self.spill.tell()
-        writer = Writer(self.spill, t)
-        writer.write(list(arrays.values()), length)
-        writer.end()
-        self.spans.append((t, start, self.spill.tell()))
+            writer = Writer(self.file, t)
+            writer.write(arrays, len(rows))
+            writer.end()
+            self.ends.append(self.file.tell())
 
     def dataset(self, sources=()):
-        if self.spill:
-            self.spill.flush()
-            view = map_file(self.spill)
-            for t, start, stop in self.spans:
-                self.batches += [(batch, t) for batch in read_stream(view[start:stop], 'temporary file')[2]]
-        batches = [batch if t == self.type else batch.recast(self.type) for batch, t in self.batches]
+        self.file.flush()
+        view, batches = map_file(self.file), []
+        for start, stop in itertools.pairwise(self.ends):
+            t, _, found = read_stream(view[start:stop], 'temporary file')
+            batches += [batch if t == self.type else batch.recast(self.type) for batch in found]
         return Dataset(batches, self.type, sources=sources)
 
 
@@ -547,51 +456,28 @@ def shards(path):
         if not found:
             raise ValueError(f'{path}: no file matches')
         return found
-    splits = os.path.join(path, 'dataset_dict.json')
-    if os.path.exists(splits):
-        names = read_json(splits, 'splits')
-        if len(names) != 1:
-            raise ValueError(
-                f"{path} holds the splits {', '.join(names)}: give one of them, "
-                f"{os.path.join(path, names[0])}"
-            )
-        return shards(os.path.join(path, names[0]))
     state = os.path.join(path, 'state.json')
-    if os.path.exists(state):
-        with guard(state):
-            found = [
-                os.path.join(path, os.path.basename(str(file['filename'])))
-                for file in read_json(state, '_data_files')
-            ]
-            missing = [file for file in found if not os.path.isfile(file)]
-            if missing:
-                raise ArrowError(f'{missing[0]} is missing')
+    if os.path.exists(state):  # of save_to_disk
+        with guard(state), open(state, 'rb') as f:
+            names = [os.path.basename(file['filename']) for file in json.load(f)['_data_files']]
+            found = [os.path.join(path, name) for name in names]
+            if not all(map(os.path.isfile, found)):
+                raise ArrowError(f'not all of {", ".join(names)} are there')
         return found or [path]
     names = sorted(os.listdir(path))
-    found = [
-        name for name in names if name.removesuffix('.gz').endswith(ENDINGS) and not name.endswith('.json')
-    ]
+    if 'dataset_dict.json' in names:
+        splits = [name for name in names if os.path.isdir(os.path.join(path, name))]
+        raise ValueError(f"{path} holds the splits {', '.join(splits)}: give one of them, "
+                         f"{os.path.join(path, splits[0])}")
+    found = [name for name in names if name.removesuffix('.gz').endswith(ENDINGS) and name[-5:] != '.json']
     kinds = sorted({re.match('train|test|val|dev|', name)[0] for name in found})
     if not found:
-        raise ValueError(
-            f'{path} is a folder without data files: give a folder that save_to_disk made, or one of '
-            '.parquet, '
-            '.jsonl or .arrow shards'
-        )
+        raise ValueError(f'{path} is a folder without data files: give a folder that save_to_disk made, or '
+                         f'one of .parquet, .jsonl or .arrow shards')
     if len(kinds) > 1:
-        raise ValueError(
-            f"{path} holds the splits {', '.join(kinds)}: give one of them, "
-            f"'{os.path.join(path, kinds[-1])}*'"
-        )
+        raise ValueError(f"{path} holds the splits {', '.join(kinds)}: give one of them, "
+                         f"'{os.path.join(path, kinds[-1])}*'")
     return [os.path.join(path, name) for name in found]
-
-
-def read_json(path, key):
-    try:
-        with open(path, 'rb') as f:
-            return json.load(f)[key]
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise ArrowError(f'{path}: corrupt ({type(e).__name__}: {e})') from None
 
 
 def load_file(path):
@@ -607,21 +493,18 @@ def load_file(path):
         try:
             head = f.read(256).removeprefix(b'\xef\xbb\xbf').lstrip()
             f.seek(0)
-            if kind == '.arrow' or head[:6] == b'ARROW1' or head[:4] == b'\xff\xff\xff\xff':
+            if kind == '.arrow' or head.startswith((b'ARROW1', b'\xff\xff\xff\xff')):
                 return from_arrow(map_file(f), path, sources)
             if kind == '.parquet':
                 return load_parquet(path, sources)
-            sink = Sink()
+            if kind not in ENDINGS and head[:1] not in (b'[', b'{'):
+                raise ValueError(f"{path}: not one of {', '.join(ENDINGS)} (each text also .gz), nor a "
+                                 f"folder of them")
+            load = load_list if head[:1] == b'[' else load_lines
             if kind in ('.csv', '.tsv'):
-                load_csv(f, path, sink, '\t' if kind == '.tsv' else ',')
-            elif head[:1] == b'[':
-                load_list(f, path, sink)
-            elif head[:1] == b'{' or kind in ('.jsonl', '.json', '.ndjson'):
-                load_lines(f, path, sink)
-            else:
-                raise ValueError(
-                    f"{path}: not one of {', '.join(ENDINGS)} (each text also .gz), nor a folder of them"
-                )
+                load = load_csv
+            sink = Sink()
+            load(f, path, sink)
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise ValueError(f'{path}: corrupt gzip data ({e})') from None
     ds = sink.dataset(sources)
@@ -633,13 +516,9 @@ def load_file(path):
 def from_arrow(view, path, sources):
     t, metadata, batches = read_stream(view, path)
     special = {}
-    with contextlib.suppress(
-        ValueError, AttributeError, TypeError
-    ):  # another program's metadata under that key
-        found = json.loads(metadata.get(b'huggingface', b'{}')).get('info', {}).get('features', {})
-        special = {
-            f.name: found[f.name] for f in t.fields if f.name in found and found[f.name] != feature(f.type)
-        }
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # no, or another program's metadata
+        features = json.loads(metadata[b'huggingface'])['info']['features']
+        special = {f.name: features[f.name] for f in t.fields if features[f.name] != feature(f.type)}
     return Dataset(batches, t, None, special, sources)
 
 
@@ -649,36 +528,34 @@ def load_parquet(path, sources):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(
-            f'{path}: parquet is read by pyarrow, which is not installed: pip install pyarrow'
-        ) from None
-    spill = tempfile.TemporaryFile()
+        message = f'{path}: parquet is read by pyarrow, which is not installed: pip install pyarrow'
+        raise ValueError(message) from None
+    file = tempfile.TemporaryFile()
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
-            plain = [
-                field.with_type(field.type.value_type) if pyarrow.types.is_dictionary(field.type) else field
-                for field in f.schema_arrow
-            ]
-            schema = pyarrow.schema(plain, f.schema_arrow.metadata)
-            with pyarrow.ipc.new_stream(spill, schema) as writer:
+            schema = f.schema_arrow
+            for i, field in enumerate(schema):
+                if pyarrow.types.is_dictionary(field.type):  # pandas' categories
+                    schema = schema.set(i, field.with_type(field.type.value_type))
+            with pyarrow.ipc.new_stream(file, schema) as writer:
                 for batch in f.iter_batches():
                     writer.write_batch(batch.cast(schema))
     except (pyarrow.ArrowException, OSError) as e:
         raise ValueError(f'{path}: {" ".join(str(e).split())}') from None
-    spill.flush()
-    return from_arrow(map_file(spill), path, sources)
+    file.flush()
+    return from_arrow(map_file(file), path, sources)
 
 
 def load_lines(f, path, sink):
     """One JSON object a line; blank lines are skipped."""
-    number = 1
+    number, parse = 1, json.JSONDecoder().decode  # json.loads asks each line for its encoding
     while lines := f.readlines(BLOCK):
         rows, numbers = [], []
         if number == 1:
             lines[0] = lines[0].removeprefix(b'\xef\xbb\xbf')
         for number, line in enumerate(lines, number):
             try:
-                row = json.loads(line)
+                row = parse(line.decode())
             except (ValueError, RecursionError) as e:
                 if not line.isspace():
                     raise ValueError(f'{path}:{number}{bad_line(line, e)}') from None
@@ -718,42 +595,36 @@ def load_list(f, path, sink):
         raise ValueError(f'{path}: {e}') from None
     for i, row in enumerate(rows):
         if type(row) is not dict:
-            raise ValueError(
-                f'{path}: item {i + 1} of the list: expected an object {{...}}, got {json.dumps(row)[:40]}'
-            )
+            raise ValueError(f'{path}: item {i + 1} of the list: expected an object {{...}}, got '
+                             f'{json.dumps(row)[:40]}')
     for start in range(0, len(rows), 10000):
-        sink.add(
-            rows[start : start + 10000],
-            lambda k, e, start=start: f'{path}: item {start + k + 1} of the list: {e}',
-        )
+        place = f'{path}: item {{}} of the list: {{}}'
+        sink.add(rows[start:start + 10000], lambda k, e, start=start: place.format(start + k + 1, e))
 
 
-def load_csv(f, path, sink, delimiter):
+def load_csv(f, path, sink):
     """Separated values with a header. Every value is a text, so that "02134" stays what it is; an empty one
     is null."""
     csv.field_size_limit(2**31 - 1)
+    delimiter = '\t' if '.tsv' in path[-7:] else ','
     reader = csv.reader(io.TextIOWrapper(f, 'utf-8-sig', newline=''), delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise ValueError(f'{path}:1: two columns with one name: {", ".join(names)}')
         rows = []
-        for values in itertools.chain(reader, [None]):
-            if values and len(values) != len(names):
-                raise ValueError(
-                    f'{path}:{reader.line_num}: {len(values)} fields, the header has {len(names)}'
-                )
-            if values:
-                rows.append({name: value or None for name, value in zip(names, values)})
-            if rows and (values is None or len(rows) == 10000):
-                sink.add(rows, lambda k, e: f'{path}: {e}')
-                rows = []
+        for values in filter(None, reader):
+            if len(values) != len(names):
+                raise ValueError(f'{path}:{reader.line_num}: {len(values)} fields, the header has '
+                                 f'{len(names)}')
+            rows.append({name: value or None for name, value in zip(names, values)})
+        for start in range(0, len(rows), 10000):
+            sink.add(rows[start:start + 10000], lambda k, e: f'{path}: {e}')
     except csv.Error as e:
         raise ValueError(f'{path}:{reader.line_num}: {e}') from None
     except UnicodeDecodeError as e:
         raise ValueError(f'{path}: behind line {reader.line_num}: not UTF-8 ({e.reason})') from None
-    if sink.batches:
-        sink.type = Type('struct', tuple(Field(f.name, Type('string')) for f in sink.type.fields))
+    sink.type = Type('struct', tuple(Field(f.name, Type('string')) for f in sink.type.fields))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -764,61 +635,35 @@ CACHED_FROM = 10_000  # rows of a table; fewer are encoded in a second
 
 
 class Items:
-    """What a stage makes of rows: a sequence of tuples of token ids, masks and numbers. They lie in Arrow
-    batches, 4 bytes a token, in memory or in a mapped file, and are read when they are asked for: a list
-    comes back as a list, an int64 or bool array as such an array. index: the entries that are shown."""
+    """What a stage makes of rows: a sequence of tuples of token ids, masks and numbers. table holds them,
+    4 bytes a token, in memory or mapped, and they are read when they are asked for: a list comes back as a
+    list, an int64 or bool array as such an array."""
 
-    def __init__(self, batches, index):
-        self.batches = batches
-        self.starts = list(itertools.accumulate((batch.length for batch in batches), initial=0))
-        self.index = index
+    def __init__(self, table):
+        self.table = table
 
     def __len__(self):
-        return len(self.index)
+        return len(self.table)
 
     def __getitem__(self, key):
         if isinstance(key, slice):
-            return Items(self.batches, self.index[key])
-        entry = int(self.index[key])
-        b = bisect.bisect_right(self.starts, entry) - 1
-        columns = list(self.batches[b].columns().items())[len(ABOUT):]
-        return tuple(stored_value(name, column, entry - self.starts[b]) for name, column in columns)
+            return Items(self.table.select(range(len(self))[key]))
+        batch, row = self.table.find(int(self.table.index[key]))
+        columns = list(batch.columns().items())[len(ABOUT):]
+        return tuple(column.item(row) if name[0] != 'a' else column.items(row) for name, column in columns)
 
 
 # of an entry: the row that it comes from, has that row an item at all, what there is to say of the row
 ABOUT = (Field('row', Type('int64')), Field('kept', Type('bool')), Field('note', Type('string')))
 
 
-def item_fields(item):
-    """The columns that hold a tuple's values; a name tells which Python type comes back."""
-    fields = []
-    for i, value in enumerate(item):
-        if hasattr(value, '__len__'):
-            bools = np.asarray(value).dtype == bool
-            t = Type('list', (Field('item', Type('bool' if bools else 'int32')),))
-        else:
-            t = infer([value])
-        fields.append(Field(f'{i} {type(value).__name__}', t))
-    return tuple(fields)
-
-
-def stored_column(values, t):
-    if t.kind != 'list':
-        return build(values, t)
-    item = t.fields[0].type
-    data = flat(values, bool if item.kind == 'bool' else np.int32)
-    bits = np.packbits(data, bitorder='little') if item.kind == 'bool' else data
-    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    return Array(t, len(values), None, None, offsets, (Array(item, len(data), None, bits),))
-
-
-def stored_value(name, column, i):
-    if column.type.kind != 'list':
-        return column.item(i)
-    values = column.items(i)
-    if name.endswith('list'):
-        return values.tolist()
-    return values if values.dtype == bool else values.astype(np.int64)
+def item_field(i, value):
+    """The column of a tuple's value i; its name tells whether a list or an array comes back."""
+    if not hasattr(value, '__len__'):
+        return Field(f'value {i}', infer([value]))
+    kind = 'bool' if np.asarray(value).dtype == bool else 'int32'
+    form = 'array' if isinstance(value, np.ndarray) else 'list'
+    return Field(f'{form} {i}', Type('list', (Field('item', Type(kind)),)))
 
 
 def entries(rows, encode, name):
@@ -836,19 +681,20 @@ def entries(rows, encode, name):
 
 
 def write_items(f, rows, encode, name):
-    """All entries as an Arrow stream."""
-    stream, first = entries(rows, encode, name), []
+    """All entries as an Arrow stream; the first item tells the columns."""
+    stream, passed = entries(rows, encode, name), []
     for entry in stream:
-        first.append(entry)
+        passed.append(entry)
         if entry[1]:
             break
-    fields = item_fields(first[-1][1] if first else ())  # the first item tells the columns
+    fields = tuple(itertools.starmap(item_field, enumerate(passed[-1][1] if passed else ())))
     nothing = tuple([] if field.type.fields else 0 for field in fields)
-    t = Type('struct', ABOUT + fields)
-    writer, stream = Writer(f, t), itertools.chain(first, stream)
+    stream, t = itertools.chain(passed, stream), Type('struct', ABOUT + fields)
+    writer = Writer(f, t)
     while chunk := list(itertools.islice(stream, 1000)):
-        table = [(number, bool(item), note, *(item or nothing)) for number, item, note in chunk]
-        writer.write([stored_column(values, f.type) for f, values in zip(t.fields, zip(*table))], len(table))
+        table = [(row, bool(item), note, *(item or nothing)) for row, item, note in chunk]
+        columns = [build(list(values), field.type) for field, values in zip(t.fields, zip(*table))]
+        writer.write(columns, len(table))
     writer.end()
 
 
@@ -893,26 +739,17 @@ def encoded(rows, encode, name: str, key):
             print(f'{path}: {e.strerror}: the encoded rows stay in memory')
     if path and os.path.exists(path):
         with open(path, 'rb') as f:
-            return chosen_items(read_stream(map_file(f), path)[2], np.asarray(rows.index))
-    f = io.BytesIO()
-    write_items(f, rows, encode, name)
-    return chosen_items(read_stream(f.getbuffer(), name)[2])
-
-
-def chosen_items(batches, rows=None):
-    """(Items, their notes) of all entries in order, or of those of the given rows, where `row` ascends."""
-    def column(name):
-        return [batch.columns()[name] for batch in batches]
-    index = np.arange(sum(batch.length for batch in batches))
-    if rows is not None:
-        numbers = np.concatenate([c.numpy() for c in column('row')])
-        first = np.searchsorted(numbers, rows)
-        counts = np.searchsorted(numbers, rows, 'right') - first
-        index = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-    kept = np.concatenate([np.zeros(0, bool), *(c.numpy() for c in column('kept'))])
-    notes = list(itertools.chain.from_iterable(c.list(0, c.length) for c in column('note')))
-    notes = collections.Counter(notes[i] for i in index.tolist() if notes[i])
-    return Items(batches, index[kept[index]]), notes
+            table = from_arrow(map_file(f), path, ())
+        numbers = table['row'].numpy()  # ascending: find those of the rows, none or several each
+        first = np.searchsorted(numbers, rows.index)
+        counts = np.searchsorted(numbers, rows.index, 'right') - first
+        table = table.select(np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum()))
+    else:
+        f = io.BytesIO()
+        write_items(f, rows, encode, name)
+        table = from_arrow(f.getbuffer(), name, ())
+    notes = collections.Counter(filter(None, table['note']))
+    return Items(table.select(table['kept'].numpy())), notes
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -949,30 +786,17 @@ def pack(lengths, capacity):
     lengths = np.asarray(lengths, np.int64).reshape(-1)
     if (lengths > capacity).any():
         i = int(np.argmax(lengths > capacity))
-        raise ValueError(
-            f'sequence {i} has {lengths[i]} tokens, more than the capacity {capacity}: cut or drop it, '
-            'or raise '
-            'the capacity'
-        )
-    bins = []
-    rooms = []   # the distinct free spaces, sorted
-    having = {}  # free space -> the bins that have it
-    order = np.argsort(-lengths, kind='stable')
-    for i, length in zip(order.tolist(), lengths[order].tolist()):
-        at = bisect.bisect_left(rooms, length)
+        raise ValueError(f'sequence {i} has {lengths[i]} tokens, more than the capacity {capacity}: cut or '
+                         f'drop it, or raise the capacity')
+    bins, rooms = [], []  # rooms: (free space, -when it arose, bin), sorted
+    order = np.argsort(-lengths, kind='stable').tolist()
+    for when, i in enumerate(order):
+        at = bisect.bisect_left(rooms, (lengths[i],))
         if at == len(rooms):
-            b, room = len(bins), capacity
-            bins.append([i])
-        else:
-            room = rooms[at]
-            b = having[room].pop()
-            bins[b].append(i)
-            if not having[room]:
-                del rooms[at], having[room]
-        if room - length not in having:
-            bisect.insort(rooms, room - length)
-            having[room - length] = []
-        having[room - length].append(b)
+            bins.append([])
+        room, _, b = rooms.pop(at) if at < len(rooms) else (capacity, 0, len(bins) - 1)
+        bins[b].append(i)
+        bisect.insort(rooms, (room - lengths[i], -when, b))
     return bins
 
 
@@ -983,27 +807,22 @@ def collate_packed(seqs, trained, bins, capacity):
     doc counts from 0 in each row; the unused tail (idx 0) is a document of its own, numbered one above the
     last. seqs [[5, 6], [7]], all trained, bins [[0, 1]], capacity 4 -> idx [5, 6, 7, 0], targets [6, -1, -1,
     -1], doc [0, 0, 1, 2]."""
-    idx = np.zeros((len(bins), capacity), np.int64)
-    on = np.zeros(idx.shape, bool)
-    doc = np.zeros(idx.shape, np.int64)
+    shape = len(bins), capacity
+    idx, on, doc = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, np.int64)
     for row, members in enumerate(bins):
         at = 0
         for number, i in enumerate(members):
-            end = at + len(seqs[i])
+            span = slice(at, at + len(seqs[i]))
             if len(seqs[i]) != len(trained[i]):
-                raise ValueError(
-                    f'sequence {i} has {len(seqs[i])} tokens and {len(trained[i])} mask entries: they '
-                    'must be as many'
-                )
-            if end > capacity:
+                raise ValueError(f'sequence {i} has {len(seqs[i])} tokens and {len(trained[i])} mask '
+                                 f'entries: they must be as many')
+            if span.stop > capacity:
                 used = sum(len(seqs[i]) for i in members)
                 raise ValueError(f'bin {row} holds {used} tokens, more than the capacity {capacity}')
-            idx[row, at:end] = seqs[i]
-            on[row, at:end] = trained[i]
-            doc[row, at:end] = number
-            at = end
+            idx[row, span], on[row, span], doc[row, span] = seqs[i], trained[i], number
+            at = span.stop
         doc[row, at:] = len(members)
-    targets = np.full(idx.shape, -1, np.int64)
+    targets = np.full(shape, -1, np.int64)
     counts = on[:, 1:] & (doc[:, 1:] == doc[:, :-1])
     targets[:, :-1][counts] = idx[:, 1:][counts]
     return {'idx': torch.from_numpy(idx), 'targets': torch.from_numpy(targets), 'doc': torch.from_numpy(doc)}
@@ -1057,9 +876,6 @@ class Sampler:
         mine = self.state_dict()
         for key in ('n', 'batch_size', 'seed'):
             if state[key] != mine[key]:
-                raise ValueError(
-                    f'the data cursor was saved with {key} {state[key]}, this run has {mine[key]}: '
-                    'resume with the '
-                    'same, or start anew'
-                )
+                raise ValueError(f'the data cursor was saved with {key} {state[key]}, this run has '
+                                 f'{mine[key]}: resume with the same, or start anew')
         self.batch = int(state['batch'])

@@ -9,6 +9,7 @@ write is never trained:
 from the end of the generation prompt to the control token that ends the turn. Where that cannot be told
 exactly from what the template does, it is a ValueError that says what to add to the template.
 """
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -36,6 +37,7 @@ GPT2_FILES = {  # SHA-256; at OpenAI's address
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
 EOT = '<|endoftext|>'
+TOKENS = 'eos_token', 'bos_token', 'pad_token'
 BYTE_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\\n' }}"
     "{% elif m.role == 'user' %}{{ 'Q: ' + m.content + '\\nA: ' }}{% elif m.role == 'assistant' %}"
@@ -70,36 +72,29 @@ class Tokenizer:
         self.added_texts = {i: text for text, i in self.added.items()}
         self.special = {row['content'] for row in rows if row.get('special')}
         self.split_all = any_of(self.added)
-        self.split_plain = any_of(
-            set(self.added) - self.special
-        )  # <think>, <tool_call>: the model writes them, text may hold them
+        # <think>, <tool_call>: the model writes them, text may hold them
+        self.split_plain = any_of(set(self.added) - self.special)
         pieces = spec['model'].get('vocab') or {}
-        vocab = {**pieces, **self.added} if isinstance(pieces, dict) else self.added
+        vocab = self.added if isinstance(pieces, list) else {**pieces, **self.added}
         self.vocab_size = max(len(pieces), 1 + max(vocab.values(), default=-1))
-        texts = {key: value['content'] if isinstance(value, dict) else value for key, value in config.items()
-                 if key.endswith('_token')}
-        self.token_texts = {
-            key: text for key, text in texts.items() if isinstance(text, str)
-        }  # bos_token ... in a template
+        # bos_token ... in a template
+        self.token_texts = {key: text['content'] if isinstance(text, dict) else text
+                            for key, text in config.items() if key.endswith('_token') and text}
         self.config = {**config, **self.token_texts}
-        self.eot, self.bos, pad = (
-            vocab.get(self.token_texts.get(key)) for key in ('eos_token', 'bos_token', 'pad_token')
-        )
+        self.eot, self.bos, pad = (vocab.get(self.token_texts.get(key)) for key in TOKENS)
         self.pad = None if pad == self.eot else pad
         self.ends = []  # what generation_config.json names besides
+        self.prefix = []
         steps = spec.get('post_processor') or {}
-        steps = [
-            step for step in steps.get('processors', [steps]) if step.get('type') == 'TemplateProcessing'
-        ]
-        first = steps[0]['single'][0] if steps and steps[0]['single'] else {}
-        self.prefix = [vocab[first['SpecialToken']['id']]] if 'SpecialToken' in first else []
+        for step in steps.get('processors', [steps]):
+            if step.get('type') == 'TemplateProcessing' and 'SpecialToken' in (step['single'] or [{}])[0]:
+                self.prefix = [vocab[step['single'][0]['SpecialToken']['id']]]
         template = config.get('chat_template') or {}
         if isinstance(template, list):
             template = {row['name']: row['template'] for row in template}
         self.templates = {'default': template} if isinstance(template, str) else template
 
-    # a kind of tokenizer has plain(str) -> [int] for text without added tokens, bytes_of(id), and
-    # normalise(str) -> str
+    # a kind of tokenizer has plain(str) -> [int] for text without added tokens, bytes_of(id) and normalise
     def normalise(self, text):
         return text
 
@@ -110,11 +105,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as e:
-            raise ValueError(
-                f'lone surrogate {text[e.start]!a} at character {e.start} is no Unicode text: repair '
-                'the data, '
-                'e.g. text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
-            ) from None
+            raise ValueError(f'lone surrogate {text[e.start]!a} at character {e.start} is no Unicode text: '
+                             f'repair the data, e.g. text.encode("utf-16", "surrogatepass").decode("utf-16", '
+                             f'"replace")') from None
         parts = (self.split_all if allow_special else self.split_plain).split(text)
         return [(self.added[part] if n % 2 else None, part) for n, part in enumerate(parts) if part]
 
@@ -148,19 +141,12 @@ class Tokenizer:
                 ids.append(token)
                 mask.append(bool(flags.any()))
                 continue
-            norm = self.normalise(piece)
-            if (
-                norm != piece
-            ):  # borders move with the text: a border at p stands at len(normalise(piece[:p])) afterwards
-                edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1), len(piece)]
-                moved = [len(self.normalise(piece[:edge])) for edge in edges[:-1]] + [len(norm)]
-                flags = np.repeat(flags[edges[:-1]], np.maximum(np.diff(moved), 0))[:len(norm)]
-            tokens = self.plain(norm)
-            first_bytes = (np.frombuffer(norm.encode(), np.uint8) & 0xC0) != 0x80
-            seen = np.concatenate(
-                [[0], np.cumsum(flags[np.cumsum(first_bytes) - 1])]
-            )  # trained bytes up to here
-            ends = np.cumsum([0] + [len(self.bytes_of(i)) for i in tokens])
+            edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1), len(piece)]
+            normal = [self.normalise(piece[start:stop]) for start, stop in itertools.pairwise(edges)]
+            lengths = [len(part.encode()) for part in normal]
+            tokens = self.plain(''.join(normal))
+            seen = np.cumsum([0, *np.repeat(flags[edges[:-1]], lengths)])  # trained bytes up to here
+            ends = np.cumsum([0, *(len(self.bytes_of(i)) for i in tokens)])
             ids += tokens
             mask += (seen[ends[1:]] > seen[ends[:-1]]).tolist()
         return ids, mask
@@ -185,13 +171,11 @@ class Tokenizer:
         """Every id that ends an answer: eot, what generation_config.json names, and what the template ends a
         turn with."""
         ids = [self.eot, *self.ends]
-        try:
-            talk = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+        talk = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+        with contextlib.suppress(ValueError):  # no template, or one that does not tell what ends a turn
             tokens, mask = self.apply_chat_template(talk, return_mask=True)
             ids += [i for i, on in zip(tokens, mask) if on and self.added_texts.get(i) in self.special][-1:]
-        except ValueError:  # no template, or one that does not tell what ends a turn
-            return list(dict.fromkeys(i for i in ids if i is not None))
-        return list(dict.fromkeys(i for i in ids if i is not None))
+        return [i for i in dict.fromkeys(ids) if i is not None]
 
     def state(self):
         """Text that says all that its ids depend on."""
@@ -235,11 +219,8 @@ class CharTokenizer(Tokenizer):
     def plain(self, text):
         ids = [self.ids.get(char, self.unknown) for char in text]
         if None in ids:
-            raise ValueError(
-                f'character {text[ids.index(None)]!r} is not among the {self.vocab_size} that this char '
-                'tokenizer '
-                'knows'
-            )
+            raise ValueError(f'character {text[ids.index(None)]!r} is not among the {self.vocab_size} that '
+                             f'this char tokenizer knows')
         return ids
 
     def bytes_of(self, i):
@@ -255,9 +236,7 @@ class BpeTokenizer(Tokenizer):
         import tiktoken
         super().__init__(spec, config, name)
         vocab = spec['model']['vocab']
-        ranks = {
-            bytes(map(CHAR_BYTES.__getitem__, text)): i for text, i in vocab.items() if text not in self.added
-        }
+        ranks = {bytes(map(CHAR_BYTES.get, text)): i for text, i in vocab.items() if text not in self.added}
         self.bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.added)
         self.nfc = (spec.get('normalizer') or {}).get('type') == 'NFC'
 
@@ -266,9 +245,8 @@ class BpeTokenizer(Tokenizer):
 
     def plain(self, text):
         if len(text) > 50000 and re.search(r'\s{50000}', text):
-            raise ValueError(
-                'a run of more than 50,000 blanks: the pattern matcher of tiktoken gives up on it; shorten it'
-            )
+            raise ValueError('a run of more than 50,000 blanks: the pattern matcher of tiktoken gives up on '
+                             'it; shorten it')
         return self.bpe.encode_ordinary(text)
 
     def bytes_of(self, i):
@@ -292,10 +270,8 @@ class LibraryTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(
-                f'{name}: a {spec["model"].get("type")} tokenizer that is no byte-level BPE is read by the '
-                'tokenizers library: pip install tokenizers'
-            ) from None
+            raise ValueError(f'{name}: a {spec["model"].get("type")} tokenizer that is no byte-level BPE is '
+                             f'read by the tokenizers library: pip install tokenizers') from None
         super().__init__(spec, config, name)
         try:
             self.library = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -336,12 +312,8 @@ def get_tokenizer(name: str) -> Tokenizer:
     name whose model is in the HF cache."""
     if name == 'byte':
         vocab = {char: byte for byte, char in sorted(BYTE_CHARS.items())}
-        config = {
-            'tokenizer_class': 'PreTrainedTokenizerFast',
-            'eos_token': EOT,
-            'clean_up_tokenization_spaces': False,
-            'chat_template': BYTE_TEMPLATE,
-        }
+        config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT,
+                  'clean_up_tokenization_spaces': False, 'chat_template': BYTE_TEMPLATE}
         return from_spec(bpe_spec(vocab, [], {EOT: 256}, None), config, name)
     if name.startswith('char:'):
         return char_tokenizer(name)
@@ -350,16 +322,15 @@ def get_tokenizer(name: str) -> Tokenizer:
     tried = ''
     if re.fullmatch(r'(openai-community/)?gpt2(-medium|-large|-xl)?', name):
         try:
-            return from_spec(*gpt2_spec(tiktoken_file), 'gpt2')
+            vocab, merges = tiktoken_file('encoder.json'), tiktoken_file('vocab.bpe').decode()
+            return from_vocab('gpt2', {}, json.loads(vocab), merges, {})
         except OSError as e:  # then from the hub, or from what `hf download gpt2` has put into its cache
             tried = f'{e}; '
     try:
         folder = files.resolve(name, weights=False)
     except ValueError as e:
-        raise ValueError(
-            f"tokenizer {name!r}: expected 'byte', 'char:<meta.json>', 'gpt2', a directory with "
-            f'tokenizer.json or a name of the hub (HF cache): {tried}{e}'
-        ) from None
+        raise ValueError(f"tokenizer {name!r}: expected 'byte', 'char:<meta.json>', 'gpt2', a directory with "
+                         f"tokenizer.json or a name of the hub (HF cache): {tried}{e}") from None
     return from_directory(folder)
 
 
@@ -368,14 +339,10 @@ def char_tokenizer(name):
     if not chars or len(set(chars)) != len(chars):
         raise ValueError(f'{name[5:]}: expected {{"chars": "..."}} with distinct characters, as '
                          'data/shakespeare_char/prepare.py writes it')
-    split = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
-    vocab = {char: i for i, char in enumerate(chars)}
-    spec = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None,
-            'post_processor': None, 'pre_tokenizer': split, 'decoder': {'type': 'Fuse'},
-            'model': {'type': 'WordLevel', 'vocab': vocab, 'unk_token': '<unk>'}}
-    return from_spec(
-        spec, {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}, name
-    )
+    spec = json.loads(CHAR_SPEC)
+    spec['model']['vocab'] = {char: i for i, char in enumerate(chars)}
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+    return from_spec(spec, config, name)
 
 
 def read_json(path, missing_ok=False):
@@ -392,74 +359,49 @@ def read_json(path, missing_ok=False):
 
 
 def from_directory(folder):
-    config = {}
-    for file in ('special_tokens_map.json', 'tokenizer_config.json'):
-        config |= read_json(os.path.join(folder, file), missing_ok=True)
-    kind = config.get('tokenizer_class', '')
-    model = read_json(os.path.join(folder, 'config.json'), missing_ok=True).get('model_type')
-    kind = kind or ('GPT2Tokenizer' if model == 'gpt2' else '')
-    added = read_json(os.path.join(folder, 'tokenizer.json'), missing_ok=True).get('added_tokens', [])
-    if kind.startswith('GPT2') and EOT in {row['content'] for row in added}:  # the class knows them
+    def read(file):
+        return read_json(os.path.join(folder, file), missing_ok=True)
+    names, spec = os.listdir(folder), read('tokenizer.json')
+    config = {**read('special_tokens_map.json'), **read('tokenizer_config.json')}
+    kind = config.get('tokenizer_class') or ''
+    if not kind and read('config.json').get('model_type') == 'gpt2':
+        kind = 'GPT2Tokenizer'
+    if kind.startswith('GPT2') and EOT in {row['content'] for row in spec.get('added_tokens', [])}:
+        # the class knows them
         config = {'tokenizer_class': kind, 'eos_token': EOT, 'bos_token': EOT, **config}
-    template = os.path.join(folder, 'chat_template.jinja')
-    if os.path.exists(template):
-        with open(template, encoding='utf-8') as f:
+    if 'chat_template.jinja' in names:
+        with open(os.path.join(folder, 'chat_template.jinja'), encoding='utf-8') as f:
             config['chat_template'] = f.read()
-    names = set(os.listdir(folder))
-    if 'tokenizer.json' in names:
-        tok = from_spec(read_json(os.path.join(folder, 'tokenizer.json')), config, folder)
-    elif {'encoder.json', 'vocab.bpe'} <= names:
-        tok = from_spec(*gpt2_spec(lambda file: open(os.path.join(folder, file), 'rb').read()), folder)
-    elif {'vocab.json', 'merges.txt'} <= names:
-        tok = from_vocab(folder, config)
+    pair = next((pair for pair in PAIRS if set(pair) <= set(names)), None)
+    if spec:
+        tok = from_spec(spec, config, folder)
+    elif pair:
+        with open(os.path.join(folder, pair[1]), encoding='utf-8') as f:
+            merges = f.read()
+        tok = from_vocab(folder, config, read(pair[0]), merges, read('added_tokens.json'))
     else:
-        raise ValueError(
-            f'{folder}: no tokenizer in it: expected tokenizer.json, vocab.json + merges.txt or '
-            'encoder.json + '
-            'vocab.bpe'
-        )
-    ends = (
-        read_json(os.path.join(folder, 'generation_config.json'), missing_ok=True).get('eos_token_id') or []
-    )
+        raise ValueError(f'{folder}: no tokenizer in it: expected tokenizer.json, vocab.json + merges.txt or '
+                         f'encoder.json + vocab.bpe')
+    ends = read('generation_config.json').get('eos_token_id') or []
     tok.ends = ends if isinstance(ends, list) else [ends]
     return tok
 
 
-def from_vocab(folder, config):
-    """vocab.json and merges.txt, as the older folders of GPT-2 and Qwen2 have them."""
+def from_vocab(name, config, vocab, merges, added):
+    """A vocabulary and a list of merges, as the older folders of GPT-2 and Qwen2 have them."""
     kind = config.get('tokenizer_class', 'GPT2Tokenizer').removesuffix('Fast')
     if kind not in ('GPT2Tokenizer', 'Qwen2Tokenizer'):
-        raise ValueError(
-            f'{folder}: tokenizer_class {kind} with vocab.json and merges.txt is not known here: save it as '
-            'tokenizer.json'
-        )
-    vocab = read_json(os.path.join(folder, 'vocab.json'))
-    with open(os.path.join(folder, 'merges.txt'), encoding='utf-8') as f:
-        merges = read_merges(f.read())
+        raise ValueError(f'{name}: tokenizer_class {kind} with vocab.json and merges.txt is not known here: '
+                         f'save it as tokenizer.json')
+    merges = [line.split(' ') for line in merges.split('\n') if line and not line.startswith('#version')]
     rows = config.get('added_tokens_decoder', {})
-    added = {row['content']: int(i) for i, row in rows.items()}
-    added = added or read_json(os.path.join(folder, 'added_tokens.json'), missing_ok=True)
+    added = {row['content']: int(i) for i, row in rows.items()} or added
     if kind == 'GPT2Tokenizer':
-        config = {'eos_token': EOT, 'bos_token': EOT, **config}
+        config = {'tokenizer_class': kind, 'eos_token': EOT, 'bos_token': EOT, 'unk_token': EOT, **config}
         added = added or {EOT: vocab[EOT]} if EOT in vocab else added
     plain = [row['content'] for row in rows.values() if not row.get('special')]
-    return from_spec(
-        bpe_spec(vocab, merges, added, None if kind == 'GPT2Tokenizer' else QWEN_PATTERN, plain),
-        config,
-        folder,
-    )
-
-
-def read_merges(text):
-    return [line.split(' ') for line in text.split('\n') if line and not line.startswith('#version')]
-
-
-def gpt2_spec(read):
-    """(spec, config) of GPT-2's two files."""
-    vocab = json.loads(read('encoder.json'))
-    config = {'tokenizer_class': 'GPT2Tokenizer', 'eos_token': EOT, 'bos_token': EOT, 'unk_token': EOT,
-              'model_max_length': 1024, 'add_prefix_space': False, 'clean_up_tokenization_spaces': False}
-    return bpe_spec(vocab, read_merges(read('vocab.bpe').decode()), {EOT: vocab[EOT]}, None), config
+    pattern = None if kind == 'GPT2Tokenizer' else QWEN_PATTERN
+    return from_spec(bpe_spec(vocab, merges, added, pattern, plain), config, name)
 
 
 def tiktoken_file(file):
@@ -469,52 +411,45 @@ def tiktoken_file(file):
     url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{file}'
     cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR')
     cache = cache or os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    cached = os.path.exists(os.path.join(cache, hashlib.sha1(url.encode()).hexdigest()))
     try:
-        if files.offline() and not cached:
+        cached = os.path.join(cache, hashlib.sha1(url.encode()).hexdigest())
+        if files.offline() and not os.path.exists(cached):
             raise OSError('HF_HUB_OFFLINE is set')
         return read_file_cached(url, GPT2_FILES[file])
     except (requests.RequestException, OSError) as e:
-        raise OSError(
-            f"{file} is not in tiktoken's cache ({cache}, TIKTOKEN_CACHE_DIR) and did not come from its host "
-            f'({type(e).__name__})'
-        ) from None
+        raise OSError(f"{file} is not in tiktoken's cache ({cache}, TIKTOKEN_CACHE_DIR) and did not come "
+                      f"from its host ({type(e).__name__})") from None
+
+
+PAIRS = ('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe')
+BPE_SPEC = """{
+    "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+    "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
+              "end_of_word_suffix": "", "fuse_unk": false, "byte_fallback": false}}"""
+CHAR_SPEC = """{
+    "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+    "added_tokens": [], "decoder": {"type": "Fuse"}, "model": {"type": "WordLevel", "unk_token": "<unk>"},
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[\\\\s\\\\S]"}, "behavior": "Isolated",
+                      "invert": false}}"""
 
 
 def bpe_spec(vocab, merges, added, pattern, plain=()):
     """tokenizer.json of a byte-level BPE; pattern None: GPT-2's, else Qwen's with its NFC. A byte tokenizer
     has no merges."""
-    level = {
-        'type': 'ByteLevel',
-        'add_prefix_space': False,
-        'trim_offsets': False,
-        'use_regex': pattern is None and bool(merges),
-    }
-    split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+    spec = json.loads(BPE_SPEC)
     flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
-    rows = [{'id': i, 'content': text, **flags, 'special': text not in plain} for text, i in added.items()]
-    model = {
-        'type': 'BPE',
-        'dropout': None,
-        'unk_token': None,
-        'continuing_subword_prefix': '',
-        'end_of_word_suffix': '',
-        'fuse_unk': False,
-        'byte_fallback': False,
-        'vocab': vocab,
-        'merges': merges,
-    }
-    return {
-        'version': '1.0',
-        'truncation': None,
-        'padding': None,
-        'added_tokens': sorted(rows, key=lambda row: row['id']),
-        'normalizer': {'type': 'NFC'} if pattern else None,
-        'post_processor': None,
-        'decoder': level,
-        'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, level]} if pattern else level,
-        'model': model,
-    }
+    spec['added_tokens'] = [{'id': i, 'content': text, **flags, 'special': text not in plain}
+                            for text, i in sorted(added.items(), key=lambda item: item[1])]
+    spec['model'] |= {'vocab': vocab, 'merges': merges}
+    level = spec['pre_tokenizer']
+    level['use_regex'] = pattern is None and bool(merges)
+    if pattern:
+        split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+        spec['normalizer'] = {'type': 'NFC'}
+        spec['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': [split, level]}
+    return spec
 
 
 def from_spec(spec, config, name):
@@ -533,37 +468,35 @@ def byte_level_pattern(spec):
     """'char', 'byte', the pattern that splits the text before a byte-level BPE, or None for a kind that is
     left to the library."""
     model, first = spec['model'], spec.get('pre_tokenizer') or {}
-    steps = first.get('pretokenizers', [first])
-    split = None
-    if (
-        steps[0].get('type') == 'Split'
-        and steps[0].get('behavior') == 'Isolated'
-        and not steps[0].get('invert')
-    ):
-        split = steps[0].get('pattern', {}).get('Regex')
+    *before, last = first.get('pretokenizers', [first])
     rows = spec.get('added_tokens') or []
-    fancy = any(row.get('lstrip') or row.get('rstrip') or row.get('single_word') for row in rows)
     normal = (spec.get('normalizer') or {}).get('type')
-    if model['type'] == 'WordLevel' and split == r'[\s\S]' and not normal and not fancy:
-        return 'char'
-    level = steps[-1].get('type') == 'ByteLevel' and not steps[-1].get('add_prefix_space')
-    level = level and (spec.get('decoder') or {}).get('type') == 'ByteLevel'
-    odd = fancy or normal not in (None, 'NFC') or model.get('byte_fallback') or model.get('dropout')
-    if model['type'] != 'BPE' or not level or odd:
+    if normal not in (None, 'NFC') or any(row.get(key) for row in rows for key in FANCY):
         return None
-    own_pattern, pattern = steps[-1].get('use_regex', True), None
-    if len(steps) == 1:
-        pattern = GPT2_PATTERN if own_pattern else r'[\s\S]+'
-    elif len(steps) == 2 and split and not own_pattern:
-        pattern = split
+    patterns = [step['pattern'].get('Regex') for step in [*before, last] if is_split(step)]
+    if model['type'] == 'WordLevel' and patterns == [r'[\s\S]'] and not normal:
+        return 'char'
+    level = last.get('type') == 'ByteLevel' and not last.get('add_prefix_space')
+    level = level and (spec.get('decoder') or {}).get('type') == 'ByteLevel'
+    if model['type'] != 'BPE' or not level or model.get('byte_fallback') or model.get('dropout'):
+        return None
+    own = last.get('use_regex', True)
+    if not before:
+        patterns = [GPT2_PATTERN if own else r'[\s\S]+']
+    elif own or len(before) != 1 or len(patterns) != 1:
+        return None
     added = {row['content'] for row in rows}
-    if (
-        pattern
-        and not model['merges']
-        and {t: i for t, i in model['vocab'].items() if t not in added} == CHAR_BYTES
-    ):
+    plain = {text: i for text, i in model['vocab'].items() if text not in added}
+    if not model['merges'] and plain == CHAR_BYTES:
         return 'byte'
-    return pattern if pattern and ids_rise(model, added) else None
+    return patterns[0] if ids_rise(model, added) else None
+
+
+FANCY = 'lstrip', 'rstrip', 'single_word'
+
+
+def is_split(step):
+    return step.get('type') == 'Split' and step.get('behavior') == 'Isolated' and not step.get('invert')
 
 
 def ids_rise(model, added):
@@ -586,22 +519,12 @@ def ids_rise(model, added):
 # loop comes to writes a mark.
 
 BEGIN, END = '\ufdd0', '\ufdd1'  # around a {% generation %} block; four of Unicode's noncharacters
-TURN, CLOSE = (
-    '\ufdd2',
-    '\ufdd3',
-)  # TURN loop:message CLOSE where a loop comes to a message, TURN loop: CLOSE where it leaves it
+# TURN loop:message CLOSE where a loop comes to a message, TURN loop: CLOSE where it leaves it
+TURN, CLOSE = '\ufdd2', '\ufdd3'
 MARKS = re.compile(f'({BEGIN}|{END}|{TURN}[0-9]+:[0-9]*{CLOSE})')
 THOUGHTS = ('reasoning_content', 'thinking', 'reasoning')  # the same thing, as in transformers
-REFUSES = (
-    jinja2.TemplateError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    MemoryError,
-)
+REFUSES = (jinja2.TemplateError, RecursionError, TypeError, ValueError, ArithmeticError, LookupError,
+           AttributeError, MemoryError)
 
 
 @jinja2.pass_context
@@ -618,20 +541,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         tree = super()._parse(*args)
         for number, loop in enumerate(tree.find_all(nodes.For)):
             if isinstance(loop.target, nodes.Name):
-                name = nodes.Name(loop.target.name, 'load', lineno=loop.lineno)
-                marks = [
-                    nodes.Filter(
-                        name,
-                        '$turn',
-                        [nodes.Const(number), nodes.Const(leaves)],
-                        [],
-                        None,
-                        None,
-                        lineno=loop.lineno,
-                    )
-                    for leaves in (False, True)
-                ]
-                loop.body = [nodes.Output([marks[0]]), *loop.body, nodes.Output([marks[1]])]
+                message = nodes.Name(loop.target.name, 'load')
+                marks = []
+                for leaves in (False, True):
+                    args = [nodes.Const(number), nodes.Const(leaves)]
+                    mark = nodes.Filter(message, '$turn', args, [], None, None, lineno=loop.lineno)
+                    marks.append(nodes.Output([mark]))
+                loop.body = [marks[0], *loop.body, marks[1]]
         return tree
 
 
@@ -642,17 +558,16 @@ class Generation(Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-        return nodes.CallBlock(self.call_method('wrap', [nodes.ContextReference()]), [], [], body).set_lineno(
-            line
-        )
+        call = self.call_method('wrap', [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def wrap(self, context, caller):
         return BEGIN + caller() + END if context.get('$turns') else caller()
 
 
-class Namespace(
-    jinja2.utils.Namespace
-):  # as in transformers: a name with an underscore would lead to Python's internals
+class Namespace(jinja2.utils.Namespace):
+    """As in transformers; a name with an underscore would lead to Python's internals."""
+
     def __init__(*args, **kwargs):
         jinja2.utils.Namespace.__init__(args[0])
         for key, value in dict(*args[1:], **kwargs).items():
@@ -669,27 +584,28 @@ def raise_exception(message):
 
 
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
 
 
 @functools.lru_cache(maxsize=32)
 def compiled(source):
-    if tuple(int(x) for x in re.findall(r'\d+', jinja2.__version__)[:3]) < (3, 1, 6):
-        raise ValueError(
-            f'jinja2 {jinja2.__version__} has known holes in its sandbox: pip install -U "jinja2>=3.1.6"'
-        )
+    if tuple(map(int, re.findall(r'\d+', jinja2.__version__)[:3])) < (3, 1, 6):
+        raise ValueError(f'jinja2 {jinja2.__version__} has known holes in its sandbox: pip install -U '
+                         f'"jinja2>=3.1.6"')
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols'])
     env.filters |= {'$turn': turn_mark, 'tojson': tojson}
     env.globals.pop('lipsum')
-    env.globals |= {
-        'raise_exception': raise_exception,
-        'namespace': Namespace,
-        'strftime_now': lambda form: datetime.datetime.now().strftime(form),
-        'dict': lambda *args, **kwargs: dict(*args, **kwargs),
-    }  # the class itself would be a way out
+    env.globals |= {'raise_exception': raise_exception, 'namespace': Namespace, 'strftime_now': strftime_now,
+                    'dict': lambda *args, **kwargs: dict(*args, **kwargs)}  # the class would be a way out
     return env.from_string(source)
+
+
+def strftime_now(form):
+    return datetime.datetime.now().strftime(form)
+
+
+PUT_BLOCKS = 'put {% generation %} ... {% endgeneration %} around the assistant turn in the template'
 
 
 class Chat:
@@ -697,14 +613,11 @@ class Chat:
 
     def __init__(self, tok, messages, args):
         if not tok.templates:
-            raise ValueError(
-                f'tokenizer {tok.name!r} has no chat template: use rows whose prompt is a string, or set '
-                'chat_template in its tokenizer_config.json'
-            )
+            raise ValueError(f'tokenizer {tok.name!r} has no chat template: use rows whose prompt is a '
+                             f'string, or set chat_template in its tokenizer_config.json')
         if not is_messages(messages):
-            raise ValueError(
-                f'messages are a list of {{"role", "content"}}, not empty; got {str(messages)[:80]}'
-            )
+            raise ValueError(f'messages are a list of {{"role", "content"}}, not empty; got '
+                             f'{str(messages)[:80]}')
         try:  # plain JSON values only: other objects bring methods that the sandbox does not know
             self.said = json.dumps(messages, ensure_ascii=False)
             self.messages = json.loads(self.said)
@@ -718,9 +631,8 @@ class Chat:
         which = 'tool_use' if self.args['tools'] and 'tool_use' in tok.templates else 'default'
         self.source = tok.templates.get(which)
         if self.source is None:
-            raise ValueError(
-                f'tokenizer {tok.name!r} has the chat templates {sorted(tok.templates)}, none named default'
-            )
+            raise ValueError(f'tokenizer {tok.name!r} has the chat templates {sorted(tok.templates)}, none '
+                             f'named default')
         self.tok = tok
         try:
             self.template = compiled(self.source)
@@ -737,10 +649,8 @@ class Chat:
         for i, parts in lists:
             for part in parts:
                 if not isinstance(part, dict) or not isinstance(part.get('text'), str):
-                    raise ValueError(
-                        f'message {i}: a content part is {str(part)[:60]}, expected '
-                        f'{{"type": "text", "text": ...}}'
-                    )
+                    raise ValueError(f'message {i}: a content part is {str(part)[:60]}, expected '
+                                     f'{{"type": "text", "text": ...}}')
             texts[i] = [part['text'] for part in parts]
         written = self.attempt(self.messages) or ''
         if not all(text.strip() in written for parts in texts.values() for text in parts):
@@ -755,9 +665,8 @@ class Chat:
             return self.template.render(values)
         except REFUSES as e:
             reason = f'{type(e).__name__}: {e}'
-            raise ValueError(
-                f'the chat template of {self.tok.name} refuses these messages: {reason}'
-            ) from None
+            raise ValueError(f'the chat template of {self.tok.name} refuses these messages: '
+                             f'{reason}') from None
 
     def attempt(self, messages, gen=False):
         try:
@@ -779,23 +688,15 @@ class Chat:
         return text[:at + len(begun.lstrip() if whole else begun.strip())]
 
     def untold(self, i, key):
-        raise ValueError(
-            f'message {i}: the chat template of {self.tok.name} rewrites or drops what the assistant '
-            f'said ({key!r}), '
-            'so its place cannot be told: put {% generation %} ... {% endgeneration %} around the '
-            'assistant turn in '
-            'the template'
-        )
+        raise ValueError(f'message {i}: the chat template of {self.tok.name} rewrites or drops what the '
+                         f'assistant said ({key!r}), so its place cannot be told: {PUT_BLOCKS}')
 
     def segments(self, gen):
         """(text, {message: (start, stop) of what was written while a loop was at it}, [(start, stop) of
         generation blocks])"""
         if any(mark in self.said for mark in (BEGIN, END, TURN, CLOSE)):
-            raise ValueError(
-                f'the messages hold the noncharacter {BEGIN!a}, {END!a}, {TURN!a} or {CLOSE!a}, with '
-                'which turns are '
-                'found: take it out'
-            )
+            raise ValueError(f'the messages hold the noncharacter {BEGIN!a}, {END!a}, {TURN!a} or {CLOSE!a}, '
+                             f'with which turns are found: take it out')
         places, blocks, stack = {}, [], []
         at = 0
         parts = MARKS.split(self.text(gen, turns={id(message): i for i, message in enumerate(self.messages)}))
@@ -808,12 +709,9 @@ class Chat:
                 blocks.append(at)
             else:
                 loop, message = part[1:-1].split(':')
-                for depth, (open_loop, _) in enumerate(stack):
-                    if (
-                        open_loop == loop
-                    ):  # its next message, even where {% continue %} kept it from leaving the last one
-                        del stack[depth:]
-                        break
+                open_loops = [open_loop for open_loop, _ in stack]
+                if loop in open_loops:  # its next message, also where {% continue %} kept it in the last one
+                    del stack[open_loops.index(loop):]
                 if message:
                     stack.append((loop, int(message)))
         return ''.join(parts[::2]), places, list(zip(blocks[::2], blocks[1::2]))
@@ -867,12 +765,9 @@ class Chat:
         self.check(message, i, segment, words)
         at = segment.find(words.strip(), len(header)) if words.strip() else len(header)
         if not segment.startswith(header) or (not header and segment[:at].strip() and words.strip()):
-            raise ValueError(
-                f'message {i}: the chat template of {self.tok.name} begins the turn of the assistant '
-                'with other words '
-                'than add_generation_prompt adds, so its beginning cannot be told: put {% generation %} ... '
-                '{% endgeneration %} around the assistant turn in the template'
-            )
+            raise ValueError(f'message {i}: the chat template of {self.tok.name} begins the turn of the '
+                             f'assistant with other words than add_generation_prompt adds, so its beginning '
+                             f'cannot be told: {PUT_BLOCKS}')
         at = max(at + len(words.strip()), len(header))
         rest = segment[at:]
         stop = max((rest.rfind(token) + len(token) for token in self.tok.special if token in rest), default=0)
@@ -886,14 +781,9 @@ class Chat:
             for leaf in leaves(call.get('function', call)):
                 if leaf not in segment and json.dumps(leaf, ensure_ascii=False)[1:-1] not in segment:
                     self.untold(i, 'tool_calls')
-        thought = message.get(
-            'reasoning_content'
-        )  # a template that knows thoughts may leave those of old turns away
-        if (
-            isinstance(thought, str)
-            and thought.strip() not in segment
-            and not any(key in self.source for key in THOUGHTS)
-        ):
+        thought = message.get('reasoning_content')
+        knows = any(key in self.source for key in THOUGHTS)  # then it may leave those of old turns away
+        if isinstance(thought, str) and thought.strip() not in segment and not knows:
             self.untold(i, 'reasoning_content')
 
     def wrote(self, first=0, gen=False, begin=0):
@@ -907,11 +797,9 @@ class Chat:
 
 
 def is_messages(value):
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and isinstance(m.get('role'), str) for m in value)
-    )
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(m, dict) and isinstance(m.get('role'), str) for m in value)
 
 
 def said_words(message):
@@ -930,15 +818,10 @@ def leaves(value):
 # rows
 # -----------------------------------------------------------------------------------------------------------
 
-ALPACA = (
-    'Below is an instruction that describes a task{}. Write a response that appropriately completes the '
-    'request.\n\n'
-    '### Instruction:\n{}\n\n{}### Response:'
-)
-SFT_FORMS = (
-    '{"messages": [{"role", "content"}]}, {"prompt", "completion"}, '
-    '{"instruction", "input", "output"} or {"text"}'
-)
+ALPACA = ('Below is an instruction that describes a task{}. Write a response that appropriately completes '
+          'the request.\n\n### Instruction:\n{}\n\n{}### Response:')
+SFT_FORMS = ('{"messages": [{"role", "content"}]}, {"prompt", "completion"}, '
+             '{"instruction", "input", "output"} or {"text"}')
 
 
 def alpaca_prompt(row):
@@ -949,14 +832,13 @@ def alpaca_prompt(row):
     return ALPACA.format(more, row['instruction'], f'### Input:\n{extra}\n\n' if extra else '')
 
 
-def without_nulls(value, key=''):
+def without_nulls(value):
     """Leaves out the None that a struct column holds for keys that were not written (a content may be
     None)."""
     if isinstance(value, dict):
-        filled = isinstance(value, Record)
-        return {
-            k: without_nulls(v, k) for k, v in value.items() if v is not None or k == 'content' or not filled
-        }
+        kept = {k: v for k, v in value.items() if v is not None or k == 'content'}
+        value = kept if isinstance(value, Record) else value
+        return {k: without_nulls(v) for k, v in value.items()}
     return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -972,22 +854,20 @@ def plain_row(row):
             except ValueError as e:
                 raise ValueError(f'{key!r} is text that is no JSON: {e}') from None
         if value is not None and not isinstance(value, kind):
-            raise ValueError(
-                f'{key!r} is a {type(value).__name__}, expected a {kind.__name__} (or its JSON text)'
-            )
+            raise ValueError(f'{key!r} is a {type(value).__name__}, expected a {kind.__name__} (or its JSON '
+                             'text)')
         if value:
             row[key] = value
     for key in ('messages', 'prompt', 'completion', 'chosen', 'rejected'):
         if is_messages(row.get(key)):
-            row[key] = [
-                {k: v for k, v in message.items() if v is not None or k == 'content'} for message in row[key]
-            ]
+            row[key] = [{k: v for k, v in message.items() if v is not None or k == 'content'}
+                        for message in row[key]]
     return row
 
 
 def template_args(row):
     """What a row says to the template, as TRL has it."""
-    return {**({'tools': row['tools']} if 'tools' in row else {}), **row.get('chat_template_kwargs', {})}
+    return {key: row[key] for key in ('tools',) if key in row} | row.get('chat_template_kwargs', {})
 
 
 def prompt_of(row):
@@ -1009,10 +889,8 @@ def encode_prompt(row, tok, **args) -> list[int]:
     prompt = prompt_of(row)
     if not isinstance(prompt, str) and not is_messages(prompt):
         shown = json.dumps(prompt, default=str)[:60]
-        raise ValueError(
-            f'the prompt is {shown}, expected a string or a list of {{"role", "content"}} (keys '
-            f'{sorted(row)})'
-        )
+        raise ValueError(f'the prompt is {shown}, expected a string or a list of {{"role", "content"}} (keys '
+                         f'{sorted(row)})')
     if isinstance(prompt, str):
         return tok.prefix + tok.encode(prompt)
     return tok.encode(Chat(tok, prompt, {**template_args(row), **args}).prompt(), allow_special=True)
@@ -1028,11 +906,8 @@ def encode_answer(prompt, answer, tok, args):
         answer = answer_text(answer)
     if isinstance(prompt, str):
         if tok.eot is None:
-            raise ValueError(
-                f'tokenizer {tok.name!r} has no end token, so a completion could not end: take one that '
-                'has (byte, '
-                'gpt2, an eos_token in its config)'
-            )
+            raise ValueError(f'tokenizer {tok.name!r} has no end token, so a completion could not end: take '
+                             f'one that has (byte, gpt2, an eos_token in its config)')
         ids, alone = tok.prefix + tok.encode(prompt + answer) + [tok.eot], tok.prefix + tok.encode(prompt)
         n = shared(ids, alone)
         return ids, [False] * n + [True] * (len(ids) - n)
@@ -1041,26 +916,19 @@ def encode_answer(prompt, answer, tok, args):
     if prompt and prompt[-1]['role'] == 'assistant' == answer[0].get('role'):  # one turn, begun in the prompt
         begin = len(Chat(tok, prompt, args).prompt())
         begun = prompt[-1].get('content') or ''
-        answer = [
-            {**prompt[-1], **answer[0], 'content': begun + (answer[0].get('content') or '')},
-            *answer[1:],
-        ]
+        whole = {**prompt[-1], **answer[0], 'content': begun + (answer[0].get('content') or '')}
+        answer = [whole, *answer[1:]]
         prompt, first = prompt[:-1], first - 1
     return tok.encode_marked(*Chat(tok, prompt + answer, args).wrote(first, begin=begin))
 
 
 def answer_text(answer):
     """The text of an answer to a prompt that is a string."""
-    if (
-        len(answer) != 1
-        or answer[0].get('role') != 'assistant'
-        or not isinstance(answer[0].get('content'), str)
-    ):
-        raise ValueError(
-            f'the answer to a prompt that is a string is a string or one assistant message, got '
-            f'{str(answer)[:80]}'
-        )
-    return answer[0]['content']
+    said = answer[0].get('content') if len(answer) == 1 and answer[0]['role'] == 'assistant' else None
+    if not isinstance(said, str):
+        raise ValueError(f'the answer to a prompt that is a string is a string or one assistant message, got '
+                         f'{str(answer)[:80]}')
+    return said
 
 
 def shared(a, b):
@@ -1102,9 +970,8 @@ def without_repetition(prompt, answer):
         if answer[:len(asked)] == asked and len(answer) > len(asked):
             return asked, answer[len(asked):]
         if answer[0]['role'] != 'assistant' and prompt:
-            raise ValueError(
-                f'the answer is a conversation that does not begin with "prompt": {str(answer[0])[:60]}'
-            )
+            raise ValueError(f'the answer is a conversation that does not begin with "prompt": '
+                             f'{str(answer[0])[:60]}')
     return prompt, answer
 
 
@@ -1114,17 +981,12 @@ def split_pair(row):
     their last "\\n\\nAssistant:", messages behind the common ones. ValueError names the row's fault."""
     for key in ('chosen', 'rejected'):
         if row.get(key) is None:
-            raise ValueError(
-                f'preference row without {key!r} (keys {sorted(row)}): expected '
-                f'{{"prompt", "chosen", "rejected"}}'
-            )
+            raise ValueError(f'preference row without {key!r} (keys {sorted(row)}): expected '
+                             f'{{"prompt", "chosen", "rejected"}}')
     prompt, chosen, rejected = row.get('prompt'), row['chosen'], row['rejected']
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
-        raise ValueError(
-            f'chosen is {type(chosen).__name__}, rejected {type(rejected).__name__}: expected two '
-            'strings or two '
-            'lists of messages'
-        )
+        raise ValueError(f'chosen is {type(chosen).__name__}, rejected {type(rejected).__name__}: expected '
+                         f'two strings or two lists of messages')
     if chosen == rejected:
         raise ValueError(f'chosen and rejected are equal: {str(chosen)[:60]!r}')
     if prompt is None and 'instruction' in row:
@@ -1140,19 +1002,14 @@ def split_pair(row):
     else:
         prompt = ''.join(chosen.rpartition('\n\nAssistant:')[:2])
         if not prompt or not rejected.startswith(prompt) or '\n\nHuman:' in rejected[len(prompt):]:
-            raise ValueError(
-                'preference row without "prompt" whose two texts are no dialogues that share all up to '
-                'the last '
-                '"\\n\\nAssistant:"'
-            )
+            raise ValueError('preference row without "prompt" whose two texts are no dialogues that share '
+                             'all up to the last "\\n\\nAssistant:"')
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
     for key, answer in (('chosen', chosen), ('rejected', rejected)):
-        said = (
-            answer
-            if isinstance(answer, str)
-            else ''.join(str(m.get('content') or m.get('tool_calls') or '') for m in answer)
-        )
-        if not said.strip():
+        said = [answer]
+        if isinstance(answer, list):
+            said = [m.get('content') or m.get('tool_calls') for m in answer]
+        if not any(str(part or '').strip() for part in said):
             raise ValueError(f'empty completion: {key!r} says nothing')
     return prompt, chosen, rejected
 
@@ -1170,11 +1027,8 @@ def encode_pair(row, tok, **args) -> tuple[list[int], list[int], list[int]]:
             raise ValueError(f'no turn of the assistant in {key!r}')
     n = min(on.index(True), other_on.index(True))
     if chosen[:n] != rejected[:n]:
-        raise ValueError(
-            f'the chat template of {tok.name} writes the prompt in two ways before the two answers: '
-            'chosen and '
-            'rejected must follow the same text'
-        )
+        raise ValueError(f'the chat template of {tok.name} writes the prompt in two ways before the two '
+                         f'answers: chosen and rejected must follow the same text')
     chosen, rejected = (ids[:last_true(trained) + 1] for ids, trained in ((chosen, on), (rejected, other_on)))
     if chosen == rejected:
         raise ValueError('chosen and rejected are equal once rendered')
@@ -1193,9 +1047,8 @@ def encode_labelled(row, tok, **args) -> tuple[list[int], list[int]]:
         talk = row.pop('messages')
         row |= {'prompt': talk[:-1], 'completion': talk[-1:]}
     if 'prompt' not in row or not row.get('completion'):
-        raise ValueError(
-            'a row with "label" has "prompt" and "completion", or "messages" that end with the answer'
-        )
+        raise ValueError('a row with "label" has "prompt" and "completion", or "messages" that end with the '
+                         'answer')
     ids, trained = encode_row(row, tok, **args)
     first = trained.index(True)
     return ids[:first], ids[first:last_true(trained) + 1]
@@ -1204,7 +1057,5 @@ def encode_labelled(row, tok, **args) -> tuple[list[int], list[int]]:
 def show_masks(ids, trained, tok):
     """The row as a terminal shows it: green trained, grey not (ANSI)."""
     runs = itertools.groupby(zip(ids, trained), key=lambda pair: bool(pair[1]))
-    return (
-        ''.join(('\033[32m' if on else '\033[90m') + tok.decode([i for i, _ in run]) for on, run in runs)
-        + '\033[0m'
-    )
+    texts = [('\033[32m' if on else '\033[90m') + tok.decode([i for i, _ in run]) for on, run in runs]
+    return ''.join(texts) + '\033[0m'

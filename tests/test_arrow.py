@@ -184,13 +184,6 @@ def test_refused_by_name(tmp_path):
         load_dataset(tmp_path / 'x.arrow')
 
 
-def test_old_streams_without_the_continuation_word(tmp_path):
-    t = pa.table({'a': [1, None, 3], 's': ['x', 'y', None]})
-    for file in (False, True):
-        write_pa(t, tmp_path / 'old.arrow', file, use_legacy_format=True)
-        assert list(load_dataset(tmp_path / 'old.arrow')) == t.to_pylist()
-
-
 # --- corrupt files ---
 
 def seeds_for_fuzz():
@@ -233,7 +226,7 @@ def fuzz(tmp_path, count, seed):
     """count mutated inputs, every third in a folder of save_to_disk whose state.json is mutated too now and then: each is the one error
     type, or a table that can be read to its end; none slow, none large."""
     folder = tmp_path / 'folder'
-    Dataset.from_dict({'a': [1]}).save_to_disk(folder)
+    Dataset.from_list([{'a': 1}]).save_to_disk(folder)
     state, data_file = (folder / 'state.json').read_bytes(), next(folder.glob('*.arrow'))
     path, files, r, read, slowest = str(tmp_path / 'f.arrow'), seeds_for_fuzz(), random.Random(seed), 0, 0
     f = os.fdopen(os.memfd_create('fuzz'), 'r+b') if hasattr(os, 'memfd_create') else open(path, 'w+b')
@@ -275,7 +268,7 @@ def test_100_000_mutated_files(tmp_path):
 
 def test_what_a_corrupt_value_does_and_when(tmp_path):
     """Cut files: when opened. Falling offsets, false lengths: at the batch's first use. Bad UTF-8: when that value is read. Always ArrowError."""
-    Dataset.from_dict({'s': ['abcd', 'efgh', 'ijkl']}).to_arrow(tmp_path / 'x.arrow')
+    Dataset.from_list([{'s': 'abcd'}, {'s': 'efgh'}, {'s': 'ijkl'}]).to_arrow(tmp_path / 'x.arrow')
     good, offsets = (tmp_path / 'x.arrow').read_bytes(), np.array([0, 4, 8, 12], 'i4').tobytes()
     falling, beyond, longer = ([0, 8, 4, 12], [0, 4, 8, 130], [3, 0])
     bad = [good.replace(offsets, np.array(o, 'i4').tobytes()) for o in (falling, beyond)]
@@ -302,7 +295,7 @@ def test_what_a_corrupt_value_does_and_when(tmp_path):
 def test_memory_bombs(tmp_path):
     """A length field alone may not fill the memory: raised to 2^31 wherever it stands, the file is refused, fast."""
     for values in ([[None] * 3], [None] * 3, [{}] * 3):
-        Dataset.from_dict({'x': values}).to_arrow(tmp_path / 'x.arrow')
+        Dataset.from_list([{'x': value} for value in values]).to_arrow(tmp_path / 'x.arrow')
         good = (tmp_path / 'x.arrow').read_bytes()
         for width in (4, 8):
             (tmp_path / 'x.arrow').write_bytes(good.replace((3).to_bytes(width, 'little'), (2**31 - 1).to_bytes(width, 'little')))
