@@ -933,35 +933,20 @@ def hacked(run):
     return bool(points) and points[-1][2] > points[0][2] and points[-1][3] < max(p[3] for p in points) - 1
 
 
-# (name, metric of the curve, is it there?, why, a command that provokes it after quickstart.sh; what it showed is in failures/gallery.json)
-GALLERY = (
-    ('Reward hacking', 'score', hacked, 'The reward model is a stand-in, right only near the answers it was trained on. Pushed far from there, the policy finds what it '
-     'overrates (flattery, a phrase, a length): the learned reward climbs while the gold mark falls. A larger beta, fewer steps or fresh labels hold it.',
-     'python ppo.py experiments/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
-    ('Mode collapse', 'entropy', collapsed, 'Policy gradient rewards whatever won, and a winner sampled more often wins more often. Without a KL term or entropy bonus one '
-     'answer takes all the probability: whatever is asked, the same words come, and exploration ends.',
-     'python ppo.py experiments/ablate_ppo.py --beta=0 --max_iters=40 --out_dir=out-hack'),
-    ('Answers without end', 'ended', lambda r: ends(r, 'ended', 'eval')[1] < 0.9, 'The end token was never trained '
-     '(pad = EOS masks it out) or the reward does not care: answers run into the length limit. A fixed bad score for an answer without end (missing_eos) is the usual cure.',
-     'python ppo.py experiments/ablate_ppo.py --missing_eos=none --init_from=out-base --out_dir=out-endless'),
-    ('Length grows', 'len', lambda r: ends(r, 'len', 'eval')[1] > 1.4 * ends(r, 'len', 'eval')[0], 'Either the reward pays for it (labellers like thorough answers, the reward '
-     'model learns "longer is better": see its length correlation) or the loss does: divided by its own length, a long wrong answer costs less a token than a short one. '
-     'Balance the pairs in length; in GRPO take dr_grpo.', 'python grpo.py config/grpo_toy.py --loss_type=grpo --eval_interval=20 --out_dir=out-long'),
-    ('KL runs away', 'kl', lambda r: ends(r, 'kl')[1] > 25, 'The policy has left the region where reference and reward model mean anything: learning rate too high, beta too low, '
-     'or, as here, the KL paid instead of charged, one sign in one line. A negative KL, on the other hand, says that samples and log-probs are not at the same temperature.',
-     'python failures/wrong_kl_sign.py experiments/ablate_ppo.py --out_dir=out-kl'),
-    ('Dead groups', 'dead', lambda r: ends(r, 'dead')[1] > 0.6, 'All answers of a group got the same reward, so their advantages are 0 and nothing is learned from them: the task is '
-     'too hard or, as at the end of a good run, too easy; a group of one is always dead. Choose prompts at the edge of what the model can do, or sample larger groups.',
-     'python failures/group_of_one.py experiments/ablate_grpo.py --group_size=1 --max_iters=14 --out_dir=out-dead'),
-    ('Chosen falls too', 'chosen_logp_change', lambda r: ends(r, 'chosen_logp_change', 'eval')[1] < -5, 'DPO widens the gap between chosen and rejected, and nothing in its loss keeps '
-     'the chosen answer likely: both sink, the mass goes to answers nobody has seen. A larger beta or an SFT term holds it.',
-     'python dpo.py experiments/ablate_dpo.py --beta=0.02 --learning_rate=1e-3 --out_dir=out-dpo-falls'),
-    ('Overfitting', 'loss', lambda r: ends(r, 'loss', 'eval')[1] > 1.05 * ends(r, 'loss', 'eval')[2], 'Held-out loss turns up while training loss falls: the rows are learned by '
-     'heart, and the model grows surer of itself without being right more often. Fewer epochs, more data, LoRA instead of all weights.', 'python reward.py experiments/ablate_reward.py --max_rows=100 --epochs=30 --eval_interval=10 --out_dir=out-overfit'),
-    ('Sampler and trainer disagree', 'mismatch', lambda r: ends(r, 'mismatch')[1] > 0.03, 'The log-probs that are trained are not those of the distribution that was sampled: another '
-     'temperature, top-p, padding or old weights. The ratio of the first update is 1 all the same, since both its sides are wrong alike; only this number tells.',
-     'python failures/temperature_mismatch.py experiments/ablate_ppo.py --max_iters=8 --out_dir=out-mismatch'),
-)
+# is a failure of failures/gallery.json there in this run?
+SEEN = {
+    'Reward hacking': hacked,
+    'Mode collapse': collapsed,
+    'Answers without end': lambda r: ends(r, 'ended', 'eval')[1] < 0.9,
+    'Length grows': lambda r: ends(r, 'len', 'eval')[1] > 1.4 * ends(r, 'len', 'eval')[0],
+    'KL runs away': lambda r: ends(r, 'kl')[1] > 25,
+    'Dead groups': lambda r: ends(r, 'dead')[1] > 0.6,
+    'Chosen falls too': lambda r: ends(r, 'chosen_logp_change', 'eval')[1] < -5,
+    'Overfitting': lambda r: ends(r, 'loss', 'eval')[1] > 1.05 * ends(r, 'loss', 'eval')[2],
+    'Sampler and trainer disagree': lambda r: ends(r, 'mismatch')[1] > 0.03}
+# (name, metric of the curve, is it there?, why, a command that provokes it after quickstart.sh)
+GALLERY = [(name, known['metric'], SEEN[name], known['why'], known['how'])
+           for name, known in read_json(os.path.join(HERE, 'failures', 'gallery.json')).items()]
 
 
 def words_of(run, metric):
@@ -1013,9 +998,12 @@ def gallery(runs):
 def write_gallery(root, path):
     """What the runs of a folder show of each failure (its own command's run first), to a file as failures/gallery.json -> the names found."""
     runs = find_runs(root)
-    seen = {name: evidence(hit, metric) for name, metric, there, _, how in GALLERY for hit in sorted(filter(there, runs), key=lambda r: not how.endswith(r.name))[:1]}
+    seen = {}
+    for name, metric, there, why, how in GALLERY:
+        for hit in sorted(filter(there, runs), key=lambda r: not how.endswith(r.name))[:1]:
+            seen[name] = dict(metric=metric, why=why, how=how, **evidence(hit, metric))
     rounded = json.loads(json.dumps(seen), parse_float=lambda x: float(f'{float(x):.4g}'))
-    write_whole(inside(root, path), json.dumps(rounded, indent=0, ensure_ascii=False) + '\n')
+    write_whole(inside(root, path), json.dumps(rounded, ensure_ascii=False) + '\n')
     return list(seen)
 
 
