@@ -16,6 +16,7 @@ from helpers import jsonl
 
 import app
 from data import labels
+from experiments import dashboard as board
 from failures import gallery
 from model import GPT, GPTConfig
 
@@ -101,7 +102,7 @@ def test_a_link_out_of_the_folder_is_neither_read_nor_written_through(tmp_path):
     assert text(out / 'secret.txt') == 'done: secret\n'
     write(root / 'out-b' / 'log.jsonl', row(1))
     os.symlink(root / 'out-b' / 'log.jsonl', root / 'rows.txt')
-    assert app.kept(root, 'rows.txt') == str(root / 'out-b' / 'log.jsonl')  # one that stays inside is a file
+    assert board.kept(root, 'rows.txt') == str(root / 'out-b' / 'log.jsonl')  # stays inside: a file
 
 
 def test_a_growing_log_is_read_from_where_it_ended(tmp_path):
@@ -269,7 +270,7 @@ def test_a_real_run_started_stopped_resumed_and_crashes(tmp_path):
     app.resume(tmp_path, 'out-a', stopped.last + 20)
     assert ends_as('out-a', 'finished'), app.RunFolder(tmp_path, 'out-a').console
     run = app.RunFolder(tmp_path, 'out-a')
-    assert run.series('loss')[0] == list(range(stopped.last + 20)) and app.memory_of(run).endswith('GB')
+    assert run.series('loss')[0] == list(range(stopped.last + 20)) and board.memory_of(run).endswith('GB')
     assert '--init_from=resume' in run.console and run.info['keys'] == stopped.info['keys']
     refused('already holds a run', start, 'out-a')
     for out, more, words in (('out-b', dict(dataset='no.jsonl'), 'no.jsonl: no such data'),
@@ -486,7 +487,7 @@ def test_token_view_numbers(tmp_path, monkeypatch):
 
 
 def test_numbers_of_curves(tmp_path):
-    assert app.smooth([1, 3], 0.5) == pytest.approx([1, 7 / 3]) and app.smooth([2, 5], 0) == [2, 5]
+    assert board.smooth([1, 3], 0.5) == pytest.approx([1, 7 / 3]) and board.smooth([2, 5], 0) == [2, 5]
     write(tmp_path / 'r' / 'log.jsonl', *[row(s, kl=k, score=v) for s, k, v in (
         (0, 3.0, 1.0), (1, 1.0, 2.0), (2, 2.0, math.nan), (3, 'x', 1.0))])
     run = app.RunFolder(tmp_path, 'r')
@@ -519,7 +520,7 @@ def test_report_of_a_hostile_folder_is_one_file_without_markup_of_others(tmp_pat
 @pytest.mark.parametrize('name, there, words', [
     ('out-sft/ckpt.pt', 'weights', 'ends in .html'), ('notes.html', 'mine', 'no report of this app'),
     ('out/empty.html', '', 'no report of this app'), ('../report.html', None, 'outside'),
-    ('new/report.html', None, ''), ('old.html', app.REPORT + 'of yesterday', '')])
+    ('new/report.html', None, ''), ('old.html', board.REPORT + 'of yesterday', '')])
 def test_a_report_takes_a_new_name_or_the_place_of_an_older_one(tmp_path, name, there, words):
     pytest.importorskip('matplotlib')
     if there is not None:
@@ -582,7 +583,7 @@ def test_odd_values_in_every_file_break_nothing(tmp_path):
     assert list(journal.state()[0]) == ['1'] and journal.export()[1:] in ((0, 0), (1, 0))
     assert app.pair_html(journal, journal.next('s'))
     write(tmp_path / 'out' / 'report.json', {name: dict(gold=1.0) for name in names})
-    assert '<b>' not in app.comparison(tmp_path)[0]
+    assert '<b>' not in board.comparison(tmp_path)[0]
 
 
 def test_failures_are_seen_where_they_are_and_only_there(tmp_path):
@@ -625,7 +626,7 @@ def test_a_kept_failure_has_a_command_of_the_scripts(name):
         assert len(xs) == len(ys) > 1 and xs == sorted(xs) and all(map(math.isfinite, ys))
     assert len(known['text']) > 60 and len(known['why']) > 150
     pytest.importorskip('matplotlib')
-    assert '<svg' in app.evidence_html(known)
+    assert '<svg' in board.evidence_html(known)
 
 
 # ---- the command line
