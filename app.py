@@ -57,7 +57,7 @@ from run import load_model, open_model
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
-port = 7860 # in [0, 65535]: of the server
+port = 7860 # in [1, 65535]: of the server
 host = '127.0.0.1' # loopback: other machines cannot connect; any other host wants auth
 share = False # a public address through Gradio's tunnel; wants auth
 auth = '' # user:password
@@ -213,7 +213,8 @@ def command(root: str, stage: str, config_file: str = '', **keys) -> list:
     now = settings(root, stage, config_file)
     argv = [sys.executable, os.path.join(HERE, f'{stage}.py')]
     if config_file:
-        argv.append(configs_for(root, stage)[config_file])
+        mine = os.path.exists(os.path.join(root, config_file))
+        argv.append(config_file if mine else configs_for(root, stage)[config_file])
     for key, value in keys.items():
         if str(value) != str(now.get(key)):
             argv.append(f'--{key}={value}')

@@ -18,7 +18,8 @@ pytest.importorskip('gradio')
 pytest.importorskip('matplotlib')
 playwright = pytest.importorskip('playwright.sync_api')
 import torch
-from test_app import config_row, Endpoint, row, shape, text, tiny, toy_rows, verdict, wait_for, write
+from helpers import Judge
+from test_app import config_row, row, shape, SMALL, text, tiny, toy_rows, wait_for, write
 
 import app
 from model import GPT
@@ -87,20 +88,17 @@ def served(tmp_path_factory):
         dict(step=step, prompt=f'Q: {word}?\nA: ', completion=words.format(word), score=step / 10)
         for step, words in said.items() for word in ('red', 'blue', 'green')])
     write(root / 'out-reward' / 'log.jsonl', config_row('reward', max_iters=2), row(2, 'eval', accuracy=0.7))
-    bins = [[0.5, 0.6, 50, 0.55, 0.5], [0.6, 1.0, 50, 0.8, 0.9]]
-    bars = dict(edges=[-1, 0, 1], chosen=[40, 60], rejected=[60, 40])
     write(root / 'out-reward' / 'report.json', dict(
-        accuracy=0.7, accuracy_95=[0.6, 0.8], pairs=100, ece=0.05, length_correlation=0.2,
-        longer_is_chosen=0.6, reliability=bins, histogram=bars))
+        accuracy=0.7, accuracy_95=[0.6, 0.8], pairs=100, ece=0.05, longer_is_chosen=0.6,
+        length_correlation=0.2, reliability=[[0.5, 0.6, 50, 0.55, 0.5], [0.6, 1.0, 50, 0.8, 0.9]],
+        histogram=dict(edges=[-1, 0, 1], chosen=[40, 60], rejected=[60, 40])))
     write(root / 'out-dead' / 'console.txt', '$ python sft.py', 'Traceback (most', f'RuntimeError: {EVIL}')
     write(root / 'out-dead' / 'log.jsonl', 'half a l')
     write(root / NAME / 'log.jsonl', config_row(max_iters=9), row(3, loss=2.0))
     toy_rows(root)
-    config = dict(out_dir='out-one', init_from='scratch', dataset='rows.jsonl', tokenizer='byte', n_layer=1,
-                  n_head=2, n_embd=32, block_size=64, batch_size=4, eval_interval=20, eval_iters=1,
-                  warmup_iters=0, max_iters=100000, device='cpu', threads=1)
-    lines = [f'{key} = {value!r}' for key, value in config.items()]
-    write(root / 'config' / 'mine.py', '# tiny rows. python sft.py config/mine.py', *lines)
+    keys = [f'{key} = {value if value.isdigit() else repr(value)}' for key, value in SMALL.items()]
+    write(root / 'config' / 'mine.py', '# python sft.py config/mine.py', *keys, "out_dir = 'out-one'",
+          'max_iters = 100000')
     asked = [dict(prompt=f'Q: {word}?\nA: ', family='fact', want=word) for word in ('red', 'blue', 'green')]
     write(root / 'data' / 'toy' / 'prompts_val.jsonl', *asked)
     write(root / 'out' / 'report.json', {name: dict(gold=gold, reward=gold / 5, kl=kl) for name, gold, kl in (
@@ -171,7 +169,6 @@ def press(page, name):
 
 
 def refused(page, words):
-    """A message of the app on the page; it is read, then put away."""
     toast = page.locator('.toast-body', has_text=words).first
     toast.wait_for()
     said = toast.inner_text()
@@ -184,8 +181,6 @@ def at(served, *names):
 
 
 # ---- chat
-
-
 def longest(page, n):
     page.get_by_label('number input for tokens at most').fill(str(n))
     page.get_by_label('number input for tokens at most').press('Tab')
@@ -198,7 +193,6 @@ def sent(page, words):
 
 
 def bots(page):
-    """The names of the models that answer."""
     return [name.strip() for name in page.locator('#chat [data-testid=block-label]').all_inner_texts()]
 
 
@@ -206,18 +200,27 @@ def answers(page):
     return page.locator('#chat [data-testid=bot]')
 
 
+def settled(page):
+    """Waits until the answers grow no more; what they are."""
+    before = None
+    while before != page.locator('#chat').inner_text():
+        before = page.locator('#chat').inner_text()
+        page.wait_for_timeout(2500)
+    return before
+
+
 def test_chat_streams_four_models_side_by_side_and_colours_tokens(page):
     choose(page, 'Models', 'out-base', 'out-slow')  # all four wait for the slow one: a stream to be watched
     playwright.expect(page.locator('#chat [data-testid=block-label]')).to_have_count(4)
     assert bots(page) == ['out-sft', 'out-ppo', 'out-base', 'out-slow']
     press(page, 'Sampling')
-    longest(page, 300)
-    page.evaluate("""() => { window.seen = []; setInterval(() => window.seen.push(
-        document.querySelectorAll('#chat [data-testid=bot]').length
-        + document.querySelector('#chat').innerText.length / 1e6), 50) }""")
+    longest(page, 120)
+    page.evaluate("""() => { window.seen = new Set(); window.watch = setInterval(() =>
+        window.seen.add(document.querySelector('#chat').textContent.length), 150) }""")
     sent(page, EVIL)
-    page.wait_for_function("() => document.querySelector('#chat').innerText.split('tok/s').length == 5")
-    assert len(set(page.evaluate('window.seen'))) >= 4  # they grow, a little at a time
+    page.wait_for_function("() => document.querySelector('#chat').textContent.split('tok/s').length == 5")
+    settled(page)
+    assert page.evaluate('clearInterval(window.watch), window.seen.size') >= 4  # a little at a time
     assert EVIL in page.locator('#chat').inner_text() and page.locator('#chat img').count() == 0
     press(page, 'Colour the last answers')
     page.locator('#tokens .score-token').first.wait_for()
@@ -239,13 +242,9 @@ def test_chat_stopped_halfway_and_asked_again(page):
     heat.fill('0')  # a greedy random model goes round in circles and never ends
     longest(page, 2000)
     sent(page, 'count')
-    page.wait_for_function("() => /[1-9]\\d* tokens/.test(document.querySelector('#chat').innerText)")
+    page.wait_for_function("() => /[1-9]\\d* tokens/.test(document.querySelector('#chat').textContent)")
     page.locator('#message button.stop-button').click()
-    before = None
-    while before != answers(page).inner_text():  # what was on its way when the button was pressed
-        before = answers(page).inner_text()
-        page.wait_for_timeout(2500)
-    assert 0 < int(re.search(r'(\d+) tokens', before)[1]) < 2000
+    assert 0 < int(re.search(r'(\d+) tokens', settled(page))[1]) < 2000
     longest(page, 8)
     press(page, 'New chat')
     playwright.expect(answers(page)).to_have_count(0)
@@ -256,8 +255,6 @@ def test_chat_stopped_halfway_and_asked_again(page):
 
 
 # ---- train
-
-
 def test_train_two_runs_at_once_watched_stopped_resumed(page, served):
     tab(page, 'Train')
     runs, command = page.locator('#runs'), page.locator('#command textarea')
@@ -300,10 +297,7 @@ def test_train_two_runs_at_once_watched_stopped_resumed(page, served):
 
 
 # ---- annotate
-
-
 def label(page, key):
-    """One key, and the next pair is on the page."""
     page.locator('[data-pair]').wait_for()
     before = page.locator('[data-pair]').get_attribute('data-pair')
     page.keyboard.press(key)
@@ -372,25 +366,21 @@ def test_judges_reward_model_and_endpoint(page, served):
     journal.press('Enter')
     page.locator('[data-pair]').wait_for()
 
-    def judge(question, key):
-        first = question.split('Answer A:')[1].split('Answer B:')[0]
-        return verdict('A' if 'first' in first else 'B') if key else verdict(EVIL)
-    end = Endpoint(judge)
-    for url, key, words in (('file:///etc/passwd', '', 'the judge is an address'),
-                            (end.url, '', 'expected A, B or TIE'), (end.url, 'right', '')):
-        page.get_by_label('endpoint of a judge').fill(url)
-        page.get_by_label('its key').fill(key)
-        press(page, 'Let it label the rest')
-        if words:
-            refused(page, words)
-            page.locator('#after .bad', has_text=words).wait_for()
-            assert second.state()[1] == {} and page.locator('#after img').count() == 0
-    page.locator('#after').get_by_text('labelled 24 pairs').wait_for()
+    with Judge(lambda a, b, _: ('A' if 'first' in a else 'B') if judge.keys[-1] else EVIL) as judge:
+        for url, key, words in (('file:///etc/passwd', '', 'the judge is an address'),
+                                (judge.url, '', 'expected A, B or TIE'), (judge.url, 'right', '')):
+            page.get_by_label('endpoint of a judge').fill(url)
+            page.get_by_label('its key').fill(key)
+            press(page, 'Let it label the rest')
+            if words:
+                refused(page, words)
+                page.locator('#after .bad', has_text=words).wait_for()
+                assert second.state()[1] == {} and page.locator('#after img').count() == 0
+        page.locator('#after').get_by_text('labelled 24 pairs').wait_for()
     page.locator('#pair').get_by_text('No open pair').wait_for()
     pairs, marks, _ = second.state()
     assert len(marks) == 24
     assert all(pairs[name][mark['label']].startswith('first') for name, mark in marks.items())
-    end.close()
     for name in ('../x', 'labels'):
         journal.fill(name)
         journal.press('Enter')
@@ -410,10 +400,7 @@ def test_refit_on_the_labels_and_chat_again(page, served):
 
 
 # ---- finetune
-
-
 def checked(page, served, file):
-    """Uploads a file of the folder and has it looked over."""
     remove = page.locator('#upload').get_by_label(re.compile('Remove|Clear')).locator('visible=true')
     if remove.count():
         remove.first.click()
@@ -431,9 +418,6 @@ def start_finetuning(page, how, out):
 
 def test_finetune_refuses_what_it_cannot_read_and_shows_a_crash(page, served):
     tab(page, 'Finetune')
-    write(at(served, 'notes.txt'), 'not rows')
-    page.locator('#upload input[type=file]').set_input_files(at(served, 'notes.txt'))
-    refused(page, re.compile('Invalid file type|file type', re.I))
     write(at(served, 'bad.jsonl'), 'this is no JSON <img src=x onerror=window.hacked=1>')
     checked(page, served, 'bad.jsonl')
     refused(page, 'bad.jsonl cannot be read')
@@ -476,8 +460,6 @@ def test_finetune_lora_from_jsonl_and_all_weights_from_csv_then_export(page, ser
 
 
 # ---- dashboard
-
-
 def test_dashboard_and_report_opened_from_disk(page, served, chromium):
     tab(page, 'Dashboard')
     page.locator('#dashboard svg').first.wait_for()
@@ -486,7 +468,6 @@ def test_dashboard_and_report_opened_from_disk(page, served, chromium):
                  'Reliability', 'wins against SFT', 'gold and proxy', 'out-ppo: over-optimisation',
                  'Reward hacking', 'Answers without end', '100% (44% to 100%)'):
         assert part in words, part
-    assert page.locator('#dashboard img').count() == 0
     page.get_by_label('kl', exact=True).locator('visible=true').check()
     page.locator('#dashboard').get_by_text('kl nats/seq').nth(1).wait_for()
     for path, refusal in (('../report.html', 'outside the folder'), ('out-sft/ckpt.pt', 'ends in .html'),
@@ -500,15 +481,12 @@ def test_dashboard_and_report_opened_from_disk(page, served, chromium):
     asked, disk = [], chromium.new_page(viewport=dict(width=390, height=800))
     disk.on('request', lambda r: asked.append(r.url))
     disk.goto(f'file://{path}')
-    assert disk.locator('svg').count() > 5 and asked == [f'file://{path}']
-    assert disk.evaluate('window.hacked') is None
-    assert disk.evaluate('document.documentElement.scrollWidth') <= 390
+    assert disk.locator('svg').count() > 5 and disk.locator('img').count() == 0
+    assert asked == [f'file://{path}'] and disk.evaluate('document.documentElement.scrollWidth') <= 390
     disk.close()
 
 
 # ---- doors
-
-
 def test_doors_are_shut(served):
     assert answer(served, '') == 200 and answer(served, '', Host='evil.example') == 400
     start = json.dumps(dict(data=[''], fn_index=0, session_hash='x')).encode()
@@ -544,9 +522,8 @@ def test_another_host_asks_for_a_password_and_an_empty_folder_says_so(chromium, 
         page.get_by_label('password').fill('secret')
         page.get_by_role('button', name='Login').click()
         page.get_by_text('This folder holds no model and no run yet').wait_for()
-        for name, words in (('Annotate', 'No open pair'), ('Dashboard', 'No runs in this folder yet')):
-            tab(page, name)
-            page.get_by_text(words).locator('visible=true').first.wait_for()
+        tab(page, 'Dashboard')
+        page.get_by_text('No runs in this folder yet').locator('visible=true').first.wait_for()
         page.close()
     finally:
         server.kill()
