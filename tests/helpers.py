@@ -1,10 +1,13 @@
 """What several test files share."""
 import contextlib
+import http.server
 import io
 import json
 import os
+import re
 import runpy
 import sys
+import threading
 
 import torch
 from conftest import ROOT
@@ -42,7 +45,7 @@ def stage(script, *args, cwd, die_at_save=0):
 
 def log_rows(folder, split='train'):
     """Rows of log.jsonl of one split, without what the clock says."""
-    with open(os.path.join(folder, 'log.jsonl')) as f:
+    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
         rows = [json.loads(line) for line in f]
     timed = ('time', 'gen_s', 'upd_s', 'tok_per_s', 'pairs_per_s')
     return [{k: v for k, v in row.items() if k not in timed} for row in rows if row['split'] == split]
@@ -53,7 +56,7 @@ def ckpt(folder, name='ckpt.pt'):
 
 
 def jsonl(path, rows):
-    with open(path, 'w') as f:
+    with open(path, 'w', encoding='utf-8') as f:
         f.writelines(json.dumps(row) + '\n' for row in rows)
 
 
@@ -79,3 +82,43 @@ def mismatch(engine, completions, model=None):
         differences.append((logp - torch.tensor(c.raw_logprobs, dtype=torch.float64)).abs())
     differences = torch.cat(differences)
     return dict(max=float(differences.max()), mean=float(differences.mean()))
+
+
+class Judge:
+    """An OpenAI-compatible endpoint. says(answer A, answer B, question) -> text, or (status, object,
+    headers)."""
+
+    def __init__(self, says):
+        self.asked, self.keys = [], []
+        asked, keys = self.asked, self.keys
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
+                keys.append(self.headers.get('Authorization'))
+                question = asked[-1]['messages'][0]['content']
+                fenced = re.findall(r'^(-----\w+)\n(.*?)\n\1$', question, re.S | re.M)
+                a, b = fenced[-2][1], fenced[-1][1]
+                said = says(a, b, question)
+                if not isinstance(said, tuple):
+                    said = 200, {'choices': [{'message': {'content': said}}]}, {}
+                status, reply, headers = said
+                data = json.dumps(reply).encode()
+                self.send_response(status)
+                for key, value in {**headers, 'Content-Length': str(len(data))}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                """Quiet."""
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server.server_port}/v1'
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()

@@ -1,14 +1,11 @@
 """evaluate.py: its numbers against enumeration, every form of row, and judges of our own; data/judge.py."""
-import http.server
 import itertools
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ import torch
 import evaluate as E
 from conftest import ROOT
 from data.judge import ask_judge, verdict_of
+from helpers import Judge
 
 # ---- the numbers ----
 
@@ -117,48 +115,6 @@ def evaluate(world, monkeypatch):
         return json.load(open(world / 'a' / 'eval.json', encoding='utf-8')), samples
     monkeypatch.chdir(world)
     return go
-
-
-class Judge:
-    """An OpenAI-compatible endpoint. says(answer A, answer B, question) -> text, or (status, object,
-    headers)."""
-
-    def __init__(self, says):
-        self.asked, self.keys = [], []
-        asked, keys = self.asked, self.keys
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                asked.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
-                keys.append(self.headers.get('Authorization'))
-                question = asked[-1]['messages'][0]['content']
-                fenced = re.findall(r'^(-----\w+)\n(.*?)\n\1$', question, re.S | re.M)
-                a, b = fenced[-2][1], fenced[-1][1]
-                said = says(a, b, question)
-                status, reply, headers = said if isinstance(said, tuple) else (200, chat(said), {})
-                data = json.dumps(reply).encode()
-                self.send_response(status)
-                for key, value in {**headers, 'Content-Length': str(len(data))}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self.server.server_port}/v1'
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def chat(said):
-    return {'choices': [{'message': {'content': said}}]}
 
 
 def test_accuracy_perplexity_and_samples(evaluate):

@@ -81,7 +81,7 @@ def test_every_run_has_keys_of_its_stage_and_runs_that_it_needs(name):
 
 
 FILES = os.listdir(os.path.join(ROOT, 'failures'))
-MISTAKES = sorted(f for f in FILES if f.endswith('.py') and f != 'stage.py')
+MISTAKES = sorted(f for f in FILES if f.endswith('.py') and f not in ('stage.py', 'gallery.py'))
 
 
 @pytest.mark.parametrize('name', MISTAKES)
