@@ -20,7 +20,6 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -29,7 +28,7 @@ import torch
 
 import infer
 import kernels
-from data.judge import ask_judge
+from data.judge import outcomes_of
 from dataset import load_dataset
 from files import replaced
 from grpo import pass_at_k
@@ -206,9 +205,8 @@ def generate(name: str, rows: list) -> Answers:
         if len(ids) >= room:
             raise ValueError(f'{eval_file}, row {i}: the prompt has {len(ids)} tokens, '
                              f'the context of {name} is {room}: leave the row out, or take another model')
-    ways = dict(
-        max_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        stop=stop or None, n=num_samples)
+    ways = dict(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop or None,
+                n=num_samples)
     # two values of seed share no noise, not even on prompts that are alike
     params = [infer.SamplingParams(seed=seed * 1_000_003 + i, **ways) for i in range(len(rows))]
     done = infer.Engine(model, tok, max_num_seqs=max_num_seqs).generate(prompts, params)
@@ -273,27 +271,16 @@ def score(by: str, rows: list, answers: Answers) -> list:
     return marks.tolist()
 
 
-def ask_endpoint(url: str, triples: list) -> list:
-    """'wins', 'losses', 'ties', 'flipped' (the order decided) or 'unread' of each (prompt, our text, their
-    text)."""
-    how = dict(model=judge_model, key=os.environ.get(judge_key, ''), max_tokens=judge_tokens)
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda triple: ask_judge(url, *triple, **how), triples))
-    unread = [heard for verdicts, heard in found if None in verdicts]
-    if 2 * len(unread) > len(triples):
-        raise ValueError(f'judge {url}: no verdict in {len(unread)} of {len(triples)} pairs, '
-                         f'expected A, B or TIE, got {unread[0]}; one that thinks needs more --judge_tokens')
-    names = {'AB': 'wins', 'BA': 'losses', 'AA': 'flipped', 'BB': 'flipped'}
-    return ['unread' if None in verdicts else names.get(''.join(verdicts), 'ties') for verdicts, _ in found]
-
-
 def compare(by: str, rows: list, ours: Answers, theirs: Answers) -> list:
     """The outcome of each of our answers against theirs."""
     if by.startswith('http'):
         prompts = [row['prompt'] for row in rows for _ in range(num_samples)]
-        return ask_endpoint(by, list(zip(prompts, ours.texts, theirs.texts)))
+        key = os.environ.get(judge_key, '')
+        asked = list(zip(prompts, ours.texts, theirs.texts))
+        return outcomes_of(by, asked, model=judge_model, key=key, max_tokens=judge_tokens)
     gaps = np.subtract(score(by, rows, ours), score(by, rows, theirs))
-    return ['ties' if abs(gap) <= tie else 'wins' if gap > 0 else 'losses' for gap in gaps]
+    better = np.where(gaps > 0, 'wins', 'losses')
+    return np.where(abs(gaps) <= tie, 'ties', better).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,23 +314,23 @@ def win_rate(rows: list, ours: Answers, theirs: Answers, columns: dict) -> dict:
     return out | {name: outcomes.count(name) / len(outcomes) for name in (*worth, 'unread')}
 
 
+@torch.no_grad()
 def measure_perplexity(path: str) -> dict:
     """Nats a trained token of rows by the model of init_from; each row weighs what it has of them."""
     model, tok, place = opened(init_from)
-    most, nats, tokens = model.config.block_size, [], []
+    room, nats, tokens = model.config.block_size, [], []
     for row in list(load_dataset(path))[:limit or None]:
         ids, trained = encode_row(row, tok)
-        counts = torch.tensor(trained[1:most])
+        counts = torch.tensor(trained[1:room])
         if counts.any():
-            with torch.no_grad():
-                logp = model.logprobs(torch.tensor([ids[:most]], device=place))[0].float().cpu()
+            logp = model.logprobs(torch.tensor([ids[:room]], device=place))[0].cpu()
             nats.append(-logp[counts].mean().item())
             tokens.append(counts.sum().item())
     if not nats:
         raise ValueError(f'{path}: no row with a trained token')
     found = around(nats, tokens)
-    return {
-        'nats a token': found, 'perplexity': tuple(map(math.exp, found)), 'perplexity tokens': sum(tokens)}
+    exps = tuple(map(math.exp, found))
+    return {'nats a token': found, 'perplexity': exps, 'perplexity tokens': sum(tokens)}
 
 
 def check_config() -> list:
