@@ -20,21 +20,21 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import torch
 
 import infer
 import kernels
-from data.judge import ask_judge
+from data.judge import outcomes_of
 from dataset import load_dataset
 from files import replaced
 from grpo import pass_at_k
-from model import all_rewards
+from model import all_rewards, write_json
 from reward import wilson
-from rollout import load_reward
+from rollout import ask_reward, load_reward
 from run import load_model, pick_device, pick_threads
 from tokenizer import alpaca_prompt, encode_prompt, encode_row, get_tokenizer, plain_row, template_args
 
@@ -107,28 +107,33 @@ def maj_at_k(classes: list, k: int, draws: int = 256) -> float:
     if math.comb(len(classes), k) > draws:
         rng = random.Random(0)
         subsets = (rng.sample(classes, k) for _ in range(draws))
-    votes = [vote(subset) for subset in subsets]
-    return sum(votes) / len(votes)
+    return fmean(map(vote, subsets))
 
 
-def interval(values, weights=None, as_share: bool = True) -> tuple:
-    """(mean, low, high), 95 %, of per-prompt values (n,). Samples of one prompt are not independent, so
-    prompts are counted: shares by Wilson's interval for as many independent samples as would spread like
-    these (never more than there are), ten right of ten -> (1, 0.72, 1); other numbers by the normal one."""
+def spread(values, weights=None) -> tuple:
+    """(mean, standard error) of per-prompt values (n,). Samples of one prompt are not independent, so prompts
+    are counted. [0, 1], [1, 3] -> (0.75, 0.26)."""
     v = np.asarray(values, float)
     w = np.ones(len(v)) if weights is None else np.asarray(weights)
-    mean = float(np.average(v, weights=w))
-    error = float(np.sqrt((w**2 * (v - mean)**2).sum()) / w.sum())
-    if not as_share:
-        return mean, mean - 1.96 * error, mean + 1.96 * error
-    n = mean * (1 - mean) / error**2 if error else len(v)
-    n = min(n, len(v) * num_samples)
+    mean = np.average(v, weights=w)
+    return float(mean), float(np.linalg.norm(w * (v - mean)) / w.sum())
+
+
+def around(values, weights=None) -> tuple:
+    """(mean, low, high), 95 %, of any numbers."""
+    mean, error = spread(values, weights)
+    return mean, mean - 1.96 * error, mean + 1.96 * error
+
+
+def interval(values) -> tuple:
+    """(mean, low, high), 95 %, of shares: Wilson's interval for as many independent samples as would spread
+    like these, never more than there are. Ten right of ten -> (1, 0.72, 1)."""
+    mean, error = spread(values)
+    n = len(values)
+    if error:
+        n = min(mean * (1 - mean) / error**2, n * num_samples)
     low, high = wilson(mean * n, n)
     return mean, max(0.0, low), min(1.0, high)
-
-
-def share(flags) -> float:
-    return float(np.mean(list(flags)))
 
 
 def grams(words: list, n: int) -> list:
@@ -144,8 +149,9 @@ def diversity(texts: list, run: int = 4) -> dict:
     for n in (1, 2, 3):
         every = [gram for words in said for gram in grams(words, n)]
         out[f'distinct-{n}'] = len(set(every)) / max(1, len(every))
-    out['repeats'] = share(len(set(grams(words, run))) < len(grams(words, run)) for words in said)
-    out['same'] = share(counts[text] > 1 for text in texts)
+    runs = [grams(words, run) for words in said]
+    out['repeats'] = fmean(len(set(found)) < len(found) for found in runs)
+    out['same'] = fmean(counts[text] > 1 for text in texts)
     return out
 
 
@@ -184,10 +190,10 @@ class Answers:
     ended: list    # [bool]: by an end token or a stop string, not at the limit
     tokens: float  # a text, mean
 
-    def of_rows(self, values) -> list:
-        """Something of each answer, by rows: [[...] of num_samples]."""
-        values = list(values)
-        return [values[i:i + num_samples] for i in range(0, len(values), num_samples)]
+
+def by_row(values: list) -> list:
+    """Something of each answer -> [[...] of num_samples] of each row."""
+    return [values[i:i + num_samples] for i in range(0, len(values), num_samples)]
 
 
 def generate(name: str, rows: list) -> Answers:
@@ -199,16 +205,15 @@ def generate(name: str, rows: list) -> Answers:
         if len(ids) >= room:
             raise ValueError(f'{eval_file}, row {i}: the prompt has {len(ids)} tokens, '
                              f'the context of {name} is {room}: leave the row out, or take another model')
-    ways = dict(
-        max_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        stop=stop or None, n=num_samples)
+    ways = dict(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop or None,
+                n=num_samples)
     # two values of seed share no noise, not even on prompts that are alike
     params = [infer.SamplingParams(seed=seed * 1_000_003 + i, **ways) for i in range(len(rows))]
     done = infer.Engine(model, tok, max_num_seqs=max_num_seqs).generate(prompts, params)
     return Answers(
         texts=[c.text for c in done],
         ended=[c.finish_reason == 'stop' for c in done],
-        tokens=float(np.mean([len(c.token_ids) for c in done])))
+        tokens=fmean(len(c.token_ids) for c in done))
 
 
 def said_in(row: dict) -> list:
@@ -244,117 +249,88 @@ def answers_of(path: str, rows: list) -> Answers:
 # who marks
 
 
+def sequences_of(rows: list, answers: Answers, tok) -> list:
+    """Token ids of each prompt with its answer; the end token stands only where the answer ended."""
+    out = []
+    for i, (text, ended) in enumerate(zip(answers.texts, answers.ended)):
+        ids, _ = encode_row(dict(rows[i // num_samples], completion=text, messages=None), tok)
+        out.append(ids if ended else ids[:-1])
+    return out
+
+
 def score(by: str, rows: list, answers: Answers) -> list:
-    """[float] of each answer by a reward file or a reward model; what is no finite number is named with its
-    row, as in training."""
-    each = [row for row in rows for _ in range(num_samples)]
+    """[float] of each answer by a reward file or a reward model; what is no finite number is an error."""
     if by.endswith('.py'):
         fn = load_reward(by)
-        marks = [float(fn(row['prompt'], text, row)) for row, text in zip(each, answers.texts)]
-    else:
-        model, tok, _ = opened(by, 'scalar')
-        sequences = []
-        for row, text, ended in zip(each, answers.texts, answers.ended):
-            ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
-            ids = ids if ended else ids[:-1]
-            sequences.append(ids[-model.config.block_size:])
-        marks = all_rewards(model, sequences).tolist()
-    for mark, row, text in zip(marks, each, answers.texts):
-        if not math.isfinite(mark):
-            raise ValueError(f'reward {by} returned {mark} for completion {text[:60]!r} '
-                             f'of row {str(row)[:120]}: rewards must be finite')
-    return marks
-
-
-def ask_endpoint(url: str, triples: list) -> list:
-    """'wins', 'losses', 'ties', 'flipped' (the order decided) or 'unread' of each (prompt, our text, their
-    text)."""
-    how = dict(model=judge_model, key=os.environ.get(judge_key, ''), max_tokens=judge_tokens)
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda triple: ask_judge(url, *triple, **how), triples))
-    unread = [heard for verdicts, heard in found if None in verdicts]
-    if 2 * len(unread) > len(triples):
-        raise ValueError(f'judge {url}: no verdict in {len(unread)} of {len(triples)} pairs, '
-                         f'expected A, B or TIE, got {unread[0]}; one that thinks needs more --judge_tokens')
-    names = {('A', 'B'): 'wins', ('B', 'A'): 'losses', ('A', 'A'): 'flipped', ('B', 'B'): 'flipped'}
-    out = []
-    for verdicts, _ in found:
-        out.append('unread' if None in verdicts else names.get(verdicts, 'ties'))
-    return out
+        return [ask_reward(fn, by, rows[i // num_samples], text) for i, text in enumerate(answers.texts)]
+    model, tok, _ = opened(by, 'scalar')
+    sequences = [ids[-model.config.block_size:] for ids in sequences_of(rows, answers, tok)]
+    marks = all_rewards(model, sequences)
+    if not marks.isfinite().all():
+        raise ValueError(f'reward model {by}: a mark is not finite; its training went wrong')
+    return marks.tolist()
 
 
 def compare(by: str, rows: list, ours: Answers, theirs: Answers) -> list:
     """The outcome of each of our answers against theirs."""
     if by.startswith('http'):
         prompts = [row['prompt'] for row in rows for _ in range(num_samples)]
-        return ask_endpoint(by, list(zip(prompts, ours.texts, theirs.texts)))
-    out = []
-    for a, b in zip(score(by, rows, ours), score(by, rows, theirs)):
-        better = 'wins' if a > b else 'losses'
-        out.append('ties' if abs(a - b) <= tie else better)
-    return out
+        key = os.environ.get(judge_key, '')
+        asked = list(zip(prompts, ours.texts, theirs.texts))
+        return outcomes_of(by, asked, model=judge_model, key=key, max_tokens=judge_tokens)
+    gaps = np.subtract(score(by, rows, ours), score(by, rows, theirs))
+    better = np.where(gaps > 0, 'wins', 'losses')
+    return np.where(abs(gaps) <= tie, 'ties', better).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
 # the evaluation
 
 
-def accuracy(rows: list, ours: Answers, samples: list, wanted: list) -> dict:
-    """pass@k and maj@k by the reward file; the scores go to the samples, too."""
-    marks = score(reward, rows, ours)
-    scores = ours.of_rows(marks)
-    right = ours.of_rows(mark > 0.5 for mark in marks)
-    out = {'score': interval([np.mean(group) for group in scores], as_share=False)}
+def accuracy(rows: list, ours: Answers, wanted: list, columns: dict) -> dict:
+    """pass@k and maj@k by the reward file; the scores go to the columns."""
+    columns['scores'] = score(reward, rows, ours)
+    right = [mark > 0.5 for mark in columns['scores']]
+    out = {'score': around([fmean(marks) for marks in by_row(columns['scores'])])}
     for k in wanted:
-        hits = [pass_at_k(torch.tensor(group), num_samples, k) for group in right]
-        out[f'pass@{k}'] = interval(hits)
+        out[f'pass@{k}'] = interval([pass_at_k(torch.tensor(paid), num_samples, k) for paid in by_row(right)])
     names = load_reward(reward).__globals__
     if 'extract_answer' in names:
-        answers = ours.of_rows(map(names['extract_answer'], ours.texts))
-        classes = [classes_of(*both, names.get('equal')) for both in zip(answers, right)]
+        answers = by_row([names['extract_answer'](text) for text in ours.texts])
+        classes = [classes_of(*both, names.get('equal')) for both in zip(answers, by_row(right))]
         for k in wanted:
             if k > 1:
-                out[f'maj@{k}'] = interval([maj_at_k(group, k) for group in classes])
-    for sample, group in zip(samples, scores):
-        sample['scores'] = group
+                out[f'maj@{k}'] = interval([maj_at_k(found, k) for found in classes])
     return out
 
 
-def win_rate(rows: list, ours: Answers, theirs: Answers, samples: list) -> dict:
-    """Wins + half the ties, flipped ones too; what the other said and who won go to the samples, too."""
+def win_rate(rows: list, ours: Answers, theirs: Answers, columns: dict) -> dict:
+    """Wins + half the ties, flipped ones too; what the other said and who won go to the columns."""
     outcomes = compare(judge or reward, rows, ours, theirs)
+    columns |= dict(against=theirs.texts, outcomes=outcomes)
     worth = {'wins': 1.0, 'losses': 0.0, 'ties': 0.5, 'flipped': 0.5}
-    rates = []
-    for group in ours.of_rows(outcomes):
-        told = [worth[name] for name in group if name in worth]
-        if told:
-            rates.append(np.mean(told))
-    out = {'win rate': interval(rates)}
-    for name in (*worth, 'unread'):
-        out[name] = share(outcome == name for outcome in outcomes)
-    for sample, texts, names in zip(samples, ours.of_rows(theirs.texts), ours.of_rows(outcomes)):
-        sample |= dict(against=texts, outcomes=names)
-    return out
+    told = [[worth[name] for name in names if name in worth] for names in by_row(outcomes)]
+    out = {'win rate': interval([fmean(marks) for marks in told if marks])}
+    return out | {name: outcomes.count(name) / len(outcomes) for name in (*worth, 'unread')}
 
 
+@torch.no_grad()
 def measure_perplexity(path: str) -> dict:
     """Nats a trained token of rows by the model of init_from; each row weighs what it has of them."""
     model, tok, place = opened(init_from)
-    most, nats, tokens = model.config.block_size, [], []
+    room, nats, tokens = model.config.block_size, [], []
     for row in list(load_dataset(path))[:limit or None]:
         ids, trained = encode_row(row, tok)
-        counts = torch.tensor(trained[1:most])
+        counts = torch.tensor(trained[1:room])
         if counts.any():
-            with torch.no_grad():
-                logp = model.logprobs(torch.tensor([ids[:most]], device=place))[0].float().cpu()
+            logp = model.logprobs(torch.tensor([ids[:room]], device=place))[0].cpu()
             nats.append(-logp[counts].mean().item())
             tokens.append(counts.sum().item())
     if not nats:
         raise ValueError(f'{path}: no row with a trained token')
-    spread = interval(nats, tokens, as_share=False)
-    return {
-        'nats a token': spread, 'perplexity': tuple(map(math.exp, spread)),
-        'perplexity tokens': sum(tokens)}
+    found = around(nats, tokens)
+    exps = tuple(map(math.exp, found))
+    return {'nats a token': found, 'perplexity': exps, 'perplexity tokens': sum(tokens)}
 
 
 def check_config() -> list:
@@ -377,9 +353,13 @@ def check_config() -> list:
     return wanted
 
 
-def write_rows(path: str, rows: list):
+def write_samples(path: str, rows: list, columns: dict):
+    """The rows, each with its samples of every column."""
+    grouped = {name: by_row(values) for name, values in columns.items()}
     with replaced(path, 'w') as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+        for i, row in enumerate(rows):
+            sample = row | {name: groups[i] for name, groups in grouped.items()}
+            f.write(json.dumps(sample, ensure_ascii=False) + '\n')
 
 
 def evaluate_rows(wanted: list, path: str) -> dict:
@@ -391,21 +371,19 @@ def evaluate_rows(wanted: list, path: str) -> dict:
         if name.endswith('.py'):
             load_reward(name)  # a slip in it is told before the answers are made
     ours = generate(init_from, rows)
-    samples = []
-    for row, texts, ended in zip(rows, ours.of_rows(ours.texts), ours.of_rows(ours.ended)):
-        samples.append(dict(row, completions=texts, ended=ended))
-    write_rows(path, samples)
+    columns = dict(completions=ours.texts, ended=ours.ended)
+    write_samples(path, rows, columns)
     out = {}
     try:
         if reward:
-            out |= accuracy(rows, ours, samples, wanted)
+            out |= accuracy(rows, ours, wanted, columns)
         if against:
-            out |= win_rate(rows, ours, given or generate(against, rows), samples)
+            out |= win_rate(rows, ours, given or generate(against, rows), columns)
     except ValueError as e:
         raise ValueError(f'{e}; the answers are in {path}') from e
-    write_rows(path, samples)
+    write_samples(path, rows, columns)
     out |= diversity(ours.texts)
-    return out | dict(ended=share(ours.ended), tokens=ours.tokens, prompts=len(rows), samples=num_samples)
+    return out | dict(ended=fmean(ours.ended), tokens=ours.tokens, prompts=len(rows), samples=num_samples)
 
 
 def main():
@@ -417,14 +395,12 @@ def main():
     out = evaluate_rows(wanted, os.path.join(here, 'eval.jsonl')) if eval_file else {}
     if perplexity:
         out |= measure_perplexity(perplexity)
-    write_rows(os.path.join(here, 'eval.json'), [dict(config=config, **out)])
+    write_json(os.path.join(here, 'eval.json'), dict(config=config, **out))
     for key, value in out.items():
         if isinstance(value, tuple):
             value = '{:.4f}   95 %: {:.4f} to {:.4f}'.format(*value)
-        elif isinstance(value, float):
-            value = f'{value:.4f}'
-        print(f'{key:>18}  {value}')
-    print(f'written: {here}/eval.json', f'and {here}/eval.jsonl' if eval_file else '')
+        print(f'{key:>18}  {value:.4f}' if isinstance(value, float) else f'{key:>18}  {value}')
+    print(f'written: {here}/eval.json' + f' and {here}/eval.jsonl' * bool(eval_file))
 
 
 if __name__ == '__main__':

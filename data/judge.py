@@ -10,6 +10,7 @@ tell.
 import hashlib
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
@@ -95,3 +96,16 @@ def ask_judge(url: str, prompt, a: str, b: str, **how) -> tuple:
         verdicts.append(verdict_of(said))
         heard.append(repr(said.strip()[:60]))
     return tuple(verdicts), ' and '.join(heard)
+
+
+def outcomes_of(url: str, triples: list, **how) -> list:
+    """'wins', 'losses', 'ties', 'flipped' (the order decided) or 'unread' of each (prompt, our text, their
+    text). how: model, key, max_tokens. ValueError where most cannot be read."""
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda triple: ask_judge(url, *triple, **how), triples))
+    unread = [heard for verdicts, heard in found if None in verdicts]
+    if 2 * len(unread) > len(triples):
+        raise ValueError(f'judge {url}: no verdict in {len(unread)} of {len(triples)} pairs, '
+                         f'expected A, B or TIE, got {unread[0]}; one that thinks needs more --judge_tokens')
+    names = {'AB': 'wins', 'BA': 'losses', 'AA': 'flipped', 'BB': 'flipped'}
+    return ['unread' if None in verdicts else names.get(''.join(verdicts), 'ties') for verdicts, _ in found]
