@@ -42,7 +42,7 @@ import kernels
 import lora
 import parallel
 from dataset import load_dataset, pack, Sampler, place
-from model import GPT, GPTConfig, _fill
+from model import fill, GPT, GPTConfig, read_json
 from tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def _plain(config, state, where, dtype, head):
     """A model of this config and head with the weights of `state`; a head that is not there is drawn."""
     with torch.device('meta'):
         model = GPT(config, head)
-    return _fill(model, state, where, dtype, fresh_head=head == 'scalar' and 'score.weight' not in state)
+    return fill(model, state, where, dtype)
 
 
 def _merged(adapted, where, dtype, head):
@@ -87,8 +87,7 @@ def _merged(adapted, where, dtype, head):
 def _from_peft(folder, device, dtype, head):
     """load_model for a PEFT directory: the base that it names, the adapter merged; its own tokenizer if it
     has one."""
-    with open(os.path.join(folder, 'adapter_config.json')) as f:
-        config = json.load(f)
+    config = read_json(os.path.join(folder, 'adapter_config.json'))
     if not config.get('base_model_name_or_path'):
         raise ValueError(f'{folder}: adapter_config.json names no base model (base_model_name_or_path)')
     own_head = 'scalar' if config.get('task_type') == 'SEQ_CLS' else 'lm'

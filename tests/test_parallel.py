@@ -128,7 +128,10 @@ def single(case, shape, dtype, steps=3, clip=0.05):
     """torch alone -> losses, gradients and norm of step 0, final weights."""
     head, _, loss_of = CASES[case]
     model = make(shape, head, dtype)
-    opt = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), EPS[dtype])
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=0.1),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    opt = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=EPS[dtype], fused=True)
     out = dict(loss=[], norm=[])
     for step in range(steps):
         micros = micros_of(case, step, 0, 8)
