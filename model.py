@@ -772,9 +772,8 @@ def parse_json(data, where):
     try:
         found = json.loads(data.decode('utf-8-sig'))
     except (ValueError, RecursionError) as e:
-        if data.startswith(LFS):
-            e = 'a git-lfs pointer, `git lfs pull` fetches the file'
-        raise ValueError(f'{where}: not JSON: {str(e):.100}') from None
+        why = 'a git-lfs pointer, `git lfs pull` fetches the file' if data.startswith(LFS) else str(e)
+        raise ValueError(f'{where}: not JSON: {why:.100}') from None
     if not isinstance(found, dict):
         raise ValueError(f'{where}: JSON, but not an object: {str(found):.40}')
     return found

@@ -302,7 +302,7 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
                          f'starts another, --overwrite=True replaces it')
     own_folder(out_dir, mesh)
     mesh.barrier()  # all have looked
-    if mesh.torchrun and mesh.master and os.path.exists(file):
+    if mesh.agent and mesh.master and os.path.exists(file):
         os.remove(file)  # or torchrun, starting us again before the first checkpoint, would resume that
     mesh.mark(out_dir)
     return None
@@ -457,8 +457,7 @@ class Run:
         device, self.dtype = pick_device(config['device'], config['dtype'])
         kernels.use(config['kernels'])
         tp, pp, cp = config['tp'], config['pp'], config['cp']
-        parallel.accept(stage, tp, pp, cp, config['compile'], config.get('mode', 'sync'),
-                        config.get('value', ''), config.get('rollout_tp', False))
+        parallel.check_stage(stage, config)
         self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'],
                                   quiet=True)
         self.device = self.mesh.device
@@ -588,7 +587,7 @@ class Run:
     def micro_batches(self, lengths):
         """Row numbers of a batch in lists of at most micro_tokens tokens (or one longer row); of several
         replicas each gets its share."""
-        return self.mesh.deal(pack(lengths, max([self.config['micro_tokens'], *lengths])), lengths)
+        return self.mesh.share_of(pack(lengths, max([self.config['micro_tokens'], *lengths])), lengths)
 
     def each(self, model, lengths, fn):
         """[what fn finds for each row], on the CPU, without gradient, on every rank. fn(model, [row numbers])

@@ -174,7 +174,7 @@ def validation_loss(run, model, batches, loss_of):
     for rows in batches:
         made = micro_batches(run, rows)
         micros += made
-        copies += [run.mesh.copies(len(rows))] * len(made)  # fewer rows than replicas: each does them all
+        copies += [run.mesh.replicas_of(len(rows))] * len(made)  # fewer rows than replicas: each does them all
     losses = parallel.evaluate(model, micros, lambda net, micro: loss_of(net, micro)[0])
     counts = [(targets >= 0).sum().item() / n for (_, targets, _), n in zip(micros, copies)]
     found = run.mesh.collect([(loss.item(), count) for loss, count in zip(losses, counts)])
