@@ -97,11 +97,15 @@ def _from_peft(folder, device, dtype, head):
     return model.to(device), folder if brought else tokenizer
 
 
-def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora_r=0, lora_alpha=16.0,
-               lora_dropout=0.0, lora_targets=''):
+def adapter_of(config):
+    """A stage's keys lora_r, lora_alpha ... as the arguments of lora.add_lora."""
+    return {key.removeprefix('lora_'): config[key] for key in config if key.startswith('lora_')}
+
+
+def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, r=0, **adapter):
     """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of open_run), new from `scratch` (a
-    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the
-    adapter."""
+    GPTConfig), or loaded from `init_from`; with r > 0 (or an adapter in ckpt) frozen but for the adapter, see
+    lora.add_lora."""
     if ckpt and ckpt.get('lora'):
         model, _ = load_model(ckpt['lora']['base'], head=head)
         model.lora_info = ckpt['lora']
@@ -114,8 +118,8 @@ def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora
         model, found = GPT(scratch, head), tokenizer
     else:
         model, found = load_model(init_from, head=head)
-    if lora_r:
-        lora.add_lora(model, lora_r, lora_alpha, lora_dropout, lora_targets.replace(' ', ''))
+    if r:
+        lora.add_lora(model, r, **adapter)
         base = os.path.abspath(init_from) if os.path.exists(init_from) else init_from  # from any folder, then
         model.lora_info = lora.describe(model, base)  # now: a pipeline stage will not have all layers
     return model, tokenizer or found
@@ -222,10 +226,10 @@ def trim_heap(grown=1.25):
 
 
 def pick_device(device, dtype):
-    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights
-    stay float32; dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling),
-    float32 on CPU. The device becomes torch's current one: streams, events and graphs are made on it.
-    ValueError names what is here."""
+    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16' | 'float16') -> (torch.device,
+    torch.dtype). Weights stay float32; dtype is autocast's. auto: on a GPU bfloat16 where its chip has it,
+    else float16, which is trained with loss scaling (nanoGPT's rule); float32 on CPU. The device becomes
+    torch's current one: streams, events and graphs are made on it. ValueError names what is here."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = ['cpu'] + [f'cuda:{i}' for i in range(gpus)] + ['mps'] * torch.backends.mps.is_available()
     if device == 'auto':
@@ -240,9 +244,11 @@ def pick_device(device, dtype):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if dtype == 'auto':
-        dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
-    if dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f"dtype {dtype!r}: expected 'auto', 'float32' or 'bfloat16'")
+        dtype = 'float32'
+        if device.type == 'cuda':  # a T4 or RTX 2080 would only emulate bfloat16
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
     return device, getattr(torch, dtype)
 
 
@@ -312,7 +318,7 @@ def same_settings(config, old, out_dir):
     """On resume: what the old config has and a new one cannot change is taken over, or refused by name where
     the new one says something else. Everything else takes effect as it is given."""
     fixed = ['seed', 'batch_size', 'group_size', 'tokenizer']
-    lora_keys = ['lora_r', 'lora_alpha', 'lora_dropout', 'lora_targets']
+    lora_keys = [key for key in config if key.startswith('lora_')]
     if config['lora_r']:
         fixed += lora_keys
     for key in fixed:
@@ -500,8 +506,8 @@ class Run:
         if c['init_from'] == 'scratch' and scratch is None and not self.ckpt:
             raise ValueError(f'{c["stage"]}.py starts from a model that can answer: --init_from=out-sft '
                              f'(made by python sft.py config/sft_toy.py), a name or a directory')
-        adapter = c['lora_r'], c['lora_alpha'], c.get('lora_dropout', 0.0), c['lora_targets']
-        model, self.tokenizer = open_model(c['init_from'], self.ckpt, head, c['tokenizer'], scratch, *adapter)
+        model, self.tokenizer = open_model(c['init_from'], self.ckpt, head, c['tokenizer'], scratch,
+                                           **adapter_of(c))
         tok = get_tokenizer(self.tokenizer)
         check_fit(model, c['init_from'], tok, 0)
         model.config.dropout, model.checkpointing = dropout, c['checkpointing']
@@ -561,7 +567,8 @@ class Run:
         self.n_trained = sum(p.numel() for _, p in lora.trainable(model))
         model = parallel.shard(model, self.mesh)
         betas = c['beta1'], c['beta2']
-        optimizer = parallel.Optimizer(model, self.mesh, learning_rate, betas, eps, c['weight_decay'])
+        scale = 65536.0 if self.dtype == torch.float16 else 0.0  # of the loss; changes as it learns
+        optimizer = parallel.Optimizer(model, self.mesh, learning_rate, betas, eps, c['weight_decay'], scale)
         self.mesh.split_seeds(c['seed'])
         if self.ckpt:
             optimizer.load_state_dict(self.ckpt['optimizer' if key == 'model' else 'value_optimizer'])

@@ -23,7 +23,7 @@ import infer
 import kernels
 import lora
 import parallel
-from helpers import equal, mismatch
+from helpers import ckpt, equal, jsonl, log_rows, mismatch, stage
 from model import GPT, GPTConfig
 
 TOL = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -505,6 +505,21 @@ def test_four_ranks(tmp_path):
     # what four ranks wrote exports to Hugging Face's format
     model.save_pretrained(str(tmp_path / 'hf'))
     assert torch.equal(GPT.from_pretrained(str(tmp_path / 'hf')).wte.weight, model.wte.weight.float())
+
+
+def test_a_stage_in_float16_goes_on_with_its_scale(tmp_path):
+    """A stage trains in float16 near its float32 losses; its checkpoint holds the loss scale, and a resumed run has it."""
+    jsonl(tmp_path / 'text.jsonl', [dict(text=f'row {i} of text') for i in range(12)])
+    keys = ['--dataset=text.jsonl', '--val_dataset=text.jsonl', '--batch_size=4', '--eval_iters=1', '--n_layer=2',
+            '--n_embd=32', '--n_head=2', '--block_size=32', '--learning_rate=1e-2', '--eval_interval=2']
+    for dtype in ('float32', 'float16'):
+        stage('sft.py', *keys, f'--dtype={dtype}', f'--out_dir={dtype}', '--max_iters=4', cwd=tmp_path)
+    losses = [[row['loss'] for row in log_rows(tmp_path / dtype, 'eval')] for dtype in ('float32', 'float16')]
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    saved = ckpt(tmp_path / 'float16')
+    assert saved['optimizer']['scale'] == [65536.0, 4] and all(v.dtype == torch.float32 for v in saved['model'].values())
+    stage('sft.py', *keys, '--dtype=float16', '--init_from=resume', '--out_dir=float16', '--max_iters=6', cwd=tmp_path)
+    assert ckpt(tmp_path / 'float16')['optimizer']['scale'] == [65536.0, 6]
 
 
 @pytest.mark.parametrize('shape', [GPT2, QWEN3], ids=['gpt2', 'qwen3'])
