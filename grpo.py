@@ -96,7 +96,9 @@ runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --h
 # LoRA (2106.09685)
 lora_r = 0 # >= 0: rank; 0 = train all weights
 lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
-lora_targets = '' # HF module names by comma, or 'all-linear'; '' = c_attn, or q_proj,v_proj
+lora_targets = '' # HF module names by comma, 'all-linear', or a pattern; '' = c_attn, or q_proj,v_proj
+lora_rslora = False # scale by alpha / sqrt(r) instead: a large r still learns (2312.03732)
+lora_dora = False # also learn the length of each row of the weights (2402.09353)
 # optimizer
 max_iters = 100 # >= 0: iterations: one batch of completions each
 learning_rate = 1e-6 # >= 0: linear to 0; 1e-6 for billions of parameters, 1e-4 and more for tiny ones
@@ -109,7 +111,7 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
-dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
+dtype = 'auto' # 'auto' | 'float32' | 'bfloat16' | 'float16': of the matrix products; weights stay float32
 compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
@@ -301,10 +303,11 @@ def concatenate(batches):
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset,
-    # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2,
-    # compile, checkpointing, threads, tp, pp, cp, zero, dist_timeout; rollout.py reads dataset, max_prompt,
-    # long_prompts, reward_weights, temperature, max_num_seqs, rollout_tp, max_staleness,
-    # simulate_staleness, rollout_workers, reward_workers, reward_timeout, reward_retries, runtime
+    # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_targets, lora_rslora, lora_dora,
+    # weight_decay, beta1, beta2, compile, checkpointing, threads, tp, pp, cp, zero, dist_timeout;
+    # rollout.py reads dataset, max_prompt, long_prompts, reward_weights, temperature, max_num_seqs,
+    # rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers, reward_timeout,
+    # reward_retries, runtime
     if batch_size % minibatch_size or minibatch_size % group_size:
         fits = [m for m in range(group_size, batch_size + 1, group_size) if batch_size % m == 0]
         way = f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'

@@ -61,7 +61,9 @@ temperature = 1.0 # > 0: of those answers
 lora_r = 0 # >= 0: rank; 0 = train all weights
 lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
 lora_dropout = 0.0 # in [0, 1): on the adapter's input
-lora_targets = '' # HF module names by comma, or 'all-linear'; '' = c_attn, or q_proj,v_proj
+lora_targets = '' # HF module names by comma, 'all-linear', or a pattern; '' = c_attn, or q_proj,v_proj
+lora_rslora = False # scale by alpha / sqrt(r) instead: a large r still learns (2312.03732)
+lora_dora = False # also learn the length of each row of the weights (2402.09353)
 # optimizer
 epochs = 1.0 # > 0: passes over the rows; ignored when max_iters is set
 max_iters = 0 # >= 0: 0 = as many as epochs says
@@ -76,7 +78,7 @@ adam_eps = 1e-8 # > 0: Adam's epsilon
 grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
-dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
+dtype = 'auto' # 'auto' | 'float32' | 'bfloat16' | 'float16': of the matrix products; weights stay float32
 compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
@@ -257,8 +259,9 @@ def held_out_answers(run, policy, items, ref_logps, batch_size, how):
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset,
-    # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay,
-    # beta1, beta2, device, dtype, compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
+    # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, lora_rslora,
+    # lora_dora, weight_decay, beta1, beta2, device, dtype, compile, checkpointing, kernels, threads, tp,
+    # pp, cp, zero, dist_timeout
     run = Run('kto', config)
     policy, tok = run.model()  # no dropout: policy and reference start equal
     T = min(block_size or policy.config.block_size, policy.config.block_size)

@@ -90,7 +90,9 @@ runtime = 'local' # async: 'local' | 'ray' | 'HOST:PORT' of python actors.py --h
 # LoRA (2106.09685)
 lora_r = 0 # >= 0: rank; 0 = train all weights
 lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
-lora_targets = '' # HF module names by comma, or 'all-linear'; '' = c_attn, or q_proj,v_proj
+lora_targets = '' # HF module names by comma, 'all-linear', or a pattern; '' = c_attn, or q_proj,v_proj
+lora_rslora = False # scale by alpha / sqrt(r) instead: a large r still learns (2312.03732)
+lora_dora = False # also learn the length of each row of the weights (2402.09353)
 # optimizer
 max_iters = 100 # >= 0: iterations: one batch of completions each
 learning_rate = 1e-5 # >= 0: linear to 0
@@ -103,7 +105,7 @@ grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 max_num_seqs = 64 # >= 1: completions generated at once
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
-dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
+dtype = 'auto' # 'auto' | 'float32' | 'bfloat16' | 'float16': of the matrix products; weights stay float32
 compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
@@ -265,10 +267,10 @@ def linear_lr(it, peak, warmup, total):
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: overwrite, val_dataset, eval_interval, save_minutes,
-    # lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, compile, checkpointing, threads, tp, pp,
-    # cp, zero, dist_timeout; rollout.py reads dataset, max_prompt, long_prompts, max_new_tokens,
-    # max_num_seqs, rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers,
-    # reward_timeout, reward_retries, runtime
+    # log_to, lora_r, lora_alpha, lora_targets, lora_rslora, lora_dora, weight_decay, beta1, beta2, compile,
+    # checkpointing, threads, tp, pp, cp, zero, dist_timeout; rollout.py reads dataset, max_prompt,
+    # long_prompts, max_new_tokens, max_num_seqs, rollout_tp, max_staleness, simulate_staleness,
+    # rollout_workers, reward_workers, reward_timeout, reward_retries, runtime
     if batch_size % minibatch_size:
         fits = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
         raise ValueError(f'batch_size {batch_size} is not divisible by minibatch_size {minibatch_size}: '

@@ -64,7 +64,9 @@ temperature = 1.0 # > 0: of those samples
 lora_r = 0 # >= 0: rank; 0 = train all weights
 lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
 lora_dropout = 0.0 # in [0, 1): on the adapter's input
-lora_targets = '' # HF module names by comma, or 'all-linear'; '' = c_attn, or q_proj,v_proj
+lora_targets = '' # HF module names by comma, 'all-linear', or a pattern; '' = c_attn, or q_proj,v_proj
+lora_rslora = False # scale by alpha / sqrt(r) instead: a large r still learns (2312.03732)
+lora_dora = False # also learn the length of each row of the weights (2402.09353)
 # optimizer
 epochs = 1.0 # > 0: passes over the pairs; ignored when max_iters is set
 max_iters = 0 # >= 0: 0 = as many as epochs says
@@ -79,7 +81,7 @@ adam_eps = 1e-5 # > 0: large on purpose: small first steps [lm-human-preferences
 grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
-dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
+dtype = 'auto' # 'auto' | 'float32' | 'bfloat16' | 'float16': of the matrix products; weights stay float32
 compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
@@ -258,8 +260,9 @@ def normalise(run, model, sequences, name):
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval,
-    # save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, weight_decay, beta1, beta2,
-    # device, dtype, compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
+    # save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, lora_rslora, lora_dora,
+    # weight_decay, beta1, beta2, device, dtype, compile, checkpointing, kernels, threads, tp, pp, cp, zero,
+    # dist_timeout
     run = Run('reward', config)
 
     # ---- 1. a language model with a scalar head

@@ -297,7 +297,7 @@ class Rewards:
 
     def __call__(self, batch):
         """-> (total (B,) float32, {name: (B,)}), on the CPU."""
-        share = range(len(batch))[self.run.mesh.mine(len(batch))]
+        share = range(len(batch))[self.run.mesh.slice_of(len(batch))]
         each = dict(batch.given or {})
         for name in self.names:
             if name not in each:
@@ -489,7 +489,7 @@ class Answers:
         """[((row number, row, prompt), answers, {file or environment: marks})] of jobs, by the engine here;
         answers: [(ids, log-probs, ages, ended, which of the ids are the policy's)]. Those that the RewardPool
         drops are left out. Each rank (with rollout_tp each team) answers its share, all get all."""
-        mine = jobs[self.mesh.mine(len(jobs), self.team)]
+        mine = jobs[self.mesh.slice_of(len(jobs), self.team)]
         if self.judges is not None and self.judges.env:
             found = self._converse(mine, age)
         else:
@@ -589,7 +589,7 @@ class Answers:
         micros = []
         for some in bins:
             micros.append([i for unit in some for i in units[unit][1]])
-        return micros, self.mesh.copies(len(units))
+        return micros, self.mesh.replicas_of(len(units))
 
     def logprobs(self, model, micro):
         """(log-probs, entropies) of a micro-batch at the temperature that it was sampled with, (b, r)."""
@@ -663,7 +663,7 @@ class Answers:
 def answers_to(run, engine, prompts, max_new_tokens, temperature, seed=0):
     """Token ids of one answer to each prompt, in order, on every rank; each answers its share. Row i has
     seed + i."""
-    mine = range(len(prompts))[run.mesh.mine(len(prompts))]
+    mine = range(len(prompts))[run.mesh.slice_of(len(prompts))]
     params = infer.SamplingParams(max_tokens=max_new_tokens, temperature=temperature)
     params = [replace(params, seed=seed + i) for i in mine]
     done = engine.generate([prompts[i] for i in mine], params)

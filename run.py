@@ -48,7 +48,7 @@ import kernels
 import lora
 import parallel
 from dataset import encoded, entries, load_dataset, pack, Sampler
-from model import GPT, GPTConfig, _fill
+from model import fill, GPT, GPTConfig, read_json
 from tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _plain(config, state, where, dtype, head):
     """A model of this config and head with the weights of `state`; a head that is not there is drawn."""
     with torch.device('meta'):
         model = GPT(config, head)
-    return _fill(model, state, where, dtype, fresh_head=head == 'scalar' and 'score.weight' not in state)
+    return fill(model, state, where, dtype)
 
 
 def _merged(adapted, where, dtype, head):
@@ -94,8 +94,7 @@ def _merged(adapted, where, dtype, head):
 def _from_peft(folder, device, dtype, head):
     """load_model for a PEFT directory: the base that it names, the adapter merged; its own tokenizer if it
     has one."""
-    with open(os.path.join(folder, 'adapter_config.json')) as f:
-        config = json.load(f)
+    config = read_json(os.path.join(folder, 'adapter_config.json'))
     if not config.get('base_model_name_or_path'):
         raise ValueError(f'{folder}: adapter_config.json names no base model (base_model_name_or_path)')
     own_head = 'scalar' if config.get('task_type') == 'SEQ_CLS' else 'lm'
@@ -105,11 +104,15 @@ def _from_peft(folder, device, dtype, head):
     return model.to(device), folder if brought else tokenizer
 
 
-def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora_r=0, lora_alpha=16.0,
-               lora_dropout=0.0, lora_targets=''):
+def adapter_of(config):
+    """A stage's keys lora_r, lora_alpha ... as the arguments of lora.add_lora."""
+    return {key.removeprefix('lora_'): config[key] for key in config if key.startswith('lora_')}
+
+
+def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, r=0, **adapter):
     """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of open_run), new from `scratch` (a
-    GPTConfig), or loaded from `init_from`; with lora_r > 0 (or an adapter in ckpt) frozen but for the
-    adapter."""
+    GPTConfig), or loaded from `init_from`; with r > 0 (or an adapter in ckpt) frozen but for the adapter, see
+    lora.add_lora."""
     if ckpt and ckpt.get('lora'):
         model, _ = load_model(ckpt['lora']['base'], head=head)
         model.lora_info = ckpt['lora']
@@ -122,8 +125,8 @@ def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, lora
         model, found = GPT(scratch, head), tokenizer
     else:
         model, found = load_model(init_from, head=head)
-    if lora_r:
-        lora.add_lora(model, lora_r, lora_alpha, lora_dropout, lora_targets.replace(' ', ''))
+    if r:
+        lora.add_lora(model, r, **adapter)
         base = os.path.abspath(init_from) if os.path.exists(init_from) else init_from  # from any folder, then
         model.lora_info = lora.describe(model, base)  # now: a pipeline stage will not have all layers
     return model, tokenizer or found
@@ -230,10 +233,10 @@ def trim_heap(grown=1.25):
 
 
 def pick_device(device, dtype):
-    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16') -> (torch.device, torch.dtype). Weights
-    stay float32; dtype is autocast's. auto: bfloat16 on a GPU that has it (float16 would need loss scaling),
-    float32 on CPU. The device becomes torch's current one: streams, events and graphs are made on it.
-    ValueError names what is here."""
+    """('auto' | 'cpu' | 'cuda' ..., 'auto' | 'float32' | 'bfloat16' | 'float16') -> (torch.device,
+    torch.dtype). Weights stay float32; dtype is autocast's. auto: on a GPU bfloat16 where its chip has it,
+    else float16, which is trained with loss scaling (nanoGPT's rule); float32 on CPU. The device becomes
+    torch's current one: streams, events and graphs are made on it. ValueError names what is here."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = ['cpu'] + [f'cuda:{i}' for i in range(gpus)] + ['mps'] * torch.backends.mps.is_available()
     if device == 'auto':
@@ -248,9 +251,11 @@ def pick_device(device, dtype):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if dtype == 'auto':
-        dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
-    if dtype not in ('float32', 'bfloat16'):
-        raise ValueError(f"dtype {dtype!r}: expected 'auto', 'float32' or 'bfloat16'")
+        dtype = 'float32'
+        if device.type == 'cuda':  # a T4 or RTX 2080 would only emulate bfloat16
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'")
     return device, getattr(torch, dtype)
 
 
@@ -310,7 +315,7 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
                          f'starts another, --overwrite=True replaces it')
     own_folder(out_dir, mesh)
     mesh.barrier()  # all have looked
-    if mesh.torchrun and mesh.master and os.path.exists(file):
+    if mesh.agent and mesh.master and os.path.exists(file):
         os.remove(file)  # or torchrun, starting us again before the first checkpoint, would resume that
     mesh.mark(out_dir)
     return None
@@ -320,7 +325,7 @@ def same_settings(config, old, out_dir):
     """On resume: what the old config has and a new one cannot change is taken over, or refused by name where
     the new one says something else. Everything else takes effect as it is given."""
     fixed = ['seed', 'batch_size', 'group_size', 'tokenizer']
-    lora_keys = ['lora_r', 'lora_alpha', 'lora_dropout', 'lora_targets']
+    lora_keys = [key for key in config if key.startswith('lora_')]
     if config['lora_r']:
         fixed += lora_keys
     for key in fixed:
@@ -544,8 +549,7 @@ class Run:
         device, self.dtype = pick_device(config['device'], config['dtype'])
         kernels.use(config['kernels'])
         tp, pp, cp = config['tp'], config['pp'], config['cp']
-        parallel.accept(stage, tp, pp, cp, config['compile'], config.get('mode', 'sync'),
-                        config.get('value', ''), config.get('rollout_tp', False))
+        parallel.check_stage(stage, config)
         self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'],
                                   quiet=True)
         self.device = self.mesh.device
@@ -592,8 +596,8 @@ class Run:
         if c['init_from'] == 'scratch' and scratch is None and not self.ckpt:
             raise ValueError(f'{c["stage"]}.py starts from a model that can answer: --init_from=out-sft '
                              f'(made by python sft.py config/sft_toy.py), a name or a directory')
-        adapter = c['lora_r'], c['lora_alpha'], c.get('lora_dropout', 0.0), c['lora_targets']
-        model, self.tokenizer = open_model(c['init_from'], self.ckpt, head, c['tokenizer'], scratch, *adapter)
+        model, self.tokenizer = open_model(c['init_from'], self.ckpt, head, c['tokenizer'], scratch,
+                                           **adapter_of(c))
         tok = get_tokenizer(self.tokenizer)
         check_fit(model, c['init_from'], tok, 0)
         model.config.dropout, model.checkpointing = dropout, c['checkpointing']
@@ -658,7 +662,8 @@ class Run:
         self.n_trained = sum(p.numel() for _, p in lora.trainable(model))
         model = parallel.shard(model, self.mesh)
         betas = c['beta1'], c['beta2']
-        optimizer = parallel.Optimizer(model, self.mesh, learning_rate, betas, eps, c['weight_decay'])
+        scale = 65536.0 if self.dtype == torch.float16 else 0.0  # of the loss; changes as it learns
+        optimizer = parallel.Optimizer(model, self.mesh, learning_rate, betas, eps, c['weight_decay'], scale)
         self.mesh.split_seeds(c['seed'])
         if self.ckpt:
             optimizer.load_state_dict(self.ckpt['optimizer' if key == 'model' else 'value_optimizer'])
@@ -684,7 +689,7 @@ class Run:
     def micro_batches(self, lengths):
         """Row numbers of a batch in lists of at most micro_tokens tokens (or one longer row); of several
         replicas each gets its share."""
-        return self.mesh.deal(pack(lengths, max([self.config['micro_tokens'], *lengths])), lengths)
+        return self.mesh.share_of(pack(lengths, max([self.config['micro_tokens'], *lengths])), lengths)
 
     def each(self, model, lengths, fn):
         """[what fn finds for each row], on the CPU, without gradient, on every rank. fn(model, [row numbers])

@@ -59,7 +59,9 @@ dropout = 0.0 # in [0, 1): for pretraining 0 is good, for finetuning try 0.1+
 # LoRA (2106.09685)
 lora_r = 0 # >= 0: rank; 0 = train all weights
 lora_alpha = 16.0 # > 0: the adapter is scaled by alpha / r
-lora_targets = '' # HF module names by comma, or 'all-linear'; '' = c_attn, or q_proj,v_proj
+lora_targets = '' # HF module names by comma, 'all-linear', or a pattern; '' = c_attn, or q_proj,v_proj
+lora_rslora = False # scale by alpha / sqrt(r) instead: a large r still learns (2312.03732)
+lora_dora = False # also learn the length of each row of the weights (2402.09353)
 # optimizer
 max_iters = 1000 # >= 0: iterations (optimizer updates)
 batch_size = 64 # >= 1: rows (or crops) an iteration, over all processes
@@ -74,7 +76,7 @@ beta2 = 0.95 # in [0, 1): decay of Adam's second moment
 grad_clip = 1.0 # >= 0: global norm; 0 = off
 # system
 device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
-dtype = 'auto' # 'auto' | 'float32' | 'bfloat16': of the matrix products; weights and optimizer stay float32
+dtype = 'auto' # 'auto' | 'float32' | 'bfloat16' | 'float16': of the matrix products; weights stay float32
 compile = False # torch.compile of the blocks; for CUDA: on a CPU oneDNN's own products are faster
 checkpointing = False # recompute each block in the backward: less memory, a third more time
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
@@ -175,7 +177,7 @@ def validation_loss(run, model, batches, loss_of):
     for rows in batches:
         made = micro_batches(run, rows)
         micros += made
-        copies += [run.mesh.copies(len(rows))] * len(made)  # fewer rows than replicas: each does them all
+        copies += [run.mesh.replicas_of(len(rows))] * len(made)  # fewer rows than replicas: all do them
     losses = parallel.evaluate(model, micros, lambda net, micro: loss_of(net, micro)[0])
     counts = [(targets >= 0).sum().item() / n for (_, targets, _), n in zip(micros, copies)]
     found = run.mesh.collect([(loss.item(), count) for loss, count in zip(losses, counts)])
@@ -186,8 +188,8 @@ def validation_loss(run, model, batches, loss_of):
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: overwrite, val_dataset, eval_interval, save_minutes,
-    # lora_r, lora_alpha, lora_targets, weight_decay, beta1, beta2, device, dtype, compile, checkpointing,
-    # kernels, threads, tp, pp, cp, zero, dist_timeout
+    # log_to, lora_r, lora_alpha, lora_targets, lora_rslora, lora_dora, weight_decay, beta1, beta2, device,
+    # dtype, compile, checkpointing, kernels, threads, tp, pp, cp, zero, dist_timeout
     if decay_lr and min_lr > learning_rate:
         raise ValueError(f'min_lr {min_lr} is above learning_rate {learning_rate}: set it to a tenth')
     run = Run('sft', config, folder=not show_masks)

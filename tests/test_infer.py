@@ -834,7 +834,7 @@ def test_weights_are_read_where_the_trainer_writes_them(arch, dtype):
     model = tiny(arch, dtype)
     engine = Engine(model, None)
     engine.generate([[1, 2]], SamplingParams(max_tokens=3))
-    opt = model.configure_optimizers(0.0, 0.05, (0.9, 0.95))
+    opt = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
     model(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[2, 3, 4, 5]]))[1].backward()
     opt.step()
     assert engine.weights_changed() == 1

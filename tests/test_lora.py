@@ -5,8 +5,10 @@ import os
 import pytest
 import torch
 
+import infer
 import lora
-from model import GPT, GPTConfig, ARCHS
+from helpers import ckpt, jsonl, log_rows, mismatch, stage
+from model import ARCHS, GPT, GPTConfig
 
 SHAPES = {  # tiny, but with each family's peculiarities: fused qkv, GQA, qk-norm, head_size that is not n_embd / n_head
     'gpt2': dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=32),
@@ -201,10 +203,73 @@ def test_bad_input_is_named(tmp_path):
         config.write_text(json.dumps({**sound, key: value}))
         with pytest.raises(ValueError, match=f'cannot honour .*{key}'):
             lora.load_lora(build('gpt2'), str(tmp_path / 'a'))
-    for broken in ('{"r": 4', '[]', '{}', json.dumps({**sound, 'target_modules': None})):
+    for broken in ('{"r": 4', '[]', '{}', *(json.dumps({**sound, **key}) for key in (
+            dict(target_modules=None), dict(r=10 ** 9), dict(lora_alpha=None), dict(rank_pattern={'(': 1}),
+            dict(rank_pattern={'c_attn': 3}), dict(use_dora=1), dict(init_lora_weights='pissa')))):
         config.write_text(broken)
-        with pytest.raises(ValueError, match='no PEFT adapter folder'):
+        with pytest.raises(ValueError):
             lora.load_lora(build('gpt2'), str(tmp_path / 'a'))
     os.remove(config)
     with pytest.raises(ValueError, match='no PEFT adapter folder'):
         lora.load_lora(build('gpt2'), str(tmp_path / 'a'))
+
+
+@pytest.mark.parametrize('targets', ['wte', 'wte,c_attn', 'all-linear', 'embed_tokens', 'q_proj,embed_tokens'])
+@pytest.mark.parametrize('dora', [False, True])
+def test_the_sampler_reads_every_adapter(targets, dora):
+    """Tokens' log-probs of the engine are the model's, also with an adapter on an embedding to which the head is tied."""
+    model = build('qwen2' if 'embed' in targets else 'gpt2')
+    if dora and ('wte' in targets or 'embed' in targets):
+        with pytest.raises(ValueError, match='DoRA on wte'):
+            lora.add_lora(model, 4, 8, targets=targets, dora=True)
+        return
+    engine = infer.Engine(shake(lora.add_lora(model, 4, 8, targets=targets, dora=dora)).eval(), None)
+    params = infer.SamplingParams(max_tokens=12, seed=1)
+    for _ in range(2):  # before and after an update
+        assert mismatch(engine, engine.generate([[1, 2, 3], [4]], params), model)['max'] < 1e-5
+        shake(model)
+        engine.weights_changed()
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A folder with rows and a model's HF folder, an adapter on it, and its byte tokenizer's checkpoint."""
+    d = tmp_path_factory.mktemp('lora')
+    jsonl(d / 'text.jsonl', [dict(text=f'row {i} of text') for i in range(12)])
+    keys = ['--n_layer=2', '--n_embd=32', '--n_head=4', '--block_size=64']
+    stage('sft.py', *RUN, *keys, '--out_dir=byte', '--max_iters=1', cwd=d)
+    return d
+
+
+RUN = ['--dataset=text.jsonl', '--val_dataset=text.jsonl', '--batch_size=4', '--eval_iters=1', '--learning_rate=1e-2']
+
+
+@pytest.mark.parametrize('keys, count, spec', [
+    (['--lora_targets=all-linear', '--lora_rslora=True'], 8, dict(rslora=True, dora=False)),
+    (['--lora_targets=.*\\.1\\.(mlp|attn)\\.c_.*', '--lora_dora=True'], 4, dict(rslora=False, dora=True)),
+    (['--lora_targets=c_attn, mlp.c_fc'], 4, dict(rslora=False, dora=False))], ids=str)
+def test_a_stage_trains_every_kind_of_adapter_and_goes_on(world, tmp_path, keys, count, spec):
+    out = f'--out_dir={tmp_path}'
+    stage('sft.py', *RUN, '--init_from=byte', '--lora_r=4', *keys, out, '--max_iters=2', cwd=world)
+    saved = ckpt(tmp_path)
+    assert sum('lora_A' in k for k in saved['model']) == count and os.path.isabs(saved['lora']['base'])
+    assert {k: saved['lora']['specs']['default'][k] for k in spec} == spec
+    assert sum('magnitude' in k for k in saved['model']) == count * spec['dora']
+    stage('sft.py', *[k.replace('text.jsonl', str(world / 'text.jsonl')) for k in RUN], '--init_from=resume', out,
+          '--max_iters=3', cwd=tmp_path)  # from another folder
+    assert ckpt(tmp_path)['iter'] == 3
+
+
+def test_a_peft_folder_starts_a_stage(world, tmp_path):
+    """Its first loss is that of the base with the adapter merged, as transformers and peft compute it."""
+    from run import load_model
+    model = shake(lora.add_lora(load_model(str(world / 'byte'))[0], 4, 8, rslora=True))
+    lora.save_lora(model, str(tmp_path / 'peft'), base=str(world / 'byte'))
+    for more in ([], ['--lora_r=2']):
+        stage('sft.py', *RUN, f'--init_from={tmp_path}/peft', f'--out_dir={tmp_path}/o', '--max_iters=1', *more, cwd=world)
+        first = log_rows(tmp_path / 'o', 'eval')[0]['loss']
+        plain = lora.merge_lora(model) if not more else model
+        plain.save_pretrained(str(tmp_path / 'merged'))
+        stage('sft.py', *RUN, f'--init_from={tmp_path}/merged', f'--out_dir={tmp_path}/m', '--tokenizer=byte', '--max_iters=1',
+              cwd=world)
+        assert first == pytest.approx(log_rows(tmp_path / 'm', 'eval')[0]['loss'], abs=1e-5)

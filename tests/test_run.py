@@ -173,8 +173,10 @@ def test_the_second_card_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *a, **k: True)
     assert run.pick_device('cuda:1', 'auto') == (torch.device('cuda:1'), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    assert run.pick_device('cuda:0', 'auto')[1] == torch.float16  # a T4, which only emulates bfloat16
     run.pick_device('auto', 'float32')
-    assert [str(d) for d in chosen] == ['cuda:1', 'cuda']
+    assert [str(d) for d in chosen] == ['cuda:1', 'cuda:0', 'cuda']
     with pytest.raises(ValueError, match='cuda:2.*cpu, cuda:0, cuda:1'):
         run.pick_device('cuda:2', 'auto')
 
