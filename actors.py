@@ -52,7 +52,6 @@ runtime_env (but env_vars), spilling to disk. Ray has them all: init(backend='ra
 import atexit
 import bisect
 import contextvars
-import copy
 import ctypes
 import dataclasses
 import difflib
@@ -86,7 +85,7 @@ import types
 import weakref
 from collections import Counter, deque, namedtuple
 from concurrent import futures
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
@@ -103,7 +102,10 @@ _session = None           # this process's connection to a runtime; None before 
 
 
 # ---- errors: Ray's names -----------------------------------------------------------------------------------
-class RayError(Exception): 'Whatever goes wrong here.'
+class RayError(Exception):
+    """Whatever goes wrong here."""
+
+
 class RayTaskError(RayError):
     """A task or method raised. str() is the remote traceback, .cause the user's exception (None where it
     could not be sent); get() raises it as an instance of the cause's class too."""
@@ -138,21 +140,38 @@ class RayTaskError(RayError):
         error.__dict__.update(self.__dict__)
         error.args = self.cause.args
         return error
-class TaskCancelledError(RayError): 'The task was cancelled.'
-class WorkerCrashedError(RayError): 'The process that ran the task died, also in its retries.'
-class RayActorError(RayError): 'Something about an actor.'
-class ActorDiedError(RayActorError): 'The actor is dead and stays dead.'
-class ActorUnavailableError(RayActorError): 'The actor died in the call and is being restarted.'
-class GetTimeoutError(RayError, TimeoutError): 'get() waited as long as it was told to.'
-class ObjectLostError(RayError): 'The object is not there: freed, or of an earlier session.'
-class ObjectStoreFullError(RayError): 'The arena has no room.'
-class RaySystemError(RayError): 'The runtime itself failed, or is gone, or a value cannot be read here.'
-class AuthenticationError(ValueError, RayError): 'The other side of a connection does not know the token.'
-class TaskUnschedulableError(RayError): 'The node that the task insists on is gone.'
-class ActorUnschedulableError(RayError): 'The node that the actor insists on is gone.'
-class TaskPlacementGroupRemoved(RayError): 'The placement group of the task was removed.'
-class ActorPlacementGroupRemoved(RayError): 'The placement group of the actor was removed.'
-class ActorAlreadyExistsError(ValueError, RayError): 'The name is taken.'
+
+
+class TaskCancelledError(RayError):
+    """The task was cancelled."""
+class WorkerCrashedError(RayError):
+    """The process that ran the task died, also in its retries."""
+class RayActorError(RayError):
+    """Something about an actor."""
+class ActorDiedError(RayActorError):
+    """The actor is dead and stays dead."""
+class ActorUnavailableError(RayActorError):
+    """The actor died in the call and is being restarted."""
+class GetTimeoutError(RayError, TimeoutError):
+    """get() waited as long as it was told to."""
+class ObjectLostError(RayError):
+    """The object is not there: freed, or of an earlier session."""
+class ObjectStoreFullError(RayError):
+    """The arena has no room."""
+class RaySystemError(RayError):
+    """The runtime itself failed, or is gone, or a value cannot be read here."""
+class AuthenticationError(ValueError, RayError):
+    """The other side of a connection does not know the token."""
+class TaskUnschedulableError(RayError):
+    """The node that the task insists on is gone."""
+class ActorUnschedulableError(RayError):
+    """The node that the actor insists on is gone."""
+class TaskPlacementGroupRemoved(RayError):
+    """The placement group of the task was removed."""
+class ActorPlacementGroupRemoved(RayError):
+    """The placement group of the actor was removed."""
+class ActorAlreadyExistsError(ValueError, RayError):
+    """The name is taken."""
 
 
 def _open_task_error(function_name, text, sealed):
@@ -166,8 +185,7 @@ def _open_task_error(function_name, text, sealed):
 # ---- values to bytes and back ------------------------------------------------------------------------------
 @functools.lru_cache(None)
 def _findable(package):
-    finders = [finder for finder in sys.meta_path if hasattr(finder, 'find_spec')]
-    return any(finder.find_spec(package, None) for finder in finders)
+    return any(finder.find_spec(package, None) for finder in sys.meta_path)
 
 
 def _importable(obj):
@@ -257,7 +275,7 @@ def _array(a):
 def _tensor(buffer, dtype, shape, grad, kind):
     import torch
     t = torch.frombuffer(buffer, dtype=dtype).reshape(shape)
-    return kind(t, requires_grad=grad) if kind is not torch.Tensor else t.requires_grad_(grad)
+    return t.requires_grad_(grad) if kind is torch.Tensor else kind(t, grad)
 
 
 def _flat_tensor(t, torch):
@@ -348,33 +366,28 @@ class _Pickler(pickle.Pickler):
 
 class _Packed:
     """A value as bytes: head (counts, table, pickle), then the out-of-band buffers, each on a 64-byte
-    boundary. .size is the whole, .contained the ids of the refs inside, .private: it has tensors, which a
-    reader may write to."""
+    boundary. .parts: (offset, bytes) of each, .size: of the whole, .contained: the ids of the refs inside,
+    .private: it has tensors, which a reader may write to."""
     def __init__(self, value):
         file = io.BytesIO()
         pickler = _Pickler(file)
         pickler.dump(value)
         data, raws = file.getvalue(), [buffer.raw() for buffer in pickler.buffers]
-        table, self.chunks, self.contained = [], [], pickler.contained
+        table, self.parts, self.contained = [], [], pickler.contained
         self.private = not all(raw.readonly for raw in raws)
         self.size = 16 + 16 * len(raws) + len(data)
         for raw in raws:
             at = -(-self.size // 64) * 64
-            table += at, raw.nbytes
-            self.chunks.append((at, raw))
-            self.size = at + raw.nbytes
-        self.head = struct.pack(f'<{2 + len(table)}Q', len(raws), len(data), *table) + data
-
-    def write(self, buffer):
-        buffer[:len(self.head)] = self.head
-        for at, raw in self.chunks:
-            buffer[at:at + raw.nbytes] = raw
+            table += at, len(raw)
+            self.parts.append((at, raw))
+            self.size = at + len(raw)
+        head = struct.pack(f'<{2 + len(table)}Q', len(raws), len(data), *table) + data
+        self.parts.append((0, head))
 
     def join(self):
-        if not self.chunks:
-            return self.head
         blob = bytearray(self.size)
-        self.write(blob)
+        for at, part in self.parts:
+            blob[at:at + len(part)] = part
         return bytes(blob)
 
 
@@ -433,6 +446,7 @@ class _Arena:
     def __init__(self, capacity, fd=None):
         self.capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
         self.fd, self.writing, self.reading = fd, None, None
+        self.written = 0  # the end of what this process has written to
         if fd is None:
             if hasattr(os, 'memfd_create'):
                 self.fd = os.memfd_create('actors-arena')
@@ -441,10 +455,20 @@ class _Arena:
                     self.fd = os.dup(file.fileno())
             os.ftruncate(self.fd, self.capacity)
 
-    def room(self, place):
-        """The bytes of a place, to write to."""
-        self.writing = self.writing or memoryview(mmap.mmap(self.fd, self.capacity))
-        return self.writing[place[0]:place[0] + place[1]]
+    def write(self, place, parts):
+        """The first time through the file: pages are neither zeroed nor mapped (2.4 GB/s, 1.3 through the
+        map). Later through the map: 2.4 GB/s once, then its pages are there (10 GB/s, 4.7 by the file)."""
+        start, size, _ = place
+        fresh, self.written = start + size > self.written, max(start + size, self.written)
+        self.writing = self.writing or mmap.mmap(self.fd, self.capacity)
+        for at, part in parts:
+            at += start
+            if not fresh:
+                self.writing[at:at + len(part)] = part
+                continue
+            while len(part):
+                count = os.pwrite(self.fd, part, at)  # at most 2 GB at once
+                part, at = part[count:], at + count
 
     def view(self, place, ref=None):
         """The bytes of a place, to read, without a copy."""
@@ -457,6 +481,11 @@ class _Arena:
             view = np.frombuffer(self.reading, np.uint8, size, start).view(_Shared)
         view.ref = ref
         return memoryview(view)
+
+    def close(self):
+        """Its memory goes with the last view of it, though an old ref may still hold the session."""
+        os.close(self.fd)
+        self.writing = self.reading = None
 
 
 # ---- threads and connections: frames, and the handshake before the first -----------------------------------
@@ -484,70 +513,69 @@ _HELLO = b'actors/2 py%d.%d' % sys.version_info[:2]  # code travels as bytecode:
 _HELLO = _HELLO.ljust(16)
 
 
-def _proof(token, who, first, second):
-    return hmac.digest(token.encode(), who + first + second, 'sha256')
-
-
 def _open(sock):
-    """A Connection over a socket, which gives up on a stranger that is silent."""
     sock.settimeout(None)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', HANDSHAKE, 0))
     return Connection(sock.detach())
 
 
-def _trust(connection):
-    """The stranger has proved itself: from now on it may be silent for as long as it likes."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', 0, 0))
-    return connection
+@contextmanager
+def _deadline(connection):
+    """Whoever dials or knocks has so many seconds in all, however slowly it speaks."""
+    timer = threading.Timer(HANDSHAKE, _hang_up, [connection])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
-def _admit(connection, token):
-    """The server's half -> whether the peer knows the token. Frames of at most 48 bytes; nothing in them is
-    interpreted."""
-    hello, mine = connection.recv_bytes(48), secrets.token_bytes(32)
-    theirs = hello[16:]
+def _shake(connection, token, me, other):
+    """Both sides prove that they know the token, the client first: a stranger at the port learns nothing.
+    -> (what the other side runs, whether it knows the token). Frames of at most 48 bytes; nothing in them is
+    interpreted. me, other: b'client', b'server'; a proof that is played back to its author is worth
+    nothing."""
+    mine = secrets.token_bytes(32)
     connection.send_bytes(_HELLO + mine)
-    proof = connection.recv_bytes(32)
-    known = hmac.compare_digest(proof, _proof(token, b'client', theirs, mine)) and hello == _HELLO + theirs
-    connection.send_bytes(_proof(token, b'server', theirs, mine) if known else b'')
-    return known and len(theirs) == 32
+    hello = connection.recv_bytes(48)
+    nonces = b''.join(sorted([mine, hello[16:]]))
+    mine, theirs = (hmac.digest(token.encode(), who + nonces, 'sha256') for who in (me, other))
+    if me == b'client':
+        connection.send_bytes(mine)
+    known = hmac.compare_digest(connection.recv_bytes(32), theirs) and hello[:16] == _HELLO
+    if me == b'server':
+        connection.send_bytes(mine if known else b'')
+    return hello[:16], known
 
 
 def _connect(address, token):
-    """The client's half -> a Connection whose other end knows the token. ConnectionError,
-    AuthenticationError."""
+    """-> a Connection whose other end knows the token. ConnectionError, AuthenticationError."""
     host, _, port = address.rpartition(':')
     if not port.isdigit():
         raise ValueError(f'address {address!r}: expected HOST:PORT')
     try:
         connection = _open(socket.create_connection((host or '127.0.0.1', port), HANDSHAKE))
-        mine = secrets.token_bytes(32)
-        connection.send_bytes(_HELLO + mine)
-        hello = connection.recv_bytes(48)
-        version, theirs = hello[:16], hello[16:]
-        connection.send_bytes(_proof(token, b'client', mine, theirs))
-        proof = connection.recv_bytes(32)
+        with _deadline(connection):
+            version, known = _shake(connection, token, b'client', b'server')
     except (OSError, EOFError) as e:
         hint = f'start one: python actors.py --head=True --port={port}'
-        raise ConnectionError(e.args[0] if e.args else 0, f'no head at {address} ({e}); {hint}') from None
+        raise ConnectionError(f'no head at {address} ({e}); {hint}') from None
     if version != _HELLO:
         raise AuthenticationError(f'{address} runs {version!r}, this {_HELLO!r}: use one Python version')
-    if not hmac.compare_digest(proof, _proof(token, b'server', mine, theirs)):
+    if not known:
         raise AuthenticationError(f'{address} refused the token: set ACTORS_TOKEN to what the head printed')
-    return _trust(connection)
+    return connection
 
 
-def _token_file(port):
+def _token_file(address):
     """Where a head on this machine leaves the token for its port."""
-    file = pathlib.Path.home() / '.cache' / 'actors' / f'token-{port}'
+    file = pathlib.Path.home() / '.cache' / 'actors' / f'token-{address.rpartition(":")[2]}'
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return file
 
 
 def _find_token(address):
-    token, file = os.environ.get('ACTORS_TOKEN'), _token_file(address.rpartition(':')[2])
+    token, file = os.environ.get('ACTORS_TOKEN'), _token_file(address)
     if not token and not file.exists():
         raise ValueError(f'no token for {address}: set ACTORS_TOKEN to what the head printed')
     return token or file.read_text().strip()
@@ -674,6 +702,7 @@ class _Peer:
     def __init__(self, role, id, node=None, connection=None):
         self.role, self.id = role, id
         self.node, self.connection = node, connection
+        self.shares = node is not None and node.peer is None  # whether it has part in the arena
         self.outbox, self.heard = queue.SimpleQueue(), time.monotonic()
         self.refs = {}         # id of an object: how often this process refers to it
         self.places = set()    # room in the arena that it was given and has not filled yet
@@ -682,11 +711,6 @@ class _Peer:
         self.task = self.actor = self.lease = None
         self.blocked, self.dead = 0, False
         self.reason = None     # why it was ended on purpose: words, or the error of its task
-
-    @property
-    def shares(self):
-        """Whether it has part in the arena."""
-        return self.node is not None and self.node.peer is None
 
     def send(self, *message):
         self.outbox.put(message)
@@ -806,9 +830,8 @@ class _Scheduler:
         self.changed = True
 
     def possible(self, plan):
-        totals = [node.resources.total for node in self.nodes.values()]
-        fitting = [all(total.get(k, 0) >= v for k, v in plan.need.items()) for total in totals]
-        return plan.strategy[0] == 'group' or any(fitting)
+        totals = (node.resources.total for node in self.nodes.values())
+        return any(all(total.get(k, 0) >= v for k, v in plan.need.items()) for total in totals)
 
     def sum(self, which):
         """All nodes' resources: total or free."""
@@ -853,48 +876,33 @@ class _Scheduler:
         return [(node, node.resources) for node in nodes]
 
     # -- placement groups
-    def place_groups(self):
-        """All missing bundles of a group or none -> the groups that are complete now."""
-        complete = []
-        for group in self.groups.values():
-            plan = self.plan(group) if None in group.places else None
-            if not plan:
-                continue
-            for i, node in plan.items():
-                lease = node.resources.take(group.bundles[i])
-                shares = {gpu: min(lease.need['GPU'], 1) for gpu in lease.gpus}
-                group.places[i] = node, lease, _Resources(lease.need, shares)
-            self.changed = True
-            complete.append(group)
-        return complete
-
-    def plan(self, group):
-        """{missing bundle: node}, tried on copies of the resources; None: it has to wait. Big bundles first:
-        greedy, so a STRICT_SPREAD over very unequal nodes may wait without need."""
-        missing = [i for i, place in enumerate(group.places) if place is None]
-        missing.sort(key=lambda i: -sum(group.bundles[i].values()))
+    def place(self, group):
+        """Whether all its missing bundles found room; if not, none is taken."""
         nodes = list(self.nodes.values())
         choices = [[node] for node in nodes] if 'PACK' in group.strategy else []  # on one, if that can be
         if group.strategy != 'STRICT_PACK':
             choices.append(nodes)
-        plans = (self.fit(group, missing, choice) for choice in choices)
-        return next(filter(None, plans), None)
+        return any(self.place_on(choice, group) for choice in choices)
 
-    def fit(self, group, missing, nodes):
-        """Each bundle on the fullest node that fits; PACK prefers nodes in use, SPREAD unused ones."""
-        trial = {node: copy.deepcopy(node.resources) for node in nodes}
-        used, plan = {place[0] for place in group.places if place}, {}
-        packs = group.strategy == 'PACK'
-        for i in missing:
-            fitting = [node for node in nodes if trial[node].fits(group.bundles[i])]
-            if group.strategy == 'STRICT_SPREAD':
-                fitting = [node for node in fitting if node not in used]
+    def place_on(self, nodes, group):
+        """Each bundle on the fullest node that fits; PACK prefers nodes in use, SPREAD unused ones. Big
+        bundles first: greedy, so a STRICT_SPREAD over very unequal nodes may wait without need."""
+        places, packs = list(group.places), group.strategy == 'PACK'
+        missing = [i for i, place in enumerate(places) if place is None]
+        for i in sorted(missing, key=lambda i: -sum(group.bundles[i].values())):
+            used = [place[0] for place in places if place]
+            allowed = [node for node in nodes if group.strategy != 'STRICT_SPREAD' or node not in used]
+            fitting = [node for node in allowed if node.resources.fits(group.bundles[i])]
             if not fitting:
-                return None
-            plan[i] = min(fitting, key=lambda node: ((node in used) != packs, sum(trial[node].free.values())))
-            trial[plan[i]].take(group.bundles[i])
-            used.add(plan[i])
-        return plan
+                for lease in (places[j][1] for j in missing if places[j]):
+                    lease.pool.change(lease.need, lease.gpus, 1)
+                return False
+            fitting.sort(key=lambda node: ((node in used) != packs, sum(node.resources.free.values())))
+            lease = fitting[0].resources.take(group.bundles[i])
+            shares = {gpu: min(lease.need['GPU'], 1) for gpu in lease.gpus}
+            places[i] = fitting[0], lease, _Resources(lease.need, shares)
+        group.places = places
+        return True
 
 
 # ---- the runtime: tasks, actors, workers -------------------------------------------------------------------
@@ -944,8 +952,9 @@ class _Desk:
                 later.popleft()()
                 continue
             self.scheduler.changed = False
-            for group in self.scheduler.place_groups():
-                self.directory.fulfil(group.ready, group.value)
+            for group in self.scheduler.groups.values():
+                if None in group.places and self.scheduler.place(group):
+                    self.directory.fulfil(group.ready, group.value)
             for task, node, resources in self.scheduler.next():
                 self.start(task, node, resources)
 
@@ -966,11 +975,11 @@ class _Desk:
         for oid, change in events:
             self.refer(peer, oid, change)
 
-    def on_room(self, peer, _, size, private, data=None):
+    def on_room(self, peer, _, size, private, data):
         """A place in the arena; a process that has no part in it sends the bytes along."""
         place = self.directory.space.take(size), size, private
         if data:
-            self.directory.arena.room(place)[:] = data
+            self.directory.arena.write(place, [(0, data)])
         peer.places.add(place)
         return place
 
@@ -1032,7 +1041,7 @@ class _Runtime(_Desk):
         super().__init__(*machine)
         self.directory.unheld = self.out_of_scope
         self.tasks, self.names, self.peers = {}, {}, {}
-        self.nursery = _Nursery(self.directory.arena)
+        self.nursery = _Nursery(self.directory.arena, self.home.id, None, None)
         _thread(self.tick)
 
     # -- tasks
@@ -1277,7 +1286,7 @@ class _Runtime(_Desk):
     def spawn(self, node, key):
         env, gpus = dict(key[0]), key[1]
         if gpus:
-            env['CUDA_VISIBLE_DEVICES'] = ','.join(gpus)
+            env['CUDA_VISIBLE_DEVICES'] = env['ACTORS_GPUS'] = ','.join(gpus)
         peer = _Peer('worker', secrets.token_bytes(8), node)
         self.peers[peer.id] = node.workers[peer.id] = peer
         peer.key = key
@@ -1285,12 +1294,12 @@ class _Runtime(_Desk):
             node.peer.send('spawn', 0, peer.id, env)
             return peer
         if self.nursery.process.poll() is not None:  # it was killed; its workers see that, and go
-            self.nursery = _Nursery(self.directory.arena)
+            self.nursery = _Nursery(self.directory.arena, *self.nursery.about)
         ours, theirs = socket.socketpair()
         peer.connection = Connection(ours.detach())
         _thread(peer.serve, self)
         with theirs:
-            self.nursery.spawn(peer.id, node.id, env, theirs)
+            self.nursery.spawn(peer.id, env, theirs)
         return peer
 
     def release(self, peer):
@@ -1387,13 +1396,13 @@ class _Runtime(_Desk):
                 self.drain()
                 peers = list(self.peers.values())
             for peer in peers:
-                silent = time.monotonic() - peer.heard
                 if peer.role == 'node':
                     peer.send('beat', 0)
-                    if silent > SILENCE:
-                        self.lost(peer, f'no sign of life for {SILENCE:.0f} s')
-                elif peer.connection is None and silent > START:
-                    self.lost(peer, f'it did not start within {START:.0f} s')
+                elif peer.connection:  # its end tells
+                    continue
+                limit = SILENCE if peer.role == 'node' else START
+                if time.monotonic() - peer.heard > limit:
+                    self.lost(peer, f'no sign of life for {limit:.0f} s')
 
     def node_down(self, peer, why):
         node = peer.node
@@ -1408,7 +1417,7 @@ class _Runtime(_Desk):
         with self.lock:
             self.closed = True
         self.nursery.close()  # the workers end with it
-        os.close(self.directory.arena.fd)
+        self.directory.arena.close()
 
 
 class _Head(_Runtime):
@@ -1433,8 +1442,9 @@ class _Head(_Runtime):
         peer = None
         with suppress(Exception):  # noise, or one of us that speaks out of turn: it is not answered
             connection = _open(sock)
-            if _admit(connection, self.token):
-                peer = self.welcome(_trust(connection), *_receive(connection))
+            with _deadline(connection):
+                if _shake(connection, self.token, b'server', b'client')[1]:
+                    peer = self.welcome(connection, *_receive(connection))
         self.strangers.release()
         if peer:
             peer.serve(self)  # this thread reads it from now on
@@ -1505,10 +1515,10 @@ class _Session:
         """(data, refs inside): its bytes, or its place in the arena if it is larger than INLINE."""
         if packed.size <= INLINE:
             return packed.join(), packed.contained
-        if self.arena is None:
-            return self.call('room', packed.size, packed.private, packed.join()), packed.contained
-        place = self.call('room', packed.size, packed.private)
-        packed.write(self.arena.room(place))
+        data = None if self.arena else packed.join()
+        place = self.call('room', packed.size, packed.private, data)
+        if self.arena:
+            self.arena.write(place, packed.parts)
         return place, packed.contained
 
     def put(self, packed):
@@ -1739,7 +1749,7 @@ def _family(pid):
     """The processes that pid started or adopted, and theirs. Linux; elsewhere process groups must do."""
     family = []
     for file in glob.glob(f'/proc/{pid}/task/*/children'):
-        with suppress(OSError), open(file) as f:
+        with suppress(OSError), open(file, encoding='ascii') as f:
             for child in map(int, f.read().split()):
                 family += [child, *_family(child)]
     return family
@@ -1761,8 +1771,10 @@ def _leave():
 
 
 class _Nursery:
-    """The zygote's parent: orders workers from it."""
-    def __init__(self, arena):
+    """The zygote's parent: orders workers from it. about: their node, and on another machine than the head's
+    its address and token."""
+    def __init__(self, arena, *about):
+        self.about = about
         ours, theirs = socket.socketpair()
         self.link = Connection(ours.detach())
         folder, inherited = os.path.dirname(os.path.abspath(__file__)), [theirs.fileno()]
@@ -1776,10 +1788,10 @@ class _Nursery:
         self.process = subprocess.Popen(command, pass_fds=inherited, env=env, start_new_session=True)
         theirs.close()
 
-    def spawn(self, worker, node, env, sock=None, address=None, token=None):
+    def spawn(self, worker, env, sock=None):
         modules = [module for module in PRELOAD if module in sys.modules]
         with suppress(OSError):  # it died: whoever asks next makes another
-            self.link.send((worker, node, env, sys.path, modules, address, token))
+            self.link.send((worker, modules, env, sys.path, *self.about))
             if sock:
                 reduction.send_handle(self.link, sock.fileno(), None)
 
@@ -1813,14 +1825,14 @@ def _zygote(capacity, fd, arena_fd=None):
             continue
         try:
             worker, *order = link.recv()
-            sock = reduction.recv_handle(link) if order and not order[4] else None
+            sock = reduction.recv_handle(link) if order and not order[-1] else None
         except (EOFError, OSError):
             _end_all(workers)
         if not order:
             for pid in [pid for pid, known in workers.items() if known == worker]:
                 _end([pid, *_family(pid)])
             continue
-        for module in order[3]:
+        for module in order.pop(0):
             importlib.import_module(module)
         pid = os.fork()
         if pid:
@@ -1856,7 +1868,7 @@ def _end_all(workers):
             os._exit(0)
 
 
-def _worker(fd, arena, worker, node, env, path, _, address, token):
+def _worker(fd, arena, worker, env, path, node, address, token):
     global _session
     os.environ.update(env)
     sys.path[:] = path
@@ -1915,8 +1927,7 @@ def _machine(num_cpus, num_gpus, resources, object_store_memory):
     cost nothing."""
     gpus = _count_gpus()
     if num_gpus is not None:
-        gpus += [str(i) for i in range(len(gpus), num_gpus)]
-        gpus = gpus[:num_gpus]
+        gpus = [*gpus, *map(str, range(len(gpus), num_gpus))][:num_gpus]
     if num_cpus is None:
         num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     total = {'CPU': num_cpus, 'GPU': len(gpus), **(resources or {})}
@@ -2109,6 +2120,12 @@ def available_resources() -> dict:
 
 
 @_or_ray
+def get_gpu_ids() -> list:
+    """What the task or actor that asks was given of GPUs; a driver has none."""
+    return [gpu for gpu in os.environ.get('ACTORS_GPUS', '').split(',') if gpu]
+
+
+@_or_ray
 def get_runtime_context():
     return _Context()
 
@@ -2130,6 +2147,9 @@ class _Context:
 
     def get_node_id(self):
         return self._session.node
+
+    def get_accelerator_ids(self):
+        return {'GPU': get_gpu_ids()}
 
     @property
     def current_actor(self):
@@ -2165,8 +2185,8 @@ _ACTOR = _COMMON | {'max_restarts', 'max_task_retries', 'max_concurrency', 'get_
 def _check_options(options, known, what):
     for key, value in options.items():
         if key not in known and not _ray():  # Ray says what it knows itself
-            near = [f'did you mean {key}?' for key in difflib.get_close_matches(key, known, 1)]
-            hint = (near or ["if Ray honours that, init(backend='ray') first"])[0]
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f'did you mean {near[0]}?' if near else "if Ray honours that, init(backend='ray') first"
             raise ValueError(f'Invalid option keyword {key} for {what}: {hint}')
         numeric = key in ('num_cpus', 'num_gpus', 'num_returns')
         if numeric and not (isinstance(value, (int, float)) and value >= 0):
@@ -2271,23 +2291,25 @@ class _Remotable:
         session = ray or _here()
         if self._ready[0] is not session:
             self._ready = session, self._on_ray(ray) if ray else self._prepare(session)
-        ready = self._ready[1]
-        return ready.remote(*args, **kwargs) if ray else self._submit(session, *ready, args, kwargs)
+        return self._ready[1](*args, **kwargs)
 
     def _on_ray(self, ray):
-        return ray.remote(**self._options)(self._target) if self._options else ray.remote(self._target)
+        wrapped = ray.remote(**self._options)(self._target) if self._options else ray.remote(self._target)
+        return wrapped.remote
 
 
 class RemoteFunction(_Remotable):
     _known, _what = _TASK, 'remote functions'
 
     def _prepare(self, session):
-        return _signature(self._target), session.export(self._target), _plan(self._options, self.__name__, 1)
-
-    def _submit(self, session, signature, function, plan, args, kwargs):
-        signature.bind(*args, **kwargs)  # TypeError says what is wrong
+        signature, function = _signature(self._target), session.export(self._target)
+        plan = _plan(self._options, self.__name__, 1)
         name = self._options.get('name') or self.__qualname__
-        return session.submit('task', name, function, None, args, kwargs, plan)
+
+        def call(*args, **kwargs):
+            signature.bind(*args, **kwargs)  # TypeError says what is wrong
+            return session.submit('task', name, function, None, args, kwargs, plan)
+        return call
 
 
 class ActorClass(_Remotable):
@@ -2317,16 +2339,17 @@ class ActorClass(_Remotable):
             shapes[name] = signature, getattr(m, '_actors_method', {}).get('num_returns', 1)
         init = self._target.__init__
         signature = inspect.Signature() if init is object.__init__ else _signature(init, 1)
-        plan = _plan(self._options, self.__name__, 0)
-        return signature, session.export(self._target), plan, pickle.dumps((self.__name__, shapes), 5)
+        function, plan = session.export(self._target), _plan(self._options, self.__name__, 0)
+        meta, option = pickle.dumps((self.__name__, shapes), 5), self._options.get
 
-    def _submit(self, session, signature, function, plan, meta, args, kwargs):
-        signature.bind(*args, **kwargs)
-        option = self._options.get
-        made = _Made(session.new_id() + b'\xfe\xff', option('max_restarts', 0), option('max_task_retries', 0),
-                     option('max_concurrency') or 1, option('name'), option('get_if_exists'), meta)
-        name = f'{self.__name__}.__init__'
-        return _handle(session.submit('create', name, function, None, args, kwargs, plan, made.id, made))
+        def call(*args, **kwargs):
+            signature.bind(*args, **kwargs)
+            actor_id, name = session.new_id() + b'\xfe\xff', f'{self.__name__}.__init__'
+            made = _Made(actor_id, option('max_restarts', 0), option('max_task_retries', 0),
+                         option('max_concurrency') or 1, option('name'), option('get_if_exists'), meta)
+            return _handle(session.submit('create', name, function, None, args, kwargs, plan, actor_id,
+                                          made))
+        return call
 
 
 class ActorMethod:
@@ -2435,25 +2458,26 @@ class ActorPool:
         self._busy = {}  # ref: actor, in the order of submission
 
     def submit(self, fn, value):
-        if self._idle:
-            actor = self._idle.pop()
+        self._waiting.append((fn, value))
+        self._start()
+
+    def push(self, actor):
+        self._idle.append(actor)
+        self._start()
+
+    def _start(self):
+        while self._idle and self._waiting:
+            actor, (fn, value) = self._idle.pop(), self._waiting.popleft()
             self._busy[fn(actor, value)] = actor
-        else:
-            self._waiting.append((fn, value))
 
     def has_next(self) -> bool:
         return bool(self._busy or self._waiting)
 
     def has_free(self) -> bool:
-        return bool(self._idle and not self._waiting)
-
-    def push(self, actor):
-        self._idle.append(actor)
-        if self._waiting:
-            self.submit(*self._waiting.popleft())
+        return bool(self._idle)
 
     def pop_idle(self):
-        return self._idle.pop() if self.has_free() else None
+        return self._idle.pop() if self._idle else None
 
     def _take(self, refs, timeout):
         """The value of whichever of refs is ready first. The actor goes back to work, unless it is dead."""
@@ -2532,34 +2556,31 @@ def _serve_head(host, port, machine):
         raise ValueError(f'ACTORS_TOKEN has {len(token)} characters: 16 or more')
     made, token = not token, token or secrets.token_hex(16)
     head = _Head(machine, host, port, token)
-    file = _token_file(head.address.rpartition(':')[2])
-    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), 'w') as f:
-        os.fchmod(f.fileno(), 0o600)
-        f.write(token)
+    file = _token_file(head.address)
+    file.unlink(missing_ok=True)
+    file.touch(0o600, exist_ok=False)  # a new one, which nobody else holds open
+    file.write_text(token)
     shown = f'\ntoken: {token}' if made else ''
     print(f'actors: head at {head.address}, pid {os.getpid()}{shown}', flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         head.accept()
     finally:
         head.close()
-        os.unlink(file)
+        file.unlink()
 
 
 def _serve_node(address, machine):
     """A node of a cluster: starts and ends workers, says every second that it lives. Ends with its head."""
     token, key, (resources, gpus, _) = _find_token(address), secrets.token_bytes(16), machine
-    link, nursery = _Remote(_connect(address, token), key.hex(), None), _Nursery(None)
+    link = _Remote(_connect(address, token), key.hex(), None)
+    nursery = _Nursery(None, link.node, address, token)
     link.post('hello', 1, 'node', dict(id=key, resources=resources, gpus=gpus, host=socket.gethostname()))
     print(f'actors: node {link.node[:8]} of {address}, pid {os.getpid()}, {resources}', flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         while link.connection.poll(2 * SILENCE) and nursery.process.poll() is None:
             for operation, _, *args in _receive(link.connection):
-                if operation == 'spawn':
-                    nursery.spawn(args[0], link.node, args[1], address=address, token=token)
-                elif operation == 'kill':
-                    nursery.kill(args[0])
+                if operation in ('spawn', 'kill'):  # else a heartbeat, or the answer to hello
+                    getattr(nursery, operation)(*args)
         raise ValueError(f'the head at {address} is silent for {2 * SILENCE:.0f} s, or the zygote was killed')
     except (EOFError, ConnectionError):
         raise ValueError(f'the head at {address} closed the connection') from None
@@ -2580,8 +2601,10 @@ if __name__ == '__main__':
     if sys.argv[1:2] == ['status']:
         print('error: status: that is `ray status`; here, actors.available_resources()', file=sys.stderr)
         sys.exit(2)
-    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    _folder = os.path.dirname(os.path.abspath(__file__))
+    with open(os.path.join(_folder, 'configurator.py'), encoding='utf-8') as _file:
+        exec(_file.read())
+    sys.path.insert(0, _folder)
     import actors  # one identity for every class, here as in the workers
     if head == bool(address):
         raise ValueError('--head=True starts a cluster, --address=HOST:PORT joins one: one of the two')
@@ -2589,6 +2612,7 @@ if __name__ == '__main__':
         raise ValueError(f"object_store_memory {object_store_memory}: it is the head's, a node has none")
     _counts = [None if n < 0 else n for n in (num_cpus, num_gpus)]
     _this_machine = actors._machine(*_counts, None, object_store_memory)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if head:
         actors._serve_head(host, port, _this_machine)
     else:

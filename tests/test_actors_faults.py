@@ -1,7 +1,9 @@
 """When things break: processes killed at every place, nodes lost, strangers at the port. Counts are exact."""
 import builtins
 import gc
+import glob
 import os
+import pathlib
 import pickle
 import signal
 import socket
@@ -33,37 +35,42 @@ def soon(condition, seconds=20):
     return True
 
 
-def alive(pid):
+def works(call, error):
+    """Whether the call goes through, or raises what it may."""
     try:
-        return open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0] != 'Z'
-    except OSError:
+        call()
+        return True
+    except error:
         return False
 
 
+def stat(pid):
+    """[state, parent, ...] of a process; of one that is gone, Z."""
+    try:
+        return pathlib.Path(f'/proc/{pid}/stat').read_text('utf-8').rpartition(')')[2].split()
+    except OSError:
+        return ['Z', 0]
+
+
+def alive(pid):
+    return stat(pid)[0] != 'Z'
+
+
 def descendants(pid):
-    rows = {}
-    for p in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            parent = open(f'/proc/{p}/stat').read().rpartition(')')[2].split()[1]
-            rows.setdefault(int(parent), []).append(int(p))
-        except OSError:
-            continue
-    found, todo = [], [pid]
-    while todo:
-        found += (children := rows.get(todo.pop(), []))
-        todo += children
-    return found
+    parents = {int(p): int(stat(p)[1]) for p in os.listdir('/proc') if p.isdigit()}
+    found = [pid]
+    for parent in found:  # it grows
+        found += [child for child in parents if parents[child] == parent]
+    return found[1:]
 
 
 def holders():
-    """Processes that map an arena of ours: leaked shared memory would have one."""
-    found = []
-    for p in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            files = [os.readlink(f'/proc/{p}/fd/{fd}') for fd in os.listdir(f'/proc/{p}/fd')]
-        except OSError:
-            continue
-        found += [int(p)] * any('memfd:actors' in file for file in files)
+    """Processes that hold or map an arena of ours: leaked shared memory would have one."""
+    found = set()
+    for fd in glob.glob('/proc/[0-9]*/fd/*'):
+        with suppress(OSError):
+            if 'memfd:actors' in os.readlink(fd):
+                found.add(int(fd.split('/')[2]))
     return found
 
 
@@ -77,16 +84,17 @@ def runtime(monkeypatch):
     pids = descendants(os.getpid())
     actors.shutdown()
     assert not any(map(alive, pids))  # no orphan
+    gc.collect()
     assert os.getpid() not in holders() and set(os.listdir('/dev/shm')) <= shm
 
 
 def log(file):
-    with open(file, 'a') as f:
+    with open(file, 'a', encoding='ascii') as f:
         f.write(f'{os.getpid()}\n')
 
 
 def lines(file):
-    return open(file).read().split() if os.path.exists(file) else []
+    return pathlib.Path(file).read_text('ascii').split() if os.path.exists(file) else []
 
 
 def freed(runtime):
@@ -187,12 +195,9 @@ def test_the_zygote_dies_and_is_replaced(runtime):
     runtime.nursery.process.wait()
     soon(lambda: not alive(pid) and not alive(child))
 
-    def works():
-        try:
-            return actors.get(keep.pid.remote(), timeout=30)
-        except actors.exceptions.ActorUnavailableError:
-            return False
-    assert soon(works) and actors.get(node_of.remote(), timeout=30) == runtime.home.id
+    soon(lambda: works(lambda: actors.get(keep.pid.remote(), timeout=30),
+                       actors.exceptions.ActorUnavailableError))
+    assert actors.get(node_of.remote(), timeout=30) == runtime.home.id
 
 
 def test_a_broken_frame_ends_one_connection_only(runtime, capfd):
@@ -560,6 +565,14 @@ def test_the_port_is_for_those_who_know_the_token(tmp_path, monkeypatch):
             with dial() as s:
                 s.sendall(prefix + frame(Bomb(bomb)) + bytes(99))
                 assert len(ended(s)) in (0, 52, 56)  # at most its own hello and an empty proof
+
+        ours, theirs = socket.socketpair()
+        with monkeypatch.context() as patch, ours, theirs, pytest.raises((EOFError, OSError)):
+            patch.setattr(actors, 'HANDSHAKE', 0.5)  # a stranger that drips has so many seconds in all
+            link = actors.Connection(os.dup(theirs.fileno()))
+            threading.Timer(0.3, ours.sendall, [b'\0\0']).start()
+            with actors._deadline(link):
+                actors._shake(link, token, b'server', b'client')
 
         heard = []  # a proxy writes down a good handshake; played back, it is worth nothing
         with socket.create_server(('127.0.0.1', 0)) as proxy:
