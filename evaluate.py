@@ -4,6 +4,8 @@
     python evaluate.py config/eval_toy.py --init_from=out-ppo --against=out-sft    # win rate by a gold scorer
     python evaluate.py --init_from=out-dpo --eval_file=asked.jsonl --against=said.jsonl --judge=http://host/v1
     python evaluate.py --init_from=out-sft --perplexity=data/toy/sft_val.jsonl
+    python evaluate.py --init_from=out-sft --eval_file=asked.jsonl --reward=out-reward --num_samples=8 \
+        --temperature=1 --write=best.jsonl,pairs.jsonl     # rows for rejection-sampling SFT and online DPO
 The model answers every row of eval_file num_samples times; its answers are written before anybody marks them:
   1. reward: the file that training used, so that answers are read by the same eyes. pass@k without bias (Chen
      et al. 2021, 2107.03374 eq. 1); maj@k: the answer that most of k samples give (Wang et al. 2203.11171)
@@ -11,6 +13,7 @@ The model answers every row of eval_file num_samples times; its answers are writ
      with OpenAI's API (data/judge.py), asked in both orders. Win rate = wins + half the ties
   3. distinct-1 to 3, the share of answers that repeat a run of four words, the share that end, the length
   4. perplexity: rows as sft.py reads them; nats a trained token, and exp of it
+  5. write: the best answer of each prompt, and the best against the worst (or the judge's verdicts) as pairs
 Intervals are of 95 %, over prompts. eval.json holds the summary, eval.jsonl every sample.
 """
 import itertools
@@ -42,7 +45,7 @@ from tokenizer import alpaca_prompt, encode_prompt, encode_row, get_tokenizer, p
 init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or name
 eval_file = '' # rows {"prompt" or "question" or "instruction", ...}; '' only with perplexity
 limit = 0 # >= 0: the first so many rows; 0 = all
-reward = '' # file with reward(prompt, completion, row) -> float; right means above 0.5
+reward = '' # file with reward(prompt, completion, row) -> float, right means above 0.5; or a reward model
 ks = '1' # of pass@k and maj@k, by comma, none above num_samples; majority where the file has extract_answer
 against = '' # a model, or a .jsonl with {"prompt", "completion"} or what this script wrote
 judge = '' # who compares: a reward file, a reward model (out_dir, directory), or http://host/v1; '' = reward
@@ -52,6 +55,7 @@ judge_key = 'JUDGE_API_KEY'
 judge_tokens = 512 # >= 1: tokens that an http judge may say: it may think first
 tie = 0.0 # >= 0: scores that differ by no more are a tie
 perplexity = '' # rows for perplexity: {"messages"}, {"prompt", "completion"}, {"text"} ...
+write = '' # 'best.jsonl,pairs.jsonl': answers as rows for sft.py, and for dpo.py; ',pairs.jsonl': pairs alone
 out_dir = '' # for eval.jsonl and eval.json; '' = init_from if it is a folder, else here
 # sampling
 num_samples = 1 # >= 1: answers a prompt
@@ -290,8 +294,10 @@ def compare(by: str, rows: list, ours: Answers, theirs: Answers) -> list:
 def accuracy(rows: list, ours: Answers, wanted: list, columns: dict) -> dict:
     """pass@k and maj@k by the reward file; the scores go to the columns."""
     columns['scores'] = score(reward, rows, ours)
-    right = [mark > 0.5 for mark in columns['scores']]
     out = {'score': around([fmean(marks) for marks in by_row(columns['scores'])])}
+    if not reward.endswith('.py'):
+        return out  # a reward model does not say what is right
+    right = [mark > 0.5 for mark in columns['scores']]
     for k in wanted:
         out[f'pass@{k}'] = interval([pass_at_k(torch.tensor(paid), num_samples, k) for paid in by_row(right)])
     names = load_reward(reward).__globals__
@@ -333,6 +339,51 @@ def measure_perplexity(path: str) -> dict:
     return {'nats a token': found, 'perplexity': exps, 'perplexity tokens': sum(tokens)}
 
 
+def best_answers(rows: list, texts: list, scores: list) -> list:
+    """{"prompt", "completion", "score"} of each row's best answer; those that a reward file calls wrong (0.5
+    and less) are left out."""
+    found = []
+    for row, answers, marks in zip(rows, by_row(texts), by_row(scores)):
+        best = max(range(len(marks)), key=marks.__getitem__)
+        if marks[best] > 0.5 or not reward.endswith('.py'):
+            found.append(asked(row) | dict(completion=answers[best], score=marks[best]))
+    return found
+
+
+def preference_pairs(rows: list, columns: dict) -> list:
+    """{"prompt", "chosen", "rejected"}: of each row the best answer against the worst, where their scores
+    differ; with `against` each answer against the other model's, as the judge has it."""
+    texts, pairs = columns['completions'], []
+    if 'outcomes' in columns:
+        for i, (ours, theirs, outcome) in enumerate(zip(texts, columns['against'], columns['outcomes'])):
+            chosen, rejected = (ours, theirs) if outcome == 'wins' else (theirs, ours)
+            if outcome in ('wins', 'losses') and chosen != rejected:
+                pairs.append(asked(rows[i // num_samples]) | dict(chosen=chosen, rejected=rejected))
+        return pairs
+    for row, answers, marks in zip(rows, by_row(texts), by_row(columns['scores'])):
+        order = sorted(range(len(marks)), key=marks.__getitem__)
+        if marks[order[-1]] > marks[order[0]] + tie:
+            pairs.append(asked(row) | dict(chosen=answers[order[-1]], rejected=answers[order[0]]))
+    return pairs
+
+
+def asked(row: dict) -> dict:
+    """What of a row belongs to its prompt."""
+    return {key: row[key] for key in ('prompt', 'tools', 'chat_template_kwargs') if key in row}
+
+
+def write_training_rows(rows: list, columns: dict):
+    """The files of `write`."""
+    best, pairs = (write.split(',') + [''])[:2]
+    for path, what in ((best, 'best answers'), (pairs, 'pairs')):
+        if path:
+            found = preference_pairs(rows, columns) if path == pairs else best_answers(
+                rows, columns['completions'], columns['scores'])
+            with replaced(path, 'w') as f:
+                f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in found)
+            print(f'{path}: {len(found)} {what} of {len(rows)} prompts')
+
+
 def check_config() -> list:
     """The numbers of ks; ValueError where the keys do not fit together."""
     if not eval_file and not perplexity:
@@ -347,6 +398,12 @@ def check_config() -> list:
     if num_samples > 1 and temperature == 0:
         raise ValueError(f'{num_samples} samples at temperature 0 are {num_samples} times the same: '
                          '--temperature=0.8, or --num_samples=1')
+    if write and not reward and (not against or write.split(',')[0]):
+        raise ValueError(f'write {write!r}: which answer is the best, a reward says: --reward=FILE.py or a '
+                         'reward model (pairs may also come from --against and --judge)')
+    if write and not against and num_samples == 1:
+        raise ValueError(f'write {write!r} with one sample a prompt: nothing to choose from; --num_samples=8 '
+                         '--temperature=1')
     if against and not (judge or reward):
         raise ValueError('against without a judge: --judge=data/toy/gold.py, a reward model, '
                          'or http://host/v1')
@@ -382,6 +439,8 @@ def evaluate_rows(wanted: list, path: str) -> dict:
     except ValueError as e:
         raise ValueError(f'{e}; the answers are in {path}') from e
     write_samples(path, rows, columns)
+    if write:
+        write_training_rows(rows, columns)
     out |= diversity(ours.texts)
     return out | dict(ended=fmean(ours.ended), tokens=ours.tokens, prompts=len(rows), samples=num_samples)
 

@@ -133,6 +133,34 @@ def test_accuracy_perplexity_and_samples(evaluate):
     assert out['perplexity tokens'] == 6 * len('short' + 'E')  # five letters and the end token
 
 
+def rows_of(path):
+    with open(path, encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
+
+
+def test_answers_become_rows_to_train_on(evaluate, world):
+    """The best of each prompt, best against worst, and a judge's verdicts; what they hold is what was sampled, and the stages read it."""
+    from tokenizer import encode_pair, encode_row, get_tokenizer
+    put(world / 'tools.jsonl', [dict(prompt=f'Q: {i}\nA: ', chat_template_kwargs=dict(x=i), answer='1') for i in range(6)])
+    _, rows = evaluate(eval_file='tools.jsonl', reward='long.py', num_samples=3, temperature=1.0, write='best.jsonl,pairs.jsonl')
+    best, pairs = rows_of('best.jsonl'), rows_of('pairs.jsonl')
+    right = [row for row in rows if max(row['scores']) > 0.5]
+    assert [row['prompt'] for row in best] == [row['prompt'] for row in right] and 0 < len(best)
+    for row, source in zip(best, right):
+        assert row['completion'] == source['completions'][source['scores'].index(1.0)] and row['score'] == 1
+        assert row['chat_template_kwargs'] == source['chat_template_kwargs'] and 'answer' not in row
+    mixed = [row for row in rows if len(set(row['scores'])) == 2]
+    assert [row['prompt'] for row in pairs] == [row['prompt'] for row in mixed]
+    assert all(len(row['chosen']) % 2 == 1 and len(row['rejected']) % 2 == 0 for row in pairs)
+    tok = get_tokenizer('byte')
+    assert all(encode_row(row, tok) for row in best) and all(encode_pair(row, tok) for row in pairs)
+    _, rows = evaluate(eval_file='rows.jsonl', against='given.jsonl', judge='long.py', write=',judged.jsonl')
+    judged = rows_of('judged.jsonl')
+    want = [(row['completions'][0], 'short') if row['outcomes'] == ['wins'] else ('short', row['completions'][0])
+            for row in rows if row['outcomes'] != ['ties']]
+    assert [(row['chosen'], row['rejected']) for row in judged] == want and want
+
+
 def test_two_seeds_share_no_sample_and_one_seed_repeats_them(evaluate, world):
     put(world / 'same.jsonl', [{'prompt': 'Say it: '}] * 5)
 
@@ -281,6 +309,8 @@ def test_an_answer_cannot_play_the_question():
     (dict(eval_file='rows.jsonl', num_samples=2), 'at temperature 0'),
     (dict(eval_file='rows.jsonl', ks='x'), 'whole numbers'),
     (dict(eval_file='rows.jsonl', against='given.jsonl'), 'against without a judge'),
+    (dict(eval_file='rows.jsonl', write='b.jsonl', num_samples=2, temperature=1.0), 'which answer is the best'),
+    (dict(eval_file='rows.jsonl', write='b.jsonl', reward='long.py'), 'nothing to choose from'),
     (dict(eval_file='rows.jsonl', reward='nan.py'), 'reward nan.py returned nan .*finite.*Q: 0'),
     (dict(eval_file='rows.jsonl', against='given.jsonl', judge='nan.py'), 'returned nan'),
     (dict(eval_file='long.jsonl'), 'long.jsonl, row 2: the prompt has 600 tokens, the context of .* is 512'),
