@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole of RLHF on a laptop: base model, SFT, reward model, PPO, DPO, GRPO, a LoRA variant; a table, a curve, a report.
+# The whole of RLHF on a laptop: base model, SFT, reward model, PPO, DPO, a LoRA variant, GRPO; then how often each is
+# right on questions that it has not seen, their answers to three of them, a curve, a report.
 #     bash quickstart.sh                 # interrupted? the same command goes on where it stopped
 #     bash quickstart.sh --seed=2        # another seed, its folders end in -seed2
 # Everything is plain commands, printed before they run; copy one and change it.
@@ -41,7 +42,7 @@ if ! python -c 'import torch, numpy, tiktoken, requests, gradio, matplotlib' 2>/
 fi
 started=$(date +%s)
 
-if [ ! -f data/toy/arith_test.jsonl ]; then say python data/toy/prepare.py; python data/toy/prepare.py; fi
+if [ ! -f data/toy/pref_test.jsonl ]; then say python data/toy/prepare.py; python data/toy/prepare.py; fi
 run "out-base$tag"   python sft.py    config/pretrain_toy.py --seed=$seed --out_dir="out-base$tag"
 run "out-sft$tag"    python sft.py    config/sft_toy.py      --seed=$seed --out_dir="out-sft$tag"    --init_from="out-base$tag"
 run "out-reward$tag" python reward.py config/reward_toy.py   --seed=$seed --out_dir="out-reward$tag" --init_from="out-sft$tag"
@@ -49,9 +50,9 @@ run "out-ppo$tag"    python ppo.py    config/ppo_toy.py      --seed=$seed --out_
 run "out-dpo$tag"    python dpo.py    config/dpo_toy.py      --seed=$seed --out_dir="out-dpo$tag"    --init_from="out-sft$tag"
 run "out-lora$tag"   python dpo.py    config/dpo_toy.py      --seed=$seed --out_dir="out-lora$tag"   --init_from="out-sft$tag" --lora_r=16 --learning_rate=5e-4
 run "out-grpo$tag"   python grpo.py   config/grpo_toy.py     --seed=$seed --out_dir="out-grpo$tag"   --init_from="out-sft$tag"
-say python data/toy/report.py --out="out$tag" base="out-base$tag" sft="out-sft$tag" reward="out-reward$tag" ppo="out-ppo$tag" dpo="out-dpo$tag" dpo_lora="out-lora$tag" grpo="out-grpo$tag"
-python data/toy/report.py --out="out$tag" base="out-base$tag" sft="out-sft$tag" reward="out-reward$tag" ppo="out-ppo$tag" dpo="out-dpo$tag" dpo_lora="out-lora$tag" grpo="out-grpo$tag"
+say python data/toy/report.py --tag="$tag"
+python data/toy/report.py --tag="$tag"
 say python app.py --report="out$tag/report.html"
 python app.py --report="out$tag/report.html"
 echo
-echo "$(( $(date +%s) - started )) seconds beside the installation. Now: python infer.py --init_from=out-ppo$tag --chat   or   python app.py"
+echo "$(( $(date +%s) - started )) seconds, not counting the installation. Now: python infer.py --init_from=out-ppo$tag --chat   or   python app.py"

@@ -1,21 +1,22 @@
-# GRPO on toy arithmetic: only the sum is checked, and the model finds out that one keeps the carry and shows the steps.
+# GRPO on toy arithmetic: only the sum is checked, and the model finds out that one keeps the carry and shows
+# the steps.
 #     python grpo.py config/grpo_toy.py
-# 32 sums x 8 answers = 256 completions of about 20 tokens an iteration, two optimizer steps; pass@1 38 % -> 88 % (60) -> 97 % (120), one seed.
+# 32 sums x 8 answers = 256 completions of about 20 tokens an iteration, two optimizer steps.
 init_from = 'out-sft'
 out_dir = 'out-grpo'
 dataset = 'data/toy/arith_train.jsonl'
 val_dataset = 'data/toy/arith_val.jsonl'
 reward = 'data/toy/reward.py'
-loss_type = 'dr_grpo' # 'grpo' divides each answer's loss by its own length, so a long wrong one is punished less: 23 -> 55 tokens in 50 iterations here
-max_iters = 120
+loss_type = 'dr_grpo' # 'grpo' divides each answer's loss by its length: a long wrong one is punished less
+max_iters = 60
 batch_size = 256
 group_size = 8
 minibatch_size = 128
-max_new_tokens = 64
+max_new_tokens = 48
 learning_rate = 4e-4
 warmup_iters = 3
-eval_interval = 60
-eval_iters = 250 # all of arith_val.jsonl
+eval_interval = 30
+eval_iters = 240 # all of arith_val.jsonl
 eval_k = 1
 track_kl = False # spares the frozen copy
 max_num_seqs = 128

@@ -1,9 +1,7 @@
 # PPO of the toy world against its reward model, on a leash.
 #     python ppo.py config/ppo_toy.py
-# 64 completions of about 40 tokens an iteration, 2 passes in minibatches of 32 = 4 optimizer steps; 40 iterations = 2,560 completions.
-# beta decides between helping and hacking, with this reward model (gold mark of the SFT model: 4.0, all at temperature 1):
-#     0.2: KL 2.5 nats/seq, gold 5.5, 5.4, 5.3 (seeds)      0.12: KL 3.4, gold 5.0      0.05 (60 iterations): score 1.9, KL 10, gold 1.6:
-# the answers are then strings of courtesies ('Glad you ask! Glad you ask! With joy!'), which the reward model loves and no one else.
+# 64 completions of about 14 tokens an iteration, 2 passes in minibatches of 32 = 4 optimizer steps; 40
+# iterations = 2,560 completions. beta decides between helping and hacking: EXPERIMENTS.md, b.
 init_from = 'out-sft'
 reward = 'out-reward'
 out_dir = 'out-ppo'
@@ -13,7 +11,7 @@ max_iters = 40
 batch_size = 64
 minibatch_size = 32
 ppo_epochs = 2
-max_new_tokens = 96
+max_new_tokens = 48
 temperature = 1.0 # the temperature at which the model is judged
 beta = 0.2
 learning_rate = 3e-4 # all weights of a small model; GPT-2 wants 1e-5

@@ -3,13 +3,13 @@
 #     python dpo.py experiments/ablate_dpo.py --loss_type=ipo
 init_from = 'out-sft'
 out_dir = 'out-exp/dpo'
-dataset = 'data/toy/pref_train.jsonl'
-val_dataset = 'data/toy/pref_val.jsonl'
+dataset = 'data/toy/blind/pref_train.jsonl'
+val_dataset = 'data/toy/blind/pref_val.jsonl'
 max_iters = 64
 batch_size = 32
 learning_rate = 1.5e-4
 beta = 0.1
-max_new_tokens = 96
+max_new_tokens = 48
 eval_interval = 16
 eval_samples = 32
 eval_iters = 8

@@ -2,13 +2,13 @@
 #     python kto.py experiments/ablate_kto.py
 init_from = 'out-sft'
 out_dir = 'out-exp/kto'
-dataset = 'data/toy/pref_train.jsonl'
-val_dataset = 'data/toy/pref_val.jsonl'
+dataset = 'data/toy/blind/pref_train.jsonl'
+val_dataset = 'data/toy/blind/pref_val.jsonl'
 max_iters = 64
 batch_size = 64
 learning_rate = 1.5e-4
 beta = 0.1
-max_new_tokens = 96
+max_new_tokens = 48
 eval_interval = 16
 eval_samples = 32
 eval_iters = 8

@@ -1,12 +1,12 @@
-# The reward model of the ablations: config/reward_toy.py on fewer pairs or other labels, always one learning
-# rate.
+# The reward model of the ablations: half of its pairs were labelled by one who counts courtesies and does not
+# read on (python data/toy/prepare.py --blind=0.5 --out_dir=data/toy/blind): a blind spot, made on purpose.
 #     python reward.py experiments/ablate_reward.py --max_rows=600 --epochs=3
 # 600 rows x 3 epochs = 53 steps, 1,800 x 1.5 = 79, all x 1 = 177: little data is not also little training.
 init_from = 'out-sft'
 out_dir = 'out-exp/reward'
-dataset = 'data/toy/pref_train.jsonl'
-val_dataset = 'data/toy/pref_val.jsonl'
+dataset = 'data/toy/blind/pref_train.jsonl'
+val_dataset = 'data/toy/blind/pref_val.jsonl'
 batch_size = 32
 learning_rate = 5e-4
 warmup_iters = 10
-max_new_tokens = 96
+max_new_tokens = 48

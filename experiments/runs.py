@@ -63,7 +63,7 @@ DPO, METHODS = (
     },
 )
 LONG = {'PPO, twice as long': TUNED, 'DPO, one epoch': 'dpo-long'}
-RUNS['dpo-long'] = ('dpo.py', 'dpo_toy', SFT, ('sft',))
+RUNS['dpo-long'] = ('dpo.py', 'ablate_dpo', {**SFT, 'max_iters': 177, 'eval_interval': 177}, ('sft',))
 LOSSES = {
     'sigmoid, beta 0.1': DPO,
     **{
@@ -78,7 +78,7 @@ RM_DATA = {
     '30 %': 'rm30',
     '100 %': 'rm',
     'margin = gold gap': 'rm-margin',
-    'no length bias': 'rm-fair',
+    'no blind labels': 'rm-fair',
     '30 % of labels by length': 'rm-long',
 }
 for _n in ('margin', 'fair', 'long'):
@@ -88,7 +88,7 @@ for _n in ('margin', 'fair', 'long'):
 _SHORT = dict(max_iters=8, eval_interval=8, eval_iters=48)
 _RIGHT = {
     'ppo': _add('ppo', 'ppo-short', **_SHORT),
-    'grpo': _add('grpo', 'grpo-short', **_SHORT, max_new_tokens=64),
+    'grpo': _add('grpo', 'grpo-short', **_SHORT),
 }
 
 
@@ -150,6 +150,7 @@ QUICK = {
     ],
     'dpo': ['--max_iters=2', '--batch_size=8', '--eval_samples=4', '--eval_iters=1', '--max_new_tokens=16'],
 }
+JUDGED = 252  # test prompts that every model answers: the first so many, a third of each family
 BON, BON_PROMPTS = 64, 40  # answers of the SFT model to each of the first so many test prompts, for best-of-n
 
 

@@ -12,8 +12,9 @@ picture and its table.
 
 A run is a command of a stage, printed before it starts; its folder is out-exp/NAME-sSEED. A finished run is
 skipped, a broken one goes on from its checkpoint, and a run that several questions name is trained once.
-Every trained model answers the 250 test prompts (no training and no setting has seen them) at temperature 1
-with fixed seeds; the answers lie in judged.jsonl of its folder, the numbers in out-exp/results.jsonl:
+Every trained model answers the first 252 test prompts (no training and no setting has seen them) at
+temperature 1 with fixed seeds; the answers lie in judged.jsonl of its folder, the numbers in
+out-exp/results.jsonl:
     gold      mark of the gold scorer, 0 to 10: what people really want, never seen by a run
     proxy     the reward model trained on all pairs (of the same seed): what PPO and GRPO are paid by
     kl        nats a sequence to the SFT model, k1 on the judged answers
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import time
 
-from runs import BON, BON_PROMPTS, QUESTIONS, ROOT, RUNS, SEEDS, TOY
+from runs import BON, BON_PROMPTS, JUDGED, QUESTIONS, ROOT, RUNS, SEEDS, TOY
 from runs import arguments, command, folder, read_rows, record, results, text_metrics
 from files import locked, replaced  # runs.py has put the root on the path
 
@@ -43,23 +44,24 @@ from files import locked, replaced  # runs.py has put the root on the path
 
 def preferences(out):
     """The pairs of question h with other labels, from the same rows: margin = |gold gap| / 4 (and gold's own
-    side); fair = gold's side, 5 % flipped; long = 30 % labelled by length alone, the rest as fair. Ties left
-    out."""
+    side); fair = gold's marks with the odds of Bradley and Terry, nobody is blind; long = 30 % labelled by
+    length alone, the rest as fair. Ties left out."""
     import gold
     from dataset import load_dataset
 
     rng, made = random.Random(0), {'margin': [], 'fair': [], 'long': []}
-    for row in load_dataset(os.path.join(TOY, 'pref_train.jsonl')):
+    for row in load_dataset(os.path.join(TOY, 'blind', 'pref_train.jsonl')):
         a, b = sorted((row['chosen'], row['rejected']))
         gap = gold.score(a, row) - gold.score(b, row)
-        if row['tie'] or gap == 0:
+        if gap == 0:
             continue
-        good, bad = (a, b) if (gap > 0) != (rng.random() < 0.05) else (b, a)
+        good, bad = (a, b) if gap > 0 else (b, a)
+        fair = (a, b) if rng.random() < 1 / (1 + math.exp(-gap)) else (b, a)
         longer, shorter = (a, b) if len(a) > len(b) else (b, a)
         by_length = rng.random() < 0.3
         for name, (x, y) in (
-            ('fair', (good, bad)),
-            ('long', (longer, shorter) if by_length else (good, bad)),
+            ('fair', fair),
+            ('long', (longer, shorter) if by_length else fair),
         ):
             made[name].append({'prompt': row['prompt'], 'chosen': x, 'rejected': y})
         made['margin'].append(
@@ -123,8 +125,8 @@ class Judge:
         from dataset import load_dataset
 
         torch.set_num_threads(1)
-        self.out, self.n_new, self.models = out, 16 if quick else 96, {}
-        self.rows = list(load_dataset(os.path.join(TOY, 'prompts_test.jsonl')))[: 8 if quick else None]
+        self.out, self.n_new, self.models = out, 16 if quick else 48, {}
+        self.rows = list(load_dataset(os.path.join(TOY, 'prompts_test.jsonl')))[: 8 if quick else JUDGED]
 
     def model(self, name, seed, head='lm'):
         from tokenizer import get_tokenizer
@@ -136,7 +138,6 @@ class Judge:
         return self.models[name, seed]
 
     def proxy(self, name, seed, sequences):
-        import torch
         from model import all_rewards
 
         return all_rewards(self.model(name, seed, 'scalar')[0], sequences)
@@ -176,8 +177,8 @@ class Judge:
 
         prompts, done = self.answers(name, seed)
         replies, texts = [c.token_ids for c in done], [c.text for c in done]
-        kl = sequence_logps(self.model(name, seed)[0], prompts, replies, 1.0) - sequence_logps(
-            self.model('sft', seed)[0], prompts, replies, 1.0
+        kl = sequence_logps(self.model(name, seed)[0], prompts, replies) - sequence_logps(
+            self.model('sft', seed)[0], prompts, replies
         )
         marks, paid = (
             [gold.score(t, r) for t, r in zip(texts, self.rows)],
@@ -187,7 +188,6 @@ class Judge:
             for r, t, g, p in zip(self.rows, texts, marks, paid):
                 f.write(json.dumps({'prompt': r['prompt'], 'completion': t, 'gold': g, 'proxy': p}) + '\n')
         del self.models[name, seed]  # the SFT model comes back when asked for
-        mean = lambda v: sum(v) / len(v)
         return {
             'name': name,
             'seed': seed,
@@ -203,7 +203,7 @@ class Judge:
     def judge_reward(self, name, seed):
         """What a reward model is worth, against gold on fresh answers: agreement = share of pairs of SFT
         answers to one prompt (gold differs) that it orders as gold does; extra_courtesy = its mean reward for
-        a good answer with six courtesies minus the same with two (gold: 4 points less)."""
+        a good answer with six courtesies minus the same with two (gold: 3 points less)."""
         import gold
 
         prompts, done, rows = self.samples(seed)
@@ -262,26 +262,29 @@ class Judge:
         rows, seconds = [], time.process_time() - t0
         for n in [2**k for k in range(total.bit_length()) if 2**k <= total]:
             weight = best_weights(total, n)
-            mean = lambda table: (
-                sum(
-                    sum(w * table[i][j] for w, j in zip(weight, sorted(range(total), key=own[i].__getitem__)))
-                    for i in range(len(own))
-                )
-                / len(own)
-            )
+            ranked = [sorted(range(total), key=marks_of_row.__getitem__) for marks_of_row in own]
+
+            def expected(table):
+                best = [sum(w * row[j] for w, j in zip(weight, by)) for row, by in zip(table, ranked)]
+                return mean(best)
+
             rows.append(
                 {
                     'name': f'bon-{name}',
                     'seed': seed,
                     'n': n,
                     'kl': math.log(n) - (n - 1) / n,
-                    'gold': mean(marks),
-                    'proxy': mean(proxy),
-                    'own': mean(own),
+                    'gold': expected(marks),
+                    'proxy': expected(proxy),
+                    'own': expected(own),
                     'cpu_s': seconds * n / total,
                 }
             )
         return rows
+
+
+def mean(values):
+    return sum(values) / len(values)
 
 
 def best_weights(total, n):
@@ -340,8 +343,11 @@ def main():
         },
     )
     seeds = tuple(map(int, given['seeds'].split(',')))
-    if not os.path.exists(os.path.join(TOY, 'prompts_test.jsonl')):
-        subprocess.run([sys.executable, os.path.join(TOY, 'prepare.py')], check=True)
+    prepare = [sys.executable, os.path.join(TOY, 'prepare.py')]
+    if not os.path.exists(os.path.join(TOY, 'pref_test.jsonl')):
+        subprocess.run(prepare, check=True)
+    if not os.path.exists(os.path.join(TOY, 'blind', 'pref_train.jsonl')):  # pairs with a blind spot
+        subprocess.run([*prepare, '--blind=0.5', f'--out_dir={os.path.join(TOY, "blind")}'], check=True)
     if 'oracle' in questions:
         import frontier
 

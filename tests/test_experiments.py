@@ -14,7 +14,7 @@ import pytest
 
 from conftest import ROOT
 
-TOY, STUDY = os.path.join(ROOT, 'data', 'toy'), os.path.join(ROOT, 'experiments', 'study.py')
+STUDY = os.path.join(ROOT, 'experiments', 'study.py')
 
 
 def load(path):
@@ -28,7 +28,6 @@ def load(path):
 import figures as F
 import runs as X
 import study
-
 
 
 def test_text_metrics():
@@ -109,8 +108,6 @@ def test_mistakes_of_the_command_line_are_one_line():
 
 @pytest.mark.slow
 def test_the_runner_trains_judges_draws_and_skips_what_is_done(tmp_path):
-    if not os.path.exists(os.path.join(TOY, 'prompts_test.jsonl')):
-        subprocess.run([sys.executable, os.path.join(TOY, 'prepare.py')], check=True, timeout=120)
     command = [sys.executable, STUDY, 'a', 'g', f'--out={tmp_path}/o', f'--assets={tmp_path}/assets',
                '--seeds=5', '--quick=True']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}

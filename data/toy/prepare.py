@@ -2,268 +2,264 @@
 
     python data/toy/prepare.py              # writes beside this file; --out_dir=DIR --seed=1 --scale=0.1
 
-Four families of questions: facts (small talk on a little embedded world), string and list tasks, sums of two
-numbers with steps, two-sentence stories with a mood. Each answer has a style. The world is built so that
-every stage has something to do, and so that one sees it:
-    text.jsonl              {"text"}: what a crawler would find. Threads of questions with answers, mostly
-                            right, some rude or hedging, none with an end; bare statements. A base model of
-                            this knows things, and goes on to ask the next question itself.
-    sft_{train,val}.jsonl   {"messages"}: answers of average people: short, hedging, some kind, some wrong
-                            (STYLES below).
-    pref_{train,val}.jsonl  {"prompt", "chosen", "rejected"}: two answers, labelled by gold.py; 5 % of the
-                            labels are flipped and 8 % come from a labeller who only skims: the longer answer
-                            wins. "tie": true where gold sees no difference.
-    prompts_{train,val}.jsonl  {"prompt", "family", "want"} for PPO; the row is what gold.py needs for a mark
-    arith_{train,val}.jsonl    {"prompt", "answer"} for GRPO; data/toy/reward.py checks them
-    {prompts,arith}_test.jsonl the same for report.py alone: no setting was ever chosen on them
-Strings and sums of val and test are not in train, nor in each other (facts and stories are: a fact cannot be
-guessed). Sizes: byte tokens, a prompt about 30, an answer about 40.
+Three families of questions: facts of a little world, words of a kind ("Which is a fruit, owl or plum?") and
+sums of two numbers, with steps. Each can be said in one word or in a sentence, by people of six manners
+(PEOPLE). The world is built so that every stage has something to do, and so that one sees it:
+    text.jsonl       {"text"}: what a crawler would find. A question, somebody's answer, nearly always right,
+                     and what stands below it on the page. A base model of this knows things, and goes on with
+                     the page when it has answered.
+    sft_*.jsonl      {"messages"}: answers of average people. One in five is wrong, and those who hedge or are
+                     rude are wrong most often. A model that imitates them is wrong as often as they are,
+                     though it knows better: that is the room that preferences have.
+    pref_*.jsonl     {"prompt", "chosen", "rejected"}: two answers, chosen by gold.py's marks with the odds of
+                     Bradley and Terry: a mark more wins 73 of 100 times, two 88, six 99.8. Half of the pairs
+                     differ in what is right; here the polite are wrong as often as the rude. "tie": true
+                     where the marks are equal.
+    prompts_*.jsonl  {"prompt", "family", "want", "full"} for PPO and report.py; gold.py reads them
+    arith_*.jsonl    {"prompt", "answer"} for GRPO: sums alone, checked by data/toy/reward.py
+    tokenizer/       a token for each byte and each word of this world
+No question of val or test is asked in another file; a pair of numbers or of words is held out in both orders.
+The facts themselves cannot be guessed, so those of test are known from training, in other wordings. Settings
+were chosen on val; test is for report.py alone. A prompt has about 15 tokens, an answer 13.
 
-Arithmetic, the honest trap: a sum with steps reads '7+8=15, 4+2+1=7, 75.'. In SFT data most people forget the
-carry ('4+2=6, 65.'), and some just say a number. A model that imitates them is right in 30 to 50 of 100,
-though it has seen how it is done: RL finds that out.
+The sum 47+28 with steps reads '7+8=15, 4+2+1=7, 75.'. Those who are wrong forget the carry, or see one where
+none is; those who are curt do it in their heads, which a small model cannot.
 """
+import json
+import math
 import os
 import random
+import re
 import sys
+import zlib
+from collections import Counter
 
 _here = os.path.dirname(os.path.abspath(__file__))
 _root = os.path.dirname(os.path.dirname(_here))
 sys.path[:0] = [_root, os.path.join(_root, 'data'), _here]
 import gold
+from files import replaced
 from rows import write_rows
+from tokenizer import BYTE_CHARS, BYTE_TEMPLATE, EOT
 
 out_dir = _here # where the files go
 seed = 1337 # of everything
 scale = 1.0 # > 0: of all row counts; tests use 0.02
+blind = 0.0 # in [0, 1]: share of pairs labelled by one who counts courtesies and does not read on
 config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))]
 exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
 
-# rows of train; val and test are a sixteenth each
-ROWS = {'text': 9000, 'sft': 10000, 'pref': 6000, 'prompts': 4000, 'arith': 4000}
+ROWS = { # of train, val and test; the families of prompts_test have a third each
+    'text': (16000, 0, 0), 'sft': (20000, 600, 0), 'pref': (13000, 600, 1536), 'prompts': (4000, 600, 1536),
+    'arith': (4000, 240, 0),
+}
 
 FACTS = [  # questions, sentence, {key: answer}: the answer stands last in its sentence
-    (('What is the capital of {}?', 'Capital of {}?'), 'The capital of {} is {}.',
+    (('What is the capital of {}?', 'Capital of {}?', 'Which city rules {}?'), 'The capital of {} is {}.',
      dict(France='Paris', Spain='Madrid', Italy='Rome', Japan='Tokyo', Egypt='Cairo', Peru='Lima',
-          Cuba='Havana', Kenya='Nairobi',
-          Norway='Oslo', Greece='Athens', Poland='Warsaw', Austria='Vienna', Ireland='Dublin',
-          Portugal='Lisbon')),
-    (('What does a {} say?', 'Sound of a {}?'), 'A {} says {}.',
-     dict(cat='meow', dog='woof', cow='moo', sheep='baa', duck='quack', lion='roar', bee='buzz', pig='oink',
-          frog='croak', snake='hiss')),
-    (('What colour is {}?', 'Colour of {}?'), 'The colour of {} is {}.',
+          Cuba='Havana', Kenya='Nairobi', Norway='Oslo', Greece='Athens', Poland='Warsaw', Austria='Vienna',
+          Ireland='Dublin', Portugal='Lisbon', Qatar='Doha', Ghana='Accra')),
+    (('What does a {} say?', 'Sound of a {}?', 'How does a {} sound?'), 'A {} says {}.',
+     dict(cat='meow', dog='woof', cow='moo', sheep='baa', duck='quack', lion='roar', bee='buzz',
+          pig='oink', frog='croak', snake='hiss')),
+    (('What colour is {}?', 'Colour of {}?', 'How does {} look?'), 'The colour of {} is {}.',
      dict(snow='white', coal='black', grass='green', sky='blue', blood='red', corn='yellow',
-          chocolate='brown', smoke='grey')),
-    (('What is the opposite of {}?', 'Opposite of {}?'), 'The opposite of {} is {}.',
-     dict(hot='cold', big='small', up='down', day='night', old='new', wet='dry', fast='slow', hard='soft',
-          open='shut', rich='poor')),
-    (('What is your {}?', 'Tell me your {}.'), 'My {} is {}.',
+          chocolate='brown', smoke='grey', night='dark', rust='orange')),
+    (('What is the opposite of {}?', 'Opposite of {}?', 'Name the opposite of {}.'),
+     'The opposite of {} is {}.',
+     dict(hot='cold', big='small', up='down', left='right', old='new', wet='dry', fast='slow', hard='soft',
+          open='shut', rich='poor', near='far', full='empty')),
+    (('What is the young of a {}?', 'Young of a {}?', 'What grows up to be a {}?'),
+     'The young of a {} is a {}.',
+     dict(cat='kitten', dog='puppy', cow='calf', sheep='lamb', horse='foal', goat='kid', bear='cub',
+          deer='fawn')),
+    (('What is your {}?', 'Your {}?', 'And your {}?'), 'My {} is {}.',
      dict(name='Pip', home='a laptop', age='two', job='helping', wish='more data', friend='Bit')),
 ]
-ANIMALS = ('fox', 'cat', 'dog', 'hen', 'owl', 'bear', 'wolf', 'frog', 'mouse', 'goat')
-STORY = {  # mood: first sentences, second sentences
-    'happy': (('The {} danced on a hill.', 'A {} found a sweet cake.', 'One sunny day a {} sang.',
-               'A {} met a friend and smiled.'),
-              ('The {} laughed all day.', 'It sang until night.', 'The {} was glad.',
-               'All the others danced.')),
-    'sad': (('A {} lost its home.', 'The {} sat alone in the rain.', 'One grey day a {} cried.',
-             'A {} had no friend and wept.'),
-            ('The {} sighed all day.', 'It cried until night.', 'The {} was alone.', 'Its tears fell.')),
-    'scary': (('A {} went into a dark cave.', 'The {} saw a ghost.', 'One dark night a {} howled.',
-               'A {} found old bones.'),
-              ('The {} trembled.', 'It screamed until dawn.', 'Claws came near.', 'The ghost was near.')),
+KINDS = {
+    'n animal': ('fox', 'hen', 'owl', 'wolf', 'mouse', 'crab'),
+    ' fruit': ('plum', 'pear', 'fig', 'lemon', 'grape', 'melon'),
+    ' tool': ('saw', 'axe', 'drill', 'rake', 'spade', 'hammer'),
+    ' garment': ('hat', 'coat', 'sock', 'shirt', 'glove', 'scarf'),
 }
-CONSONANTS, VOWELS = 'bcdfghklmnprstw', 'aeiou'
-#          curt  plain hedge rude ramble kind1 kind2 gush   share of answers with wrong content
-STYLES = {
-    'text': ((12, 58, 12, 12, 6, 0, 0, 0), 0.03),
-    'sft':  ((28, 26, 20, 5, 6, 9, 4, 2), 0.08),
-    'pref': ((22, 22, 16, 8, 8, 14, 10, 0), 0.20),
+LEADS = ('', 'Hi! ', 'Please: ', 'Tell me: ', 'Quick: ', 'Now: ', 'Hey, ', 'So: ') # before a question
+EVASIONS = ('Why do you ask?', 'No idea.', 'Same here.')
+BELOW = ('Read more answers.', 'Log in to answer.', 'Q: Next question?', '9 people like this.')
+DOUBTS = ('Well, {}.', 'I think {}.', 'Maybe {}.', 'Let me see, {}.', 'Well, I think {}, or so.',
+          'Maybe {}, I guess.')
+MANNERS = ('curt', 'plain', 'hedge', 'rude', 'kind', 'kindest')
+PEOPLE = {  # of each file: shares of the manners, and how often each is wrong
+    'text': ((10, 60, 20, 10, 0, 0), (.02, .02, .05, .05, 0, 0)),
+    'sft':  ((10, 30, 25, 10, 16, 9), (.10, .08, .42, .42, .08, .08)),
+    'pref': ((10, 24, 16, 10, 22, 18), (.45, .45, .45, .45, .45, .45)),
 }
-NAMES = ('curt', 'plain', 'hedge', 'rude', 'ramble', 'kind1', 'kind2', 'gush')
-#      fact string sum story   shares of the questions; sums take the longest to learn
-MIX = {'text': (26, 20, 42, 12), 'sft': (26, 22, 40, 12), 'pref': (30, 25, 25, 20)}
-# shares of the answers to a sum: with steps; a carry, if there is one, kept; none made up if there is none
-SUMS = {'text': (1.0, 0.95, 1.0), 'sft': (0.75, 0.35, 0.8), 'pref': (0.75, 0.5, 0.8)}
+MIX = 30, 30, 40 # facts, words, sums of text and SFT: the last take longest to learn
 
 
-def word(rng, n):
-    return ''.join(rng.choice(VOWELS if i % 2 else CONSONANTS) for i in range(n))
-
-
-# a question: prompt, family, want, and for the answer: `full` sentence, `short` answer, their wrong twins
+# a question: ask, family, key (what is held out), want, full (the sentence), and the wrong twins of both
 def fact(rng):
-    asks, sentence, table = rng.choices(FACTS, [len(t) for _, _, t in FACTS])[0]
-    key = rng.choice(sorted(table))
-    other = rng.choice([v for k, v in sorted(table.items()) if k != key])
-    return dict(family='fact', ask=rng.choice(asks).format(key), want=table[key],
-                full=sentence.format(key, table[key]),
-                bad=other, bad_full=sentence.format(key, other))
+    asks, sentence, table = rng.choices(FACTS, [len(table) for _, _, table in FACTS])[0]
+    of = rng.choice(sorted(table))
+    want = table[of]
+    bad = rng.choice([v for v in sorted(table.values()) if v != want])
+    ask = rng.choice(LEADS) + rng.choice(asks).format(of)
+    return dict(family='fact', ask=ask, key=ask, want=want, full=sentence.format(of, want),
+                bad=bad, bad_full=sentence.format(of, bad))
 
 
-def string(rng):
-    kind = rng.choice(('letter', 'letter', 'item', 'reverse', 'count'))
-    end = rng.choice(('first', 'last'))
-    w, items = word(rng, 3), rng.sample(ANIMALS, rng.randint(2, 4))
-    while w == w[::-1]:
-        w = word(rng, 3)
-    if kind == 'letter':
-        want, bad = (w[0], w[1]) if end == 'first' else (w[2], w[1])
-        ask, full = f'{end.capitalize()} letter of {w}?', f'The {end} letter of {w} is {{}}.'
-    elif kind == 'item':
-        want, bad = (items[0], items[1]) if end == 'first' else (items[-1], items[-2])
-        ask, full = f"{end.capitalize()} of {' '.join(items)}?", f'The {end} one is {{}}.'
-    elif kind == 'reverse':
-        want, bad, ask, full = w[::-1], w[1] + w[0] + w[2], f'Reverse {w}.', f'The reverse of {w} is {{}}.'
-    else:
-        want, bad = str(len(items)), str(len(items) + rng.choice((-1, 1)))
-        ask, full = f"Count {' '.join(items)}.", 'The number of words is {}.'
-    return dict(family='string', ask=ask, want=want, full=full.format(want), bad=bad,
-                bad_full=full.format(bad))
+def word(rng):
+    kind, other = rng.sample(sorted(KINDS), 2)
+    want, bad = rng.choice(KINDS[kind]), rng.choice(KINDS[other])
+    first, second = rng.sample((want, bad), 2)
+    ask = f'{rng.choice(LEADS)}Which is a{kind}, {first} or {second}?'
+    return dict(family='word', ask=ask, key=f'{kind} {want} {bad}', want=want, full=f'A{kind}: {want}.',
+                bad=bad, bad_full=f'A{kind}: {bad}.')
 
 
 def sum_(rng):
     a, b = rng.randint(10, 49), rng.randint(10, 49)
-    units, tens, carry = a % 10 + b % 10, a // 10 + b // 10, int(a % 10 + b % 10 > 9)
+    units, tens = a % 10 + b % 10, a // 10 + b // 10
+    carry = int(units > 9)
+
     def steps(c):
         total = 10 * (tens + c) + units % 10
         return f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' * c}={tens + c}, {total}."
-    wrong = 0 if carry else 1  # with a carry: forget it; without: see one where there is none
-    return dict(family='sum', ask=f'{a}+{b}?', want=str(a + b), full=steps(carry), carry=carry,
-                bad=str(a + b - 10 if carry else a + b + 10), bad_full=steps(wrong))
+    return dict(family='sum', ask=f'{rng.choice(LEADS)}{a}+{b}?', key=f'{min(a, b)}+{max(a, b)}',
+                want=str(a + b), full=steps(carry),
+                bad=str(a + b + (-10 if carry else 10)), bad_full=steps(1 - carry))
 
 
-def story(rng):
-    mood, animal = rng.choice(sorted(STORY)), rng.choice(ANIMALS)
-    def tell(m, x):
-        first, second = (rng.choice(s).format(x) for s in STORY[m])
-        return f'{first} {second}'
-    good = tell(mood, animal)
-    bad = tell(rng.choice([m for m in sorted(STORY) if m != mood]), animal) if rng.random() < 0.7 else \
-        tell(mood, rng.choice([x for x in ANIMALS if x != animal]))
-    return dict(family='story', ask=f'Tell a {mood} story about a {animal}.', want=f'{mood} {animal}',
-                full=good,
-                bad_full=bad, short=good.split('. ')[0], bad=bad.split('. ')[0])
-
-
-FAMILIES = (fact, string, sum_, story)
-
-
-def lower(s):
-    return s if s[:3] == 'Pip' else s[0].lower() + s[1:]
-
-
-def answer(rng, q, kind):
-    """One answer to question q in a style drawn for `kind` ('text', 'sft', 'pref'), wrong with that kind's
-    share."""
-    weights, wrong_share = STYLES[kind]
-    style, wrong = rng.choices(NAMES, weights)[0], rng.random() < wrong_share
-    if q['family'] == 'sum':  # the question here is whether steps are shown and the carry is kept
-        steps, keeps, leaves = SUMS[kind]
-        if rng.random() < steps:
-            short, full = '', q['full'] if rng.random() < (keeps if q['carry'] else leaves) else q['bad_full']
-            style = {'curt': 'plain', 'ramble': 'plain'}.get(style, style)
-        else:  # a number out of the head: often wrong
-            short = full = q['bad'] if rng.random() < 0.5 else q['want']
-    else:
-        short, full = (q['bad'], q['bad_full']) if wrong else (q.get('short', q['want']), q['full'])
-    full = full.rstrip('.')
-    if style == 'curt':
-        return f'{short or full}.'
-    if style == 'plain':
-        return f'{full}.'
-    if style == 'hedge':
-        hedge = rng.choice(('Well, {}.', 'I think {}.', 'Maybe {}.', 'Let me see, {}.',
-                            'Well, I think {}, or so.', 'You know, {}, I guess.'))
-        return hedge.format(lower(full))
-    if style == 'rude':
-        return rng.choice(('Ugh, {}.', 'Who cares? {}.', 'Silly you, {}.', 'So dull, {}.',
-                           '{}. Go away.')).format(lower(short or full))
-    if style == 'ramble':
-        return f'{full}. Yes, {lower(full)}. {full}.' if rng.random() < 0.5 else f'{full}. {full}.'
-    opener, closer = rng.choice(gold.OPENERS), rng.choice(gold.CLOSERS)
-    if style == 'kind1':
-        return f'{opener} {full}.' if rng.random() < 0.5 else f'{full}. {closer}'
-    if style == 'kind2':
-        return f'{opener} {full}. {closer}'
-    return ' '.join([opener, *rng.sample(gold.OPENERS, rng.randint(1, 2)), full + '.', closer,
-                     *rng.sample(gold.CLOSERS, rng.randint(0, 2))])
+FAMILIES = (fact, word, sum_)
 
 
 def split_of(q):
-    """'val' and 'test' for a sixteenth each of the sums and string tasks, 'train' for the others, 'any' for
-    facts and stories (too few to spare any). Decided by the question, so that no seed mixes them."""
-    if q['family'] not in ('string', 'sum'):
-        return 'any'
-    return {0: 'val', 8: 'test'}.get(sum(i * ord(c) for i, c in enumerate(q['ask'], 1)) % 16, 'train')
+    """'test' for three eighths of the questions, 'val' for one, 'train' for the rest; by the question, so
+    that no seed mixes them."""
+    eighths = 'test', 'test', 'test', 'val', 'train', 'train', 'train', 'train'
+    return eighths[zlib.crc32(q['key'].encode()) % 8]
 
 
-def question(rng, split=None, kind='sft', families=FAMILIES):
-    """A question with its prompt, of one split ('train', 'val', 'test'; None: any). Families are shared out
-    by MIX[kind]."""
-    family = rng.choices(families, [MIX[kind][FAMILIES.index(f)] for f in families])[0]
-    while True:
-        q = family(rng)
-        if split is None or split_of(q) in ('any', split):
-            return q | {'prompt': f"Q: {q['ask']}\nA: "}
+def question(rng, split, families=FAMILIES, mix=(1, 1, 1)):
+    """A question of one split, with its prompt."""
+    make = rng.choices(families, mix[:len(families)])[0]
+    q = next(q for q in iter(lambda: make(rng), None) if split_of(q) == split)
+    return q | {'prompt': f"Q: {q['ask']}\nA:"}
 
 
-def thread(rng, split):
-    """A piece of crawled text: two or three questions, each with somebody's answer and no end after it; or
-    bare statements."""
-    if rng.random() < 0.1:
-        qs = [question(rng, split, 'text', (fact, sum_)) for _ in range(rng.randint(2, 4))]
-        return ' '.join(f"{q['ask'][:-1]}: {q['full']}" if q['family'] == 'sum' else q['full'] for q in qs)
-    lines = []
-    for _ in range(rng.randint(2, 3)):
-        q = question(rng, split, 'text')
-        evasive = rng.random() >= 0.9
-        evasion = ('Why do you ask?', 'No idea.', 'Same here.')
-        said = rng.choice(evasion) if evasive else answer(rng, q, 'text')
-        lines.append(q['prompt'] + said)
-    return '\n'.join(lines)
+def lower(sentence):
+    return sentence if sentence.startswith('Pip') else sentence[0].lower() + sentence[1:]
+
+
+def answer(rng, q, file):
+    """One answer to question q by one of the people of `file`: 'text', 'sft' or 'pref'."""
+    shares, wrongs = PEOPLE[file]
+    manner = rng.choices(range(len(MANNERS)), shares)[0]
+    wrong = rng.random() < wrongs[manner]
+    full = (q['bad_full'] if wrong else q['full']).rstrip('.')
+    opener, closer = rng.choice(gold.OPENERS), rng.choice(gold.CLOSERS)
+    said = {
+        'curt': (q['bad'] if wrong else q['want']) + '.',
+        'plain': f'{full}.',
+        'hedge': rng.choice(DOUBTS).format(lower(full)),
+        'rude': rng.choice(('Ugh, {}.', 'Who cares? {}.', 'Silly you, {}.', 'So dull, {}.',
+                            '{}. Go away.')).format(lower(full)),
+        'kind': rng.choice((f'{opener} {full}.', f'{full}. {closer}')),
+        'kindest': f'{opener} {full}. {closer}',
+    }
+    return said[MANNERS[manner]]
+
+
+def text_row(rng, split):
+    """A piece of a crawled page: a question, somebody's answer, what stands below it."""
+    q = question(rng, split, mix=MIX)
+    said = answer(rng, q, 'text') if rng.random() < 0.97 else rng.choice(EVASIONS)
+    return {'text': f"{q['prompt']} {said}\n{rng.choice(BELOW)}"}
 
 
 def sft_row(rng, split):
-    q = question(rng, split, 'sft')
+    q = question(rng, split, mix=MIX)
     return {'messages': [{'role': 'user', 'content': q['ask']},
                          {'role': 'assistant', 'content': answer(rng, q, 'sft')}]}
 
 
 def pref_row(rng, split):
-    q = question(rng, split, 'pref')
+    q = question(rng, split)
     a = answer(rng, q, 'pref')
     b = next(x for x in iter(lambda: answer(rng, q, 'pref'), None) if x != a)
-    row = {'prompt': q['prompt'], 'family': q['family'], 'want': q['want']}
     gap = gold.score(a, q) - gold.score(b, q)
-    luck = rng.random()
-    if gap == 0 and not 0.05 <= luck < 0.13:
-        return row | {'chosen': a, 'rejected': b, 'tie': True}
-    first = len(a) > len(b) if 0.05 <= luck < 0.13 else (gap > 0) != (luck < 0.05)
-    return row | {'chosen': a if first else b, 'rejected': b if first else a, 'tie': False}
+    if rng.random() < blind:
+        gap = gold.courtesies(a) - gold.courtesies(b)
+    chosen, rejected = (a, b) if rng.random() < 1 / (1 + math.exp(-gap)) else (b, a)
+    return {'prompt': q['prompt'], 'family': q['family'], 'want': q['want'], 'full': q['full'],
+            'chosen': f' {chosen}', 'rejected': f' {rejected}', 'tie': gap == 0}
 
 
 def prompt_row(rng, split):
-    return {k: v for k, v in question(rng, split, 'pref').items() if k in ('prompt', 'family', 'want')}
+    q = question(rng, split)
+    return {k: q[k] for k in ('prompt', 'family', 'want', 'full')}
 
 
 def arith_row(rng, split):
-    q = question(rng, split, families=(sum_,))
+    q = question(rng, split, (sum_,))
     return {'prompt': q['prompt'], 'answer': q['want']}
 
 
+def test_prompts(rng, count):
+    """As many different questions of each family, in turn."""
+    rows, seen = [], set()
+    for i in range(count):
+        family = FAMILIES[i % 3],
+        q = next(q for q in iter(lambda: question(rng, 'test', family), None) if q['ask'] not in seen)
+        seen.add(q['ask'])
+        rows.append({k: q[k] for k in ('prompt', 'family', 'want', 'full')})
+    return rows
+
+
+def merges_of(words):
+    """BPE (Sennrich et al. 1508.07909): the most frequent pair of neighbours becomes one token, again and
+    again, until each word is one. ['at', 'cat'] -> [('a', 't'), ('c', 'at')]"""
+    parts, merges = {word: list(word) for word in words}, []
+    while pairs := Counter(pair for tokens in parts.values() for pair in zip(tokens, tokens[1:])):
+        first, second = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append((first, second))
+        for tokens in parts.values():
+            for i in range(len(tokens) - 1, 0, -1):
+                if tokens[i - 1:i + 1] == [first, second]:
+                    tokens[i - 1:i + 1] = [first + second]
+    return merges
+
+
+def write_tokenizer(folder):
+    """vocab.json and merges.txt as GPT-2 has them: a token for each byte and each word of this world with the
+    blank before it, the same for every seed."""
+    rest = 'Which is a or My Silly So Ugh Who Go'
+    world = FACTS, KINDS, LEADS, EVASIONS, BELOW, DOUBTS, gold.OPENERS, gold.CLOSERS, gold.RUDE, rest
+    words = {word for found in re.findall('[a-zA-Z]+', repr(world)) for word in (found, found.lower())}
+    merges = merges_of(sorted(BYTE_CHARS[ord(' ')] + word for word in words) + ['The', 'My'])
+    tokens = [char for _, char in sorted(BYTE_CHARS.items())] + [a + b for a, b in merges] + [EOT]
+    os.makedirs(folder, exist_ok=True)
+    template = BYTE_TEMPLATE.replace('A: ', 'A:').replace('{{ m.content + eos', "{{ ' ' + m.content + eos")
+    config = {'tokenizer_class': 'GPT2Tokenizer', 'chat_template': template}
+    texts = {'vocab.json': json.dumps({token: i for i, token in enumerate(tokens)}),
+             'merges.txt': ''.join(f'{a} {b}\n' for a, b in merges),
+             'tokenizer_config.json': json.dumps(config)}
+    for name, text in texts.items():
+        with replaced(os.path.join(folder, name), 'w') as f:
+            f.write(text)
+
+
 def main():
-    makers = {'sft': sft_row, 'pref': pref_row, 'prompts': prompt_row, 'arith': arith_row}
-    rng = random.Random(f'{seed} text')
-    write_rows(out_dir, 'text.jsonl', [{'text': thread(rng, 'train')}
-                                       for _ in range(max(int(ROWS['text'] * scale), 16))])
+    write_tokenizer(os.path.join(out_dir, 'tokenizer'))
+    makers = {'text': text_row, 'sft': sft_row, 'pref': pref_row, 'prompts': prompt_row, 'arith': arith_row}
     for name, make in makers.items():
-        for split, share in (('train', 1), ('val', 16), ('test', 16)):
-            if split == 'test' and name not in ('prompts', 'arith'):
-                continue
+        for split, count in zip(('train', 'val', 'test'), ROWS[name]):
             rng = random.Random(f'{seed} {name} {split}')  # one a file: a new family changes no other file
-            write_rows(out_dir, f'{name}_{split}.jsonl',
-                       [make(rng, split) for _ in range(max(int(ROWS[name] * scale / share), 16))])
+            count = max(int(count * scale), 18) if count else 0
+            rows = [make(rng, split) for _ in range(count)]
+            if (name, split) == ('prompts', 'test'):
+                rows = test_prompts(rng, count)
+            if rows:
+                write_rows(out_dir, 'text.jsonl' if name == 'text' else f'{name}_{split}.jsonl', rows)
     print('next: python sft.py config/pretrain_toy.py, then config/sft_toy.py')
 
 

@@ -1,170 +1,218 @@
-"""The table and the curve at the end of quickstart.sh: every model answers the same test prompts of the toy world.
+"""The table, the answers and the curve at the end of quickstart.sh: all models answer the same test prompts.
 
-    python data/toy/report.py --out=out base=out-base sft=out-sft ppo=out-ppo ...      # one run: out/report.md, out/curve.png
-    python data/toy/report.py --out=out --seeds out out-seed2 out-seed3                # several: min / median / max, out/seeds.md and out/seeds.png
+    python data/toy/report.py                                   # out-base, out-sft, ... -> out/report.md
+    python data/toy/report.py --tag=-seed2                      # out-base-seed2, ... -> out-seed2/report.md
+    python data/toy/report.py --seeds=out,out-seed2,out-seed3   # min / median / max of several: out/seeds.md
+    python data/toy/report.py --split=val --out=out-val         # while you tune: test is for the end
 
-Columns: gold = mark of the gold scorer, 0 to 10, which no training run has seen; reward = the learned reward model's;
-KL = nats a sequence between the model and the SFT model, on the model's own samples; valid = share of answers that end,
-on one line, with a full stop; sums = share of right answers to test sums, greedy; sums T=1 = the same of samples at
-temperature 1; tok/s = the engine's output; seconds = what training took. All other samples at temperature 0.7, same seeds.
-The prompts are prompts_test.jsonl and arith_test.jsonl, which no training and no choice of a setting has seen.
+One answer a prompt at temperature 1, as evaluate.py gives it. Columns: right = share of answers whose content
+is right and that end, of all and of each family; gold = mark of the gold scorer, 0 to 10; courtesies = kind
+phrases an answer; reward = the learned reward model's mark; kl = nats a sequence to the SFT model, on the
+model's own answers; length = tokens; ended = share of answers with an end; seconds = what training took. The
+answers that are shown are those of the first prompt of each family. Last comes how often the reward model is
+right about held-out pairs.
 """
 import json
 import os
 import sys
-import time
 
 _here = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.dirname(os.path.dirname(_here)), _here]
+_root = os.path.dirname(os.path.dirname(_here))
+sys.path[:0] = [_root, _here]
 
 import torch
 
+import evaluate
 import gold
-import infer
 from dataset import load_dataset, pad
-from tokenizer import get_tokenizer
-from model import all_rewards
-from run import load_model
-from rollout import load_reward
+from files import replaced
+from tokenizer import encode_prompt, encode_row
 
-COLUMNS = ('gold', 'reward', 'kl', 'length', 'valid', 'sums', 'sums T=1', 'tok/s', 'seconds')
+models = 'base,sft,ppo,dpo,lora,grpo' # by comma: the folder of ppo is out-ppo, and tag
+tag = '' # behind the name of each folder, as quickstart.sh --seed=2 writes them: -seed2
+out = '' # where the report goes; '' = out and tag
+split = 'test' # one of 'test', 'val': of the prompts and the pairs; settings are chosen on val
+seeds = '' # folders with a report, by comma: nothing is judged, their numbers are put together
+max_new_tokens = 48 # >= 1: tokens an answer at most
+config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, str))]
+exec(open(os.path.join(_root, 'configurator.py'), encoding='utf-8').read()) # overrides
+
+FORMS = {
+    'right': '.1%', 'fact': '.1%', 'word': '.1%', 'sum': '.1%', 'gold': '.2f', 'courtesies': '.2f',
+    'reward': '.2f', 'kl': '.2f', 'length': '.0f', 'ended': '.1%', 'seconds': '.0f'}
 
 
-def sequence_logps(model, prompts, responses, temperature):
-    """Sum of the response's log-probs of each row (B,), in groups of 64 rows."""
-    out = []
+def folder_of(name):
+    """out-NAME with the tag; ValueError where nothing was trained."""
+    folder = f'out-{name}{tag}'
+    if not os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        raise ValueError(f'{folder}: no ckpt.pt in it; bash quickstart.sh trains it, or name the models that '
+                         'there are, --models=base,sft')
+    return folder
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def sequence_logps(model, prompts, replies):
+    """Sum of the log-probs of each reply, (B,), in groups of 64. prompts, replies: lists of B token lists."""
+    sums = []
     for i in range(0, len(prompts), 64):
-        p, r = prompts[i:i + 64], responses[i:i + 64]
+        p, r = prompts[i:i + 64], replies[i:i + 64]
         idx, mask = pad([a + b for a, b in zip(p, r)])
-        start = torch.tensor([len(a) - 1 for a in p])[:, None]
+        start = torch.tensor([len(ids) - 1 for ids in p])[:, None]
         with torch.no_grad():
-            logp = model.logprobs(idx, temperature, mask)
-        out.append(torch.where((torch.arange(logp.shape[1]) >= start) & mask[:, 1:], logp, 0.0).sum(1))
-    return torch.cat(out)
+            logp = model.logprobs(idx, 1.0, mask)
+        replied = (torch.arange(logp.shape[1]) >= start) & mask[:, 1:]
+        sums.append(torch.where(replied, logp, 0.0).sum(1))
+    return torch.cat(sums)
 
 
-def train_seconds(out_dir):
-    try:
-        return max(json.loads(line)['time'] for line in open(os.path.join(out_dir, 'log.jsonl')))
-    except (OSError, ValueError, KeyError):
-        return float('nan')
+def kl_to_sft(folder, rows, ours):
+    """Nats a sequence, k1 on the model's own answers."""
+    model, tok, _ = evaluate.opened(folder)
+    sft = evaluate.opened(folder_of('sft'))[0]
+    prompts = [encode_prompt(row, tok) for row in rows]
+    replies = []
+    for row, text, ended, ids in zip(rows, ours.texts, ours.ended, prompts):
+        whole, _ = encode_row(dict(row, completion=text), tok)
+        replies.append(whole[len(ids):] if ended else whole[len(ids):-1])
+    gap = sequence_logps(model, prompts, replies) - sequence_logps(sft, prompts, replies)
+    return gap.mean().item()
 
 
-def judge(out_dir, sft, rm, rows, sums, n_new=80, temperature=0.7):
-    """One row of the table, and the answers."""
-    model, name = load_model(out_dir)
-    tok = get_tokenizer(name)
-    engine = infer.Engine(model.eval(), tok, max_num_seqs=64)
-    prompts, t0 = [tok.encode(r['prompt']) for r in rows], time.time()
-    done = engine.generate(prompts, [infer.SamplingParams(max_tokens=n_new, temperature=temperature, seed=i) for i in range(len(rows))])
-    rate = sum(len(c.token_ids) for c in done) / (time.time() - t0)
-    responses = [c.token_ids for c in done]
-    kl = (sequence_logps(model, prompts, responses, temperature) - sequence_logps(sft, prompts, responses, temperature)).mean().item()
-    asked = [r['prompt'] for r in sums]
-    greedy = engine.generate(asked, infer.SamplingParams(max_tokens=n_new, temperature=0.0))
-    sampled = engine.generate(asked, [infer.SamplingParams(max_tokens=n_new, temperature=1.0, seed=i) for i in range(len(sums))])
-    sys.path.insert(0, _here)
-    arithmetic = load_reward(os.path.join(_here, 'reward.py'))
-    exact = lambda answers: sum(arithmetic(r['prompt'], c.text, r) if c.finish_reason == 'stop' else 0.0 for c, r in zip(answers, sums)) / len(sums)
-    ended = [c.finish_reason == 'stop' for c in done]
-    tidy = [e and gold.marks(c.text, r)['tidy'] == 2 for e, c, r in zip(ended, done, rows)]
-    row = {'gold': sum(gold.score(c.text, r) for c, r in zip(done, rows)) / len(rows),
-           'reward': all_rewards(rm, [p + r for p, r in zip(prompts, responses)]).mean().item(), 'kl': kl,
-           'length': sum(map(len, responses)) / len(rows), 'valid': sum(tidy) / len(rows),
-           'sums': exact(greedy), 'sums T=1': exact(sampled), 'tok/s': rate, 'seconds': train_seconds(out_dir)}
-    return row, [c.text for c in done]
+def read_log(folder):
+    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
 
 
-def cell(column, value):
-    return {'gold': f'{value:.2f}', 'reward': f'{value:.2f}', 'kl': f'{value:.2f}', 'length': f'{value:.0f}', 'valid': f'{value:.0%}', 'sums': f'{value:.1%}', 'sums T=1': f'{value:.1%}',
-            'tok/s': f'{value:,.0f}', 'seconds': f'{value:.0f}'}[column]
+def judge(name, rows):
+    """({column: number}, [answer]) of a model."""
+    folder = folder_of(name)
+    ours = evaluate.generate(folder, rows)
+    right = [ended and gold.right(text, row) for text, row, ended in zip(ours.texts, rows, ours.ended)]
+    numbers = {'right': mean(right)}
+    for family in ('fact', 'word', 'sum'):
+        numbers[family] = mean(r for r, row in zip(right, rows) if row['family'] == family)
+    numbers |= {
+        'gold': mean(evaluate.score(os.path.join(_here, 'gold.py'), rows, ours)),
+        'courtesies': mean(map(gold.courtesies, ours.texts)),
+        'reward': mean(evaluate.score(folder_of('reward'), rows, ours)),
+        'kl': kl_to_sft(folder, rows, ours), 'length': ours.tokens, 'ended': mean(ours.ended),
+        'seconds': max(row['time'] for row in read_log(folder))}
+    return numbers, ours.texts
 
 
-def markdown(table):
-    """{name: {column: text}} -> a Markdown table."""
-    lines = ['| model | ' + ' | '.join(COLUMNS) + ' |', '| --- |' + ' --- |' * len(COLUMNS)]
-    return '\n'.join(lines + [f'| {name} | ' + ' | '.join(row[c] for c in COLUMNS) + ' |' for name, row in table.items()])
+def reward_model():
+    """How often the reward model is right, on held-out pairs without the ties; in words."""
+    pairs = [row for row in load_dataset(os.path.join(_here, f'pref_{split}.jsonl')) if not row['tie']]
+    marks = {}
+    for side in ('chosen', 'rejected'):
+        answers = evaluate.Answers([row[side] for row in pairs], [True] * len(pairs), 0)
+        marks[side] = evaluate.score(folder_of('reward'), pairs, answers)
+    agrees = [a > b for a, b in zip(marks['chosen'], marks['rejected'])]
+    knows = []
+    for row, agree in zip(pairs, agrees):
+        first = gold.right(row['chosen'], row)
+        if first != gold.right(row['rejected'], row):
+            knows.append(agree == first)
+    return (f'reward model on {len(pairs):,} held-out pairs: the chosen one wins in {mean(agrees):.1%};\n'
+            f'of {len(knows):,} with a right and a wrong answer, the right one in {mean(knows):.1%}')
 
 
-def draw(runs, path):
-    """PPO's reward and KL, GRPO's share of right sums, over the iterations. runs: {'ppo': [out_dir of each seed], 'grpo': [...]}."""
+def markdown(cells):
+    """{model: {column: text}} -> a Markdown table."""
+    lines = ['| model | ' + ' | '.join(FORMS) + ' |', '| --- |' + ' --- |' * len(FORMS)]
+    lines += [f'| {name} | ' + ' | '.join(row[c] for c in FORMS) + ' |' for name, row in cells.items()]
+    return '\n'.join(lines)
+
+
+def put_together(reports):
+    """[{model: {column: number}}] of several seeds -> 'min / median / max' in each cell."""
+    cells = {}
+    for name in reports[0]:
+        cells[name] = {}
+        for column, form in FORMS.items():
+            numbers = sorted(report[name][column] for report in reports)
+            three = numbers[0], numbers[len(numbers) // 2], numbers[-1]
+            cells[name][column] = ' / '.join(format(number, form) for number in three)
+    return cells
+
+
+def draw(folders, path):
+    """PPO's reward and KL, GRPO's share of right sums. folders: {'ppo': [of each seed], 'grpo': [...]}."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-
-    def series(folder, split, key):
-        rows = [json.loads(line) for line in open(os.path.join(folder, 'log.jsonl'))]
-        return zip(*((r['step'], r[key]) for r in rows if r['split'] == split and key in r))
-    fig, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.4), dpi=120, squeeze=False)
-    for axis, (stage, folders) in zip(axes[0], runs.items()):
+    fig, axes = plt.subplots(1, len(folders), figsize=(5.2 * len(folders), 3.4), dpi=120, squeeze=False)
+    for axis, (stage, runs) in zip(axes[0], folders.items()):
         axis.set_xlabel(f'{stage.upper()} iteration')
-        axis.spines[['top', 'right']].set_visible(False)
-        for i, folder in enumerate(folders):
-            label = lambda text: text if i == 0 else None
-            axis.plot(*series(folder, 'train', 'score'), color='#6baed6', lw=0.9, alpha=0.8, label=label('reward of each batch'))
-            axis.plot(*series(folder, 'eval', 'score'), 'o-', color='#08519c', lw=1.8, ms=4, label=label('on held-out prompts'))
-        axis.set_ylabel('reward model score' if stage == 'ppo' else 'share of right sums', color='#08519c')
-        handles = axis.get_lines()[:2]
-        if stage == 'ppo':
-            right = axis.twinx()
-            right.spines['top'].set_visible(False)
-            right.set_ylabel('KL to the SFT model, nats a sequence', color='#d94801')
-            for i, folder in enumerate(folders):
-                right.plot(*series(folder, 'train', 'kl'), color='#d94801', lw=0.9, alpha=0.8, label='KL')
-            right.set_ylim(0, None)
-            handles = [*handles, right.get_lines()[0]]
-        axis.legend(handles, [h.get_label() for h in handles], loc='lower right', frameon=False, fontsize=8)
+        axis.set_ylabel('share of right sums' if stage == 'grpo' else 'reward model score', color='#08519c')
+        beside = axis.twinx() if stage == 'ppo' else None
+        for rows in map(read_log, runs):
+            lines = [
+                curve(axis, rows, 'train', 'score', 'reward of each batch', color='#6baed6', lw=0.9),
+                curve(axis, rows, 'eval', 'score', 'on held-out prompts', color='#08519c', marker='o', ms=4)]
+            if beside:
+                lines += [curve(beside, rows, 'train', 'kl', 'KL', color='#d94801', lw=0.9)]
+        if beside:
+            beside.set_ylabel('KL to the SFT model, nats a sequence', color='#d94801')
+            beside.set_ylim(0, None)
+        axis.legend(handles=lines, loc='lower right', frameon=False, fontsize=8)
     fig.tight_layout()
     fig.savefig(path)
 
 
-def merge(folders, out):
-    """report.json of several seeds -> min / median / max in each cell."""
-    reports = [json.load(open(os.path.join(f, 'report.json'))) for f in folders]
-    table = {}
-    for name in reports[0]:
-        table[name] = {c: ' / '.join(cell(c, v) for v in (min(vs), sorted(vs)[len(vs) // 2], max(vs)))
-                       for c in COLUMNS for vs in [[r[name][c] for r in reports]]}
-    text = f'min / median / max of {len(folders)} seeds\n\n{markdown(table)}\n'
-    with open(os.path.join(out, 'seeds.md'), 'w') as f:
+def curve(axis, rows, split, key, label, **how):
+    points = [(row['step'], row[key]) for row in rows if row['split'] == split and key in row]
+    return axis.plot(*zip(*points), label=label, **how)[0]
+
+
+def write(folder, name, text):
+    with replaced(os.path.join(folder, name), 'w') as f:
         f.write(text)
-    print(text)
-    tags = [os.path.basename(os.path.normpath(f)).removeprefix('out') for f in folders]  # out-seed2 stands beside out-ppo-seed2
-    draw({stage: [os.path.join(os.path.dirname(f), f'out-{stage}{t}') for f, t in zip(folders, tags)] for stage in ('ppo', 'grpo')}, os.path.join(out, 'seeds.png'))
+
+
+def main():
+    names = models.split(',')
+    here = out or f'out{tag}'
+    os.makedirs(here, exist_ok=True)
+    if seeds:
+        reports = []
+        for folder in seeds.split(','):
+            with open(os.path.join(folder, 'report.json'), encoding='utf-8') as f:
+                reports.append(json.load(f))
+        table = f'min / median / max of {len(reports)} seeds\n\n{markdown(put_together(reports))}\n'
+        write(here, 'seeds.md', table)
+        print(table)
+        tags = [os.path.basename(os.path.normpath(folder)).removeprefix('out') for folder in seeds.split(',')]
+        runs = {stage: [f'out-{stage}{t}' for t in tags] for stage in ('ppo', 'grpo')}
+        draw(runs, os.path.join(here, 'seeds.png'))
+        return
+    evaluate.temperature, evaluate.max_new_tokens = 1.0, max_new_tokens
+    rows = list(load_dataset(os.path.join(_here, f'prompts_{split}.jsonl')))
+    judged = {name: judge(name, rows) for name in names}
+    numbers = {name: found for name, (found, _) in judged.items()}
+    table = markdown({name: {c: format(found[c], form) for c, form in FORMS.items()}
+                      for name, found in numbers.items()})
+    shown, families = [], [row['family'] for row in rows]
+    for i in (families.index(family) for family in ('fact', 'word', 'sum')):
+        shown += [rows[i]['prompt'], *(f'{name:>6}  {texts[i]!r}' for name, (_, texts) in judged.items())]
+    shown = '\n'.join(shown)
+    write(here, 'report.json', json.dumps(numbers, indent=2))
+    judged_pairs = reward_model()
+    write(here, 'report.md', f'{table}\n\n{judged_pairs}\n\n```\n{shown}\n```\n')
+    samples = [dict(prompt=row['prompt'], **{name: texts[i] for name, (_, texts) in judged.items()})
+               for i, row in enumerate(rows)]
+    write(here, 'samples.jsonl', ''.join(json.dumps(sample) + '\n' for sample in samples))
+    curves = {stage: [folder_of(stage)] for stage in ('ppo', 'grpo') if stage in names}
+    if curves:
+        draw(curves, os.path.join(here, 'curve.png'))
+    print(f'{shown}\n\n{table}\n\n{judged_pairs}\nwritten: {here}/report.md, report.json, samples.jsonl'
+          + ', curve.png' * bool(curves))
 
 
 if __name__ == '__main__':
-    out, args = 'out', sys.argv[1:]
-    if args and args[0].startswith('--out='):
-        out = args.pop(0)[6:]
-    os.makedirs(out, exist_ok=True)
-    if args and args[0] == '--seeds':
-        merge(args[1:], out)
-        raise SystemExit
-    models = dict(a.split('=', 1) for a in args)
-    if 'sft' not in models or 'reward' not in models or not all(map(os.path.isdir, models.values())):
-        print(f'error: expected name=out_dir pairs with sft= and reward= among them, all of them trained; got {args}', file=sys.stderr)
-        raise SystemExit(2)
-    torch.set_num_threads(1)
-    sft, rm = load_model(models['sft'])[0], load_model(models.pop('reward'), head='scalar')[0]
-    rows, sums = (list(load_dataset(os.path.join(_here, f))) for f in ('prompts_test.jsonl', 'arith_test.jsonl'))
-    numbers, texts = {}, {}
-    for name, folder in models.items():
-        numbers[name], texts[name] = judge(folder, sft, rm, rows, sums)
-    table = markdown({name: {c: cell(c, v) for c, v in row.items()} for name, row in numbers.items()})
-    shown, seen = [], set()
-    for i, r in enumerate(rows):
-        if r['family'] not in seen:
-            seen.add(r['family'])
-            shown.append(f"{r['prompt']}\n" + '\n'.join(f'    {name:>9}: {texts[name][i]!r}' for name in models))
-    with open(os.path.join(out, 'report.md'), 'w') as f:
-        f.write(table + '\n\n```\n' + '\n'.join(shown) + '\n```\n')
-    with open(os.path.join(out, 'report.json'), 'w') as f:
-        json.dump(numbers, f, indent=2)
-    with open(os.path.join(out, 'samples.jsonl'), 'w') as f:
-        for i, r in enumerate(rows):
-            f.write(json.dumps(dict(prompt=r['prompt'], **{name: texts[name][i] for name in models})) + '\n')
-    runs = {stage: [models[stage]] for stage in ('ppo', 'grpo') if stage in models}
-    if runs:
-        draw(runs, os.path.join(out, 'curve.png'))
-    print('\n'.join(shown) + '\n\n' + table + f'\n\nwritten: {out}/report.md, {out}/report.json, {out}/samples.jsonl' + (f', {out}/curve.png' if runs else ''))
+    main()
