@@ -252,7 +252,8 @@ def stored_logps(run, policy, frozen, pairs, average, split):
     with reference_of(policy, frozen) as reference:
         weights = parallel.full_state(reference, only_master=True)  # names may lie, weights do not
     weights = [weights[name].numpy().tobytes() for name in sorted(weights) if not is_adapter(name)]
-    name = run.mesh.everyone.share_object(digest(itertools.chain(weights, pairs, [average, run.dtype])), 0, 'reference')
+    found = digest(itertools.chain(weights, pairs, [average, run.dtype]))
+    name = run.mesh.everyone.share_object(found, 0, 'reference')
     name = torch.frombuffer(bytearray.fromhex(name), dtype=torch.uint8)
     if os.path.exists(file):
         stored = load_safetensors(file)

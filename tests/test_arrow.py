@@ -15,7 +15,6 @@ from arrow import ArrowError
 from dataset import Dataset, load_dataset
 
 pa = pytest.importorskip('pyarrow')
-import pyarrow.ipc
 from hypothesis import HealthCheck, given, reject, settings, strategies as st
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -166,7 +166,7 @@ def test_vocab_and_merges_files(folders, tmp_path):
     """The older layouts of the same tokenizers: vocab.json + merges.txt, encoder.json + vocab.bpe, tiktoken's cache."""
     rng = random.Random(2)
     for name, kind, files in (('gpt2', 'GPT2Tokenizer', ('vocab.json', 'merges.txt')), ('qwen', 'Qwen2Tokenizer', ('vocab.json', 'merges.txt')), ('gpt2', None, ('encoder.json', 'vocab.bpe'))):
-        spec, new = json.load(open(folders / name / 'tokenizer.json')), tmp_path / f'{name}{kind}'
+        spec, new = json.load(open(folders / name / 'tokenizer.json', encoding='utf-8')), tmp_path / f'{name}{kind}'
         new.mkdir()
         vocab = {t: i for t, i in spec['model']['vocab'].items()} | ({'<|endoftext|>': 1500} if name == 'gpt2' else {})
         (new / files[0]).write_text(json.dumps(vocab))
@@ -225,7 +225,7 @@ def test_other_kinds_through_the_library(tmp_path, monkeypatch, kind):
 
 
 def test_ids_that_do_not_rise_go_to_the_library(folders, tmp_path):
-    spec = json.load(open(folders / 'gpt2' / 'tokenizer.json'))
+    spec = json.load(open(folders / 'gpt2' / 'tokenizer.json', encoding='utf-8'))
     spec['model']['merges'].reverse()
     (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
     assert type(get_tokenizer(str(tmp_path))).__name__ == 'LibraryTokenizer'
@@ -278,7 +278,7 @@ def hf_like(folder):
 
 def trl_templates():
     trl = pytest.importorskip('trl')
-    return {os.path.basename(f)[:-6]: open(f).read() for f in sorted(glob.glob(os.path.join(os.path.dirname(trl.__file__), 'chat_templates', '*.jinja')))}
+    return {os.path.basename(f)[:-6]: open(f, encoding='utf-8').read() for f in sorted(glob.glob(os.path.join(os.path.dirname(trl.__file__), 'chat_templates', '*.jinja')))}
 
 
 def same_as_transformers(tok, hf, template, messages, **args):
