@@ -46,7 +46,7 @@ class ArrowError(ValueError):
 class Mixed(ValueError):
     """No one type for these values; path leads to the column."""
 
-    def __init__(self, message: str, path: tuple = ()):
+    def __init__(self, message, path=()):
         super().__init__(f"column {'.'.join(path)!r}: {message}" if path else message)
         self.message = message
         self.path = path
@@ -118,7 +118,7 @@ def kind_of(value_type):
     raise Mixed(f'values of type {value_type.__name__} have no column type')
 
 
-def infer(values: list, nested: bool = False) -> Type:
+def infer(values: list, nested=False) -> Type:
     """The type that gives Python values back exactly. None fits every type. Nested values whose keys, order
     of keys or types differ are json, as in HF datasets; on the first level int and float make float64,
     another mixture is Mixed. [1, None] -> int64; [{'a': 1}, {'a': 2}] -> struct<a: int64>; [{'a': 1}, {'b':
@@ -157,7 +157,7 @@ def infer_struct(rows):
     return Type('struct', tuple(fields))
 
 
-def unify(a: Type, b: Type, nested: bool = False) -> Type:
+def unify(a: Type, b: Type, nested=False) -> Type:
     """The type that holds the values of both, by the rules of infer. int64, float64 -> float64 on the first
     level, json below it."""
     if a == b or b.kind == 'null':
@@ -252,7 +252,7 @@ class Array:
 
     def items(self, i: int) -> np.ndarray:
         """Value i of a list of ints or bools as an array."""
-        start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
+        start, stop = self.offsets[i:i + 2].tolist()
         child = self.children[0]
         bools = child.type.kind == 'bool'
         return unpack(child.data, start, stop) if bools else child.data[start:stop].astype(np.int64)
@@ -277,7 +277,7 @@ def unpack(bits, start, stop):
 def build(values: list, t: Type) -> Array:
     """Python values -> Array of the type t; None is null. Mixed where a value does not fit."""
     n, valid, present = len(values), None, values
-    if NoneType in set(map(type, values)):
+    if not isinstance(values, np.ndarray) and NoneType in set(map(type, values)):
         valid = np.packbits([value is not None for value in values], bitorder='little')
         present = [value for value in values if value is not None]
     if t.kind == 'null':
@@ -311,7 +311,7 @@ def build_pieces(t, n, valid, present):
     parts = present
     try:
         if t.kind.endswith('json'):
-            parts = [json.dumps(value, ensure_ascii=False, separators=(',', ':')) for value in present]
+            parts = [json.dumps(value, ensure_ascii=False) for value in present]
         if t.kind in TEXT:
             parts = list(map(str.encode, parts))
     except UnicodeEncodeError:
@@ -324,8 +324,9 @@ def build_pieces(t, n, valid, present):
         raise Mixed('more than 2 GiB in one batch: write smaller batches')
     offsets = offsets.astype(OFFSETS[t.kind])
     if t.fields:
-        items = build(list(itertools.chain.from_iterable(parts)), t.fields[0].type)
-        return Array(t, n, valid, None, offsets, (items,))
+        arrays = parts and isinstance(parts[0], np.ndarray)
+        items = np.concatenate(parts) if arrays else list(itertools.chain.from_iterable(parts))
+        return Array(t, n, valid, None, offsets, (build(items, t.fields[0].type),))
     return Array(t, n, valid, memoryview(b''.join(parts)), offsets)
 
 
@@ -351,9 +352,9 @@ class Table:
         offset = struct.unpack_from('<H', self.buffer, self.vtable + entry)[0] if entry < self.size else 0
         return self.at + offset if offset else 0
 
-    def number(self, slot, form, default=0):
+    def number(self, slot, form):
         at = self.place(slot)
-        return struct.unpack_from('<' + form, self.buffer, at)[0] if at else default
+        return struct.unpack_from('<' + form, self.buffer, at)[0] if at else 0
 
     def follow(self, at):
         return at + struct.unpack_from('<I', self.buffer, at)[0]
@@ -671,7 +672,7 @@ class Batch:
         return Batch(self.length, load)
 
 
-def read_stream(view: memoryview, name: str):
+def read_stream(view: memoryview, name):
     """The bytes of a stream or a file -> (struct type, metadata, [Batch]). ArrowError with `name` in it, here
     or at first use."""
     with guard(name):

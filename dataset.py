@@ -654,6 +654,7 @@ class Items:
 
 
 # of an entry: the row that it comes from, has that row an item at all, what there is to say of the row
+DTYPES = {'bool': np.dtype(bool), 'int32': np.dtype('i4')}
 ABOUT = (Field('row', Type('int64')), Field('kept', Type('bool')), Field('note', Type('string')))
 
 
@@ -693,7 +694,11 @@ def write_items(f, rows, encode, name):
     writer = Writer(f, t)
     while chunk := list(itertools.islice(stream, 1000)):
         table = [(row, bool(item), note, *(item or nothing)) for row, item, note in chunk]
-        columns = [build(list(values), field.type) for field, values in zip(t.fields, zip(*table))]
+        columns = []
+        for field, values in zip(t.fields, zip(*table)):
+            if field.type.fields:  # ids, masks: as arrays, which are joined without a look at each token
+                values = [np.asarray(value, DTYPES[field.type.fields[0].type.kind]) for value in values]
+            columns.append(build(list(values), field.type))
         writer.write(columns, len(table))
     writer.end()
 

@@ -5,7 +5,7 @@ What every stage does around its algorithm stands here once; a stage holds its e
     run = Run('sft', config)            # device, kernels, mesh, out_dir; run.ckpt: what it resumes from
     model, tok = run.model()            # from anywhere, with lora_r > 0 under an adapter
     train, val = run.rows()             # dataset and val_dataset, or 5 % of dataset kept aside
-    items = encode_all(train, fn, name, (tok, T))   # by fn(row, tok, T); a bad row is named
+    items = encode_all(train, fn, name, (tok, T))   # by fn(row, tok, T); errors name the row of the file
     model, optimizer = run.trained(model, learning_rate)    # this rank's part of it, and its AdamW
     order = run.order(items, batch_size)    # endless batches of row numbers
     run.plan(tokens, T)                 # says what runs where and how much memory it will take

@@ -141,11 +141,14 @@ class Tokenizer:
                 ids.append(token)
                 mask.append(bool(flags.any()))
                 continue
-            edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1), len(piece)]
-            normal = [self.normalise(piece[start:stop]) for start, stop in itertools.pairwise(edges)]
-            lengths = [len(part.encode()) for part in normal]
-            tokens = self.plain(''.join(normal))
-            seen = np.cumsum([0, *np.repeat(flags[edges[:-1]], lengths)])  # trained bytes up to here
+            norm = self.normalise(piece)
+            if norm != piece:  # a border at p moves to len(normalise(piece[:p]))
+                edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1), len(piece)]
+                moved = [len(self.normalise(piece[:edge])) for edge in edges]
+                flags = np.repeat(flags[edges[:-1]], np.maximum(np.diff(moved), 0))[:len(norm)]
+            tokens = self.plain(norm)
+            first_bytes = (np.frombuffer(norm.encode(), np.uint8) & 0xC0) != 0x80
+            seen = np.cumsum([0, *flags[np.cumsum(first_bytes) - 1]])  # trained bytes up to here
             ends = np.cumsum([0, *(len(self.bytes_of(i)) for i in tokens)])
             ids += tokens
             mask += (seen[ends[1:]] > seen[ends[:-1]]).tolist()

@@ -150,12 +150,12 @@ def test_empty_sets_and_empty_rows(tmp_path):
 
 def test_other_inputs_and_their_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    open('r.csv', 'w').write('a,b\n1,2\n3\n')
+    open('r.csv', 'w', encoding='utf-8').write('a,b\n1,2\n3\n')
     open('junk.bin', 'wb').write(b'\x01\x02junk')
-    open('a.jsonl', 'w').write('{"a": 1}\n')
-    open('b.jsonl', 'w').write('{"a": "x"}\n')
+    open('a.jsonl', 'w', encoding='utf-8').write('{"a": 1}\n')
+    open('b.jsonl', 'w', encoding='utf-8').write('{"a": "x"}\n')
     open('cut.jsonl.gz', 'wb').write(gzip.compress(b'{"a": 1}\n' * 1000)[:40])
-    open('not.parquet', 'w').write('PAR1 not')
+    open('not.parquet', 'w', encoding='utf-8').write('PAR1 not')
     os.mkdir('folder')
     for path, message in (('none.jsonl', 'none.jsonl: no such file'), ('r.csv', 'r.csv:3: 1 fields'), ('junk.bin', 'not one of .jsonl'), ('folder', 'without data files'), ('*.tsv', 'no file matches'),
                           (['a.jsonl', 'b.jsonl'], "b.jsonl: column 'a': mixed types: int64 and string"), ('cut.jsonl.gz', 'cut.jsonl.gz: corrupt gzip'), ('not.parquet', 'not.parquet: '), ([], 'no files')):

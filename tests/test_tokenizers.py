@@ -166,7 +166,7 @@ def test_vocab_and_merges_files(folders, tmp_path):
     """The older layouts of the same tokenizers: vocab.json + merges.txt, encoder.json + vocab.bpe, tiktoken's cache."""
     rng = random.Random(2)
     for name, kind, files in (('gpt2', 'GPT2Tokenizer', ('vocab.json', 'merges.txt')), ('qwen', 'Qwen2Tokenizer', ('vocab.json', 'merges.txt')), ('gpt2', None, ('encoder.json', 'vocab.bpe'))):
-        spec, new = json.load(open(folders / name / 'tokenizer.json')), tmp_path / f'{name}{kind}'
+        spec, new = json.load(open(folders / name / 'tokenizer.json', encoding='utf-8')), tmp_path / f'{name}{kind}'
         new.mkdir()
         vocab = {t: i for t, i in spec['model']['vocab'].items()} | ({'<|endoftext|>': 1500} if name == 'gpt2' else {})
         (new / files[0]).write_text(json.dumps(vocab))
@@ -225,7 +225,7 @@ def test_other_kinds_through_the_library(tmp_path, monkeypatch, kind):
 
 
 def test_ids_that_do_not_rise_go_to_the_library(folders, tmp_path):
-    spec = json.load(open(folders / 'gpt2' / 'tokenizer.json'))
+    spec = json.load(open(folders / 'gpt2' / 'tokenizer.json', encoding='utf-8'))
     spec['model']['merges'].reverse()
     (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
     assert type(get_tokenizer(str(tmp_path))).__name__ == 'LibraryTokenizer'
@@ -278,7 +278,7 @@ def hf_like(folder):
 
 def trl_templates():
     trl = pytest.importorskip('trl')
-    return {os.path.basename(f)[:-6]: open(f).read() for f in sorted(glob.glob(os.path.join(os.path.dirname(trl.__file__), 'chat_templates', '*.jinja')))}
+    return {os.path.basename(f)[:-6]: open(f, encoding='utf-8').read() for f in sorted(glob.glob(os.path.join(os.path.dirname(trl.__file__), 'chat_templates', '*.jinja')))}
 
 
 def same_as_transformers(tok, hf, template, messages, **args):
@@ -643,15 +643,12 @@ def test_masks_take_time_in_proportion():
 
 
 def read_sft(row, tok, T):
-    ids, trained = encode_row(row, tok)
-    if len(ids) > T:
-        return [], 'rows dropped'
-    return [(np.asarray(ids), np.asarray(trained)), (np.asarray(ids[::-1]), ~np.asarray(trained))], ''
+    ids, on = map(np.asarray, encode_row(row, tok))
+    return ([], 'rows dropped') if len(ids) > T else ([(ids, on), (ids[::-1], ~on)], '')
 
 
 def read_kto(row, tok):
-    ids, trained = encode_row(row, tok)
-    return [(ids, trained, trained[0], 0.5)], 'all of them'
+    return [(*encode_row(row, tok), True, 0.5)], 'all of them'
 
 
 def as_lists(items):
@@ -664,39 +661,33 @@ def test_encoded_rows_are_written_once(tmp_path, monkeypatch, capsys):
     tok, path = tooled(), tmp_path / 'x.jsonl'
     rows = [{'messages': chat(f'u:q{i}', f'a:{"é" * i}r')} for i in range(40)]
     path.write_text('\n'.join(map(json.dumps, rows)))
-
-    def written():
-        return sorted(f.name for f in tmp_path.iterdir() if f.name != 'x.jsonl')
-
     parts = dataset.load_dataset(path).train_test_split(0.05, 1)
-    want = {}
-    for name, part in parts.items():
-        found = [read_sft(row, tok, 99) for row in part]
-        want[name] = as_lists([item for items, _ in found for item in items]), sum(note != '' for _, note in found)
-    assert written() == [] and want['train'][1]  # a small table has no file
+    want = {name: as_lists(run.encode_all(part, read_sft, name, (tok, 99))) for name, part in parts.items()}
+    assert len(list(tmp_path.iterdir())) == 1 and ' rows dropped' in capsys.readouterr().out  # small: no file
+    found = [item for row in parts['train'] for item in read_sft(row, tok, 99)[0]]
+    assert want['train'] == as_lists(found)
     monkeypatch.setattr(dataset, 'CACHED_FROM', 1)
     for start in range(2):
         for name, part in parts.items():
             items = run.encode_all(part, read_sft, name, (tok, 99))
-            assert as_lists(items) == want[name][0] and as_lists(items[1:3]) == want[name][0][1:3]
-            assert (f'{want[name][1]} rows dropped' in capsys.readouterr().out) == (want[name][1] > 0)
-            assert items[0][0].dtype == np.int64 and items[-1][1].dtype == bool and len(written()) == 1
+            assert as_lists(items) == want[name] and as_lists(items[1:3]) == want[name][1:3]
+            assert items[0][0].dtype == np.int64 and items[-1][1].dtype == bool
+        assert len(list(tmp_path.iterdir())) == 2 and ' rows dropped' in capsys.readouterr().out
         monkeypatch.setattr(tokenizer.Chat, 'text', None)  # nothing is rendered again
     monkeypatch.undo()
     monkeypatch.setattr(dataset, 'CACHED_FROM', 1)
-    ds = dataset.load_dataset(path)
-    for n, (data, *args) in enumerate([(ds, read_sft, (tok, 98)), (ds, read_kto, (tok,)),
-                                       (ds, read_kto, (tooled('{# another #}' + TOOLED),))]):
-        items = run.encode_all(data, args[0], 'x', args[1])
-        assert len(written()) == n + 2
-    ids, trained = encode_row(rows[3], tok)
-    assert items[3] == (ids, trained, False, 0.5) and [type(part) for part in items[3]] == [list, list, bool, float]
+    ds, other = dataset.load_dataset(path), tooled('{# another #}' + TOOLED)
+    for n, (read, *args) in enumerate([(read_sft, tok, 98), (read_kto, tok), (read_kto, other)]):
+        items = run.encode_all(ds, read, 'x', tuple(args))
+        assert len(list(tmp_path.iterdir())) == n + 3
+    assert items[3] == (*encode_row(rows[3], tok), True, 0.5)
+    assert [type(part) for part in items[3]] == [list, list, bool, float]
     path.write_text(path.read_text().replace('q3', 'q4'))
-    other = dataset.load_dataset(path)
-    run.encode_all(other.select(range(9)), read_kto, 'x', (tok,))  # a few rows of many: in memory
-    assert len(written()) == 4 and '9 all of them' in capsys.readouterr().out
-    monkeypatch.setattr(dataset, 'replaced', lambda path: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')))
-    assert len(run.encode_all(other, read_kto, 'x', (tok,))) == 40 and len(written()) == 4
+    ds = dataset.load_dataset(path)
+    run.encode_all(ds.select(range(9)), read_kto, 'x', (tok,))  # a few rows of many: in memory
+    denied = PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(dataset, 'replaced', lambda path: (_ for _ in ()).throw(denied))
+    assert len(run.encode_all(ds, read_kto, 'x', (tok,))) == 40 and len(list(tmp_path.iterdir())) == 5
     assert 'stay in memory' in capsys.readouterr().out
 
 
