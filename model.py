@@ -570,9 +570,10 @@ def fill(model, state, where, dtype=torch.float32):
     head that is not there is drawn (model.fresh_head)."""
     c, want, state = model.config, model.state_dict(), dict(state)
     head = state.get('lm_head.weight')
-    if c.tie and head is not None and not torch.equal(state.setdefault('wte.weight', head), head):
-        c.tie = False
-        if model.head == 'lm':
+    if c.tie and head is not None:
+        table = state.setdefault('wte.weight', head)
+        c.tie = table.dtype == head.dtype and torch.equal(table, head)
+        if not c.tie and model.head == 'lm':
             model.lm_head.weight = nn.Parameter(torch.empty_like(model.wte.weight))
     if c.tie and model.head == 'lm' and 'wte.weight' in state:
         state['lm_head.weight'] = state['wte.weight']
@@ -730,10 +731,10 @@ def _rope(raw, where):
 
 def _token_ids(value, what):
     """None, an id, or several (of which none is left: None)."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(i) is not int for i in ids):
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and any(type(i) is not int for i in ids):
         raise ValueError(f'{what} = {value!r:.40}, expected a token id or a list of them')
-    return value if ids else None
+    return value if value != [] else None
 
 
 def config_to_hf(c, head, dtype):
@@ -791,7 +792,7 @@ def write_json(path, obj):
 
 
 def _entry(name, t, room):
-    """(dtype, shape, start, end) of one line of a safetensors header; room: bytes of all tensors."""
+    """(dtype, shape, (start, end)) of one line of a safetensors header; room: bytes of all tensors."""
     try:
         dtype, shape, (start, end) = t['dtype'], t['shape'], t['data_offsets']
         whole = all(type(x) is int and 0 <= x < 2 ** 48 for x in [*shape, start, end])
@@ -805,7 +806,7 @@ def _entry(name, t, room):
     if end - start != math.prod(shape) * dtype.itemsize or end > room:
         raise ValueError(f'{name:.80}: {t["dtype"]} {shape} does not fit bytes {start}..{end} of {room} '
                          f'(truncated?)')
-    return dtype, shape, start, end
+    return dtype, shape, (start, end)
 
 
 def load_safetensors(path):
@@ -826,12 +827,12 @@ def load_safetensors(path):
     spans, out = [], {}
     for name, t in header.items():
         try:
-            dtype, shape, a, b = _entry(name, t, size - 8 - n)
+            dtype, shape, span = _entry(name, t, size - 8 - n)
         except ValueError as e:
             raise ValueError(f'{path}: not a safetensors file that we can read: {e}') from None
-        spans.append((a, b))
-        if a < b:
-            flat = torch.frombuffer(whole, dtype=dtype, count=math.prod(shape), offset=8 + n + a)
+        spans.append(span)
+        if span[0] < span[1]:
+            flat = torch.frombuffer(whole, dtype=dtype, count=math.prod(shape), offset=8 + n + span[0])
         else:
             flat = torch.empty(0, dtype=dtype)
         out[name] = flat.view(shape) if math.prod(x for x in shape if x) < 2 ** 48 else flat
@@ -890,8 +891,8 @@ def shared_forward(model, sequences, shared):
         attention     p p p a a | p p p b b b | ...    gathered for the attention alone
     Returns (hidden states (N, C), [rows of them that are sequence i, (len_i,) int64])."""
     device = next(model.parameters()).device
-    tokens, pos, slot, paths = [], [], [], []
-    n = m = 0  # flat rows, and places in the attention, so far
+    tokens, pos, slot = [], [], []
+    paths, n, m = [], 0, 0  # flat rows, and places in the attention, so far
     path = np.zeros(0, np.int64)
     for ids, k in zip(sequences, shared):
         own = len(ids) - k

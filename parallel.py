@@ -366,9 +366,9 @@ class Mesh:
         self.interrupt.forget()
         if self.world > 1:
             self.barrier()
-            self._leave()
+            self._leave(closing=True)
 
-    def _leave(self):
+    def _leave(self, closing=False):
         """subtle: gloo's threads live as long as somebody holds a group, and one that still lets go of the
         last collective's tensor when Python ends can abort the process. After a failure leaving the groups
         would wait for the dead, so the process just goes; what it had to say is printed by then."""
@@ -376,7 +376,7 @@ class Mesh:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        if dist.is_initialized() and self.device.type == 'cpu':
+        if dist.is_initialized() and (closing or self.device.type == 'cpu'):
             for group in self._made.values():
                 group.pg = None
             dist.destroy_process_group()
@@ -552,7 +552,8 @@ class _VocabLogprobs(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy):
         """dz = g_logp (1[target] - p) - g_entropy p (log p + H), this rank's words; dx is partial: the gather
         behind x sums it."""
-        x, weight, word, mine, lse, entropy = ctx.saved_tensors
+        x, weight, word = ctx.saved_tensors[:3]
+        mine, lse, entropy = ctx.saved_tensors[3:]
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=lse.dtype)
         for i in range(0, len(x), ctx.rows):
             s = slice(i, i + ctx.rows)
@@ -651,15 +652,18 @@ def _ranges(name, c, tp, t):
     rows = dict(q_proj=(q,), k_proj=(heads(*kv),), v_proj=(heads(*kv),), c_attn=fused, c_fc=(inner,),
                 gate_proj=(inner,), up_proj=(inner,), wte=(words,), lm_head=(words,))
     columns = {'attn.o_proj': (q,), 'attn.c_proj': (q,), 'mlp.down_proj': (inner,), 'mlp.c_proj': (inner,)}
-    *_, owner, module, kind = f'..{name}'.split('.')
+    path, _, kind = name.rpartition('.')
+    module = path.rpartition('.')[2]
     if module in rows:
         return 0, rows[module]
-    return 1, columns.get(f'{owner}.{module}', ()) if kind == 'weight' else ()
+    place = '.'.join(path.split('.')[-2:])
+    return 1, columns.get(place, ()) if kind == 'weight' else ()
 
 
 def _check_fit(c, mesh, model, layers):
     """ValueError, with the nearest that works, for a model that this mesh cannot cut."""
-    tp, pp, heads, kv = mesh.tp.size, mesh.pp.size, c.n_head, c.n_kv_head
+    tp, pp = mesh.tp.size, mesh.pp.size
+    heads, kv = c.n_head, c.n_kv_head
     fits = [t for t in range(tp, 0, -1) if heads % t == 0 and (kv % t == 0 or t % kv == 0)]
     lora = any('lora_' in name for name, _ in model.named_parameters())
     said = f' as {list(layers)}' if layers else ''
@@ -723,7 +727,8 @@ class _Receive(nn.Module):
 
     def __init__(self, mesh, width, dtype):
         super().__init__()
-        self.mesh, self.width, self.dtype, self.x = mesh, width, dtype, None
+        self.mesh, self.width, self.dtype = mesh, width, dtype
+        self.x = None
 
     def forward(self, idx):
         if self.x is not None:
@@ -836,7 +841,8 @@ class Sharded(nn.Module):
         c, tp, pp = model.config, mesh.tp, mesh.pp
         _check_fit(c, mesh, model, layers)
         _check_alike(model, mesh)
-        self.config, self.head, self.mesh, self.body, self.running = c, model.head, mesh, model, False
+        self.config, self.head = c, model.head
+        self.mesh, self.body, self.running = mesh, model, False
         # the same list on every rank
         self.full = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()]
         layers = layers or [c.n_layer * (i + 1) // pp.size - c.n_layer * i // pp.size for i in range(pp.size)]
@@ -1149,7 +1155,8 @@ class Optimizer:
     off."""
 
     def __init__(self, model, mesh, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, scale=0.0):
-        self.model, self.mesh, self.scale, self.good = model, mesh, float(scale), 0
+        self.model, self.mesh = model, mesh
+        self.scale, self.good = float(scale), 0
         self.parts = [part for part in _parts(model) if part.param.requires_grad]
         kept = torch.float32, torch.float64
         self.flat = mesh.world > 1 or any(part.param.dtype not in kept for part in self.parts)
@@ -1336,9 +1343,10 @@ class Optimizer:
                              f'it by number): start a new run from its weights with --init_from=FILE')
         if self.scale and 'scale' in saved:
             self.scale, self.good = saved['scale']
+        moments = 'exp_avg', 'exp_avg_sq'
         for p in self.pieces:
             name = p.part.name
-            if not all(name in saved[kind] for kind in ('exp_avg', 'exp_avg_sq')):
+            if not all(name in saved[kind] for kind in moments):
                 raise ValueError(f'{where}: no optimizer state for {name}: other settings (lora_r)?')
 
             def piece_of(kind):
@@ -1346,8 +1354,7 @@ class Optimizer:
                 return flat.to(p.master).view(p.master.shape).clone()
             if saved['step']:
                 step = torch.tensor(float(saved['step']), device=p.master.device)
-                moments = {kind: piece_of(kind) for kind in ('exp_avg', 'exp_avg_sq')}
-                self.adam.state[p.master] = dict(step=step, **moments)
+                self.adam.state[p.master] = dict(step=step, **{kind: piece_of(kind) for kind in moments})
             if name in saved.get('master', {}) and p.master is not p.weight:
                 p.master.copy_(piece_of('master'))
 

@@ -1,4 +1,5 @@
-"""lora.py against peft itself: same outputs, same gradients, files both ways; merging, several adapters, refusals."""
+"""lora.py against peft itself: same outputs, same gradients, files both ways; merging, several adapters,
+refusals."""
 import json
 import os
 
@@ -10,11 +11,15 @@ import lora
 from helpers import ckpt, jsonl, log_rows, mismatch, stage
 from model import ARCHS, GPT, GPTConfig
 
-SHAPES = {  # tiny, but with each family's peculiarities: fused qkv, GQA, qk-norm, head_size that is not n_embd / n_head
+# tiny, but with each family's peculiarities: fused qkv, GQA, qk-norm, head_size that is not n_embd / n_head
+SHAPES = {
     'gpt2': dict(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=32),
-    'llama': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, vocab_size=61, block_size=32, tie=False, **ARCHS['llama']),
-    'qwen2': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, vocab_size=61, block_size=32, **ARCHS['qwen2']),
-    'qwen3': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, head_size=16, vocab_size=61, block_size=32, **ARCHS['qwen3']),
+    'llama': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, vocab_size=61, block_size=32,
+                  tie=False, **ARCHS['llama']),
+    'qwen2': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, vocab_size=61, block_size=32,
+                  **ARCHS['qwen2']),
+    'qwen3': dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, head_size=16, vocab_size=61,
+                  block_size=32, **ARCHS['qwen3']),
 }
 
 
@@ -36,19 +41,28 @@ def tokens(B=3, T=12):
     return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-CASES = [('gpt2', dict()), ('gpt2', dict(targets=('c_attn', 'c_proj', 'c_fc'), rslora=True)), ('gpt2', dict(targets=('mlp.c_proj', 'wte'))),
-         ('gpt2', dict(targets=('c_attn',), dora=True)), ('qwen3', dict()), ('qwen3', dict(targets='all-linear')), ('qwen3', dict(targets='all-linear', dora=True)),
-         ('qwen3', dict(targets=r'.*layers\.1\..*(up|down)_proj')), ('llama', dict(targets='q_proj,embed_tokens')), ('qwen2', dict(targets=('k_proj', 'gate_proj')))]
+def under_peft(tmp_path, adapter, kind='CausalLM', **more):
+    """transformers' model of tmp_path/base with a PEFT adapter."""
+    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+    base = getattr(transformers, f'AutoModelFor{kind}').from_pretrained(tmp_path / 'base')
+    return peft.PeftModel.from_pretrained(base, tmp_path / adapter, **more).eval()
+
+
+CASES = [('gpt2', dict()), ('gpt2', dict(targets=('c_attn', 'c_proj', 'c_fc'), rslora=True)),
+         ('gpt2', dict(targets=('mlp.c_proj', 'wte'))),
+         ('gpt2', dict(targets=('c_attn',), dora=True)), ('qwen3', dict()),
+         ('qwen3', dict(targets='all-linear')), ('qwen3', dict(targets='all-linear', dora=True)),
+         ('qwen3', dict(targets=r'.*layers\.1\..*(up|down)_proj')),
+         ('llama', dict(targets='q_proj,embed_tokens')), ('qwen2', dict(targets=('k_proj', 'gate_proj')))]
 
 
 @pytest.mark.parametrize('arch, kw', CASES, ids=str)
 def test_our_file_in_peft_same_outputs_and_gradients(arch, kw, tmp_path):
-    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
     model = build(arch)
     model.save_pretrained(tmp_path / 'base')
     shake(lora.add_lora(model, 4, 8, **kw))
     lora.save_lora(model, str(tmp_path / 'a'), base=str(tmp_path / 'base'))
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base'), tmp_path / 'a', is_trainable=True)
+    theirs = under_peft(tmp_path, 'a', is_trainable=True)
     x = tokens()
     ours, ref = model(x)[0], theirs(x).logits
     assert (ours - ref).abs().max() < 1e-5
@@ -57,33 +71,37 @@ def test_our_file_in_peft_same_outputs_and_gradients(arch, kw, tmp_path):
     (ref * weight).sum().backward()
     grads = {k.replace('.default', ''): p.grad for k, p in theirs.named_parameters() if p.requires_grad}
     mine = {k: p.grad for k, p in lora._slots(model, 'default').items()}
-    assert {k.removesuffix('.weight') for k in grads} == {k.removesuffix('.weight') for k in mine} and len(mine) > 0
+    assert {k.removesuffix('.weight') for k in grads} == {k.removesuffix('.weight')
+                                                          for k in mine} and len(mine) > 0
     for k, g in mine.items():
         ref = grads.get(k, grads.get(k + '.weight'))
         assert (g - ref).abs().max() <= 1e-5 * max(1.0, ref.abs().max()), k
     assert all(p.grad is None for n, p in model.named_parameters() if 'lora_' not in n)
 
 
-@pytest.mark.parametrize('arch, kw', [('gpt2', dict(target_modules=['c_attn', 'wte'], use_rslora=True)), ('qwen3', dict(target_modules='all-linear', use_dora=True)),
-                                      ('qwen3', dict(target_modules=['q_proj', 'up_proj'], rank_pattern={r'layers.1.*': 2}, alpha_pattern={'up_proj': 32})),
+@pytest.mark.parametrize('arch, kw', [('gpt2', dict(target_modules=['c_attn', 'wte'], use_rslora=True)),
+                                      ('qwen3', dict(target_modules='all-linear', use_dora=True)),
+                                      ('qwen3', dict(target_modules=['q_proj', 'up_proj'],
+                                                     rank_pattern={r'layers.1.*': 2},
+                                                     alpha_pattern={'up_proj': 32})),
                                       ('llama', dict(target_modules=r'.*(q|v)_proj'))], ids=str)
 def test_their_file_in_ours(arch, kw, tmp_path):
     peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
     build(arch).save_pretrained(tmp_path / 'base')
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base'),
-                                 peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, task_type='CAUSAL_LM', fan_in_fan_out=arch == 'gpt2', **kw)).eval()
+                                 peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, task_type='CAUSAL_LM',
+                                                 fan_in_fan_out=arch == 'gpt2', **kw)).eval()
     shake(theirs)
     theirs.save_pretrained(tmp_path / 'a')
     model = lora.load_lora(GPT.from_pretrained(str(tmp_path / 'base')), str(tmp_path / 'a')).eval()
     assert (model(tokens())[0] - theirs(tokens()).logits).abs().max() < 1e-5
     lora.save_lora(model, str(tmp_path / 'b'))  # and back again: patterns, dropout and targets survive
-    again = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base'), tmp_path / 'b').eval()
+    again = under_peft(tmp_path, 'b')
     assert (again(tokens()).logits - theirs(tokens()).logits).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
 def test_scalar_head_travels_with_the_adapter(arch, tmp_path):
-    peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
     model = build(arch, 'scalar')
     model.config.pad_token_id = 60
     model.save_pretrained(tmp_path / 'base')
@@ -91,7 +109,7 @@ def test_scalar_head_travels_with_the_adapter(arch, tmp_path):
     model.score.weight.data.normal_()
     assert model.score.weight.requires_grad
     lora.save_lora(model, str(tmp_path / 'a'))
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'base'), tmp_path / 'a')
+    theirs = under_peft(tmp_path, 'a', 'SequenceClassification')
     x = tokens().clamp(max=59)
     assert (model(x)[0][:, -1] - theirs(x).logits[:, 0]).abs().max() < 1e-5
     again = lora.load_lora(GPT.from_pretrained(str(tmp_path / 'base')), str(tmp_path / 'a'))
@@ -101,7 +119,8 @@ def test_scalar_head_travels_with_the_adapter(arch, tmp_path):
 @pytest.mark.parametrize('arch, kw', CASES, ids=str)
 def test_merge_is_exact_and_unmerge_is_bitwise(arch, kw, tmp_path):
     model = shake(lora.add_lora(build(arch), 4, 8, **kw))
-    before, base, tied = model(tokens())[0], {k: v.clone() for k, v in model.state_dict().items()}, model.config.tie
+    before, base, tied = model(tokens())[0], {k: v.clone() for k,
+                                              v in model.state_dict().items()}, model.config.tie
     with lora.lora_disabled(model):
         start = model(tokens())[0]
     assert torch.equal(start, build(arch)(tokens())[0])  # the reference for free, to the bit
@@ -162,7 +181,8 @@ def test_training_moves_the_adapter_only_and_the_checkpoint_holds_it_only(tmp_pa
     fresh = build('qwen3').state_dict()
     assert all(torch.equal(v, fresh[k]) for k, v in model.state_dict().items() if k in fresh)
     state = lora.lora_state(model)
-    assert sum(t.numel() for t in state.values()) == 2 * (4 * (32 + 64) + 4 * (32 + 32)) == sum(p.numel() for _, p in lora.trainable(model))
+    count = sum(p.numel() for _, p in lora.trainable(model))
+    assert sum(t.numel() for t in state.values()) == 2 * (4 * (32 + 64) + 4 * (32 + 32)) == count
     torch.save(dict(info=lora.describe(model, 'base'), state=state), tmp_path / 'x.pt')
     loaded = torch.load(tmp_path / 'x.pt', weights_only=True)
     again = lora.load_state(build('qwen3'), loaded['info'], loaded['state'])
@@ -199,7 +219,8 @@ def test_bad_input_is_named(tmp_path):
         lora.load_lora(GPT(GPTConfig(**{**SHAPES['gpt2'], 'n_layer': 1})), str(tmp_path / 'a'))
     config = tmp_path / 'a' / 'adapter_config.json'
     sound = json.loads(config.read_text())
-    for key, value in dict(peft_type='IA3', bias='all', layers_to_transform=[1], modules_to_save=['lm_head'], lora_bias=True).items():
+    for key, value in dict(peft_type='IA3', bias='all', layers_to_transform=[1], modules_to_save=['lm_head'],
+                           lora_bias=True).items():
         config.write_text(json.dumps({**sound, key: value}))
         with pytest.raises(ValueError, match=f'cannot honour .*{key}'):
             lora.load_lora(build('gpt2'), str(tmp_path / 'a'))
@@ -214,10 +235,12 @@ def test_bad_input_is_named(tmp_path):
         lora.load_lora(build('gpt2'), str(tmp_path / 'a'))
 
 
-@pytest.mark.parametrize('targets', ['wte', 'wte,c_attn', 'all-linear', 'embed_tokens', 'q_proj,embed_tokens'])
+@pytest.mark.parametrize('targets', ['wte', 'wte,c_attn', 'all-linear', 'embed_tokens',
+                                     'q_proj,embed_tokens'])
 @pytest.mark.parametrize('dora', [False, True])
 def test_the_sampler_reads_every_adapter(targets, dora):
-    """Tokens' log-probs of the engine are the model's, also with an adapter on an embedding to which the head is tied."""
+    """Tokens' log-probs of the engine are the model's, also with an adapter on an embedding to which the head
+    is tied."""
     model = build('qwen2' if 'embed' in targets else 'gpt2')
     if dora and ('wte' in targets or 'embed' in targets):
         with pytest.raises(ValueError, match='DoRA on wte'):
@@ -241,7 +264,8 @@ def world(tmp_path_factory):
     return d
 
 
-RUN = ['--dataset=text.jsonl', '--val_dataset=text.jsonl', '--batch_size=4', '--eval_iters=1', '--learning_rate=1e-2']
+RUN = ['--dataset=text.jsonl', '--val_dataset=text.jsonl', '--batch_size=4', '--eval_iters=1',
+       '--learning_rate=1e-2']
 
 
 @pytest.mark.parametrize('keys, count, spec', [
@@ -255,7 +279,8 @@ def test_a_stage_trains_every_kind_of_adapter_and_goes_on(world, tmp_path, keys,
     assert sum('lora_A' in k for k in saved['model']) == count and os.path.isabs(saved['lora']['base'])
     assert {k: saved['lora']['specs']['default'][k] for k in spec} == spec
     assert sum('magnitude' in k for k in saved['model']) == count * spec['dora']
-    stage('sft.py', *[k.replace('text.jsonl', str(world / 'text.jsonl')) for k in RUN], '--init_from=resume', out,
+    stage('sft.py', *[k.replace('text.jsonl', str(world / 'text.jsonl')) for k in RUN], '--init_from=resume',
+          out,
           '--max_iters=3', cwd=tmp_path)  # from another folder
     assert ckpt(tmp_path)['iter'] == 3
 
@@ -266,10 +291,12 @@ def test_a_peft_folder_starts_a_stage(world, tmp_path):
     model = shake(lora.add_lora(load_model(str(world / 'byte'))[0], 4, 8, rslora=True))
     lora.save_lora(model, str(tmp_path / 'peft'), base=str(world / 'byte'))
     for more in ([], ['--lora_r=2']):
-        stage('sft.py', *RUN, f'--init_from={tmp_path}/peft', f'--out_dir={tmp_path}/o', '--max_iters=1', *more, cwd=world)
+        stage('sft.py', *RUN, f'--init_from={tmp_path}/peft', f'--out_dir={tmp_path}/o', '--max_iters=1',
+              *more, cwd=world)
         first = log_rows(tmp_path / 'o', 'eval')[0]['loss']
         plain = lora.merge_lora(model) if not more else model
         plain.save_pretrained(str(tmp_path / 'merged'))
-        stage('sft.py', *RUN, f'--init_from={tmp_path}/merged', f'--out_dir={tmp_path}/m', '--tokenizer=byte', '--max_iters=1',
+        stage('sft.py', *RUN, f'--init_from={tmp_path}/merged', f'--out_dir={tmp_path}/m', '--tokenizer=byte',
+              '--max_iters=1',
               cwd=world)
         assert first == pytest.approx(log_rows(tmp_path / 'm', 'eval')[0]['loss'], abs=1e-5)

@@ -8,8 +8,7 @@ import copy
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
+import pathlib
 import time
 from datetime import timedelta
 
@@ -18,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import conftest
 import infer
 import kernels
 import lora
@@ -27,11 +25,15 @@ from helpers import ckpt, equal, jsonl, log_rows, mismatch, stage
 from model import GPT, GPTConfig
 
 TOL = {torch.float64: 1e-10, torch.float32: 1e-5}
-EPS = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 1e-5}  # Adam divides noise by |g| + eps: RLHF's 1e-5 for float32
+# Adam divides noise by |g| + eps: RLHF's 1e-5 for float32
+EPS = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 GPT2 = dict(arch='gpt2', vocab_size=53, block_size=64, n_layer=4, n_head=4, n_embd=32)
-QWEN3 = dict(arch='qwen3', vocab_size=50, block_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_size=16, n_inner=48, norm='rms',
-             pos='rope', act='silu', gated=True, qkv_bias=False, attn_out_bias=False, bias=False, qk_norm=True, tie=False)
-QWEN2 = {**QWEN3, 'arch': 'qwen2', 'qkv_bias': True, 'qk_norm': False, 'tie': True, 'n_kv_head': 1, 'norm_eps': 1e-6}
+QWEN3 = dict(arch='qwen3', vocab_size=50, block_size=64, n_layer=3, n_head=4, n_kv_head=2, n_embd=32,
+             head_size=16, n_inner=48, norm='rms',
+             pos='rope', act='silu', gated=True, qkv_bias=False, attn_out_bias=False, bias=False,
+             qk_norm=True, tie=False)
+QWEN2 = {**QWEN3, 'arch': 'qwen2', 'qkv_bias': True, 'qk_norm': False, 'tie': True, 'n_kv_head': 1,
+         'norm_eps': 1e-6}
 
 
 def make(shape, head='lm', dtype=torch.float64, seed=0):
@@ -46,12 +48,13 @@ def make(shape, head='lm', dtype=torch.float64, seed=0):
     return model
 
 
-# ---- four kinds of batch and loss, as the stages have them -----------------------------------------------------------
+# ---- four kinds of batch and loss, as the stages have them
 
 
 def batch_lm(g, rows):
     idx = torch.randint(0, 50, (rows, 13), generator=g)
-    targets = torch.where(torch.rand(rows, 13, generator=g) < 0.6, torch.randint(0, 50, (rows, 13), generator=g), -1)
+    targets = torch.where(torch.rand(rows, 13, generator=g) < 0.6,
+                          torch.randint(0, 50, (rows, 13), generator=g), -1)
     targets[:, 5] = 7
     return dict(idx=idx, targets=targets)
 
@@ -83,9 +86,11 @@ def batch_rl(g, rows):
 
 
 def loss_rl(model, mb):
-    logp, entropy = model.logprobs(mb['idx'], temperature=0.7, mask=mb['mask'], where=mb['where'], entropy=True)
+    logp, entropy = model.logprobs(mb['idx'], temperature=0.7, mask=mb['mask'], where=mb['where'],
+                                   entropy=True)
     n = mb['where'].sum()
-    return -((logp * mb['adv'] + 0.1 * entropy) * mb['where']).sum() / n, {'entropy': (entropy * mb['where']).sum().detach() / n}
+    loss = -((logp * mb['adv'] + 0.1 * entropy) * mb['where']).sum() / n
+    return loss, {'entropy': (entropy * mb['where']).sum().detach() / n}
 
 
 def loss_value(model, mb):
@@ -98,7 +103,8 @@ def count(mb):
 
 
 def batch_long(g, rows):
-    return dict(idx=torch.randint(0, 50, (rows, 41), generator=g), targets=torch.randint(0, 50, (rows, 41), generator=g))
+    return dict(idx=torch.randint(0, 50, (rows, 41), generator=g),
+                targets=torch.randint(0, 50, (rows, 41), generator=g))
 
 
 def batch_sparse(g, rows):
@@ -115,8 +121,10 @@ def loss_sparse(model, mb):
     return kind(model, mb)[0], {}
 
 
-CASES = dict(sparse=('lm', batch_sparse, loss_sparse), long=('lm', batch_long, loss_lm), lm=('lm', batch_lm, loss_lm),
-             packed=('lm', batch_packed, loss_packed), rl=('lm', batch_rl, loss_rl), value=('scalar', batch_rl, loss_value))
+CASES = dict(sparse=('lm', batch_sparse, loss_sparse), long=('lm', batch_long, loss_lm),
+             lm=('lm', batch_lm, loss_lm),
+             packed=('lm', batch_packed, loss_packed), rl=('lm', batch_rl, loss_rl),
+             value=('scalar', batch_rl, loss_value))
 
 
 def micros_of(case, step, mesh=parallel.ALONE, rows=8, size=2):
@@ -146,14 +154,16 @@ def single(case, shape, dtype, steps=3, clip=0.05):
         if step == 0:
             out['grads'] = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         out['loss'].append(loss_sum)
-        out['norm'].append(float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)))
+        out['norm'].append(float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters()
+                                                                 if p.requires_grad], clip)))
         opt.step()
         opt.zero_grad()
     out['weights'] = {n: p.detach().clone() for n, p in model.named_parameters()}
     return out
 
 
-def run_layout(case, shape, dtype, layout, steps=3, clip=0.05, layers=None, checkpointing=False, schedule=None):
+def run_layout(case, shape, dtype, layout, steps=3, clip=0.05, layers=None, checkpointing=False,
+               schedule=None):
     """The same through parallel -> the same dictionary, and (mesh, model, optimizer)."""
     head, _, loss_of = CASES[case]
     mesh, full = parallel.init(device='cpu', **layout), make(shape, head, dtype)
@@ -185,7 +195,8 @@ def worst(a, b):
     err = max(abs(x - y) for k in ('loss', 'norm') for x, y in zip(a[k], b[k]))
     for k in ('grads', 'weights'):
         assert a[k].keys() == b[k].keys()
-        err = max([err] + [float((a[k][n] - b[k][n]).abs().max() / max(1.0, float(b[k][n].abs().max()))) for n in b[k]])
+        err = max([err] + [float((a[k][n] - b[k][n]).abs().max() / max(1.0, float(b[k][n].abs().max())))
+                           for n in b[k]])
     return err
 
 
@@ -194,12 +205,14 @@ def check_ranks(world, tmp_path, *calls):
     them fails the test. The processes are forked from a clean server that has imported torch once: three
     seconds less for each of them."""
     multiprocessing.set_forkserver_preload(['test_parallel'])
-    mp.start_processes(_enter, (world, str(tmp_path / f'store{time.time()}'), calls), nprocs=world, start_method='forkserver')
+    mp.start_processes(_enter, (world, str(tmp_path / f'store{time.time()}'), calls), nprocs=world,
+                       start_method='forkserver')
 
 
 def _enter(rank, world, store, calls):
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group('gloo', store=dist.FileStore(store, world), rank=rank, world_size=world,
+                            timeout=timedelta(seconds=60))
     for fn, *args in calls:
         fn(rank, *args)
     if dist.is_initialized():
@@ -238,7 +251,8 @@ f64, f32 = torch.float64, torch.float32
 
 
 def layouts(world):
-    return [dict(tp=tp, pp=pp, cp=cp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for cp in (1, 2, 4, 8) if world % (tp * pp * cp) == 0]
+    return [dict(tp=tp, pp=pp, cp=cp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for cp in (1, 2, 4, 8)
+            if world % (tp * pp * cp) == 0]
 
 
 def test_world_of_one():
@@ -253,13 +267,15 @@ SIMPLE = dict(schedule=parallel.all_forward_all_backward)
 def test_two_ranks(tmp_path):
     """Every axis alone, every ZeRO stage, every kind of loss."""
     jobs = [('lm', GPT2, f64, dict(zero=z), {}) for z in (0, 1, 2, 3)]
-    jobs += [('rl', QWEN3, f64, dict(tp=2), {}), ('value', GPT2, f64, dict(tp=2), {}), ('packed', QWEN2, f64, dict(tp=2), {})]
+    jobs += [('rl', QWEN3, f64, dict(tp=2), {}), ('value', GPT2, f64, dict(tp=2), {}),
+             ('packed', QWEN2, f64, dict(tp=2), {})]
     jobs += [('lm', GPT2, f64, dict(pp=2), dict(layers=(3, 1))), ('rl', QWEN3, f64, dict(pp=2), {})]
     jobs += [('value', GPT2, f32, dict(pp=2), {}), ('lm', GPT2, f64, dict(pp=2), SIMPLE)]
     jobs += [('rl', QWEN3, f64, dict(cp=2, zero=1), {}), ('packed', QWEN2, f64, dict(cp=2), {})]
     jobs += [('long', QWEN3, f64, dict(cp=2, zero=3), {}), ('value', GPT2, f64, dict(cp=2), {})]
     jobs += [('sparse', GPT2, f64, dict(cp=2, zero=3), {}), ('sparse', GPT2, f64, dict(tp=2), {})]
-    jobs += [('lm', dict(GPT2, lora=2), f64, dict(zero=2), {}), ('rl', dict(GPT2, lora=2), f64, dict(pp=2), {})]
+    jobs += [('lm', dict(GPT2, lora=2), f64, dict(zero=2), {}),
+             ('rl', dict(GPT2, lora=2), f64, dict(pp=2), {})]
     jobs += [('lm', GPT2, f64, dict(zero=3), dict(checkpointing=True)), ('rl', QWEN3, f32, dict(zero=2), {})]
     tensor = [(GPT2, dict(tp=2), f32, True), (QWEN3, dict(tp=2), f32, True)]
     check_ranks(2, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (zero3_holds_two_layers,),
@@ -270,7 +286,8 @@ def test_two_ranks(tmp_path):
 def test_three_ranks(tmp_path):
     """Numbers that are no powers of two; and 1F1B beside the simple schedule, to the bit."""
     three = {**GPT2, 'n_head': 3, 'n_embd': 48, 'n_layer': 5}
-    jobs = [('rl', three, f64, dict(tp=3), {}), ('lm', three, f64, dict(pp=3), {}), ('packed', three, f64, dict(cp=3), {}),
+    jobs = [('rl', three, f64, dict(tp=3), {}), ('lm', three, f64, dict(pp=3), {}),
+            ('packed', three, f64, dict(cp=3), {}),
             ('value', three, f64, dict(pp=3), SIMPLE), ('lm', three, f64, dict(cp=3, zero=3), {})]
     check_ranks(3, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (schedules_agree,))
 
@@ -290,7 +307,7 @@ def leaves_no_thread(rank):
     mesh = parallel.init(tp=2, device='cpu')
     mesh.barrier()
     mesh.close()
-    assert not any('gloo' in open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task'))
+    assert not any('gloo' in path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm'))
     assert len(os.listdir('/proc/self/fd')) <= before
 
 
@@ -299,7 +316,7 @@ def test_close_leaves_no_thread(tmp_path):
     check_ranks(2, tmp_path, (leaves_no_thread,))
 
 
-# ---- the rest of the interface -------------------------------------------------------------------------------------------
+# ---- the rest of the interface
 
 
 def interface(rank, world):
@@ -307,11 +324,14 @@ def interface(rank, world):
     first = torch.rand(3)
     mesh.split_seeds(3)
     every = mesh.everyone.all_gather(torch.stack([first, torch.rand(3)])[None])
-    assert all(torch.equal(e[0], first) for e in every) and len({tuple(e[1].tolist()) for e in every}) == world
+    assert all(torch.equal(e[0], first) for e in every) and len({tuple(e[1].tolist())
+                                                                 for e in every}) == world
     full = make(QWEN2)
     whole, reference = dict(full.state_dict()), {k: v.clone() for k, v in full.state_dict().items()}
     micros = micros_of('rl', 0, size=4)
-    fn = lambda model, mb: model.logprobs(mb['idx'], mask=mb['mask'], entropy=True)
+
+    def fn(model, mb):
+        return model.logprobs(mb['idx'], mask=mb['mask'], entropy=True)
     with torch.no_grad():
         want, logits = [fn(full, mb) for mb in micros], full(micros[0]['idx'], mask=micros[0]['mask'])[0]
     model = parallel.shard(full, mesh)
@@ -320,7 +340,8 @@ def interface(rank, world):
     got, = parallel.evaluate(model, micros[:1], lambda m, mb: m(mb['idx'], mask=mb['mask'])[0])
     assert (got - logits)[micros[0]['mask']].abs().max() < 1e-12  # vocabulary of 50 on 2 ranks, gathered
     assert equal(parallel.full_state(model), reference)
-    assert whole.keys() == reference.keys() and set(model.state_dict()) == (set(reference) if mesh.master else set())
+    assert whole.keys() == reference.keys()
+    assert set(model.state_dict()) == (set(reference) if mesh.master else set())
     opt = parallel.Optimizer(model, mesh, 1e-2)
     out = parallel.forward_backward(model, opt, micros, loss_rl, [count(mb) for mb in micros])
     assert out['bubble_ideal'] == 1 / 3 and 0 < out['bubble'] < 1 and out['entropy'] > 0
@@ -331,14 +352,14 @@ def interface(rank, world):
     bad = make(GPT2, seed=rank)
     with pytest.raises(ValueError, match='different weights .wte.weight.'):
         parallel.shard(bad, mesh)
-    for shape, layout, message in [(dict(GPT2, n_head=3, n_embd=48), {}, 'nearest that works is '
-                                                                         '--tp=1'), (dict(GPT2, n_inner=33), {}, 'MLP width 33'),
-                                   (dict(GPT2, dropout=0.1), {}, 'dropout 0.1 is not '
-                                                                 'supported'), (GPT2, dict(layers=(4, 0)), 'at least one'),
-                                   (dict(GPT2, n_layer=1), {}, 'nearest that works is --pp=1'),
-                                   (dict(GPT2, lora=2), {}, 'lora with tp 2 is not supported')]:
+    for shape, layers, message in [
+            (dict(GPT2, n_head=3, n_embd=48), None, 'nearest that works is --tp=1'),
+            (dict(GPT2, n_inner=33), None, 'MLP width 33'),
+            (dict(GPT2, n_layer=1), None, 'nearest that works is --pp=1'),
+            (dict(GPT2, dropout=0.1), None, 'dropout 0.1 is not supported'), (GPT2, (4, 0), 'at least one'),
+            (dict(GPT2, lora=2), None, 'lora with tp 2 is not supported')]:
         with pytest.raises(ValueError, match=message):
-            parallel.shard(make(shape), mesh, **layout)
+            parallel.shard(make(shape), mesh, layers)
     leave(mesh)
 
 
@@ -348,7 +369,8 @@ def zero3_holds_two_layers(rank):
     mesh = parallel.init(zero=3, device='cpu')
     model = parallel.shard(make(dict(GPT2, n_layer=8), dtype=f32), mesh)
     opt = parallel.Optimizer(model, mesh, 1e-3)
-    size, most, gather = (lambda: sum(b.full.untyped_storage().nbytes() for b in opt.buckets)), [0], parallel.Bucket.gather
+    size, most, gather = (lambda: sum(b.full.untyped_storage().nbytes()
+                                      for b in opt.buckets)), [0], parallel.Bucket.gather
 
     def spy(self, wait=True):
         gather(self, wait)
@@ -357,8 +379,10 @@ def zero3_holds_two_layers(rank):
     assert size() == 0
     micros = micros_of('lm', 0)
     parallel.forward_backward(model, opt, micros, loss_lm, [count(mb) for mb in micros])
-    layer, table = (max(b.full.nbytes for b in opt.buckets if b.parts[0].name.startswith(part)) for part in ('h.', 'wte'))
-    assert size() == 0 and 2 * layer <= most[0] < 2.5 * layer + table and most[0] < 0.6 * sum(b.full.nbytes for b in opt.buckets)
+    layer, table = (max(b.full.nbytes for b in opt.buckets if b.parts[0].name.startswith(part))
+                    for part in ('h.', 'wte'))
+    assert size() == 0 and 2 * layer <= most[0] < 2.5 * layer + table
+    assert most[0] < 0.6 * sum(b.full.nbytes for b in opt.buckets)
     parallel.Bucket.gather = gather
     leave(mesh)
 
@@ -374,7 +398,8 @@ def reductions_are_few(rank):
         micros = micros_of('lm', 0, mesh)
         parallel.forward_backward(opt.model, opt, micros, loss_lm)
         parallel.Bucket.reduce = reduce
-        assert len(micros) == 2 and len(seen) == times * len(opt.buckets) and seen[:len(opt.buckets)] == opt.buckets
+        assert len(micros) == 2 and len(seen) == times * len(opt.buckets)
+        assert seen[:len(opt.buckets)] == opt.buckets
         leave(mesh)
 
 
@@ -410,10 +435,13 @@ def engines(rank, cases):
     """infer.Engine on tensor-parallel weights, the ranks of a group in step: tokens and log-probs of the
     plain engine, before and after an update; greedy, filtered, penalised, several samples a prompt, memory so
     short that requests are thrown out and start over."""
-    prompts, P = [[3, 7, 7, 1, 9], [3, 7, 7, 1, 9, 4, 4, 20, 21, 3, 7, 7, 1, 9, 4, 4, 20, 22], [5], list(range(30))], infer.SamplingParams
-    params = [P(12, seed=1, logprobs=2), P(12, 0.7, top_k=9, top_p=0.9, seed=2, n=3), P(12, 0.0, repetition_penalty=1.3), P(12, 1.3, min_p=0.02, seed=3, n=2, logit_bias={4: 2.0})]
+    shared, P = [3, 7, 7, 1, 9, 4, 4, 20, 21, 3, 7, 7, 1, 9, 4, 4, 20, 22], infer.SamplingParams
+    prompts = [shared[:5], shared, [5], list(range(30))]
+    params = [P(12, seed=1, logprobs=2), P(12, 0.7, top_k=9, top_p=0.9, seed=2, n=3),
+              P(12, 0.0, repetition_penalty=1.3), P(12, 1.3, min_p=0.02, seed=3, n=2, logit_bias={4: 2.0})]
+    options = dict(num_blocks=14, block_size=4, max_num_batched_tokens=24)
     for shape, layout, dtype, in_place in cases:
-        mesh, full, options = parallel.init(device='cpu', **layout), make(shape, dtype=f32), dict(num_blocks=14, block_size=4, max_num_batched_tokens=24)
+        mesh, full = parallel.init(device='cpu', **layout), make(shape, dtype=f32)
         kernels.use('torch')  # blocks of 4 tokens are too small for C
         plain = infer.Engine(copy.deepcopy(full).to(dtype), **options) if rank == 0 else None
         kernels.use('auto')
@@ -424,13 +452,16 @@ def engines(rank, cases):
         for step in range(2):
             parallel.refresh(engine, model)
             state, done = parallel.full_state(model), engine.generate(prompts, params)
-            assert mesh.everyone.share_object([c.token_ids for c in done], 0, 'tokens') == [c.token_ids for c in done]
-            if dtype != f32:  # sums in another order round otherwise: the log-probs are the trainer's to bfloat16's precision
+            assert mesh.everyone.share_object([c.token_ids for c in done], 0,
+                                              'tokens') == [c.token_ids for c in done]
+            # sums in another order round otherwise: the log-probs are the trainer's to bfloat16's precision
+            if dtype != f32:
                 assert mismatch(engine, done, model)['max'] < 0.05
             elif rank == 0:
                 plain.load_weights(state)
                 for a, b in zip(done, plain.generate(prompts, params), strict=True):
-                    assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason, (shape['arch'], layout, step, a, b)
+                    assert (a.token_ids, a.finish_reason) == (b.token_ids,
+                                                              b.finish_reason), (layout, step, a, b)
                     for x, y in ((a.logprobs, b.logprobs), (a.raw_logprobs, b.raw_logprobs)):
                         assert (torch.tensor(x) - torch.tensor(y)).abs().max() < 1e-5
                 assert engine.stats() == plain.stats()
@@ -440,7 +471,7 @@ def engines(rank, cases):
         leave(mesh)
 
 
-# ---- checkpoints: written on one layout, read on another ---------------------------------------------------------------
+# ---- checkpoints: written on one layout, read on another
 
 
 def resumed(path, mesh, shape=GPT2, dtype=f64):
@@ -466,11 +497,13 @@ def checkpoints(rank, folder):
         mesh = parallel.init(pp=2, cp=2, zero=3, device='cpu')
         model, opt, saved = resumed(path(f'{name}-a'), mesh, dtype=dtype)
         assert saved['iter'] == 2 and saved['config'] == {'seed': 1}
-        assert torch.equal(torch.rand(1), draw)  # as many ranks as wrote it: each goes on with its own numbers
+        # as many ranks as wrote it: each goes on with its own numbers
+        assert torch.equal(torch.rand(1), draw)
         parallel.save_checkpoint(path(f'{name}-b'), mesh, model, opt, iter=2, config={'seed': 1})
         if dtype == f64:  # and it goes on as the single process does
             micros = micros_of('lm', 2)
-            loss = parallel.forward_backward(model, opt, micros, loss_lm, [count(mb) for mb in micros])['loss']
+            loss = parallel.forward_backward(model, opt, micros, loss_lm,
+                                             [count(mb) for mb in micros])['loss']
             parallel.clip_and_step([opt], [1e-2], 0.05)
             parallel.save_checkpoint(path('after'), mesh, model, opt, iter=3)
             assert abs(loss - single('lm', GPT2, f64)['loss'][2]) < 1e-10
@@ -481,25 +514,29 @@ def checkpoints(rank, folder):
 def test_four_ranks(tmp_path):
     """Axes together; then the interface on a grid; then checkpoints across layouts, read here by one
     process."""
-    jobs = [('lm', GPT2, f64, dict(tp=2, zero=3), {}), ('packed', QWEN2, f64, dict(tp=4), {}), ('rl', QWEN3, f64, dict(tp=4), {}),
-            ('lm', GPT2, f64, dict(pp=2, zero=2), {}), ('rl', GPT2, f64, dict(pp=4), {}), ('lm', QWEN2, f64, dict(tp=2, pp=2), {}),
-            ('value', QWEN3, f64, dict(tp=2, cp=2), {}), ('long', GPT2, f64, dict(cp=4), {}), ('packed', GPT2, f64, dict(pp=2, cp=2), {}),
-            ('rl', QWEN3, f32, dict(cp=2, zero=3), {}), ('lm', GPT2, f64, dict(pp=2, zero=3), {}), ('long', QWEN3, f64, dict(tp=2, cp=2), {})]
-    check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (interface, 4), (checkpoints, str(tmp_path)),
+    jobs = [('lm', GPT2, f64, dict(tp=2, zero=3), {}), ('packed', QWEN2, f64, dict(tp=4), {}),
+            ('rl', QWEN3, f64, dict(tp=4), {}),
+            ('lm', GPT2, f64, dict(pp=2, zero=2), {}), ('rl', GPT2, f64, dict(pp=4), {}),
+            ('lm', QWEN2, f64, dict(tp=2, pp=2), {}),
+            ('value', QWEN3, f64, dict(tp=2, cp=2), {}), ('long', GPT2, f64, dict(cp=4), {}),
+            ('packed', GPT2, f64, dict(pp=2, cp=2), {}),
+            ('rl', QWEN3, f32, dict(cp=2, zero=3), {}), ('lm', GPT2, f64, dict(pp=2, zero=3), {}),
+            ('long', QWEN3, f64, dict(tp=2, cp=2), {})]
+    check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)), (interface, 4),
+                (checkpoints, str(tmp_path)),
                 (engines, [(QWEN2, dict(tp=2, pp=2), f32, False)]))
-    read = lambda name: torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)
     for name in ('float64', 'bfloat16'):
-        a, b = read(f'{name}-a'), read(f'{name}-b')
+        a, b = ckpt(tmp_path / f'{name}-a'), ckpt(tmp_path / f'{name}-b')
         assert set(a) == {'model', 'optimizer', 'iter', 'config', 'rng'} and len(a['rng']) == 4
         assert equal(a['model'], b['model']) and equal(a['optimizer'], b['optimizer'])
-    assert 'master' in read('bfloat16-a')['optimizer'] and 'master' not in read('float64-a')['optimizer']
+        assert ('master' in a['optimizer']) == (name == 'bfloat16')
     # one process reads it, trains on, and arrives where four ranks and where torch alone arrive
     mesh = parallel.init(device='cpu')
     model, opt, _ = resumed(str(tmp_path / 'float64-a' / 'ckpt.pt'), mesh)
     micros = micros_of('lm', 2)
     parallel.forward_backward(model, opt, micros, loss_lm, [count(mb) for mb in micros])
     parallel.clip_and_step([opt], [1e-2], 0.05)
-    reference, after = single('lm', GPT2, f64)['weights'], read('after')['model']
+    reference, after = single('lm', GPT2, f64)['weights'], ckpt(tmp_path / 'after')['model']
     for n, p in model.named_parameters():
         assert (p - reference[n]).abs().max() < 1e-10 and (after[n] - reference[n]).abs().max() < 1e-10, n
     # what four ranks wrote exports to Hugging Face's format
@@ -508,17 +545,21 @@ def test_four_ranks(tmp_path):
 
 
 def test_a_stage_in_float16_goes_on_with_its_scale(tmp_path):
-    """A stage trains in float16 near its float32 losses; its checkpoint holds the loss scale, and a resumed run has it."""
+    """A stage trains in float16 near its float32 losses; its checkpoint holds the loss scale, and a resumed
+    run has it."""
     jsonl(tmp_path / 'text.jsonl', [dict(text=f'row {i} of text') for i in range(12)])
-    keys = ['--dataset=text.jsonl', '--val_dataset=text.jsonl', '--batch_size=4', '--eval_iters=1', '--n_layer=2',
+    keys = ['--dataset=text.jsonl', '--val_dataset=text.jsonl', '--batch_size=4', '--eval_iters=1',
+            '--n_layer=2',
             '--n_embd=32', '--n_head=2', '--block_size=32', '--learning_rate=1e-2', '--eval_interval=2']
     for dtype in ('float32', 'float16'):
         stage('sft.py', *keys, f'--dtype={dtype}', f'--out_dir={dtype}', '--max_iters=4', cwd=tmp_path)
     losses = [[row['loss'] for row in log_rows(tmp_path / dtype, 'eval')] for dtype in ('float32', 'float16')]
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
     saved = ckpt(tmp_path / 'float16')
-    assert saved['optimizer']['scale'] == [65536.0, 4] and all(v.dtype == torch.float32 for v in saved['model'].values())
-    stage('sft.py', *keys, '--dtype=float16', '--init_from=resume', '--out_dir=float16', '--max_iters=6', cwd=tmp_path)
+    assert saved['optimizer']['scale'] == [65536.0, 4] and all(v.dtype == torch.float32
+                                                               for v in saved['model'].values())
+    stage('sft.py', *keys, '--dtype=float16', '--init_from=resume', '--out_dir=float16', '--max_iters=6',
+          cwd=tmp_path)
     assert ckpt(tmp_path / 'float16')['optimizer']['scale'] == [65536.0, 6]
 
 
@@ -545,7 +586,8 @@ def test_float16_skips_a_step_and_halves_its_scale(shape):
     assert torch.equal(before, model.wte.weight)
     opt.scale, opt.good = 1024.0, 1999
     parallel.forward_backward(model, opt, micros, loss_half)
-    assert parallel.clip_and_step([opt], [1e-2], 1.0) > 0 and (opt.scale, opt.good) == (2048.0, 0) and opt.steps() == 1
+    assert parallel.clip_and_step([opt], [1e-2], 1.0) > 0 and (opt.scale,
+                                                               opt.good) == (2048.0, 0) and opt.steps() == 1
     again = parallel.Optimizer(make(shape, dtype=f32), mesh, 1e-2, scale=2.0 ** 16)
     again.load_state_dict(opt.state_dict())
     assert again.scale == 2048.0
@@ -555,7 +597,8 @@ def test_float16_skips_a_step_and_halves_its_scale(shape):
 
 
 def test_refusals_of_one_process():
-    for wrong, message in [(dict(tp=2), 'torchrun --nproc_per_node=2'), (dict(zero=4), 'zero 4'), (dict(cp=0), 'cp 0')]:
+    for wrong, message in [(dict(tp=2), 'torchrun --nproc_per_node=2'), (dict(zero=4), 'zero 4'),
+                           (dict(cp=0), 'cp 0')]:
         with pytest.raises(ValueError, match=message):
             parallel.init(device='cpu', **wrong)
     mesh, model = parallel.init(device='cpu'), make(GPT2)
@@ -563,14 +606,16 @@ def test_refusals_of_one_process():
     with pytest.raises(ValueError, match='nothing to learn from'):
         parallel.forward_backward(model, opt, micros_of('lm', 0, rows=4), loss_lm, [0, 0])
     before = model.wte.weight.clone()
-    parallel.forward_backward(model, opt, micros_of('lm', 0, rows=2), lambda m, mb: (loss_lm(m, mb)[0] * float('nan'), {}))
+    parallel.forward_backward(model, opt, micros_of('lm', 0, rows=2), lambda m,
+                              mb: (loss_lm(m, mb)[0] * float('nan'), {}))
     with pytest.raises(ValueError, match='gradient norm is nan'):
         parallel.clip_and_step([opt], [1e-2])
     assert torch.equal(before, model.wte.weight)
 
 
 def test_zigzag():
-    assert parallel.zigzag(8, 2, 0).tolist() == [0, 1, 6, 7] and parallel.zigzag(8, 2, 1).tolist() == [2, 3, 4, 5]
+    assert parallel.zigzag(8, 2, 0).tolist() == [0, 1, 6,
+                                                 7] and parallel.zigzag(8, 2, 1).tolist() == [2, 3, 4, 5]
     assert sorted(sum((parallel.zigzag(24, 4, r).tolist() for r in range(4)), [])) == list(range(24))
 
 
@@ -580,106 +625,32 @@ def test_plan_counts_what_shard_cuts():
     model = make(GPT2, dtype=f32)
     n = sum(p.numel() for p in model.parameters())
     one = parallel.plan(model)
-    assert one['weights'] == 4 * n and one['gradients'] == 4 * n and one['optimizer'] == 8 * n and 16 * n < one['total'] < 18 * n
+    assert one['weights'] == one['gradients'] == 4 * n and one['optimizer'] == 8 * n
+    assert 16 * n < one['total'] < 18 * n
     assert parallel.plan(model, dp=4, zero=1)['optimizer'] == 2 * n
     assert parallel.plan(model, tp=2)['weights'] < 0.6 * 4 * n
-    assert parallel.plan(model, itemsize=2)['optimizer'] == 12 * n and parallel.plan(model, itemsize=2)['weights'] == 2 * n
+    half = parallel.plan(model, itemsize=2)
+    assert half['optimizer'] == 12 * n and half['weights'] == 2 * n
 
-
-# ---- failure: a rank dies, a rank hangs --------------------------------------------------------------------------------
-
-SCRIPT = """
-import json, os, signal, sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
-import parallel
-from test_parallel import GPT2, count, loss_lm, make, micros_of, resumed
-mode, folder, layout, last = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), 6
-path = os.path.join(folder, 'ckpt.pt')
-mesh = parallel.init(device='cpu', dist_timeout=12 if mode in ('hang', 'stop') else 60, **layout)
-again, start = mesh.restarted(folder), 0
-mesh.barrier()
-mesh.mark(folder)
-mesh.listen()
-if mode == 'resume' or again:
-    model, opt, saved = resumed(path, mesh)
-    start = saved['iter']
-else:
-    model = parallel.shard(make(GPT2), mesh)
-    opt = parallel.Optimizer(model, mesh, 1e-2, (0.9, 0.95), 1e-8, 0.1)
-for it in range(start, last):
-    if it == 3 and mesh.rank == mesh.world - 1 and not again:
-        if mode == 'kill': os.kill(os.getpid(), signal.SIGKILL)
-        if mode == 'hang': time.sleep(60)
-        if mode == 'stop': os.kill(os.getpid(), signal.SIGSTOP)
-    micros = micros_of('lm', it, mesh)
-    loss = parallel.forward_backward(model, opt, micros, loss_lm, [count(mb) for mb in micros])['loss']
-    parallel.clip_and_step([opt], [1e-2], 1.0)
-    if mesh.master: print(f'iter {{it}} loss {{loss:.12f}}', flush=True)
-    parallel.save_checkpoint(path, mesh, model, opt, iter=it + 1)
-mesh.close()
-"""
-
-
-def torchrun(tmp_path, mode, folder, layout, n=2, extra=()):
-    script = tmp_path / 'train.py'
-    script.write_text(SCRIPT.format(root=conftest.ROOT, tests=os.path.join(conftest.ROOT, 'tests')))
-    os.makedirs(folder, exist_ok=True)
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *extra, str(script), mode, str(folder), json.dumps(layout)]
-    start = time.time()
-    with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-        try:
-            out, err = p.communicate(timeout=150)
-        except subprocess.TimeoutExpired:
-            p.terminate()  # not kill: torchrun then ends its workers, which have a session of their own
-            raise
-    r = subprocess.CompletedProcess(cmd, p.returncode, out, err)
-    return r, [x for x in r.stdout.split('\n') if x.startswith('iter')], time.time() - start
-
-
-def test_a_killed_rank_is_named_and_the_restart_goes_on(tmp_path):
-    """kill -9 of a rank after three steps: the other says in which collective, who is silent and from what to
-    resume, torchrun who died and of what; it starts both again, they go on from the checkpoint, and the
-    losses are those of a run that nobody disturbed."""
-    r, lines, _ = torchrun(tmp_path, 'kill', tmp_path / 'a', dict(zero=2), extra=['--max_restarts=1'])
-    said = [x for x in r.stderr.split('\n') if 'parallel: rank 0 (dp 0 pp 0 cp 0 tp 0) of 2' in x]
-    assert said and 'iter 3)' in said[0] and '--init_from=resume' in said[0], r.stderr[-2000:]
-    assert 'no word from rank 1 (dp 1 pp 0 cp 0 tp 0)' in said[0] and 'over dp [0, 1] failed' in said[0]
-    assert '-9' in r.stderr and 'local_rank: 1' in r.stderr
-    assert r.returncode == 0 and len(lines) == 6, r.stderr[-2000:]
-    for line, loss in zip(lines, single('lm', GPT2, f64, steps=6, clip=1.0)['loss']):
-        assert abs(float(line.split()[3]) - loss) < 1e-10, line
-
-
-# slow: torchrun waits 30 s before it kills a stopped process
-@pytest.mark.parametrize('mode', ['hang', pytest.param('stop', marks=pytest.mark.slow)])
-def test_a_hang_is_named_and_another_layout_resumes(tmp_path, mode):
-    """A rank that sleeps, and one that is stopped (SIGSTOP): the other gives up after dist_timeout and says
-    who, where and what now."""
-    hung, lines, _ = torchrun(tmp_path, mode, tmp_path / 'h', dict(tp=2))
-    said = [x for x in hung.stderr.split('\n') if 'parallel: rank 0 (dp 0 pp 0 cp 0 tp 0) of 2' in x]
-    assert hung.returncode != 0 and said, hung.stderr[-2000:]
-    assert 'no word from rank 1 (dp 0 pp 0 cp 0 tp 1)' in said[0] and 'iter 3)' in said[0], said
-    seconds = float(said[0].split('failed after ')[1].split(' s')[0])
-    assert 'reduce_scatter over tp [0, 1] failed' in said[0] and 12 <= seconds < 30 and len(lines) == 3, said
-    again, rest, _ = torchrun(tmp_path, 'resume', tmp_path / 'h', dict(pp=2, zero=1), n=4)
-    assert again.returncode == 0, again.stderr[-2000:]
-    for line, loss in zip(lines + rest, single('lm', GPT2, f64, steps=6, clip=1.0)['loss'], strict=True):
-        assert abs(float(line.split()[3]) - loss) < 1e-10, line
 
 
 @pytest.mark.slow
 def test_eight_ranks(tmp_path):
-    jobs = [('lm', GPT2, f64, dict(tp=2, pp=2, cp=2), {}), ('rl', QWEN3, f64, dict(tp=2, pp=2, zero=3), {}), ('packed', QWEN2, f64, dict(tp=2, cp=2, zero=2), {}),
-            ('value', QWEN2, f64, dict(pp=2, cp=2, zero=1), {}), ('long', GPT2, f64, dict(tp=4, cp=2), {}), ('lm', GPT2, f64, dict(zero=3), {}),
+    jobs = [('lm', GPT2, f64, dict(tp=2, pp=2, cp=2), {}), ('rl', QWEN3, f64, dict(tp=2, pp=2, zero=3), {}),
+            ('packed', QWEN2, f64, dict(tp=2, cp=2, zero=2), {}),
+            ('value', QWEN2, f64, dict(pp=2, cp=2, zero=1), {}), ('long', GPT2, f64, dict(tp=4, cp=2), {}),
+            ('lm', GPT2, f64, dict(zero=3), {}),
             ('lm', {**GPT2, 'n_head': 8}, f64, dict(tp=8), {})]
     check_ranks(8, tmp_path, (check_all, jobs, references(tmp_path, jobs)))
 
 
 @pytest.mark.slow
 def test_every_combination_of_four_ranks(tmp_path):
-    jobs = [(case, shape, f64, dict(lay, zero=zero), {}) for i, lay in enumerate(layouts(4)) for zero in (0, 1, 2, 3)
-            for k, (case, shape) in enumerate([('lm', GPT2), ('rl', {**QWEN3, 'n_layer': 4}), ('packed', {**QWEN2, 'n_layer': 4}), ('value', GPT2)]) if (i + k + zero) % 4 == 0]
+    jobs = [(case, shape, f64, dict(lay, zero=zero), {}) for i, lay in enumerate(layouts(4))
+            for zero in (0, 1, 2, 3)
+            for k, (case, shape) in enumerate([('lm', GPT2), ('rl', {**QWEN3, 'n_layer': 4}),
+                                               ('packed', {**QWEN2, 'n_layer': 4}), ('value', GPT2)])
+                                               if (i + k + zero) % 4 == 0]
     check_ranks(4, tmp_path, (check_all, jobs, references(tmp_path, jobs)),
-                (engines, [(QWEN3, dict(tp=4), f32, True), (GPT2, dict(tp=2, zero=3), f32, False), (QWEN3, dict(tp=2), torch.bfloat16, False)]))
+                (engines, [(QWEN3, dict(tp=4), f32, True), (GPT2, dict(tp=2, zero=3), f32, False),
+                           (QWEN3, dict(tp=2), torch.bfloat16, False)]))
