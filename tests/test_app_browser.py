@@ -542,6 +542,7 @@ def test_nothing_is_cut(served, chromium, theme):
             assert page.evaluate('document.documentElement.scrollWidth') <= width, (name, width)
             if shots:
                 page.screenshot(path=os.path.join(shots, f'{name}-{width}-{theme}.png'), full_page=True)
+    page.locator('#dashboard h2').first.wait_for()
     ink, paper = (page.evaluate(f'getComputedStyle(document.querySelector("{q}")).{style}')
                   for q, style in (('#dashboard h2', 'color'), ('body', 'backgroundColor')))
     ink, paper = (sum(map(int, re.findall(r'\d+', colour)[:3])) / 3 for colour in (ink, paper))
