@@ -1060,8 +1060,9 @@ def after_labels(page, desk):
                          placeholder='http://127.0.0.1:8000/v1')
         key = gr.Textbox(label='its key', type='password')
     with gr.Row():
-        names = ('Agreement with the labels', 'Let it label the rest', 'Stop the judge', 'Export')
-        agree, ask, halt, export = [gr.Button(name, min_width=120) for name in names]
+        agree, ask = [gr.Button(name, min_width=120)
+                      for name in ('Agreement with the labels', 'Let it label the rest')]
+        halt, export = [gr.Button(name, min_width=120) for name in ('Stop the judge', 'Export')]
 
     @polite()
     def agreed(name, judge):

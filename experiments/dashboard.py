@@ -99,7 +99,7 @@ def held(path: str) -> bool:
     except BlockingIOError:
         return True
     except OSError:  # not ours to open
-        pass
+        return False
     return False
 
 
@@ -476,7 +476,8 @@ def write_report(root, path) -> str:
     with files.replaced(path, 'w') as f:
         f.write(f'{REPORT}<meta name=viewport content="width=device-width,initial-scale=1">'
                 f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-                f'<style>{STYLES}{REPORT_STYLES}</style><body class=page><h1>plainRLHF: what the runs did</h1>'
+                f'<style>{STYLES}{REPORT_STYLES}</style>'
+                '<body class=page><h1>plainRLHF: what the runs did</h1>'
                 f'<p class=note>written {time.strftime("%Y-%m-%d %H:%M")}</p>{body}')
     return path
 

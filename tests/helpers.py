@@ -111,7 +111,7 @@ class Judge:
                 self.wfile.write(data)
 
             def log_message(self, *_):
-                """Quiet."""
+                return None
         self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server.server_port}/v1'
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

@@ -462,7 +462,7 @@ def test_finetune_lora_from_jsonl_and_all_weights_from_csv_then_export(page, ser
 # ---- dashboard
 def test_dashboard_and_report_opened_from_disk(page, served, chromium):
     tab(page, 'Dashboard')
-    page.locator('#dashboard svg').first.wait_for()
+    page.locator('#dashboard h2').first.wait_for()
     words = page.locator('#dashboard').inner_text()
     for part in ('Report card of the reward model', 'Mode collapse', 'Seen in out-ppo', 'broken log lines',
                  'Reliability', 'wins against SFT', 'gold and proxy', 'out-ppo: over-optimisation',
@@ -534,7 +534,7 @@ def test_nothing_is_cut(served, chromium, theme):
     page, shots = opened(chromium, served, color_scheme=theme), os.environ.get('APP_SHOTS')
     for name in ('Chat', 'Train', 'Finetune', 'Annotate', 'Dashboard'):
         tab(page, name)
-        ready = dict(Train='#start', Annotate='#labelled', Dashboard='#dashboard svg')
+        ready = dict(Train='#start', Annotate='#labelled', Dashboard='#dashboard h2')
         page.locator(ready.get(name, '#message, #upload')).locator('visible=true').first.wait_for()
         for width in (390, 1280):
             page.set_viewport_size(dict(width=width, height=800))
@@ -542,6 +542,7 @@ def test_nothing_is_cut(served, chromium, theme):
             assert page.evaluate('document.documentElement.scrollWidth') <= width, (name, width)
             if shots:
                 page.screenshot(path=os.path.join(shots, f'{name}-{width}-{theme}.png'), full_page=True)
+    page.locator('#dashboard h2').first.wait_for()
     ink, paper = (page.evaluate(f'getComputedStyle(document.querySelector("{q}")).{style}')
                   for q, style in (('#dashboard h2', 'color'), ('body', 'backgroundColor')))
     ink, paper = (sum(map(int, re.findall(r'\d+', colour)[:3])) / 3 for colour in (ink, paper))
