@@ -6,11 +6,11 @@ Three families of questions: facts of a little world, words of a kind ("Which is
 sums of two numbers, with steps. Each can be said in one word or in a sentence, by people of six manners
 (PEOPLE). The world is built so that every stage has something to do, and so that one sees it:
     text.jsonl       {"text"}: what a crawler would find. A question, somebody's answer, nearly always right,
-                     and what stands below it on the page. A base model of this knows things, and goes on with
-                     the page when it has answered.
+                     and what stands below it on the page. A base model of this goes on with the page when it
+                     has answered; quickstart's reads so little that it knows the words and hardly a fact.
     sft_*.jsonl      {"messages"}: answers of average people. One in five is wrong, and those who hedge or are
-                     rude are wrong most often. A model that imitates them is wrong as often as they are,
-                     though it knows better: that is the room that preferences have.
+                     rude are wrong most often. A model that imitates them is wrong as often as they are: that
+                     is the room that preferences have.
     pref_*.jsonl     {"prompt", "chosen", "rejected"}: two answers, chosen by gold.py's marks with the odds of
                      Bradley and Terry: a mark more wins 73 of 100 times, two 88, six 99.8. Half of the pairs
                      differ in what is right; here the polite are wrong as often as the rude. "tie": true
