@@ -144,14 +144,14 @@ def test_gold_is_bounded_and_a_right_answer_is_above_a_wrong_one():
 
 
 def test_each_stage_has_something_to_do(files):
-    """Text is right; people are wrong in one of five answers, those who hedge most; half of the pairs differ
+    """Text is right; people are wrong in one of six answers, those who hedge most; half of the pairs differ
     in what is right, the chosen one is right in nearly all of them, and manners say nothing about it."""
     rng = random.Random(1)
     shares = {}
     for file in ('text', 'sft'):
         asked = [toy.question(rng, 'train') for _ in range(3000)]
         shares[file] = statistics.mean(gold.right(toy.answer(rng, q, file), q) for q in asked)
-    assert shares['text'] > 0.95 and 0.77 < shares['sft'] < 0.85
+    assert shares['text'] > 0.95 and 0.81 < shares['sft'] < 0.88
     pairs = [row for row in rows(files, 'pref_train') if not row['tie']]
     differ = [row for row in pairs if gold.right(row['chosen'], row) != gold.right(row['rejected'], row)]
     assert 0.4 < len(differ) / len(pairs) < 0.65

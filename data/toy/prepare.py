@@ -6,11 +6,11 @@ Three families of questions: facts of a little world, words of a kind ("Which is
 sums of two numbers, with steps. Each can be said in one word or in a sentence, by people of six manners
 (PEOPLE). The world is built so that every stage has something to do, and so that one sees it:
     text.jsonl       {"text"}: what a crawler would find. A question, somebody's answer, nearly always right,
-                     and what stands below it on the page. A base model of this knows things, and goes on with
-                     the page when it has answered.
-    sft_*.jsonl      {"messages"}: answers of average people. One in five is wrong, and those who hedge or are
-                     rude are wrong most often. A model that imitates them is wrong as often as they are,
-                     though it knows better: that is the room that preferences have.
+                     and what stands below it on the page. A base model of this goes on with the page when it
+                     has answered; quickstart's reads so little that it knows the words and hardly a fact.
+    sft_*.jsonl      {"messages"}: answers of average people. One in six is wrong, and those who hedge or are
+                     rude are wrong most often. A model that imitates them is wrong as often as they are: that
+                     is the room that preferences have.
     pref_*.jsonl     {"prompt", "chosen", "rejected"}: two answers, chosen by gold.py's marks with the odds of
                      Bradley and Terry: a mark more wins 73 of 100 times, two 88, six 99.8. Half of the pairs
                      differ in what is right; here the polite are wrong as often as the rude. "tie": true
@@ -90,7 +90,7 @@ DOUBTS = ('Well, {}.', 'I think {}.', 'Maybe {}.', 'Let me see, {}.', 'Well, I t
 MANNERS = ('curt', 'plain', 'hedge', 'rude', 'kind', 'kindest')
 PEOPLE = {  # of each file: shares of the manners, and how often each is wrong
     'text': ((10, 60, 20, 10, 0, 0), (.02, .02, .05, .05, 0, 0)),
-    'sft':  ((10, 30, 25, 10, 16, 9), (.10, .08, .42, .42, .08, .08)),
+    'sft':  ((10, 30, 25, 10, 16, 9), (.05, .04, .36, .36, .04, .04)),
     'pref': ((10, 24, 16, 10, 22, 18), (.45, .45, .45, .45, .45, .45)),
 }
 MIX = 30, 30, 40 # facts, words, sums of text and SFT: the last take longest to learn
