@@ -374,14 +374,19 @@ def _in_force(layer):
 # ----------------------------------------------------------------------------------------------------
 # drawing a token
 
+@functools.lru_cache(None)
+def _draw():
+    lib = library('DRAW')
+    return lib and _declared(lib.draw, POINTER, INT, INT, INT, INT, *[POINTER] * 5)
+
+
 def draw(z, u, temperature):
     """kernels.draw for float32 logits z (n, V) whose rows are dense; None without a library."""
-    lib = library('DRAW')
-    if lib is None:
+    fn = _draw()
+    if fn is None:
         return None
     n, V = z.shape
     token, logp, raw = torch.empty(n, dtype=torch.long), torch.empty(n), torch.empty(n)
     numbers = [u.double().contiguous(), temperature.float().contiguous(), token, logp, raw]
-    fn = _declared(lib.draw, POINTER, INT, INT, INT, INT, *[POINTER] * 5)
     fn(z.data_ptr(), z.stride(0), n, V, min(map(len, numbers)), *(t.data_ptr() for t in numbers))
     return token, logp, raw

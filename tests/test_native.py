@@ -21,7 +21,7 @@ compiled = pytest.mark.skipif(not any(map(shutil.which, ('cc', 'gcc', 'clang')))
 @pytest.fixture
 def forget():
     """Nothing is compiled yet, nothing said; afterwards again as before."""
-    caches = native._compiler, native.library, native.docs, native._say
+    caches = native._compiler, native.library, native.docs, native._draw, native._say
     for cache in caches:
         cache.cache_clear()
     yield
