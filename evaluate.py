@@ -4,7 +4,7 @@
     python evaluate.py config/eval_toy.py --init_from=out-ppo --against=out-sft    # win rate by a gold scorer
     python evaluate.py --init_from=out-dpo --eval_file=asked.jsonl --against=said.jsonl --judge=http://host/v1
     python evaluate.py --init_from=out-sft --perplexity=data/toy/sft_val.jsonl
-    python evaluate.py --init_from=out-sft --eval_file=asked.jsonl --reward=out-reward --num_samples=8 \
+    python evaluate.py --init_from=out-sft --eval_file=asked.jsonl --reward=out-reward --num_samples=8 \\
         --temperature=1 --write=best.jsonl,pairs.jsonl     # rows for rejection-sampling SFT and online DPO
 The model answers every row of eval_file num_samples times; its answers are written before anybody marks them:
   1. reward: the file that training used, so that answers are read by the same eyes. pass@k without bias (Chen
