@@ -280,13 +280,15 @@ def own_folder(out_dir, mesh):
     ends, so a killed run blocks nobody; children made by fork do not keep it. ValueError where another
     process has it."""
     name = os.path.realpath(out_dir)
-    taken = False
-    if mesh.master and name not in owned:
-        try:
-            owned[name] = lock = files.locked(os.path.join(name, '.lock'), wait=False)
-            os.register_at_fork(after_in_child=lock.close)
-        except BlockingIOError:
-            taken = True
+    taken = mesh.master and name not in owned
+    for patience in (0.2, 0):  # who only looks whether it is held holds it for a moment
+        if taken:
+            try:
+                owned[name] = lock = files.locked(os.path.join(name, '.lock'), wait=False)
+                os.register_at_fork(after_in_child=lock.close)
+                taken = False
+            except BlockingIOError:
+                time.sleep(patience)
     if mesh.everyone.share_object(taken, 0, 'lock of the folder'):
         raise ValueError(f'{out_dir} is being written by a run right now: stop that one, or give another '
                          f'--out_dir')
