@@ -283,10 +283,10 @@ def held_out_pairs(run, policy, pairs, ref_logps, how):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset,
+    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset, max_rows,
     # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, lora_rslora,
     # lora_dora, weight_decay, beta1, beta2, device, dtype, compile, checkpointing, kernels, threads, tp,
-    # pp, cp, zero, dist_timeout
+    # pp, cp, zero, dist_timeout; rollout.py reads max_new_tokens, temperature
     if loss_type == 'kto':
         raise ValueError("loss_type 'kto' is a script of its own: python kto.py, with the same keys")
     if loss_type not in (*PAIRED, *REFERENCE_FREE):

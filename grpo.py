@@ -305,9 +305,9 @@ if __name__ == '__main__':
     # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset,
     # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_targets, lora_rslora, lora_dora,
     # weight_decay, beta1, beta2, compile, checkpointing, threads, tp, pp, cp, zero, dist_timeout;
-    # rollout.py reads dataset, max_prompt, long_prompts, reward_weights, temperature, max_num_seqs,
-    # rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers, reward_timeout,
-    # reward_retries, runtime
+    # rollout.py reads dataset, env, max_turns, max_prompt, long_prompts, reward_weights, temperature,
+    # max_num_seqs, rollout_tp, max_staleness, simulate_staleness, rollout_workers, reward_workers,
+    # reward_timeout, reward_retries, runtime
     if batch_size % minibatch_size or minibatch_size % group_size:
         fits = [m for m in range(group_size, batch_size + 1, group_size) if batch_size % m == 0]
         way = f'one of {fits}' if fits else f'a multiple of {group_size}, --batch_size to a multiple of that'

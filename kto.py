@@ -258,10 +258,10 @@ def held_out_answers(run, policy, items, ref_logps, batch_size, how):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset,
+    # ---- setup. Run reads the rest of the keys: init_from, overwrite, tokenizer, val_dataset, max_rows,
     # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, lora_rslora,
     # lora_dora, weight_decay, beta1, beta2, device, dtype, compile, checkpointing, kernels, threads, tp,
-    # pp, cp, zero, dist_timeout
+    # pp, cp, zero, dist_timeout; rollout.py reads max_new_tokens, temperature
     run = Run('kto', config)
     policy, tok = run.model()  # no dropout: policy and reference start equal
     T = min(block_size or policy.config.block_size, policy.config.block_size)

@@ -259,10 +259,10 @@ def normalise(run, model, sequences, name):
 
 # -----------------------------------------------------------------------------------------------------------
 if __name__ == '__main__':
-    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, eval_interval,
-    # save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, lora_rslora, lora_dora,
-    # weight_decay, beta1, beta2, device, dtype, compile, checkpointing, kernels, threads, tp, pp, cp, zero,
-    # dist_timeout
+    # ---- setup. Run reads the rest of the keys: overwrite, tokenizer, val_dataset, max_rows,
+    # eval_interval, save_minutes, log_to, lora_r, lora_alpha, lora_dropout, lora_targets, lora_rslora,
+    # lora_dora, weight_decay, beta1, beta2, device, dtype, compile, checkpointing, kernels, threads, tp,
+    # pp, cp, zero, dist_timeout
     run = Run('reward', config)
 
     # ---- 1. a language model with a scalar head
