@@ -209,8 +209,9 @@ def generate(name: str, rows: list) -> Answers:
         if len(ids) >= room:
             raise ValueError(f'{eval_file}, row {i}: the prompt has {len(ids)} tokens, '
                              f'the context of {name} is {room}: leave the row out, or take another model')
-    ways = dict(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop or None,
-                n=num_samples)
+    ways = dict(
+        max_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        stop=stop or None, n=num_samples)
     # two values of seed share no noise, not even on prompts that are alike
     params = [infer.SamplingParams(seed=seed * 1_000_003 + i, **ways) for i in range(len(rows))]
     done = infer.Engine(model, tok, max_num_seqs=max_num_seqs).generate(prompts, params)
@@ -282,7 +283,8 @@ def compare(by: str, rows: list, ours: Answers, theirs: Answers) -> list:
         key = os.environ.get(judge_key, '')
         asked = list(zip(prompts, ours.texts, theirs.texts))
         return outcomes_of(by, asked, model=judge_model, key=key, max_tokens=judge_tokens)
-    gaps = np.subtract(score(by, rows, ours), score(by, rows, theirs))
+    our_marks, their_marks = score(by, rows, ours), score(by, rows, theirs)
+    gaps = np.subtract(our_marks, their_marks)
     better = np.where(gaps > 0, 'wins', 'losses')
     return np.where(abs(gaps) <= tie, 'ties', better).tolist()
 
@@ -299,11 +301,13 @@ def accuracy(rows: list, ours: Answers, wanted: list, columns: dict) -> dict:
         return out  # a reward model does not say what is right
     right = [mark > 0.5 for mark in columns['scores']]
     for k in wanted:
-        out[f'pass@{k}'] = interval([pass_at_k(torch.tensor(paid), num_samples, k) for paid in by_row(right)])
+        hits = [pass_at_k(torch.tensor(paid), num_samples, k) for paid in by_row(right)]
+        out[f'pass@{k}'] = interval(hits)
     names = load_reward(reward).__globals__
     if 'extract_answer' in names:
         answers = by_row([names['extract_answer'](text) for text in ours.texts])
-        classes = [classes_of(*both, names.get('equal')) for both in zip(answers, by_row(right))]
+        equal = names.get('equal')
+        classes = [classes_of(*both, equal) for both in zip(answers, by_row(right))]
         for k in wanted:
             if k > 1:
                 out[f'maj@{k}'] = interval([maj_at_k(found, k) for found in classes])
@@ -313,7 +317,8 @@ def accuracy(rows: list, ours: Answers, wanted: list, columns: dict) -> dict:
 def win_rate(rows: list, ours: Answers, theirs: Answers, columns: dict) -> dict:
     """Wins + half the ties, flipped ones too; what the other said and who won go to the columns."""
     outcomes = compare(judge or reward, rows, ours, theirs)
-    columns |= dict(against=theirs.texts, outcomes=outcomes)
+    columns['against'] = theirs.texts
+    columns['outcomes'] = outcomes
     worth = {'wins': 1.0, 'losses': 0.0, 'ties': 0.5, 'flipped': 0.5}
     told = [[worth[name] for name in names if name in worth] for names in by_row(outcomes)]
     out = {'win rate': interval([fmean(marks) for marks in told if marks])}
@@ -336,7 +341,9 @@ def measure_perplexity(path: str) -> dict:
         raise ValueError(f'{path}: no row with a trained token')
     found = around(nats, tokens)
     exps = tuple(map(math.exp, found))
-    return {'nats a token': found, 'perplexity': exps, 'perplexity tokens': sum(tokens)}
+    return {
+        'nats a token': found, 'perplexity': exps,
+        'perplexity tokens': sum(tokens)}
 
 
 def best_answers(rows: list, texts: list, scores: list) -> list:
@@ -442,7 +449,8 @@ def evaluate_rows(wanted: list, path: str) -> dict:
     if write:
         write_training_rows(rows, columns)
     out |= diversity(ours.texts)
-    return out | dict(ended=fmean(ours.ended), tokens=ours.tokens, prompts=len(rows), samples=num_samples)
+    return out | dict(
+        ended=fmean(ours.ended), tokens=ours.tokens, prompts=len(rows), samples=num_samples)
 
 
 def main():

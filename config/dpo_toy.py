@@ -1,6 +1,7 @@
 # DPO on the same pairs, no reward model, no sampling.
 #     python dpo.py config/dpo_toy.py
-# 32 pairs a step, 240 steps = 7,680 of the pairs.
+# 32 pairs a step, 240 steps = 7,680 of the pairs. One seed, held-out prompts: right 67.8 % -> 77.5 %,
+# sums 75 -> 98 %, gold 5.6 -> 7.6.
 init_from = 'out-sft'
 out_dir = 'out-dpo'
 dataset = 'data/toy/pref_train.jsonl'
