@@ -22,6 +22,7 @@ def stage(script, *args, cwd, die_at_save=0):
         """Stands for kill -9 in this process."""
     argv, hook, threads, here, saves = sys.argv, sys.excepthook, torch.get_num_threads(), os.getcwd(), []
     save = parallel.save_checkpoint
+    running = 'actors' in sys.modules and sys.modules['actors'].is_initialized()
 
     def counted(path, *args, **rest):
         save(path, *args, **rest)
@@ -38,6 +39,8 @@ def stage(script, *args, cwd, die_at_save=0):
         out.write('killed')
     finally:
         parallel.save_checkpoint, sys.argv, sys.excepthook = save, argv, hook
+        if 'actors' in sys.modules and sys.modules['actors'].is_initialized() and not running:
+            sys.modules['actors'].shutdown()  # of a stage that ended in an error: its process would end here
         torch.set_num_threads(threads)
         os.chdir(here)
     return out.getvalue()
