@@ -390,9 +390,6 @@ class Answers:
             self.past = self.run.ckpt.get('past', [])
         self.jobs = self._jobs(self.position)
         files, env = list(rewards.files), rewards.env
-        if self.config['reward_workers'] and (files or env):
-            self.env = load_env(env) if env else None
-            self.judges = RewardPool(self.run, files, env, max(16, self.need))
         if self.stale:
             self.run.extra['past'] = self.past
         elif self.config['mode'] == 'async' and not self.config['eval_only']:
@@ -401,6 +398,9 @@ class Answers:
             workers = {key: self.config[key] for key in keys.split()}
             self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, files, **workers,
                                  position=self.position, device=self.device, **self.options)
+        if self.config['reward_workers'] and (files or env):  # behind Rollouts, whose runtime it joins
+            self.env = load_env(env) if env else None
+            self.judges = RewardPool(self.run, files, env, max(16, self.need))
 
     def state_dict(self):
         """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled

@@ -17,7 +17,7 @@ import parallel
 
 def stage(script, *args, cwd, die_at_save=0):
     """The script run as __main__ in this process (a subprocess costs seconds): what it printed. die_at_save:
-    killed after its n-th ckpt.pt. --overwrite is given unless args resume."""
+    killed after its n-th ckpt.pt. Rewards are asked in this process, too, unless args say otherwise."""
     class Killed(Exception):
         """Stands for kill -9 in this process."""
     argv, hook, threads, here, saves = sys.argv, sys.excepthook, torch.get_num_threads(), os.getcwd(), []
@@ -31,7 +31,9 @@ def stage(script, *args, cwd, die_at_save=0):
             raise Killed
     out = io.StringIO()
     try:
-        parallel.save_checkpoint, sys.argv = counted, [script, '--device=cpu', '--overwrite=True', *args]
+        quick = script in ('ppo.py', 'grpo.py') and '--mode=async' not in args
+        always = ['--device=cpu', '--overwrite=True', *(['--reward_workers=0'] if quick else [])]
+        parallel.save_checkpoint, sys.argv = counted, [script, *always, *args]
         os.chdir(cwd)
         with contextlib.redirect_stdout(out):
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')

@@ -339,7 +339,7 @@ def in_order(n):
 def test_sync_mode_and_the_simulation_start_no_process(world, monkeypatch):
     monkeypatch.setattr(actors, 'init', lambda *a, **k: pytest.fail('actors were started'))
     stage('grpo.py', *GRPO, '--out_dir=out-none', '--max_iters=1', cwd=world)
-    stage('grpo.py', *GRPO, '--out_dir=out-none', '--max_iters=1', '--mode=async', '--simulate_staleness=1', cwd=world)
+    stage('grpo.py', *GRPO, '--out_dir=out-none', '--max_iters=1', '--mode=async', '--simulate_staleness=1', '--reward_workers=0', cwd=world)
     for module in (infer, rollout, grpo, ppo):  # and none of them imports it before it is needed
         top = ast.parse(open(module.__file__).read()).body
         assert 'actors' not in [alias.name for node in top if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]

@@ -411,14 +411,14 @@ def test_grpo_in_an_environment(world, more):
     (world / 'env.py').write_text(ECHO)
     jsonl(world / 'turns.jsonl', [dict(ask=f'Q: {i}', turns=1 + i % 3) for i in range(12)])
     args = [a for a in GRPO if not a.startswith(('--dataset', '--val_dataset', '--reward'))]
-    said = stage(*args, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--reward=', '--max_new_tokens=30', '--out_dir=out-env', *more, cwd=world)
+    said = stage(*args, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--reward=', '--reward_workers=1', '--max_new_tokens=30', '--out_dir=out-env', *more, cwd=world)
     rows, evals = log_rows(world / 'out-env'), log_rows(world / 'out-env', 'eval')
     assert len(rows) == 2 and len(evals) == 3 and 'pass@1' in evals[0] and all(0 < row['len'] <= 30 for row in rows)
     assert all(row['mismatch_max'] < 1e-4 for row in rows) and 'max |ratio - 1| = 0.0e+00' in said
     for args, says in ((['--mode=async'], 'mode=sync'), (['--reward_workers=0'], 'reward_workers=1'), (['--env=sums.py'], 'defines no class Env'),
                        (['--val_dataset=prompts.jsonl'], "row 1: env env.py: start raised KeyError: 'turns'")):
         with pytest.raises(ValueError, match=says):
-            stage(*GRPO, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--out_dir=out-no', *args, cwd=world)
+            stage(*GRPO, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--reward_workers=1', '--out_dir=out-no', *args, cwd=world)
 
 
 def test_rewards_that_hang_die_and_raise_are_dropped(world):
@@ -441,7 +441,7 @@ def test_a_reward_that_always_fails_ends_the_run(world):
     for n, says in ((3, 'evaluation: the reward failed for each prompt'), (0, 'the reward failed for 16 prompts one after the other')):
         jsonl(world / 'many.jsonl', [dict(prompt=f'Q: {i}', number=i) for i in range(20)])
         with pytest.raises(ValueError, match=f'{says}, at last with: .*never.py raised TypeError'):
-            stage(*args, '--reward=never.py', f'--eval_iters={n}', '--val_dataset=many.jsonl', '--out_dir=out-never', '--reward_retries=0', cwd=world)
+            stage(*args, '--reward=never.py', f'--eval_iters={n}', '--val_dataset=many.jsonl', '--out_dir=out-never', '--reward_retries=0', '--reward_workers=1', cwd=world)
 
 
 def read_bytes(path):
