@@ -1931,7 +1931,7 @@ def _machine(num_cpus, num_gpus, resources, object_store_memory):
     if num_cpus is None:
         num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     total = {'CPU': num_cpus, 'GPU': len(gpus), **(resources or {})}
-    memory = object_store_memory or 0.3 * os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    memory = object_store_memory or 0.3 * mmap.PAGESIZE * os.sysconf('SC_PHYS_PAGES')
     return {k: v for k, v in total.items() if v}, dict.fromkeys(gpus, 1), int(memory)
 
 

@@ -7,4 +7,4 @@ anywhere.
 """
 from stage import run
 
-run('grpo.py', 'grpo.py', "if group_size == 1 and advantage != 'reinforce++':", 'if False:')
+run('grpo.py', 'grpo.py', "if group_size == 1 and advantage != 'reinforce++' and not teacher:", 'if False:')

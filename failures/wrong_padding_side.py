@@ -7,5 +7,4 @@ in nats a token, shows it at once.
 """
 from stage import run
 
-run('ppo.py', 'model.py', '[False] * (len(prompt) - 1) + [True] * len(answer) + [False] for',
-    '[True] * len(answer) + [False] * len(prompt) for')
+run('ppo.py', 'model.py', 'path[start:] for path', 'path[:len(path) - start] for path')

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from helpers import jsonl, stage
 
+import lora
 import parallel
 import run
 from model import GPT, GPTConfig
@@ -272,6 +273,8 @@ def planned(config):
         exec(f.read(), {}, keys)
     with torch.device('meta'):
         model = GPT(GPTConfig.of(**SHAPES['qwen3' if 'qwen3' in config else 'gpt2']))
+    if keys.get('lora_r'):
+        lora.add_lora(model, keys['lora_r'], 1.0, 0.0, keys.get('lora_targets', ''))
     c, trained = model.config, sum(run.training_bytes(model))
     networks = {'ppo': 2 * trained + 2 * run.training_bytes(model)[0], 'dpo': trained + run.training_bytes(model)[0],
                 'grpo': trained + run.training_bytes(model)[0] // 2}.get(os.path.basename(config).split('_')[0], trained)

@@ -192,6 +192,8 @@ def main():
         draw(runs, os.path.join(here, 'seeds.png'))
         return
     evaluate.temperature, evaluate.max_new_tokens = 1.0, max_new_tokens
+    for name in names:
+        folder_of(name)
     rows = list(load_dataset(os.path.join(_here, f'prompts_{split}.jsonl')))
     judged = {name: judge(name, rows) for name in names}
     numbers = {name: found for name, (found, _) in judged.items()}
