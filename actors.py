@@ -1494,9 +1494,10 @@ class _Session:
         try:
             answer = box.get(timeout=timeout)
         except queue.Empty:
-            del self.boxes[request]
-            self.post('drop', 0, request)
-            raise GetTimeoutError(f'{operation}: not there after {timeout} s') from None
+            if self.boxes.pop(request, None) is not None:
+                self.post('drop', 0, request)
+                raise GetTimeoutError(f'{operation}: not there after {timeout} s') from None
+            answer = box.get()  # it came at the very end of the wait
         if isinstance(answer, BaseException):
             raise answer
         return answer

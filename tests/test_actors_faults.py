@@ -697,3 +697,11 @@ def test_allocator_never_overlaps_and_gives_all_back():
     for place in live.items():
         free.give(place)
     assert free.taken == [] and free.take(1 << 22) == 0
+
+
+def test_an_answer_that_comes_as_its_time_is_up_is_taken():
+    """The thread that reads has the box already, and puts the answer into it a moment later."""
+    def post(operation, request, *args):
+        threading.Timer(0.2, session.boxes.pop(request).put, ['late']).start()
+    session = types.SimpleNamespace(boxes={}, error=None, post=post, count=iter(range(9)))
+    assert actors._Session.call(session, 'wait', timeout=0.05) == 'late'

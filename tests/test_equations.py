@@ -10,7 +10,7 @@ import ppo
 import reward
 import sft
 
-SEED = int.from_bytes(os.urandom(3), 'little')
+SEED = 20261130
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ files."""
 import copy
 import functools
 import json
-import os
 import random
 import shutil
 
@@ -17,7 +16,7 @@ from helpers import equal
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
-SEED = int.from_bytes(os.urandom(3), 'little')
+SEED = 20261130
 
 
 def hf_model(arch, kind='causal', **over):
