@@ -18,7 +18,7 @@ Variants are one key each: --advantage=dr_grpo, rloo or reinforce++; --loss_type
 Changed from the paper: beta is 0 by default (2503.20783, 2503.14476: verifiable rewards need no leash, and no
 second model).
 
-    python grpo.py config/grpo_toy.py                            # CPU: pass@1 68 -> 98 % in 60 iterations, one seed
+    python grpo.py config/grpo_toy.py                            # CPU: pass@1 68 -> 98 %, one seed
     python grpo.py config/grpo_toy.py --mode=async               # the rollouts in a process of their own
     python grpo.py config/grpo_qwen3_gsm8k.py                    # one GPU
     torchrun --nproc_per_node=8 grpo.py config/grpo_qwen3_gsm8k.py --zero=2   # eight
