@@ -379,16 +379,10 @@ def asked(row: dict) -> dict:
     return {key: row[key] for key in ('prompt', 'tools', 'chat_template_kwargs') if key in row}
 
 
-def write_training_rows(rows: list, columns: dict):
-    """The files of `write`."""
-    best, pairs = (write.split(',') + [''])[:2]
-    for path, what in ((best, 'best answers'), (pairs, 'pairs')):
-        if path:
-            found = preference_pairs(rows, columns) if path == pairs else best_answers(
-                rows, columns['completions'], columns['scores'])
-            with replaced(path, 'w') as f:
-                f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in found)
-            print(f'{path}: {len(found)} {what} of {len(rows)} prompts')
+def write_rows(path: str, rows: list, what: str):
+    with replaced(path, 'w') as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    print(f'{path}: {len(rows)} {what}')
 
 
 def check_config() -> list:
@@ -405,6 +399,8 @@ def check_config() -> list:
     if num_samples > 1 and temperature == 0:
         raise ValueError(f'{num_samples} samples at temperature 0 are {num_samples} times the same: '
                          '--temperature=0.8, or --num_samples=1')
+    if write.count(',') > 1:
+        raise ValueError(f"write {write!r}: two files at most, 'best.jsonl,pairs.jsonl'")
     if write and not reward and (not against or write.split(',')[0]):
         raise ValueError(f'write {write!r}: which answer is the best, a reward says: --reward=FILE.py or a '
                          'reward model (pairs may also come from --against and --judge)')
@@ -446,8 +442,11 @@ def evaluate_rows(wanted: list, path: str) -> dict:
     except ValueError as e:
         raise ValueError(f'{e}; the answers are in {path}') from e
     write_samples(path, rows, columns)
-    if write:
-        write_training_rows(rows, columns)
+    best, _, pairs = write.partition(',')
+    if best:
+        write_rows(best, best_answers(rows, columns['completions'], columns['scores']), 'best answers')
+    if pairs:
+        write_rows(pairs, preference_pairs(rows, columns), 'pairs')
     out |= diversity(ours.texts)
     return out | dict(
         ended=fmean(ours.ended), tokens=ours.tokens, prompts=len(rows), samples=num_samples)

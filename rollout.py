@@ -16,11 +16,11 @@ import itertools
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -236,13 +236,8 @@ def encode_reply(tok, reply, chat, ended):
 
 
 def without_end(ids, tok):
-    """The token ids without the end token, where they have one."""
+    """The token ids of an answer that are text: all but the end token, where there is one."""
     return ids[:-1] if ids and ids[-1] in tok.stop_ids else ids
-
-
-def spoken(ids, ended):
-    """The token ids of an answer that are text: all but the end token."""
-    return ids[:-1] if ended else ids
 
 
 def names_of(spec):
@@ -312,13 +307,12 @@ class Rewards:
             model, _ = self.models[name]
             sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
         else:
-            ended = batch.ended.tolist()
-            texts = [self.tok.decode(spoken(ids, end)) for ids, end in zip(batch.responses, ended)]
+            texts = [self.tok.decode(without_end(ids, self.tok)) for ids in batch.responses]
             if name in self.files:
                 fn = self.files[name]
                 return [ask_reward(fn, name, row, text) for row, text in zip(batch.rows, texts)]
             model, tok = self.models[name]
-            sequences = [self._reread(*read, tok) for read in zip(batch.rows, texts, ended)]
+            sequences = [self._reread(*read, tok) for read in zip(batch.rows, texts, batch.ended.tolist())]
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
             scores = all_rewards(model, sequences, self.run.config['micro_tokens'])
@@ -336,6 +330,15 @@ class Rewards:
 
 # -----------------------------------------------------------------------------------------------------------
 # answers
+
+
+class Answer(NamedTuple):
+    """What is known of one answer before it stands in a Batch; one entry a token but for `ended`."""
+    ids: list
+    logps: list   # that the sampler had
+    ages: list    # updates that its weights were behind
+    ended: bool   # by itself
+    own: list     # True: the policy's, False: an environment's
 
 
 class Answers:
@@ -449,7 +452,7 @@ class Answers:
                 answers = []
                 for ids, logp, versions, ended in group.answers:
                     ages = [it - version for version in versions]
-                    answers.append((ids, logp, ages, ended, [True] * len(ids)))
+                    answers.append(Answer(ids, logp, ages, ended, [True] * len(ids)))
                 groups.append(((group.index, *self.items[group.index]), answers, group.scores))
             return self._batch(groups)
         groups = []
@@ -471,7 +474,8 @@ class Answers:
             lost = len(jobs) - len(groups)
             print(f'evaluation: {lost} of {len(jobs)} prompts left out, their reward failed')
         if not groups:
-            raise ValueError(f'evaluation: the reward failed for each prompt, at last with: {self.judges.why}')
+            raise ValueError('evaluation: the reward failed for each prompt, at last with: '
+                             + self.judges.why)
         return self._batch(groups)
 
     def _publish(self, it):
@@ -486,9 +490,9 @@ class Answers:
             parallel.refresh(self.engine, self.policy)
 
     def _answer(self, jobs, age):
-        """[((row number, row, prompt), answers, {file or environment: marks})] of jobs, by the engine here;
-        answers: [(ids, log-probs, ages, ended, which of the ids are the policy's)]. Those that the RewardPool
-        drops are left out. Each rank (with rollout_tp each team) answers its share, all get all."""
+        """[((row number, row, prompt), [Answer, ...], {file or environment: marks})] of jobs, by the engine
+        here. Those that the RewardPool drops are left out. Each rank (with rollout_tp each team) answers its
+        share, all get all."""
         mine = jobs[self.mesh.slice_of(len(jobs), self.team)]
         if self.judges is not None and self.judges.env:
             found = self._converse(mine, age)
@@ -500,21 +504,21 @@ class Answers:
                 for c in itertools.islice(done, job[3].n):
                     size = len(c.token_ids)
                     ended = c.finish_reason == 'stop'
-                    answers.append((c.token_ids, c.logprobs, [age] * size, ended, [True] * size))
+                    answers.append(Answer(c.token_ids, c.logprobs, [age] * size, ended, [True] * size))
                 found.append((answers, {}))
         if self.judges is not None and self.judges.files:
             asked = []
             for job, (answers, _) in zip(mine, found):
-                asked.append((job[1], [without_end(ids, self.tok) for ids, *_ in answers]))
+                asked.append((job[1], [answer.ids for answer in answers]))
             for i, marks in enumerate(self.judges.ask('score', asked)):
-                given = found[i][1]
-                found[i] = found[i][0], None if marks is None or given is None else {**given, **marks}
+                answers, given = found[i]
+                found[i] = answers, None if None in (marks, given) else given | marks
         found = self.mesh.collect(found, everyone=True, team=self.team)
         return [(job[:3], *group) for job, group in zip(jobs, found) if group[1] is not None]
 
     def _converse(self, jobs, age):
-        """[(answers, {environment: marks})] of conversations: the policy's turns by the engine, all that are
-        open at a time, the environment's by its processes. Marks are None where a step failed."""
+        """[([Answer, ...], {environment: marks})] of conversations: the policy's turns by the engine, all open
+        ones together, the environment's by its processes. Marks are None where a step failed."""
         c, talks = self.config, []
         for _, row, prompt, params in jobs:
             for copy_ in range(params.n):
@@ -554,28 +558,26 @@ class Answers:
         found, talks = [], iter(talks)
         for job in jobs:
             group = list(itertools.islice(talks, job[3].n))
-            answers = [(t.ids, t.logps, [age] * len(t.ids), t.ended, t.own) for t in group]
+            answers = [Answer(t.ids, t.logps, [age] * len(t.ids), t.ended, t.own) for t in group]
             marks = {self.judges.env: [t.reward for t in group]}
             found.append((answers, None if any(t.failed for t in group) else marks))
         return found
 
     def _batch(self, groups):
         """The Batch of what _answer found."""
-        n = len(groups[0][1])
-        index, rows, prompts = zip(*(job for job, _, _ in groups for _ in range(n)))
-        responses, logps, ages, ended, own = zip(*(answer for _, answers, _ in groups for answer in answers))
-        mask, _ = pad(own, False)
-        sampled, _ = pad(logps, 0.0)
-        ages, _ = pad(ages)
+        answers = [answer for _, group, _ in groups for answer in group]
+        index, rows, prompts = zip(*(job for job, group, _ in groups for _ in group))
+        mask, _ = pad([answer.own for answer in answers], False)
+        sampled, _ = pad([answer.logps for answer in answers], 0.0)
+        ages, _ = pad([answer.ages for answer in answers])
         mask, sampled, ages = (x.to(self.device) for x in (mask, sampled, ages))
-        replied = [len(x) - sum(x) for x in own]
-        batch = Batch(list(rows), list(index), list(prompts), list(responses), torch.tensor(ended), mask,
-                      sampled, ages, replied)
-        batch.given = {}
+        ended = torch.tensor([answer.ended for answer in answers])
+        replied = [len(answer.own) - sum(answer.own) for answer in answers]
+        given = {}
         for name in groups[0][2]:
-            marks = [mark for _, _, given in groups for mark in given[name]]
-            batch.given[name] = torch.tensor(marks, dtype=torch.float32)
-        return batch
+            given[name] = torch.tensor([mark for *_, marks in groups for mark in marks[name]]).float()
+        return Batch(list(rows), list(index), list(prompts), [answer.ids for answer in answers], ended, mask,
+                     sampled, ages, replied, given=given)
 
     # ---- a forward pass over a batch
 
@@ -726,16 +728,24 @@ class Talk:
     def say(self, completion, tok):
         """A turn of the policy's."""
         ids = completion.token_ids
-        self.ids = self.ids + ids
-        self.logps = self.logps + completion.logprobs
-        self.own = self.own + [True] * len(ids)
-        self.said = [*self.said, tok.decode(without_end(ids, tok))]
+        self.ids += ids
+        self.logps += completion.logprobs
+        self.own += [True] * len(ids)
+        self.said.append(tok.decode(without_end(ids, tok)))
 
     def hear(self, ids):
         """A reply: nothing of it is trained on."""
-        self.ids = self.ids + ids
-        self.logps = self.logps + [0.0] * len(ids)
-        self.own = self.own + [False] * len(ids)
+        self.ids += ids
+        self.logps += [0.0] * len(ids)
+        self.own += [False] * len(ids)
+
+
+def with_actors():
+    """The module actors, imported where processes are wanted; its workers find this module imported."""
+    import actors
+    if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
+        actors.PRELOAD.append('rollout')  # once for all workers; never with CUDA, before a fork
+    return actors
 
 
 class RewardPool:
@@ -745,9 +755,8 @@ class RewardPool:
     `patience` failures one after the other end the run: then it is the file."""
 
     def __init__(self, run, files, env, patience):
-        import actors  # here: a stage without reward files starts nothing and imports nothing of it
         c = run.config
-        self.actors = actors
+        self.actors = actors = with_actors()
         self.files = files
         self.env = env
         self.patience = patience
@@ -757,8 +766,6 @@ class RewardPool:
         self.why = ''  # of the last failure
         self.own = not actors.is_initialized()
         if self.own:
-            if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
-                actors.PRELOAD.append('rollout')  # see Rollouts
             actors.init(num_cpus=c['reward_workers'], num_gpus=0)
         paths = {name: os.path.abspath(name) for name in files}
         scorer = actors.remote(Scorer).options(num_cpus=0)
@@ -770,14 +777,15 @@ class RewardPool:
         """Scorer.method(*job) of each job, in order; None for one that was dropped."""
         found = [None] * len(jobs)
         tries = [0] * len(jobs)
-        waiting = list(range(len(jobs)))
+        waiting = deque(range(len(jobs)))
         while waiting or any(hand.work for hand in self.hands):
             for k, hand in enumerate(self.hands):
                 if hand.call is None and waiting:
-                    own = [i for i in waiting if i % len(self.hands) == k]  # it may know the conversation
-                    hand.work = [(own or waiting)[0]]
-                    waiting.remove(hand.work[0])
-                    hand.go(getattr(hand.actor, method).remote(*jobs[hand.work[0]]), self.timeout)
+                    # one that it may know from its last turn, else the next
+                    number = next((i for i in waiting if i % len(self.hands) == k), waiting[0])
+                    waiting.remove(number)
+                    hand.work = [number]
+                    hand.go(getattr(hand.actor, method).remote(*jobs[number]), self.timeout)
             calls = {hand.call: hand for hand in self.hands if hand.call is not None}
             wait = min(hand.deadline for hand in calls.values()) - time.monotonic()
             ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=max(0.0, wait))
@@ -910,13 +918,12 @@ class Scorer:
         """Answers once the process is up: from then on reward_timeout counts."""
 
     def score(self, row, answers):
-        """{file: [float]} for answers without their end tokens. ValueError as in ask_reward."""
-        texts = [self.tok.decode(answer) for answer in answers]
+        """{file: [float]} for answers, [token ids]. ValueError as in ask_reward."""
+        texts = [self.tok.decode(without_end(ids, self.tok)) for ids in answers]
         found = {}
         for name, fn in self.fns.items():
             found[name] = [ask_reward(fn, name, row, text) for text in texts]
         return found
-
 
     def step(self, number, row, said):
         """(reply or None, reward or None) of conversation `number` to the last of what the policy said,
@@ -979,8 +986,7 @@ class Rollouts:
     def __init__(self, model, tokenizer, jobs, batch, rewards=(), max_staleness=1, rollout_workers=1,
                  reward_workers=1, reward_timeout=30.0, reward_retries=2, runtime='local', position=0,
                  device='cpu', **engine):
-        import actors  # here: a synchronous stage starts nothing and imports nothing of it
-        self.actors = actors
+        self.actors = actors = with_actors()
         self.batch = batch
         self.max_staleness = max_staleness
         self.reward_timeout = reward_timeout
@@ -998,8 +1004,6 @@ class Rollouts:
         self.cv = threading.Condition()
         self.closed = False
         self.own = not actors.is_initialized()
-        if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
-            actors.PRELOAD.append('rollout')  # imported once for all workers; never with CUDA, before a fork
         scorers = reward_workers if rewards else 0
         gpus = self._init(runtime, rollout_workers + scorers, device)
         files = {name: os.path.abspath(name) for name in rewards}  # a node has a working directory of its own
@@ -1143,9 +1147,9 @@ class Rollouts:
             if hand.call is None and self.unscored:
                 hand.work = [self.unscored.popleft()]
                 number, answers = hand.work[0]
-                texts = [spoken(ids, ended) for ids, _, _, ended in answers]
                 row = self.work[number][1]
-                hand.go(hand.actor.score.remote(row, texts), self.reward_timeout)
+                sampled = [ids for ids, *_ in answers]
+                hand.go(hand.actor.score.remote(row, sampled), self.reward_timeout)
 
     def _share(self, hand):
         """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its

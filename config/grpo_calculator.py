@@ -1,5 +1,6 @@
 # GRPO in an environment: sums of four digits, with a calculator behind each "=".
-#     python data/toy/env_calculator.py && python sft.py config/sft_calculator.py && python grpo.py config/grpo_calculator.py
+#     python data/toy/env_calculator.py && python sft.py config/sft_calculator.py
+#     python grpo.py config/grpo_calculator.py
 # 32 sums x 8 answers = 256 conversations an iteration, of up to 6 turns and 40 tokens.
 init_from = 'out-asks'
 out_dir = 'out-calculator'

@@ -139,10 +139,12 @@ def rows_of(path):
 
 
 def test_answers_become_rows_to_train_on(evaluate, world):
-    """The best of each prompt, best against worst, and a judge's verdicts; what they hold is what was sampled, and the stages read it."""
+    """The best of each prompt, best against worst, a judge's verdicts: what was sampled, as stages read it."""
     from tokenizer import encode_pair, encode_row, get_tokenizer
-    put(world / 'tools.jsonl', [dict(prompt=f'Q: {i}\nA: ', chat_template_kwargs=dict(x=i), answer='1') for i in range(6)])
-    _, rows = evaluate(eval_file='tools.jsonl', reward='long.py', num_samples=3, temperature=1.0, write='best.jsonl,pairs.jsonl')
+    asked = [dict(prompt=f'Q: {i}\nA: ', chat_template_kwargs=dict(x=i), answer='1') for i in range(6)]
+    put(world / 'tools.jsonl', asked)
+    _, rows = evaluate(eval_file='tools.jsonl', reward='long.py', num_samples=3, temperature=1.0,
+                       write='best.jsonl,pairs.jsonl')
     best, pairs = rows_of('best.jsonl'), rows_of('pairs.jsonl')
     right = [row for row in rows if max(row['scores']) > 0.5]
     assert [row['prompt'] for row in best] == [row['prompt'] for row in right] and 0 < len(best)
@@ -156,8 +158,11 @@ def test_answers_become_rows_to_train_on(evaluate, world):
     assert all(encode_row(row, tok) for row in best) and all(encode_pair(row, tok) for row in pairs)
     _, rows = evaluate(eval_file='rows.jsonl', against='given.jsonl', judge='long.py', write=',judged.jsonl')
     judged = rows_of('judged.jsonl')
-    want = [(row['completions'][0], 'short') if row['outcomes'] == ['wins'] else ('short', row['completions'][0])
-            for row in rows if row['outcomes'] != ['ties']]
+    want = []
+    for row in rows:
+        pair = row['completions'][0], 'short'
+        if row['outcomes'] != ['ties']:
+            want.append(pair if row['outcomes'] == ['wins'] else pair[::-1])
     assert [(row['chosen'], row['rejected']) for row in judged] == want and want
 
 
@@ -309,7 +314,8 @@ def test_an_answer_cannot_play_the_question():
     (dict(eval_file='rows.jsonl', num_samples=2), 'at temperature 0'),
     (dict(eval_file='rows.jsonl', ks='x'), 'whole numbers'),
     (dict(eval_file='rows.jsonl', against='given.jsonl'), 'against without a judge'),
-    (dict(eval_file='rows.jsonl', write='b.jsonl', num_samples=2, temperature=1.0), 'which answer is the best'),
+    (dict(eval_file='rows.jsonl', write='b', num_samples=2, temperature=1.0), 'which answer is the best'),
+    (dict(eval_file='rows.jsonl', write='a,b,c', reward='long.py'), 'two files at most'),
     (dict(eval_file='rows.jsonl', write='b.jsonl', reward='long.py'), 'nothing to choose from'),
     (dict(eval_file='rows.jsonl', reward='nan.py'), 'reward nan.py returned nan .*finite.*Q: 0'),
     (dict(eval_file='rows.jsonl', against='given.jsonl', judge='nan.py'), 'returned nan'),

@@ -149,7 +149,7 @@ def test_the_walk_of_the_readme(tmp_path):
             args = args.replace('localhost:8000', said['address'])
         if script == 'serve.py':
             heard = tmp_path / 'server.txt'
-            with open(heard, 'w') as f:
+            with open(heard, 'w', encoding='utf-8') as f:
                 server = subprocess.Popen(args.split(), cwd=tmp_path, stdout=f, stderr=f, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
             until = time.time() + 120
             while not (found := re.search(r'127\.0\.0\.1:\d+', heard.read_text())):

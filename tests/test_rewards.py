@@ -1,4 +1,5 @@
 """The answer checkers of GSM8K and of the toy sums, by a table of cases, and what a run may feed them."""
+import contextlib
 import importlib.util
 import os
 import time
@@ -111,21 +112,26 @@ def test_toy_reward(text, want):
         assert toy.reward('Q: 47+28?\nA: ', text, {'answer': answer}) == float(want == '75')
 
 
-# ---- code, a judge, a second try -------------------------------------------------------------------------------------
+# ---- code, a judge, a second try ----
 
 code, judge, second = load('data/code/reward.py'), load('data/judge/reward.py'), load('data/gsm8k/env.py')
 DOUBLE = ['assert f(2) == 4', 'assert f(0) == 0', 'assert f("a") == "aa"']
 
 
 @pytest.mark.parametrize('text, want', [
-    ('```python\ndef f(x):\n    return 2 * x\n```', 1), ('def f(x): return 2 * x', 1), ('def f(x): return x + 2', 1 / 3),
+    ('```python\ndef f(x):\n    return 2 * x\n```', 1), ('def f(x): return 2 * x', 1),
+    ('def f(x): return x + 2', 1 / 3),
     ('Wrong:\n```\ndef f(x): return 0\n```\nbetter:\n```py\ndef f(x): return x * 2\n```\nDone.', 1),
-    ('<think>```python\ndef f(x): return 2 * x\n```</think> no idea', 0), ('```python\ndef f(x): return 2 * x', 1),
-    ('def f(x: return', 0), ('', 0), ('while True: pass', 0), ('import os; os._exit(0)', 0), ('raise SystemExit', 0),
-    ('x = bytearray(1 << 33)\ndef f(x): return 2 * x', 0), ('import time; time.sleep(99)', 0), ('input()', 0),
-    ('print("x" * 10 ** 8)\ndef f(x): return 2 * x', 1), ('def f(x):\n    while x == 0: pass\n    return 2 * x', 1 / 3),
+    ('<think>```python\ndef f(x): return 2 * x\n```</think> no idea', 0),
+    ('```python\ndef f(x): return 2 * x', 1), ('def f(x: return', 0), ('', 0), ('while True: pass', 0),
+    ('import os; os._exit(0)', 0), ('raise SystemExit', 0), ('import time; time.sleep(99)', 0),
+    ('input()', 0),
+    ('x = bytearray(1 << 33)\ndef f(x): return 2 * x', 0),
+    ('print("x" * 10 ** 8)\ndef f(x): return 2 * x', 1),
+    ('def f(x):\n    while x == 0: pass\n    return 2 * x', 1 / 3),
     ('open("a", "w").write("x" * 10 ** 8)\ndef f(x): return 2 * x', 0),
-    ('import os\nassert not [k for k in os.environ if k != "LC_CTYPE"] and not os.listdir()\ndef f(x): return 2 * x', 1),
+    ('import os\nassert not [k for k in os.environ if k != "LC_CTYPE"] and not os.listdir()\n'
+     'def f(x): return 2 * x', 1),
     ('def f(x): f(x)', 0), ('import sys\nsys.stdout.write("0 0\\n1\\n2")', 0)])
 def test_code_reward(text, want, monkeypatch):
     monkeypatch.setattr(code, 'SECONDS', 2)
@@ -135,23 +141,31 @@ def test_code_reward(text, want, monkeypatch):
 def test_code_reward_leaves_nothing_behind(monkeypatch):
     """200 children that ignore SIGTERM; and what a row must have."""
     monkeypatch.setattr(code, 'SECONDS', 2)
-    bomb = 'import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nfor _ in range(200):\n    if not os.fork():\n        time.sleep(4321)\ntime.sleep(4321)'
+    bomb = ('import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nfor _ in range(200):\n'
+            '    if not os.fork():\n        time.sleep(4321)\ntime.sleep(4321)')
+    seen = []
+    kill = os.killpg
+    monkeypatch.setattr(os, 'killpg', lambda *args: (seen.append(len(harnesses())), kill(*args)))
     assert code.reward('', bomb, dict(test_list=DOUBLE)) == 0
-    time.sleep(0.2)
-    left = [p for p in os.listdir('/proc') if p.isdigit() and p != str(os.getpid()) and b'4321' in commands(p)]
-    assert not left
-    assert code.reward('', 'from math import pi', dict(test_list=['assert r(4) == 2'], test_setup_code='from math import sqrt as r')) == 1
+    until = time.monotonic() + 10
+    while harnesses() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert seen == [201] and not harnesses()
+    row = dict(test_list=['assert r(4) == 2'], test_setup_code='from math import sqrt as r')
+    assert code.reward('', 'from math import pi', row) == 1
     assert code.reward('', '', dict(test_list=['assert sqrt(4) == 2'], test_setup_code='')) == 0
     with pytest.raises(ValueError, match='test_list'):
         code.reward('', 'x', {})
 
 
-def commands(pid):
-    try:
-        with open(f'/proc/{pid}/cmdline', 'rb') as f:
-            return f.read()
-    except OSError:
-        return b''
+def harnesses():
+    """Processes that run an answer, or were forked by one."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        with contextlib.suppress(OSError), open(f'/proc/{pid}/cmdline', 'rb') as f:
+            if b"'answer.py', 'exec'" in f.read():
+                found.append(pid)
+    return found
 
 
 def test_judge_reward(monkeypatch):
@@ -165,8 +179,10 @@ def test_judge_reward(monkeypatch):
         monkeypatch.setattr(judge, 'ask_judge', ask)
         return judge.reward('Q', 'mine', dict(chosen=[dict(role='assistant', content='theirs')]))
     monkeypatch.setenv('JUDGE_URL', 'http://x/v1')
-    assert says('A', 'B') == 1 and says('B', 'A') == 0 and says('A', 'A') == says('B', 'B') == says('TIE', 'TIE') == says('A', 'TIE') == 0.5
-    assert says(None, None) == 0 and says('A', None) == 0.5 and asked[0] == ('http://x/v1', 'Q', 'mine', 'theirs')
+    assert says('A', 'B') == 1 and says('B', 'A') == 0
+    assert says('A', 'A') == says('B', 'B') == says('TIE', 'TIE') == says('A', 'TIE') == 0.5
+    assert says(None, None) == 0 and says('A', None) == 0.5
+    assert asked[0] == ('http://x/v1', 'Q', 'mine', 'theirs')
     with pytest.raises(ValueError, match='nothing that the answer could be compared with'):
         judge.reward('Q', 'mine', {})
 

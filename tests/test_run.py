@@ -310,7 +310,7 @@ def texts(tmp_path_factory):
 
 
 def numbers_of(out):
-    rows = [json.loads(line) for line in open(out / 'log.jsonl')]
+    rows = [json.loads(line) for line in open(out / 'log.jsonl', encoding='utf-8')]
     return {(row['split'], key, row['step']): value for row in rows if row['split'] != 'config'
             for key, value in row.items() if key not in ('step', 'split', 'time') and isinstance(value, (int, float))}
 
@@ -320,7 +320,7 @@ def test_rows_go_where_log_to_says(texts, capsys):
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     out = texts / 'out-log'
     stage(*sft_args('out-log', '--max_iters=4', '--log_to=tensorboard, mine.py'), cwd=texts)
-    assert {(row[1], key, row[0]) for row in map(json.loads, open(texts / 'mine.jsonl')) for key in row[2]} == set(numbers_of(out))
+    assert {(row[1], key, row[0]) for row in map(json.loads, open(texts / 'mine.jsonl', encoding='utf-8')) for key in row[2]} == set(numbers_of(out))
     shutil.copy(out / 'ckpt.pt', texts / 'at4.pt')
     stage(*sft_args('out-log', '--max_iters=7', '--init_from=resume', '--log_to=tensorboard'), cwd=texts)
     shutil.copy(texts / 'at4.pt', out / 'ckpt.pt')

@@ -13,6 +13,8 @@ What this is not: a sandbox. The code runs as you, it can read your files and op
 that starts a session of its own outlives it. Train on it in a container without a network. Nor is it proof
 against an answer that looks for its tests in the memory of its own process: watch samples.jsonl.
 """
+import contextlib
+import json
 import os
 import re
 import resource
@@ -26,8 +28,8 @@ SECONDS = 10
 MEMORY = 1 << 30  # bytes of address space
 FILE = 1 << 20    # bytes of a file
 
-# runs the code once, then each test by itself; a test that passed is told to a pipe under a word that the code
-# was not given
+# runs the code once, then each test by itself; a test that passed is told to a pipe under a word that the
+# code was not given
 HARNESS = """
 import os, sys
 pipe, word, code, setup, tests = int(sys.argv[1]), *__import__('json').loads(sys.stdin.read())
@@ -60,8 +62,7 @@ def limits():
 
 
 def passed(code: str, tests: list, setup: str = '') -> int:
-    """How many of the tests pass. passed('def f(x): return 2 * x', ['assert f(2) == 4', 'assert f(0)']) -> 1."""
-    import json
+    """How many of the tests pass. passed('f = lambda x: 2 * x', ['assert f(2) == 4', 'assert f(0)']) -> 1"""
     word = secrets.token_hex(16)
     read, write = os.pipe()
     with tempfile.TemporaryDirectory() as folder:
@@ -71,24 +72,17 @@ def passed(code: str, tests: list, setup: str = '') -> int:
                                  preexec_fn=limits)
         os.close(write)
         try:
-            child.communicate(json.dumps([word, code, setup, tests]).encode(), timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):  # what has passed by then counts
+                child.communicate(json.dumps([word, code, setup, tests]).encode(), timeout=SECONDS)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # none of its group is left
                 os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             child.wait()
-        os.set_blocking(read, False)  # a process that got away may hold the other end
-        said = b''
-        try:
-            while part := os.read(read, 1 << 16):
-                said += part
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(read)
+    os.set_blocking(read, False)  # a process that got away may hold the other end
+    said = b''
+    with open(read, 'rb', buffering=0) as pipe:
+        while part := pipe.read(1 << 16):
+            said += part
     numbers = {int(i) for i in re.findall(rf'^{word} (\d+)$', said.decode(errors='replace'), re.M)}
     return len(numbers & set(range(len(tests))))
 

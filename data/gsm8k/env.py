@@ -1,6 +1,6 @@
 """GSM8K with a second try: an answer that is wrong is told so, and may be given once more.
 
-    python grpo.py --init_from=Qwen/Qwen3-0.6B --dataset=data/gsm8k/train.jsonl --env=data/gsm8k/env.py --reward=
+    python grpo.py config/grpo_qwen3_gsm8k.py --env=data/gsm8k/env.py --reward= --max_turns=2
 """
 import os
 import runpy

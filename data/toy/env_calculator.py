@@ -1,20 +1,21 @@
-"""A calculator: sums too large for the toy model, which may leave the arithmetic to a tool. An environment for GRPO.
+"""A calculator: sums too large for the toy model, which may leave them to a tool. An environment for GRPO.
 
     python data/toy/env_calculator.py                      # writes large_{sft,train,val}.jsonl beside it
     python sft.py config/sft_calculator.py                 # a few demonstrations: how one asks
     python grpo.py config/grpo_calculator.py               # with the tool
     python grpo.py config/grpo_calculator.py --env= --reward=data/toy/reward.py      # the same without it
 
-A conversation: "Q: 4821+3977?\\nA:" is asked. Whenever the model writes "=", its turn ends there; if a sum of
-whole numbers stands before it, the calculator writes what it comes to, and the model goes on in the same line:
+A conversation: "Q: 4821+3977?\\nA:" is asked. Whenever the model writes "=", its turn ends there; if a sum
+of whole numbers stands before it, the calculator writes what it comes to, and the model goes on in the same
+line:
 
     Q: 4821+3977?
     A: 4821+3977=  8798  , 8798.
        the model   tool  the model
 
-The quickstart's SFT model knows sums of two digits in steps ("7+8=15, 4+2+1=7, 75.") and would ask for sums of
-single digits for ever, so a few demonstrations come first. After them it asks, but copies the numbers badly. The
-answer is marked as in reward.py, by its last number.
+The quickstart's SFT model knows sums of two digits in steps ("7+8=15, 4+2+1=7, 75.") and would ask for sums
+of single digits for ever, so a few demonstrations come first. After them it asks, but copies the numbers
+badly. The answer is marked as in reward.py, by its last number.
 """
 import json
 import os
