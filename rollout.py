@@ -242,7 +242,11 @@ def without_end(ids, tok):
 
 def names_of(spec):
     """'a.py, out-reward' -> ['a.py', 'out-reward']; a path with a comma that exists is one name."""
-    return [spec] if os.path.exists(spec) else [name.strip() for name in spec.split(',')]
+    names = [spec] if os.path.exists(spec) else [name.strip() for name in spec.split(',')]
+    if not all(names):
+        raise ValueError(f"reward {spec!r}: expected a FILE.py or a reward model, several by comma ('' only "
+                         f"with --env)")
+    return names
 
 
 def weights_of(text, names):
@@ -517,8 +521,8 @@ class Answers:
         return [(job[:3], *group) for job, group in zip(jobs, found) if group[1] is not None]
 
     def _converse(self, jobs, age):
-        """[([Answer, ...], {environment: marks})] of conversations: the policy's turns by the engine, all open
-        ones together, the environment's by its processes. Marks are None where a step failed."""
+        """[([Answer, ...], {environment: marks})] of conversations: the policy's turns by the engine, all that
+        go on together, the environment's by its processes. Marks are None where a step failed."""
         c, talks = self.config, []
         for _, row, prompt, params in jobs:
             for copy_ in range(params.n):

@@ -139,7 +139,7 @@ def rows_of(path):
 
 
 def test_answers_become_rows_to_train_on(evaluate, world):
-    """The best of each prompt, best against worst, a judge's verdicts: what was sampled, as stages read it."""
+    """Best answers, best against worst, a judge's verdicts: what was sampled, as the stages read it."""
     from tokenizer import encode_pair, encode_row, get_tokenizer
     asked = [dict(prompt=f'Q: {i}\nA: ', chat_template_kwargs=dict(x=i), answer='1') for i in range(6)]
     put(world / 'tools.jsonl', asked)

@@ -450,3 +450,10 @@ def read_bytes(path):
             return f.read()
     except OSError:
         return b''
+
+
+@pytest.mark.parametrize('spec', ['', 'sums.py,', ' , '])
+def test_a_reward_without_a_name_is_refused(world, spec):
+    args = [a for a in PPO if not a.startswith('--reward')]
+    with pytest.raises(ValueError, match='expected a FILE.py or a reward model'):
+        stage(*args, f'--reward={spec}', '--out_dir=out-no', cwd=world)
