@@ -521,8 +521,8 @@ class Answers:
         return [(job[:3], *group) for job, group in zip(jobs, found) if group[1] is not None]
 
     def _converse(self, jobs, age):
-        """[([Answer, ...], {environment: marks})] of conversations: the policy's turns by the engine, those of
-        all that go on at once, the environment's by its processes. Marks are None where a step failed."""
+        """[([Answer, ...], {environment: marks})] of conversations: the policy's turns by the engine (those
+        that go on, at once), the environment's by its processes. Marks are None where a step failed."""
         c, talks = self.config, []
         for _, row, prompt, params in jobs:
             for copy_ in range(params.n):
