@@ -898,9 +898,9 @@ def parallel_rank(rank, world, store, answers, how):
         answers.put(found)
 
 
-def parallel_steps(shape, layout, B, T, micros=1, steps=1, overlap=(True,)):
-    """`steps` steps of `micros` micro-batches of B x T tokens a replica -> seconds of each step by overlap,
-    the last metrics, bytes of the model's training, what parallel.plan says of them."""
+def parallel_steps(shape, layout, B, T, micros=1, steps=1):
+    """`steps` steps of `micros` micro-batches of B x T tokens a replica -> the last metrics, bytes of the
+    model's training, what parallel.plan says of them."""
     import parallel
     import torch
     from model import GPT, GPTConfig
@@ -926,16 +926,12 @@ def parallel_steps(shape, layout, B, T, micros=1, steps=1, overlap=(True,)):
     gc.collect()
     ctypes.CDLL('libc.so.6').malloc_trim(0)
     watch_peak()
-    seconds = {way: [] for way in overlap}
-    for way in overlap * steps:
-        optimizer.overlap = way
+    for _ in range(steps):
         mesh.barrier()
-        begin = time.perf_counter()
         metrics = step(micros)
-        seconds[way].append(time.perf_counter() - begin)
     used = status('VmHWM') - status('RssFile') - status('RssShmem') - before  # files mapped do not count
     mesh.close()
-    return seconds, metrics, used, planned
+    return metrics, used, planned
 
 
 def loss_of(model, rows):
@@ -943,10 +939,10 @@ def loss_of(model, rows):
 
 
 def bench_parallel(words):
-    """Memory beside parallel.plan, overlap of reductions, the pipeline's bubble, over gloo on the CPU:
-    python bench.py parallel [memory overlap bubble]"""
-    opts = options(words, 'memory', 'overlap', 'bubble')
-    parts = opts.words or ['memory', 'overlap', 'bubble']
+    """Memory beside parallel.plan, the pipeline's bubble, over gloo on the CPU:
+    python bench.py parallel [memory bubble]"""
+    opts = options(words, 'memory', 'bubble')
+    parts = opts.words or ['memory', 'bubble']
     layouts = [(1, {}), *((2, dict(zero=z)) for z in range(4)), (2, dict(tp=2)), (2, dict(pp=2)),
                *((4, dict(zero=z)) for z in (1, 2, 3)), (4, dict(tp=4)), (4, dict(tp=2, zero=1)),
                (4, dict(tp=2, pp=2))]
@@ -956,20 +952,14 @@ def bench_parallel(words):
         print('GB of rank 0 above its start, GPT-2 small, float32, 1 x 64 tokens')
         os.environ['MALLOC_MMAP_THRESHOLD_'] = str(1 << 20)  # else glibc keeps holes of up to 32 MB
         for world, layout in layouts[:2] if opts.quick else layouts:
-            used, planned = spawn(world, shape={}, layout=layout, B=1, T=64)[2:]
+            used, planned = spawn(world, shape={}, layout=layout, B=1, T=64)[1:]
             plan = ', '.join(f'{key} {size / 1e9:.2f}' for key, size in planned.items() if size)
             print(f'  {world} ranks {layout}: measured {used / 1e9:.2f}, planned {plan}', flush=True)
         del os.environ['MALLOC_MMAP_THRESHOLD_']
-    if 'overlap' in parts:
-        print(f'a step with reductions inside the backward, or after it; {shape["n_layer"]} layers, 2 ranks')
-        for zero in 0, 2:
-            seconds = spawn(2, layout=dict(zero=zero), steps=steps, overlap=(True, False), **how)[0]
-            on, off = statistics.median(seconds[True]), statistics.median(seconds[False])
-            report(f'zero={zero}', 's', {'overlapped': on, 'after': off})
     if 'bubble' in parts:
         print('share of the time that rank 0 of 2 waits, and (pp - 1) / (m + pp - 1)')
         for m in 1, 2, 4, 8:
-            metrics = spawn(2, layout=dict(pp=2), micros=m, steps=steps // 2, **how)[1]
+            metrics = spawn(2, layout=dict(pp=2), micros=m, steps=steps // 2, **how)[0]
             print(f'  m={m}: {metrics["bubble"]:.0%} measured, {metrics["bubble_ideal"]:.0%} by the schedule')
 
 
