@@ -21,7 +21,7 @@ from infer import Blocks, Engine, SamplingParams, uniform
 from tokenizer import get_tokenizer
 from model import ARCHS, GPT, GPTConfig
 
-SEED = int(os.environ.get('TEST_SEED', random.randrange(1 << 30)))  # drawn anew each run, printed when a test fails; TEST_SEED repeats it
+SEED = int(os.environ.get('TEST_SEED', 20261201))  # TEST_SEED tries another one
 
 
 def tiny(arch='gpt2', dtype=torch.float64, vocab=23, seed=0, **over):
@@ -353,7 +353,7 @@ def test_c_path_in_any_schedule(compiler, arch):
     for i in range(6):
         kw = dict(max_num_batched_tokens=rng.choice([3, 17, 500]), max_num_seqs=rng.choice([2, 5, 16]), block_size=16, num_blocks=200, threads=1)
         if i % 3 == 0:
-            kw |= dict(max_num_seqs=16, max_num_batched_tokens=500, num_blocks=13)
+            kw |= dict(max_num_seqs=16, max_num_batched_tokens=500, num_blocks=6)  # too few: somebody must wait
         trunk = [rng.randrange(4) for _ in range(30)]
         prompts = [trunk[:rng.randint(1, 30)] + [rng.randrange(4) for _ in range(rng.randint(0, 9))] for _ in range(12)]
         params = [SamplingParams(max_tokens=rng.randint(1, 22), temperature=0.7, seed=j, top_k=5, logit_bias={t: 5 for t in range(4)}) for j in range(12)]
