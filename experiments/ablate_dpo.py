@@ -1,4 +1,4 @@
-# DPO of the ablations: 64 steps of 32 pairs = 2,048 of the 5,638 pairs, the pairs that config/reward_toy.py
+# DPO of the ablations: 64 steps of 32 pairs = 2,048 of the 13,000 pairs that experiments/ablate_reward.py
 # learns from.
 #     python dpo.py experiments/ablate_dpo.py --loss_type=ipo
 init_from = 'out-sft'

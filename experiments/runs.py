@@ -18,8 +18,8 @@ RUNS = {
     'base': ('sft.py', 'pretrain_toy', {}, ()),
     'sft': ('sft.py', 'sft_toy', {'init_from': '{o}/base-s{s}'}, ('base',)),
     'rm': ('reward.py', 'ablate_reward', SFT, ('sft',)),
-    'rm10': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 600, 'epochs': 3.0}, ('sft',)),
-    'rm30': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 1800, 'epochs': 1.5}, ('sft',)),
+    'rm10': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 1300, 'epochs': 3.0}, ('sft',)),
+    'rm30': ('reward.py', 'ablate_reward', {**SFT, 'max_rows': 3900, 'epochs': 1.5}, ('sft',)),
 }
 
 
@@ -63,7 +63,7 @@ DPO, METHODS = (
     },
 )
 LONG = {'PPO, twice as long': TUNED, 'DPO, one epoch': 'dpo-long'}
-RUNS['dpo-long'] = ('dpo.py', 'ablate_dpo', {**SFT, 'max_iters': 177, 'eval_interval': 177}, ('sft',))
+RUNS['dpo-long'] = ('dpo.py', 'ablate_dpo', {**SFT, 'max_iters': 406, 'eval_interval': 406}, ('sft',))
 LOSSES = {
     'sigmoid, beta 0.1': DPO,
     **{
