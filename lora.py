@@ -10,10 +10,10 @@
 What it saves, GPT-2 small (124.4M weights), r = 8 on c_attn: 12 layers x 8 x (768 + 2304) = 294,912 trained
 numbers, so gradients and AdamW's moments take 3.5 MB instead of 1.49 GB, and a checkpoint 1.2 MB. A layer
 gives way to a subclass of nn.Linear or nn.Embedding that holds the same Parameter: the base weights keep
-their names. Also here: rsLoRA (arXiv 2312.03732: alpha / sqrt(r), a large r still learns), DoRA (arXiv 2402.09353:
-the length of each row of W' is learned on its own), the scalar head of a reward model trained beside the
-adapter (PEFT's modules_to_save). LoRA on the LM head is refused: the fused losses read its weight, not its
-forward. """
+their names. Also here: rsLoRA (arXiv 2312.03732: alpha / sqrt(r), a large r still learns), DoRA (arXiv
+2402.09353: the length of each row of W' is learned on its own), the scalar head of a reward model trained
+beside the adapter (PEFT's modules_to_save). LoRA on the LM head is refused: the fused losses read its weight,
+not its forward. """
 import contextlib
 import dataclasses
 import math
@@ -63,7 +63,8 @@ class Adapted:
 
     def wrap(self, base, shape, spec):
         out_features, in_features = shape
-        self.weight, self.spec, self.active = base.weight, spec, True  # the Parameter itself: name, tie, memory
+        self.weight = base.weight  # the same Parameter: names, ties and memory stay
+        self.spec, self.active = spec, True
         a = torch.zeros(spec.r, in_features, device=base.weight.device)  # float32 always
         b = torch.zeros(out_features, spec.r, device=base.weight.device)
         self.init(a, b)
