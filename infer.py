@@ -479,7 +479,7 @@ class Forward:
         """True when a weight has moved in memory or another adapter is in force, so that captured graphs are
         stale."""
         before = self.seen
-        adapters = [(m.active, m.kept is None) for m in self.model.modules() if hasattr(m, 'active')]
+        adapters = [m.active for m in self.model.modules() if hasattr(m, 'active')]
         self.seen = [p.data_ptr() for p in self.model.parameters()], adapters
         return before != self.seen
 

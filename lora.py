@@ -3,17 +3,17 @@
 
     add_lora(model, r=8, alpha=16)             c_attn of every block (GPT-2), q_proj and v_proj (Llama, Qwen)
     with lora_disabled(model): ...             the model before training: a reference for free
-    with merged(model): engine.generate(...)   merged for the sampler, restored to the bit afterwards
+    merge_lora(model)                          W' in the place of W: a plain model again
     save_lora(model, dir)                      PEFT's adapter_config.json + adapter_model.safetensors
     load_lora(model, dir)                      and back
 
 What it saves, GPT-2 small (124.4M weights), r = 8 on c_attn: 12 layers x 8 x (768 + 2304) = 294,912 trained
 numbers, so gradients and AdamW's moments take 3.5 MB instead of 1.49 GB, and a checkpoint 1.2 MB. A layer
 gives way to a subclass of nn.Linear or nn.Embedding that holds the same Parameter: the base weights keep
-their names. Also here: several adapters by name, rsLoRA (arXiv 2312.03732: alpha / sqrt(r), a large r still
-learns), DoRA (arXiv 2402.09353: the length of each row of W' is learned on its own), the scalar head of a
-reward model trained beside the adapter (PEFT's modules_to_save). LoRA on the LM head is refused: the fused
-losses read its weight, not its forward. """
+their names. Also here: rsLoRA (arXiv 2312.03732: alpha / sqrt(r), a large r still learns), DoRA (arXiv
+2402.09353: the length of each row of W' is learned on its own), the scalar head of a reward model trained
+beside the adapter (PEFT's modules_to_save). LoRA on the LM head is refused: the fused losses read its weight,
+not its forward. """
 import contextlib
 import dataclasses
 import math
@@ -58,95 +58,88 @@ class Spec:
 
 
 class Adapted:
-    """What LoraLinear and LoraEmbedding share: adapters by name, the one in force (`active`, None = the base
-    model), merging."""
+    """What LoraLinear and LoraEmbedding share; active: False = the base model's forward. Parameters are named
+    lora_A.default ... as in PEFT."""
 
-    def wrap(self, base, shape):
-        self.weight, self.shape = base.weight, shape  # the same Parameter: names, ties and memory stay
-        for part in PARTS:
-            setattr(self, part, nn.ParameterDict())
-        self.specs, self.active, self.kept = {}, None, None
-
-    def add(self, name, spec):
-        out_features, in_features = self.shape
-        a = torch.zeros(spec.r, in_features, device=self.weight.device)  # float32 always
-        b = torch.zeros(out_features, spec.r, device=self.weight.device)
+    def wrap(self, base, shape, spec):
+        out_features, in_features = shape
+        self.weight = base.weight  # the same Parameter: names, ties and memory stay
+        self.spec, self.active = spec, True
+        a = torch.zeros(spec.r, in_features, device=base.weight.device)  # float32 always
+        b = torch.zeros(out_features, spec.r, device=base.weight.device)
         self.init(a, b)
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(a), nn.Parameter(b)
-        self.specs[name] = spec
+        self.lora_A = nn.ParameterDict(dict(default=a))
+        self.lora_B = nn.ParameterDict(dict(default=b))
         if spec.dora:  # starts as the length of W's rows, so the first output is the base model's
-            self.lora_magnitude_vector[name] = nn.Parameter(self.weight.detach().float().norm(dim=1))
+            length = self.weight.detach().float().norm(dim=1)
+            self.lora_magnitude_vector = nn.ParameterDict(dict(default=length))
 
-    def delta(self, name):
-        return self.specs[name].scale * (self.lora_B[name] @ self.lora_A[name])  # (out, in) float32
+    def delta(self):
+        return self.spec.scale * (self.lora_B.default @ self.lora_A.default)  # (out, in) float32
 
     @torch.no_grad()
     def merge(self):
-        """In place; the original is kept, because W + d - d is not W in floats. A merged layer's adapters
-        leave the state dict."""
-        new = self.merged_weight()
-        self.kept = self.weight.clone(), {part: self._modules.pop(part) for part in PARTS}
-        self.weight.copy_(new)
-
-    @torch.no_grad()
-    def unmerge(self):
-        self.weight.copy_(self.kept[0])
-        self._modules.update(self.kept[1])
-        self.kept = None
+        """For good; the layer then is a plain one, whose adapter has left the state dict."""
+        self.weight.copy_(self.merged_weight())
+        self.active = False
+        for part in PARTS:
+            self._modules.pop(part, None)
 
 
 class LoraLinear(Adapted, nn.Linear):
-    def __init__(self, base):
+    def __init__(self, base, spec):
         nn.Linear.__init__(self, base.in_features, base.out_features, base.bias is not None, device='meta')
-        self.wrap(base, (base.out_features, base.in_features))
+        self.wrap(base, base.weight.shape, spec)
         self.bias = base.bias
 
     def init(self, a, b):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # nn.Linear's own: uniform in +-1/sqrt(in); b stays 0
 
-    def gain(self, name):
+    def gain(self):
         """DoRA: m / |row of W + scale B A|, the length a constant to the gradient (its section 4.3).
         (out,)"""
-        length = (self.weight + self.delta(name)).detach().float().norm(dim=1)
-        return self.lora_magnitude_vector[name] / length
+        length = (self.weight + self.delta()).detach().float().norm(dim=1)
+        return self.lora_magnitude_vector.default / length
 
     def merged_weight(self):
-        weight = self.weight + self.delta(self.active)
-        return weight * self.gain(self.active)[:, None] if self.specs[self.active].dora else weight
+        weight = self.weight + self.delta()
+        return weight * self.gain()[:, None] if self.spec.dora else weight
 
     def forward(self, x):
         y = kernels.linear(x, self.weight, self.bias)
-        if self.active is None or self.kept:
+        if not self.active:
             return y
-        spec, a, b = self.specs[self.active], self.lora_A[self.active], self.lora_B[self.active]
-        x = F.dropout(x, spec.dropout, self.training)
-        low = kernels.linear(x.to(a.dtype), a) * spec.scale  # scaled where it is small: (..., r)
-        if not spec.dora:
+        a, b = self.lora_A.default, self.lora_B.default
+        x = F.dropout(x, self.spec.dropout, self.training)
+        low = kernels.linear(x.to(a.dtype), a) * self.spec.scale  # scaled where it is small: (..., r)
+        if not self.spec.dora:
             return y + kernels.linear(low, b).to(y.dtype)
-        gain = self.gain(self.active)
+        gain = self.gain()
         return y + ((gain - 1) * kernels.linear(x, self.weight) + gain * kernels.linear(low, b)).to(y.dtype)
 
 
 class LoraEmbedding(Adapted, nn.Embedding):
     """A (r, num), B (dim, r); rows of A.T are looked up. A tied LM head keeps reading the base weight, as in
-    PEFT."""
+    PEFT. ValueError: DoRA, which is for linear layers only."""
 
-    def __init__(self, base):
+    def __init__(self, base, spec):
+        if spec.dora:
+            raise ValueError('DoRA on an embedding (wte, embed_tokens ...): it is for linear layers only')
         nn.Embedding.__init__(self, base.num_embeddings, base.embedding_dim, device='meta')
-        self.wrap(base, (base.embedding_dim, base.num_embeddings))
+        self.wrap(base, base.weight.T.shape, spec)
 
     def init(self, a, b):
         nn.init.normal_(b)  # a stays 0
 
     def merged_weight(self):
-        return self.weight + self.delta(self.active).T
+        return self.weight + self.delta().T
 
     def forward(self, idx):
         y = F.embedding(idx, self.weight)
-        if self.active is None or self.kept:
+        if not self.active:
             return y
-        low = F.embedding(idx, self.lora_A[self.active].T) * self.specs[self.active].scale
-        return y + kernels.linear(low, self.lora_B[self.active]).to(y.dtype)
+        low = F.embedding(idx, self.lora_A.default.T) * self.spec.scale
+        return y + kernels.linear(low, self.lora_B.default).to(y.dtype)
 
 
 def paths(model):
@@ -157,10 +150,10 @@ def paths(model):
 
 
 def adapted(model):
-    """{our module name: LoraLinear or LoraEmbedding}; {} without adapters. model: a GPT, or what
-    parallel.shard made of it."""
+    """{our module name: LoraLinear or LoraEmbedding}; {} without an adapter, or when it is merged. model: a
+    GPT, or what parallel.shard made of it."""
     model = getattr(model, 'body', model)
-    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+    return {name: m for name, m in model.named_modules() if hasattr(m, 'lora_A')}
 
 
 def targeted(model, targets):
@@ -182,127 +175,76 @@ def targeted(model, targets):
     return found
 
 
-def add_lora(model, r, alpha, dropout=0.0, targets=(), rslora=False, dora=False, name='default'):
-    """Freezes the model and adds a trained, active adapter `name` to every Linear or Embedding that `targets`
-    name (see `targeted`; a text of names 'a, b' is a list of them; nothing: PEFT's default). A scalar head
-    stays trained. In place and returned. ValueError on a bad number or name, or when nothing matches. GPT-2
-    small, r=8, ('c_attn',): 294,912 trained numbers."""
+def add_lora(model, r, alpha, dropout=0.0, targets=(), rslora=False, dora=False):
+    """Freezes the model and adds a trained adapter to every Linear or Embedding that `targets` name (see
+    `targeted`; a text of names 'a, b' is a list of them; nothing: PEFT's default). A scalar head stays
+    trained. In place and returned. ValueError on a bad number or name, when nothing matches, or where there
+    is an adapter already. GPT-2 small, r=8, ('c_attn',): 294,912 trained numbers."""
     targets = targets or ('c_attn' if model.config.arch == 'gpt2' else 'q_proj,v_proj')
     if isinstance(targets, str) and re.fullmatch(r'[\w., ]+', targets):
         targets = [target.strip() for target in targets.split(',')]
     spec = Spec(r, alpha, dropout, targets, rslora, dora)
     try:
-        return _attach(model, name, spec, dict.fromkeys(targeted(model, targets), spec))
+        return _attach(model, spec, dict.fromkeys(targeted(model, targets), spec))
     except re.error as e:
         raise ValueError(f'LoRA targets {targets!r}: neither names nor a regular expression ({e})') from None
 
 
-def _attach(model, name, spec, specs):
+def _attach(model, spec, specs):
     """specs: {module name: its Spec}; spec: the adapter's common one, which save_lora writes."""
-    if name in getattr(model, 'lora', {}) or any(m.kept for m in adapted(model).values()):
-        raise ValueError(f'cannot add adapter {name!r}: the model has one of this name, or its adapters are '
-                         f'merged (unmerge_lora first)')
-    if not name.isidentifier():
-        raise ValueError(f'adapter {name!r}: expected a plain name')
-    for n, s in specs.items():
-        layer = model.get_submodule(n)
-        if s.dora and isinstance(layer, nn.Embedding):
-            raise ValueError(f'DoRA on {n}: it is for linear layers only')
-        if not isinstance(layer, Adapted):
-            layer = (LoraLinear if isinstance(layer, nn.Linear) else LoraEmbedding)(layer)
-            parent, _, leaf = n.rpartition('.')
-            setattr(model.get_submodule(parent), leaf, layer)
-        layer.add(name, s)
-    model.lora = {**getattr(model, 'lora', {}), name: spec}
-    return set_adapter(model, name)
-
-
-def _known(model, name):
-    there = getattr(model, 'lora', {})
-    if name not in there:
-        raise ValueError(f'no adapter {name!r} here: there are {", ".join(sorted(there)) or "none"}')
-
-
-def set_adapter(model, name):
-    """Adapter `name` becomes the active and the only trained one (beside a scalar head). In place and
-    returned. ValueError: no such adapter."""
-    _known(model, name)
-    ends = tuple(f'{part}.{name}' for part in PARTS)
-    for key, p in model.named_parameters():
-        p.requires_grad_(key.endswith(ends) or key == 'score.weight')
-    for m in adapted(model).values():
-        m.active = name if name in m.specs else None
+    if adapted(model):
+        raise ValueError('the model has an adapter already: merge_lora first')
+    for name, own in specs.items():
+        layer = model.get_submodule(name)
+        layer = (LoraLinear if isinstance(layer, nn.Linear) else LoraEmbedding)(layer, own)
+        parent, _, leaf = name.rpartition('.')
+        setattr(model.get_submodule(parent), leaf, layer)
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_adapter(name))
+    model.lora = spec
     return model
 
 
 @contextlib.contextmanager
-def lora_active(model, name):
-    """Inside: adapter `name` (None = the base model) is in force; what is trained does not change.
-    ValueError: no such adapter, or merged."""
-    layers = list(adapted(model).values())
-    if not layers or name not in (None, *getattr(model, 'body', model).lora) or any(m.kept for m in layers):
-        raise ValueError(f'adapter {name!r} cannot be put in force: no such adapter, or it is merged')
-    before = [m.active for m in layers]
+def lora_disabled(model):
+    """Inside: the model as it was before add_lora, to the bit; what is trained does not change. ValueError
+    without an adapter: a model would be its own reference."""
+    layers = adapted(model).values()
+    if not layers:
+        raise ValueError('lora_disabled: this model has no adapter')
     try:
         for m in layers:
-            m.active = name if name in m.specs else None
+            m.active = False
         yield model
     finally:
-        for m, active in zip(layers, before):
-            m.active = active
-
-
-def lora_disabled(model):
-    """Context: the model as it was before add_lora, to the bit."""
-    return lora_active(model, None)
+        for m in layers:
+            m.active = True
 
 
 def merge_lora(model):
-    """The active adapter goes into the weights; the model then is a plain one for forward, state_dict and
+    """The adapter goes into the weights, for good: the model then is a plain one for forward, state_dict and
     save_pretrained. In place and returned. An adapted embedding that the LM head is tied to is untied first,
     since the head never saw the adapter. ValueError: nothing to merge."""
-    layers = [m for m in adapted(model).values() if m.active is not None and not m.kept]
+    layers = adapted(model)
     if not layers:
-        raise ValueError('merge_lora: this model has no active adapter, or is merged already')
-    if model.config.tie and any(m is model.wte for m in layers):
+        raise ValueError('merge_lora: this model has no adapter, or it is merged already')
+    if model.config.tie and 'wte' in layers:
         model.wte.weight = nn.Parameter(model.wte.weight.detach().clone(), requires_grad=False)
-        model.config.tie, model.wte.untied = False, True
-    for m in layers:
-        m.merge()
+        model.config.tie = False
+    for layer in layers.values():
+        layer.merge()
     return model
-
-
-def unmerge_lora(model):
-    """Undoes merge_lora to the bit. In place and returned."""
-    for m in adapted(model).values():
-        if m.kept:
-            m.unmerge()
-    if getattr(model.wte, 'untied', False):
-        model.wte.weight = model.lm_head.weight
-        model.config.tie, model.wte.untied = True, False
-    return model
-
-
-@contextlib.contextmanager
-def merged(model):
-    """Inside: merged weights, in place, so a sampler that shares the memory sees them. Without adapters
-    nothing happens."""
-    plain = not adapted(model)
-    try:
-        yield model if plain else merge_lora(model)
-    finally:
-        plain or unmerge_lora(model)
 
 
 def trainable(model):
-    """[(name, Parameter)] for the optimizer: everything of a plain model, else the active adapter (and a
-    scalar head)."""
+    """[(name, Parameter)] for the optimizer: everything of a plain model, else the adapter (and a scalar
+    head)."""
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
 def lora_state(model):
-    """{our name: tensor} of all adapters and the scalar head: what a checkpoint holds in the place of the
-    whole model."""
+    """{our name: tensor} of the adapter and the scalar head: what a checkpoint holds instead of the whole
+    model."""
     return {k: v for k, v in model.state_dict().items() if is_adapter(k)}
 
 
@@ -311,21 +253,18 @@ def is_adapter(name):
 
 
 def describe(model, base):
-    """Plain dict that with lora_state rebuilds the adapters on the model `base` (a name or folder): the key
+    """Plain dict that with lora_state rebuilds the adapter on the model `base` (a name or folder): the key
     'lora' of a checkpoint."""
-    layers = {name: {} for name in model.lora}
-    for n, m in adapted(model).items():
-        for name, spec in m.specs.items():
-            layers[name][n] = dataclasses.asdict(spec)
-    specs = {name: dataclasses.asdict(spec) for name, spec in model.lora.items()}
-    return dict(base=base, reward_bias=model.config.reward_bias, specs=specs, layers=layers)
+    layers = {name: dataclasses.asdict(m.spec) for name, m in adapted(model).items()}
+    return dict(base=base, reward_bias=model.config.reward_bias,
+                specs=dict(default=dataclasses.asdict(model.lora)), layers=dict(default=layers))
 
 
 def load_state(model, info, state):
-    """model: a plain one of info['base']; info from describe, state from lora_state. Adapters added, the last
-    one active. Returned."""
-    for name, spec in info['specs'].items():
-        _attach(model, name, Spec(**spec), {n: Spec(**s) for n, s in info['layers'][name].items()})
+    """model: a plain one of info['base']; info from describe, state from lora_state. The adapter is added.
+    Returned."""
+    specs = {name: Spec(**own) for name, own in info['layers']['default'].items()}
+    _attach(model, Spec(**info['specs']['default']), specs)
     model.config.reward_bias = info['reward_bias']
     _copy(lora_state(model), state, f"the adapter checkpoint on {info['base']}")
     return model
@@ -350,30 +289,30 @@ def _peft_name(path, part, embedding):
     return f'base_model.model.{path}.{part}' + '.weight' * (part in PARTS[:2])
 
 
-def _slots(model, name):
-    """{PEFT's tensor name: our Parameter} of adapter `name`."""
+def _slots(model):
+    """{PEFT's tensor name: our Parameter}"""
     slots, path = {}, paths(model)
     if model.head == 'scalar':
         slots['base_model.model.score.weight'] = model.score.weight
-    for n, m in adapted(model).items():
+    for name, m in adapted(model).items():
         for part in PARTS:
-            if not m.kept and name in getattr(m, part):
-                slots[_peft_name(path[n], part, isinstance(m, LoraEmbedding))] = getattr(m, part)[name]
+            if hasattr(m, part):
+                peft = _peft_name(path[name], part, isinstance(m, nn.Embedding))
+                slots[peft] = getattr(m, part).default
     return slots
 
 
-def save_lora(model, dir, name='default', base=''):
-    """Writes adapter `name` as PEFT does: adapter_config.json, adapter_model.safetensors. base: its
-    base_model_name_or_path. ValueError when there is no such adapter, or it is merged. GPT-2 small, r=8: 24
-    tensors, 1.2 MB."""
-    _known(model, name)
-    if any(m.kept for m in adapted(model).values()):
-        raise ValueError(f'adapter {name!r} is merged: unmerge_lora before it is saved')
-    spec, scalar, path = model.lora[name], model.head == 'scalar', paths(model)
-    layers = {path[n]: m.specs[name] for n, m in adapted(model).items() if name in m.specs}
-    odd = {p: s for p, s in layers.items() if s != spec}
+def save_lora(model, dir, base=''):
+    """Writes the adapter as PEFT does: adapter_config.json, adapter_model.safetensors. base: its
+    base_model_name_or_path. ValueError when there is none, or it is merged. GPT-2 small, r=8: 24 tensors, 1.2
+    MB."""
+    layers, path = adapted(model), paths(model)
+    if not layers:
+        raise ValueError('save_lora: this model has no adapter, or it is merged')
+    spec, scalar = model.lora, model.head == 'scalar'
+    odd = {path[name]: m.spec for name, m in layers.items() if m.spec != spec}
     os.makedirs(dir, exist_ok=True)
-    tensors = {k: p.detach().cpu() for k, p in _slots(model, name).items()}
+    tensors = {name: p.detach().cpu() for name, p in _slots(model).items()}
     save_safetensors(os.path.join(dir, 'adapter_model.safetensors'), tensors)
     write_json(os.path.join(dir, 'adapter_config.json'), dict(  # last: a folder with a config is a whole one
         peft_type='LORA', task_type='SEQ_CLS' if scalar else 'CAUSAL_LM',
@@ -418,10 +357,9 @@ def _specs(model, c, tensors, where):
     return spec, specs
 
 
-def load_lora(model, dir, name='default'):
-    """Adds the PEFT folder `dir` as adapter `name`, active and trained. In place and returned. ValueError
-    names the key of a kind of adapter that we cannot honour, or the tensor of an adapter for another
-    model."""
+def load_lora(model, dir):
+    """Adds the adapter of the PEFT folder `dir`, trained. In place and returned. ValueError names the key of
+    a kind of adapter that we cannot honour, or the tensor of an adapter for another model."""
     where = os.path.join(dir, 'adapter_config.json')
     try:
         c, tensors = read_json(where), load_safetensors(os.path.join(dir, 'adapter_model.safetensors'))
@@ -431,6 +369,6 @@ def load_lora(model, dir, name='default'):
                          f'{type(e).__name__} {e}') from None
     except ValueError as e:
         raise ValueError(f'{dir}: {e}') from None
-    _attach(model, name, spec, specs)
-    _copy(_slots(model, name), tensors, f'the adapter in {dir}')
+    _attach(model, spec, specs)
+    _copy(_slots(model), tensors, f'the adapter in {dir}')
     return model

@@ -365,7 +365,7 @@ def _address(x):
 
 def _in_force(layer):
     """(weight, bias) of a Linear or Embedding; an adapter's is merged."""
-    adapted = getattr(layer, 'active', None) is not None and not layer.kept
+    adapted = getattr(layer, 'active', False)
     weight = layer.merged_weight() if adapted else layer.weight
     bias = getattr(layer, 'bias', None)
     return weight.detach(), None if bias is None else bias.detach()

@@ -699,11 +699,10 @@ def check_stage(stage, config):
     refuse(config.get('rollout_tp') and config['tp'] == 1,
            'rollout_tp without tensor parallelism: there is nothing to shard',
            '--rollout_tp=False, or --tp=2 and more')
-    if world != '1':
-        refuse(config['compile'], f'compile with {world} processes is not supported', '--compile=False')
-        refuse(config.get('mode') == 'async',
-               f"mode 'async' with {world} ranks is not supported: it trains in one process",
-               '--mode=sync, or one process with the other GPUs given to --rollout_workers')
+    refuse(config.get('rollout_tp') and config.get('mode') == 'async',
+           "rollout_tp with mode 'async': each rollout worker holds the whole model", '--rollout_tp=False')
+    refuse(config['compile'] and world != '1', f'compile with {world} processes is not supported',
+           '--compile=False')
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import infer
+import lora
 import parallel
 from dataset import pad
 from model import all_rewards, answer_logprobs, answer_values
@@ -349,7 +350,8 @@ class Answers:
     """The policy's answers to the prompts, in the order of the data: one `next(it)` for all modes.
 
         sync                  an engine in this process answers with the weights before update `it`
-        async                 engines in other processes run ahead, see Rollouts below
+        async                 engines in other processes run ahead, see Rollouts below; of several ranks
+                              rank 0 owns them and tells the others what it took
         simulated staleness   the engine here answers with the weights of n updates ago: async's samples, but
                               deterministic
     Which prompt is number k, and what is sampled for it, are functions of (seed, k). So all modes ask the
@@ -372,6 +374,8 @@ class Answers:
         self.options = dict(max_num_seqs=c['max_num_seqs'], max_len=longest)
         self.stale = c['simulate_staleness']
         self.past = []
+        self.ahead = False                             # do other processes sample?
+        self.travels = lora.is_adapter if lora.adapted(policy) else None  # which weights are sent to them
         self.pool = self.judges = None
         self.chats = 0
         if c.get('env') and c['mode'] != 'sync':
@@ -400,6 +404,8 @@ class Answers:
         if self.stale:
             self.run.extra['past'] = self.past
         elif self.config['mode'] == 'async' and not self.config['eval_only']:
+            self.ahead = True
+        if self.ahead and self.mesh.master:
             model = copy.deepcopy(self.sampler).cpu().requires_grad_(False)
             keys = 'max_staleness rollout_workers reward_workers reward_timeout reward_retries runtime'
             workers = {key: self.config[key] for key in keys.split()}
@@ -450,9 +456,9 @@ class Answers:
         ones. again: a second helping for the same update (dynamic sampling)."""
         if not again:
             self._publish(it)
-        if self.pool is not None:
+        if self.ahead:
             groups = []
-            for group in self.pool.take(self.need):
+            for group in self._take():
                 answers = []
                 for ids, logp, versions, ended in group.answers:
                     ages = [it - version for version in versions]
@@ -465,6 +471,16 @@ class Answers:
             groups += self._answer(list(itertools.islice(self.jobs, missing)), min(it, self.stale))
             self.position += missing
         return self._batch(groups)
+
+    def _take(self):
+        """The next Rollouts, on every rank. Rank 0 waits for them and says so now and then, since a rank
+        that is silent for dist_timeout seconds is taken for dead."""
+        found = None
+        while found is None:
+            if self.pool is not None:
+                found = self.pool.take(self.need, self.config['dist_timeout'] / 4)
+            found = self.mesh.everyone.share_object(found, 0, 'answers')
+        return found
 
     def held_out(self, items, n=1):
         """A Batch of n answers to each of some other prompts, sampled with today's weights and seeds of
@@ -484,10 +500,12 @@ class Answers:
 
     def _publish(self, it):
         """The weights before update `it` go to whoever samples; with simulated staleness older ones do."""
-        if self.pool is not None:
-            self.pool.publish(self.policy.state_dict(), it)
+        if self.ahead:
+            state = parallel.full_state(self.policy, only_master=True, keep=self.travels)
+            if self.pool is not None:
+                self.pool.publish(state, it)
         elif self.stale:
-            self.past.append({name: x.clone() for name, x in self.policy.state_dict().items()})
+            self.past.append({name: x.clone() for name, x in parallel.full_state(self.policy).items()})
             del self.past[:-self.stale - 1]
             self.engine.load_weights(self.past[0])
         else:
@@ -888,10 +906,11 @@ class RolloutWorker:
         """Answers once the process is up."""
 
     def run(self, jobs, version, weights, seconds):
-        """Loads weights (a state dict; None: stays as it is), takes on jobs [(number, prompt ids,
-        SamplingParams)], samples for `seconds` or until all is done. -> [(number, answers as in Rollout)] of
-        the finished ones."""
+        """Loads weights (a state dict, or with LoRA the adapter's part of one; None: all stays as it is),
+        takes on jobs [(number, prompt ids, SamplingParams)], samples for `seconds` or until all is done. ->
+        [(number, answers as in Rollout)] of the finished ones."""
         if weights is not None:
+            weights = {**self.engine.model.state_dict(), **weights}
             self.engine.load_weights(weights, version, recompute=True)
         for number, prompt, params in jobs:
             self.open[number] = self.engine.submit(prompt, params)
@@ -1027,24 +1046,25 @@ class Rollouts:
         self.thread.start()
 
     def _init(self, runtime, processes, device):
-        """Starts or joins the runtime -> GPUs for the rollout workers: all but the trainer's where there
-        are several, else they share it. The runtime reads CUDA_VISIBLE_DEVICES; torch in this process has
-        its device already."""
-        gpus = torch.cuda.device_count() if str(device).startswith('cuda') else 0
+        """Starts or joins the runtime -> GPUs for the rollout workers: those that no trainer has, else they
+        share theirs. The runtime reads CUDA_VISIBLE_DEVICES; torch in this process has its device already."""
+        gpus = range(torch.cuda.device_count() if str(device).startswith('cuda') else 0)
         before = os.environ.get('CUDA_VISIBLE_DEVICES')
-        mine = torch.device(device).index or 0
-        if gpus > 1:
-            ids = before.split(',') if before else [str(i) for i in range(gpus)]
-            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[:mine] + ids[mine + 1:])
+        ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # torchrun's: rank i of this node has GPU i
+        taken = range(ranks) if ranks > 1 else [torch.device(device).index or 0]
+        free = [i for i in gpus if i not in taken] or list(gpus)
+        if free:
+            ids = before.split(',') if before else [str(i) for i in gpus]
+            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[i] for i in free)
         try:
             if self.own:
-                self._start(runtime, processes, gpus - (gpus > 1))
+                self._start(runtime, processes, len(free))
         finally:
-            if gpus > 1 and before is None:
+            if free and before is None:
                 del os.environ['CUDA_VISIBLE_DEVICES']
-            elif gpus > 1:
+            elif free:
                 os.environ['CUDA_VISIBLE_DEVICES'] = before
-        return gpus - (gpus > 1)
+        return len(free)
 
     def _start(self, runtime, processes, gpus):
         if runtime == 'local':
@@ -1069,18 +1089,18 @@ class Rollouts:
             self.limit = self.taken + (self.max_staleness + 1) * self.batch
             self.cv.notify_all()
 
-    def take(self, n):
-        """Waits for the next n Rollouts. Raises what went wrong with the workers."""
+    def take(self, n, seconds=None):
+        """Waits for the next n Rollouts; after so many seconds (None: no limit) it returns None instead.
+        Raises what went wrong with the workers."""
         out = []
         with self.cv:
             self.limit = max(self.limit, self.taken + n)  # a second helping in one update (dynamic sampling)
             self.cv.notify_all()
+            if not self.cv.wait_for(lambda: self.error is not None or self._ready() >= n, seconds):
+                return None
+            if self.error is not None:
+                raise self.error
             while len(out) < n:
-                if self.error is not None:
-                    raise self.error
-                if self.position not in self.done:
-                    self.cv.wait(1.0)
-                    continue
                 group = self.done.pop(self.position)
                 if group is not None:
                     out.append(group)
@@ -1088,6 +1108,11 @@ class Rollouts:
                     self.taken += 1
                 self.position += 1
         return out
+
+    def _ready(self):
+        """How many Rollouts lie there in the order of the prompts."""
+        numbers = itertools.takewhile(self.done.__contains__, itertools.count(self.position))
+        return sum(self.done[number] is not None for number in numbers)
 
     def close(self):
         """Ends the workers, and the runtime if it was started here."""
