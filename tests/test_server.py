@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
 
 import infer
 import serve
-from tokenizer import get_tokenizer
+from tokenizer import encode_prompt, get_tokenizer
 from infer import Engine, SamplingParams
 from serve import Server
 from test_infer import graphs, idle, tiny, twins  # noqa: F401 (fixtures)
@@ -37,7 +38,7 @@ def server():
 
 def call(server, path, body=None, raw=None, headers=None, method='POST'):
     """-> (status, JSON or text)"""
-    c = http.client.HTTPConnection('127.0.0.1', server.http.server_address[1], timeout=60)
+    c = http.client.HTTPConnection('127.0.0.1', server.server_address[1], timeout=60)
     data = raw if raw is not None else json.dumps(body).encode()
     c.request(method, path, data if method == 'POST' else None, {'Content-Type': 'application/json', **(headers or {})})
     r = c.getresponse()
@@ -46,12 +47,19 @@ def call(server, path, body=None, raw=None, headers=None, method='POST'):
     return r.status, json.loads(text) if text.startswith('{') else text
 
 
+def streamed(server, ask):
+    """The first choice of each event of a stream."""
+    status, text = call(server, '/v1/completions', dict(ask, stream=True))
+    assert status == 200 and text.endswith('data: [DONE]\n\n')
+    return [json.loads(part[6:])['choices'][0] for part in text.split('\n\n') if part.startswith('data: {')]
+
+
 def settle(server, seconds=20):
     """Until nothing runs; then nothing may be leaked."""
     end = time.time() + seconds
-    while time.time() < end and (server.open or server.engine.requests):
+    while time.time() < end and (server.boxes or server.engine.requests):
         threading.Event().wait(0.02)
-    return idle(server.engine) and not server.open
+    return idle(server.engine) and not server.boxes
 
 
 def test_health_models_and_greedy_equals_generate(server):
@@ -75,30 +83,31 @@ def test_a_hundred_samples_of_one_letter():
 
 
 BAD = [('/v1/completions', dict(prompt=5), 400, 'prompt'), ('/v1/completions', {}, 400, 'prompt'), ('/v1/completions', dict(prompt=''), 400, 'prompt'),
-       ('/v1/completions', dict(prompt=[]), 400, 'prompt'), ('/v1/completions', dict(prompt=['a', 3]), 400, 'prompt'), ('/v1/completions', dict(prompt=[True]), 400, 'prompt'),
+       ('/v1/completions', dict(prompt=[]), 400, 'prompt'), ('/v1/completions', dict(prompt=['a', 3]), 400, 'prompt'), ('/v1/completions', dict(prompt=[1.5]), 400, 'prompt'),
+       ('/v1/completions', dict(prompt=[[None]]), 400, 'prompt'), ('/v1/completions', dict(prompt={}), 400, 'prompt'),
        ('/v1/completions', dict(prompt=[999999]), 400, 'vocabulary'), ('/v1/completions', dict(prompt='x' * 1000), 400, 'context'),
        ('/v1/completions', dict(prompt='a', max_tokens='7'), 400, 'max_tokens'), ('/v1/completions', dict(prompt='a', max_tokens=0), 400, 'max_tokens'),
        ('/v1/completions', dict(prompt='a', max_tokens=True), 400, 'max_tokens'), ('/v1/completions', dict(prompt='a', temperature=-1), 400, 'temperature'),
        ('/v1/completions', dict(prompt='a', temperature=float('nan')), 400, 'temperature'), ('/v1/completions', dict(prompt='a', top_p=0), 400, 'top_p'),
        ('/v1/completions', dict(prompt='a', n=1000), 400, 'n'), ('/v1/completions', dict(prompt='a', stop=[1]), 400, 'stop'), ('/v1/completions', dict(prompt='a', stop=''), 400, 'stop'),
-       ('/v1/completions', dict(prompt='a', logit_bias={'x': 1}), 400, 'x'), ('/v1/completions', dict(prompt='a', logit_bias={'1': None}), 400, ''),
+       ('/v1/completions', dict(prompt='a', logit_bias={'x': 1}), 400, 'logit_bias'), ('/v1/completions', dict(prompt='a', logit_bias={'1': None}), 400, 'logit_bias'),
        ('/v1/completions', dict(prompt='a', logit_bias={'99999': 1}), 400, 'vocabulary'), ('/v1/completions', dict(prompt='a', stop_token_ids=['a']), 400, 'stop_token_ids'),
        ('/v1/completions', dict(prompt='a', logprobs=True), 400, 'logprobs'), ('/v1/completions', dict(prompt='a', echo=1), 400, 'echo'),
        ('/v1/completions', dict(prompt='a', stream='yes'), 400, 'stream'), ('/v1/completions', dict(prompt='a', seed=1.5), 400, 'seed'),
        ('/v1/completions', dict(prompt='a', model='other'), 404, 'other'), ('/v1/nothing', dict(prompt='a'), 404, 'nothing'),
        ('/v1/chat/completions', {}, 400, 'messages'), ('/v1/chat/completions', dict(messages=[]), 400, 'messages'),
        ('/v1/chat/completions', dict(messages=['hi']), 400, 'messages'), ('/v1/chat/completions', dict(messages=[dict(role='user')]), 400, 'messages'),
-       ('/v1/chat/completions', dict(messages=[dict(role='user', content='x' * 900)]), 400, 'context'), ('/v1/chat/completions', dict(messages=[dict(role='king', content='x')]), 400, ''),
+       ('/v1/chat/completions', dict(messages=[dict(role='user', content='x' * 900)]), 400, 'context'), ('/v1/chat/completions', dict(messages=[dict(role='king', content='x')]), 400, 'king'),
        *(('/v1/completions', dict(prompt='a', **{k: v}), 400, k) for k, v in dict(
-           logit_bias={'1': float('nan')}, top_k=-2, max_token=1, prompt_logprobs=1, guided_json={}, best_of=2, suffix='x', stream_options={'x': 1}, messages=[],
-           max_completion_tokens=0, min_tokens=20).items()),
-       ('/v1/completions', dict(prompt='a', echo=True, stream=True), 400, 'echo'), ('/v1/completions', dict(prompt='a', logit_bias={'1': 1e3}), 400, 'logit_bias'),
+           logit_bias={'1': float('nan')}, top_k=-2, max_token=1, prompt_logprobs=1, guided_json={}, best_of=2, suffix='x', stream_options=[], messages=[],
+           min_tokens=20).items()), ('/v1/completions', dict(prompt='a', max_completion_tokens=0), 400, 'max_tokens'),
+       ('/v1/completions', dict(prompt='a', logit_bias={'1': 1e300}), 400, 'logit_bias'),
        *(('/v1/chat/completions', dict(messages=[dict(role='user', content='x')], **{k: v}), 400, k) for k, v in dict(
-           tools=[{}], tool_choice='required', structured_outputs={}, add_generation_prompt=False, continue_final_message=True, prompt='a', logprobs=1,
+           tools={}, tool_choice='required', structured_outputs={}, add_generation_prompt=False, continue_final_message=True, prompt='a', logprobs=1,
            chat_template_kwargs=1, reasoning_effort='low', response_format={'type': 'json_object'}).items()),
        *(('/v1/chat/completions', dict(messages=[m]), 400, word) for m, word in (
            (dict(role='user', content=None), 'content'), (dict(role='user', content=[dict(type='image_url')]), 'text'), (dict(role='user', content='x', audio={'id': 1}), 'audio'),
-           (dict(role='assistant', tool_calls=[{}]), 'tool_calls'), (dict(role='assistant', content='x', function_call={'name': 'f'}), 'function_call')))]
+           (dict(role='assistant', content='x', function_call={'name': 'f'}), 'function_call')))]
 
 
 def test_every_mistake_has_an_answer_in_openais_form(server):
@@ -171,28 +180,34 @@ TALKS = [([dict(role='developer', content='Be brief.'), dict(role='user', conten
 
 @pytest.mark.parametrize('messages, extra', TALKS)
 def test_all_that_a_message_says_reaches_the_template(monkeypatch, server, messages, extra):
-    """What the template gets is what transformers' apply_chat_template would be given: no key is lost; a template that does not know developers sees system."""
-    seen, tok = [], server.engine.tokenizer
-    monkeypatch.setattr(tok, 'apply_chat_template', lambda m, **kw: seen.append((m, kw)) or [1, 2, 3])
-    status, answer = call(server, '/v1/chat/completions', dict(messages=messages, max_tokens=1, chat_template_kwargs=extra))
-    want = [{k: v for k, v in m.items() if v is not None} | dict(content=m.get('content')) for m in messages]
-    for m in want:
-        m['role'] = m['role'].replace('developer', 'system')
-        m['content'] = 'hi' if isinstance(m['content'], list) else m['content']
-    assert status == 200 and answer['usage']['prompt_tokens'] == 3 and seen == [(want, dict(add_generation_prompt=True, **extra))]
+    """The server hands over the row that a stage would read; a template that does not know developers sees system."""
+    seen, tools = [], [dict(type='function', function=dict(name='f'))]
+    monkeypatch.setattr(serve, 'encode_prompt', lambda row, tok: seen.append(row) or [1, 2, 3])
+    ask = dict(messages=messages, chat_template_kwargs=extra, tools=tools)
+    status, answer = call(server, '/v1/chat/completions', dict(ask, max_tokens=1))
+    want = [dict(m, role=m['role'].replace('developer', 'system')) for m in messages]
+    assert status == 200 and answer['usage']['prompt_tokens'] == 3 and seen == [dict(ask, messages=want)]
+
+
+def test_a_begun_answer_goes_on(server):
+    """As in every stage: where the last message is the assistant's, its text is continued."""
+    talk = [dict(role='user', content='hi'), dict(role='assistant', content='I am')]
+    usage = call(server, '/v1/chat/completions', dict(messages=talk, max_tokens=1))[1]['usage']
+    assert usage['prompt_tokens'] == len(encode_prompt(talk, server.engine.tokenizer)) == len('Q: hi\nA: I am')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('messages, extra', TALKS)
-def test_a_chat_has_as_many_tokens_as_in_transformers(server, messages, extra):
+def test_a_chat_is_read_as_in_transformers(messages, extra):
     transformers = pytest.importorskip('transformers')
     folder = os.path.join(ROOT, '..', 'shared', 'data', 'tokenizers', 'qwen3')
     if not os.path.isdir(folder):
         pytest.skip('the real tokenizers are not beside this checkout')
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), get_tokenizer(folder)
     plain = [dict(m, role=m['role'].replace('developer', 'system')) for m in messages]
-    want = theirs.apply_chat_template([m | dict(content='hi') if isinstance(m.get('content'), list) else m for m in plain], add_generation_prompt=True, tokenize=False, **extra)
-    assert ours.render(serve.messages_of(dict(messages=messages), ours), add_generation_prompt=True, **extra) == want
+    plain = [dict(m, content='h\ni') if isinstance(m.get('content'), list) else m for m in plain]
+    want = theirs.apply_chat_template(plain, add_generation_prompt=True, tokenize=False, **extra)
+    assert ours.decode(serve.chat_prompt(dict(messages=messages, chat_template_kwargs=extra), ours)) == want
 
 
 def test_logprobs_are_those_of_the_very_tokens(server):
@@ -206,11 +221,8 @@ def test_logprobs_are_those_of_the_very_tokens(server):
     for i, (token, x, top) in enumerate(zip(ids, lp['token_logprobs'], lp['top_logprobs'], strict=True)):
         assert x == pytest.approx(float(dense[i, token]), abs=1e-4) and 3 <= len(top) <= 4 and x in top.values()
         assert sorted(top.values(), reverse=True)[:3] == pytest.approx(dense[i].topk(3)[0].tolist(), abs=1e-4)
-    c = http.client.HTTPConnection('127.0.0.1', server.http.server_address[1], timeout=60)
-    c.request('POST', '/v1/completions', json.dumps(dict(ask, stream=True)))
-    parts = [json.loads(x[6:])['choices'][0]['logprobs'] for x in c.getresponse().read().decode().split('\n\n') if x.startswith('data: {')]
+    parts = [part['logprobs'] for part in streamed(server, ask)]
     assert [x for part in parts for x in part['text_offset']] == lp['text_offset'] and [x for part in parts for x in part['tokens']] == lp['tokens']
-    c.close()
 
 
 class Odd:
@@ -223,11 +235,20 @@ class Odd:
 
 def test_texts_of_tokens_in_their_context():
     rows = [(5, -1.0, {3: -2.0, 4: -2.5}), (0, -1.0, {0: -1.0}), (1, -1.0, {3: -9.0}), (2, -1.0, {}), (4, -4.0, {3: -1.0})]
-    lp = serve.Pieces(Odd(), [3]).completion(rows)
+
+    def told(chat):
+        engine = types.SimpleNamespace(tokenizer=Odd(), text_of=lambda *a: Engine.text_of(engine, *a))
+        handler = types.SimpleNamespace(server=types.SimpleNamespace(engine=engine, name='odd'))
+        answer = serve.Answer(handler, dict(logprobs=True), [[3]], SamplingParams(), chat)
+        choice = answer.choices[0]
+        for token, logprob, top in rows:
+            answer.add(choice, token, engine.text_of(token, choice.tokens), logprob, top)
+        return answer.news(choice)['logprobs']
+    lp = told(chat=False)
     assert lp['tokens'] == [' there', '', '', '\u20ac', 'n'] and lp['text_offset'] == [0, 6, 6, 6, 7]
     assert lp['top_logprobs'][0] == {'n': -2.0, 'token_id:4': -2.5, ' there': -1.0} and lp['top_logprobs'][1] == {'token_id:0': -1.0}
     assert lp['top_logprobs'][4] == {'n': -1.0, 'token_id:4': -4.0}
-    chat = serve.Pieces(Odd(), [3]).chat(rows)['content']
+    chat = told(chat=True)['content']
     assert [x['token'] for x in chat] == lp['tokens'] and [len(x['top_logprobs']) for x in chat] == [2, 1, 1, 0, 1] and bytes(chat[3]['bytes']).decode() == '\u20ac'
 
 
@@ -241,6 +262,8 @@ def test_echo_scores_the_prompt(server):
     assert len(lp['tokens']) == 201 and choice['text'].startswith('the cat sat') and ''.join(lp['tokens']) == choice['text']
     plain = call(server, '/v1/completions', dict(prompt='ab', max_tokens=2, temperature=0, echo=True, n=2))[1]['choices']
     assert [c['text'][:2] for c in plain] == ['ab'] * 2 and plain[0]['logprobs'] is None
+    parts = streamed(server, dict(prompt=ids[:200], max_tokens=1, temperature=0, logprobs=1, echo=True))
+    assert ''.join(part['text'] for part in parts) == choice['text'] and parts[0]['logprobs'] == lp
 
 
 @pytest.mark.parametrize('more', [dict(n=16), dict(stream=True, logit_bias={'120': 100}, stop=['x' * 600]), dict(stream=True)])
@@ -253,7 +276,7 @@ def test_who_hangs_up_is_not_computed_for(server, monkeypatch, more):
 
 
 def raw(server, data):
-    with socket.create_connection(server.http.server_address[:2], timeout=20) as c:
+    with socket.create_connection(server.server_address[:2], timeout=20) as c:
         c.sendall(data)
         c.shutdown(socket.SHUT_WR) if b'POST' not in data else None
         return b''.join(iter(lambda: c.recv(65536), b'')).decode()
@@ -267,7 +290,7 @@ def test_http_of_any_age_and_method(capsys):
         head, _, rest = said.partition('\r\n\r\n')
         assert 'Transfer-Encoding' not in head and rest.startswith('data: {') and rest.endswith('data: [DONE]\n\n')
         for method, path, status in (('HEAD', '/health', 200), ('GET', '/health', 200), ('OPTIONS', '/v1/chat/completions', 204), ('HEAD', '/v1/models', 401), ('PUT', '/v1/models', 501)):
-            c = http.client.HTTPConnection('127.0.0.1', s.http.server_address[1], timeout=20)
+            c = http.client.HTTPConnection('127.0.0.1', s.server_address[1], timeout=20)
             c.request(method, path)
             r = c.getresponse()
             data = r.read()
@@ -275,11 +298,11 @@ def test_http_of_any_age_and_method(capsys):
             assert (data == b'') == (method in ('HEAD', 'OPTIONS')) and (status < 400 or not data or json.loads(data)['error']['message'])
             c.close()
         assert '"message"' in raw(s, b'nonsense\r\n\r\n') and '"message"' in raw(s, b'GET /' + b'x' * 70000 + b' HTTP/1.1\r\n\r\n')
-        c = socket.create_connection(s.http.server_address[:2])
+        c = socket.create_connection(s.server_address[:2])
         c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
         c.sendall(b'GET /heal')
         c.close()  # a reset
-        c = http.client.HTTPConnection('127.0.0.1', s.http.server_address[1], timeout=20)  # a kept connection
+        c = http.client.HTTPConnection('127.0.0.1', s.server_address[1], timeout=20)  # a kept connection
         for _ in range(3):
             c.request('GET', '/health')
             assert c.getresponse().read()
@@ -303,7 +326,7 @@ def test_ipv6_loopback():
         pytest.skip('no IPv6 here')
     try:
         assert s.url.startswith('http://[::1]:')
-        with socket.create_connection(s.http.server_address[:2], timeout=20) as c:
+        with socket.create_connection(s.server_address[:2], timeout=20) as c:
             c.sendall(b'GET /health HTTP/1.0\r\n\r\n')
             assert b'200 OK' in c.recv(100)
     finally:
@@ -326,7 +349,7 @@ def test_a_failing_engine_answers_and_lives_on():
 def hang_up(server, **more):
     """A long request whose client leaves after a moment."""
     body = json.dumps(dict(prompt='hello', max_tokens=240, ignore_eos=True, **more)).encode()
-    with socket.create_connection(('127.0.0.1', server.http.server_address[1])) as c:
+    with socket.create_connection(('127.0.0.1', server.server_address[1])) as c:
         c.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
         if more.get('stream'):
             assert c.recv(20)
