@@ -950,9 +950,8 @@ class Engine:
 
     def _fits_c(self):
         """Is the forward that of native.c? It has no tensor parallelism and not every activation."""
-        c = self.model.config
-        able = K.in_c(self.model.wte.weight) and self.tp.size == 1 and K.native.activation(c)
-        return bool(able) and K.native.forward(c) is not None
+        able = K.in_c(self.model.wte.weight) and self.tp.size == 1
+        return able and K.native.forward(self.model.config) is not None
 
     def _make_cache(self, max_num_seqs, block_size, num_blocks):
         if num_blocks < 0:
@@ -1384,35 +1383,26 @@ def _ask():
         return ''
 
 
-def open_engine(init_from, device, dtype, kernels, seed, **options):
-    """An engine for any checkpoint, for the commands that need one. dtype: 'auto' (bfloat16 on a GPU that
-    has it, else float32), 'float32', 'bfloat16', 'float16' or 'float64'."""
-    K.use(kernels)
+def open_engine(config):
+    """An engine for any checkpoint, from the keys of a command that needs one. dtype: 'auto' (bfloat16 on a
+    GPU that has it, else float32), 'float32', 'bfloat16', 'float16' or 'float64'."""
+    dtype, seed = config['dtype'], config['seed']
+    K.use(config['kernels'])
     torch.manual_seed(seed)
-    place, usual = pick_device(device, 'auto')
+    place, usual = pick_device(config['device'], 'auto')
     if dtype not in ('auto', 'float32', 'bfloat16', 'float16', 'float64'):
         raise ValueError(f"--dtype={dtype}: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64'")
     kind = usual if dtype == 'auto' else getattr(torch, dtype)
-    model, tokenizer = load_model(init_from, place, kind)
-    engine = Engine(model.eval(), get_tokenizer(tokenizer), seed=seed, **options)
+    model, tokenizer = load_model(config['init_from'], place, kind)
+    names = 'max_num_seqs max_num_batched_tokens block_size num_blocks prefix_caching threads'.split()
+    sizes = {name: config[name] for name in names}
+    engine = Engine(model.eval(), get_tokenizer(tokenizer), seed=seed, **sizes)
     print(engine, file=sys.stderr)
     return engine
 
 
 def main():
-    engine = open_engine(
-        init_from,
-        device,
-        dtype,
-        kernels,
-        seed,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        prefix_caching=prefix_caching,
-        threads=threads,
-    )
+    engine = open_engine(config)
     params = SamplingParams(
         max_new_tokens,
         temperature,

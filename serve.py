@@ -151,7 +151,7 @@ def check_message(message, where, templates):
 class Server(http.server.ThreadingHTTPServer):
     """HTTP in front of an engine: Server(engine, name, port=0).start(); .url; .close(). A host that is not
     loopback needs an api_key."""
-    request_queue_size, daemon_threads = 1024, True
+    request_queue_size = 1024  # connections that wait to be accepted
 
     def __init__(self, engine, name='model', host='127.0.0.1', port=8000, api_key='', cors=''):
         if not api_key and host not in ('127.0.0.1', 'localhost', '::1'):
@@ -183,7 +183,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """A client's reset is nobody's fault; anything else is one line."""
         error = sys.exception()
-        if not isinstance(error, (ConnectionError, TimeoutError)):
+        if not isinstance(error, OSError):
             print(f'server: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
 
     def submit(self, request_id, prompt, params, box):
@@ -205,7 +205,7 @@ class Server(http.server.ThreadingHTTPServer):
                     job()
                 for event in self.engine.step():
                     box = self.boxes.get(event['request_id'])
-                    if box is not None:
+                    if box:
                         box.put(event)
             except Exception as error:  # all clients hear why, the server lives on
                 print(f'engine: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
@@ -237,7 +237,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_OPTIONS(self):
         self.send_response(204)
-        self.send_header('Allow', 'GET, HEAD, POST, OPTIONS')
         self.end_headers()
 
     def guarded(self, work):
@@ -374,8 +373,8 @@ class Answer:
         kind = 'chat.completion' + '.chunk' * self.stream if chat else 'text_completion'
         self.id = ('chatcmpl-' if chat else 'cmpl-') + os.urandom(12).hex()
         self.frame = dict(id=self.id, object=kind, created=int(time.time()), model=self.server.name)
-        samples = [prompt for prompt in prompts for _ in range(params.n)]
-        self.choices = [Choice(k, list(prompt)) for k, prompt in enumerate(samples)]
+        count = len(prompts) * params.n
+        self.choices = [Choice(k, list(prompts[k // params.n])) for k in range(count)]
         self.looked = self.count = 0  # when the client was last looked at; tokens so far
 
     def send(self):
@@ -483,19 +482,9 @@ def entry(text, logprob):
 
 
 def main():
-    engine = open_engine(
-        init_from,
-        device,
-        dtype,
-        kernels,
-        seed,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        prefix_caching=prefix_caching,
-        threads=threads,
-    )
+    # it reads init_from, max_num_seqs, max_num_batched_tokens, block_size, num_blocks, prefix_caching, seed,
+    # device, dtype, threads, kernels
+    engine = open_engine(config)
     name = os.path.basename(os.path.normpath(init_from))
     server = Server(engine, name, host, port, api_key, cors).start()
     print(f'serving {name} on {server.url}/v1 (Ctrl-C stops)', file=sys.stderr, flush=True)

@@ -400,6 +400,7 @@ def test_flash_packed_with_keys_of_before(side, dtype):
     up = lambda x: torch.tensor(x, dtype=torch.int32, device=dev(side))
     for longest in (0, (40, 64)):
         out = K.flash_attention(q, k, v, cu_seqlens=up(cu), cu_keys=up(ck), longest=longest)
+        assert out.shape == q.shape
         for i in range(4):
             mine, theirs = slice(cu[i], cu[i + 1]), slice(ck[i], ck[i + 1])
             seen = torch.ones(queries[i], keys[i], dtype=torch.bool).tril(keys[i] - queries[i])

@@ -1,4 +1,6 @@
 """The HTTP API with the official client, with raw sockets, and under load; the terminal commands."""
+import contextlib
+import gc
 import http.client
 import json
 import os
@@ -435,14 +437,73 @@ def test_a_client_that_waits_behind_many_open_files(crowded):
         s.close()
 
 
+def grown(work):
+    """Runs work() twice -> (threads, MB of memory) that the second time has left behind."""
+    seen = []
+    for _ in range(2):
+        work()
+        until = time.time() + 20
+        while threading.active_count() > (seen[0][0] if seen else 0) and time.time() < until:
+            time.sleep(0.1)
+        gc.collect()
+        with open('/proc/self/statm') as f:
+            seen.append((threading.active_count(), int(f.read().split()[1]) * 4096 / 1e6))
+    return seen[1][0] - seen[0][0], seen[1][1] - seen[0][1]
+
+
 @pytest.mark.slow
 def test_two_hundred_clients_at_once():
+    """A third hang up, half of them without a stream; nothing is left of them."""
     s = make()
     try:
-        for seed in range(3):
-            assert load(s, 200, seed) > 80
+        threads, memory = grown(lambda: [load(s, 200, seed) for seed in range(2)])
+        assert threads <= 0 and memory < 30
     finally:
         s.close()
+
+
+def mangled(rng):
+    """A request that is wrong in its JSON, in its keys, in its headers or in its length; some are only odd."""
+    path = rng.choice(['/v1/completions', '/v1/chat/completions', '/v1/models', '/', '/%00?\xff', '*'])
+    values = [None, True, -1, 0, 1e400, 1 << 80, '', 'x', '\ud800', [], [[]], [{}], {}, {'a': [1]}, [1, 'a'], 'x' * 300]
+    body = {} if rng.random() < 0.2 else dict(prompt='a', max_tokens=2)
+    if 'chat' in path:
+        body = dict(messages=[dict(role='user', content='a')], max_tokens=2)
+    for key in rng.sample([*serve.KEYS['/v1/completions'], *serve.CHAT, *serve.FINE, 'role', ''], rng.randint(1, 3)):
+        body[key] = rng.choice(values)
+    if rng.random() < 0.3:
+        body['messages'] = [{rng.choice(['role', 'content', 'tool_calls']): rng.choice(values + ['user'])} for _ in range(2)]
+    data = json.dumps(body).encode()
+    if rng.random() < 0.3:
+        data = bytes(rng.choice(data + b'{[\x00\xff"') for _ in range(rng.randint(0, 60)))
+    length = str(len(data)) if rng.random() < 0.8 else rng.choice(['-1', '', 'x', '1e3', '9' * 5000, '99999999', '3'])
+    more = rng.choice(['', '', '', 'Transfer-Encoding: chunked\r\n', 'X: ' + 'y' * 70000 + '\r\n', ': \r\n', 'Y\r\n', 'Authorization: \xff\r\n'])
+    line = rng.choice(['POST', 'POST', 'POST', 'POST', 'GET', 'PUT', 'P\0ST']) + f' {path} ' + rng.choice(['HTTP/1.1', 'HTTP/1.1', 'HTTP/1.0', 'HTTP/9.9', ''])
+    return f'{line}\r\nContent-Length: {length}\r\n{more}\r\n'.encode('latin-1', 'replace') + data
+
+
+@pytest.mark.slow
+def test_ten_thousand_bad_requests(capsys):
+    """Each has an answer, none of them the server's own fault, and nothing is left of them."""
+    s, rng, codes = make(), random.Random(0), {}
+
+    def many():
+        for _ in range(5000):
+            with socket.create_connection(s.server_address[:2], timeout=20) as c, contextlib.suppress(ConnectionError):
+                c.sendall(mangled(rng))
+                c.shutdown(socket.SHUT_WR)
+                said = b''.join(iter(lambda: c.recv(65536), b''))
+                code = said.split()[1].decode() if said.startswith(b'HTTP') else 'none'
+                codes[code] = codes.get(code, 0) + 1
+    try:
+        threads, memory = grown(many)
+        assert threads <= 0 and memory < 30 and settle(s)
+        assert not {code for code in codes if code.startswith('5')} - {'501', '505'}, codes
+        assert codes['400'] > 2000 and sum(codes.values()) > 9000, codes
+        assert call(s, '/v1/completions', dict(prompt='a', max_tokens=3))[0] == 200
+    finally:
+        s.close()
+    assert capsys.readouterr().err == ''
 
 
 # ---- the command ----
