@@ -25,7 +25,6 @@ a second cache for CPUs (rows instead of blocks: as fast, twice the memory), swa
 import contextlib
 import hashlib
 import itertools
-import math
 import mmap
 import operator
 import os
@@ -1286,19 +1285,19 @@ class Engine:
 
     def stats(self):
         """{num_blocks, free_blocks, cached_blocks, running, waiting, weight_version} and counts since the
-        start."""
-        with self.lock:
-            alive = sum(r.finish_reason is None for group in self.requests.values() for r in group)
-            running = len(self.scheduler.running)
-            return dict(
-                num_blocks=self.num_blocks,
-                free_blocks=len(self.blocks.free),
-                cached_blocks=len(self.blocks.cached),
-                running=running,
-                waiting=alive - running,
-                weight_version=self.weight_version,
-                **self.counts,
-            )
+        start. It does not wait for a step that is being made."""
+        groups = list(self.requests.values())
+        alive = sum(r.finish_reason is None for group in groups for r in group)
+        running = len(self.scheduler.running)
+        return dict(
+            num_blocks=self.num_blocks,
+            free_blocks=len(self.blocks.free),
+            cached_blocks=len(self.blocks.cached),
+            running=running,
+            waiting=alive - running,
+            weight_version=self.weight_version,
+            **self.counts,
+        )
 
 
 def _free_memory(device):

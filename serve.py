@@ -103,7 +103,8 @@ def checked(body, path):
         if kind is None:
             raise BadRequest(f"'{key}' is not supported by this server.")
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise BadRequest(f"'{key}' is expected to be {kind}, got {type(value).__name__}.")
+            wanted = getattr(kind, '__name__', kind)
+            raise BadRequest(f"'{key}' is expected to be {wanted}, got {type(value).__name__}.")
         if key in MOST and value > MOST[key]:
             raise BadRequest(f"'{key}' is {value}, expected at most {MOST[key]}.")
     return body
@@ -247,7 +248,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if key and not known and self.path != '/health':
                 raise BadRequest('Incorrect API key provided.', 401, 'invalid_api_key')
             work()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.refuse(error)
 
     def send_error(self, code, message=None, explain=None):
@@ -343,8 +344,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f'The body has {length} bytes, the limit is {MAX_BODY}.', 413)
         try:
             body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as e:
-            raise BadRequest(f'The body is not JSON: {type(e).__name__} {e}') from None
+        except ValueError as e:
+            raise BadRequest(f'The body is not JSON: {e}') from None
         if not isinstance(body, dict):
             raise BadRequest(f'The body is a JSON {type(body).__name__}, expected an object.')
         return body
