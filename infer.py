@@ -25,8 +25,8 @@ a second cache for CPUs (rows instead of blocks: as fast, twice the memory), swa
 import contextlib
 import hashlib
 import itertools
-import math
 import mmap
+import operator
 import os
 import sys
 import threading
@@ -69,7 +69,8 @@ device = 'auto' # 'auto' = cuda if there is one | 'cpu' | 'cuda' | 'cuda:1'
 dtype = 'auto' # of the weights: 'auto' | 'float32' | 'bfloat16' | 'float16' | 'float64'
 threads = 0 # >= 0: CPU threads; 0 = one for models under 4 M parameters, else torch's choice
 kernels = 'auto' # 'auto' | 'torch' | 'triton'
-config_keys = [k for k,v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+config_keys = [k for k, v in globals().items()
+               if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 _gone = {
     'serve': 'python serve.py serves',
     'eval_file': 'python evaluate.py evaluates',
@@ -82,7 +83,8 @@ if __name__ == '__main__':
         if _key in _gone:
             print(f'error: infer.py has no --{_key} any more: {_gone[_key]}', file=sys.stderr)
             sys.exit(2)
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read()) # overrides from command line or config file
+# overrides from the command line or a config file
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 config = {k: globals()[k] for k in config_keys} # will be useful for logging
 # -----------------------------------------------------------------------------
 
@@ -130,8 +132,8 @@ class SamplingParams:
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        self.stop_token_ids = [int(t) for t in self.stop_token_ids or ()]
-        self.logit_bias = {int(t): float(b) for t, b in (self.logit_bias or {}).items()}
+        self.stop_token_ids = list(self.stop_token_ids or ())
+        self.logit_bias = dict(self.logit_bias or {})
         self.logprobs = self.logprobs or 0
         for name, (kind, low, high) in LIMITS.items():
             value = getattr(self, name)
@@ -144,9 +146,14 @@ class SamplingParams:
             'min_tokens', self.min_tokens <= self.max_tokens, f'not exceed max_tokens {self.max_tokens}'
         )
         self.check('stop', all(isinstance(s, str) and s for s in self.stop), 'be non-empty strings')
-        self.check(
-            'logit_bias', all(b < math.inf for b in self.logit_bias.values()), 'be numbers below infinity'
+        ids = all(isinstance(t, (int, np.integer)) for t in self.stop_token_ids)
+        self.check('stop_token_ids', ids, 'be token ids')
+        biases = all(
+            str(t).isdecimal() and isinstance(b, (int, float)) and b < MOST
+            for t, b in self.logit_bias.items()
         )
+        self.check('logit_bias', biases, f'map token ids to numbers below {MOST}')
+        self.logit_bias = {int(t): float(b) for t, b in self.logit_bias.items()}  # JSON's ids are texts
         # 1 / temperature would overflow float32 at 1e-39; here all that divide by it are safe
         if self.temperature < 1e-5:
             self.temperature = 0.0
@@ -197,7 +204,7 @@ class Request:
         self.finish_reason = None
         self.closed = False             # the last token is an end or stop token: it has no text
         self.text, self.cut = '', False             # cut: a stop string ended the text
-        self.sent = 0                               # characters that the stream has seen
+        self.sent = self.told = 0      # characters that the stream has seen; that were read at the last event
         # new text = decode(prefix:) minus decode(prefix:read)
         self.read, self.prefix = self.P, max(self.P - 5, 0)
 
@@ -229,10 +236,11 @@ class Request:
             self.text, self.cut = self.text[:min(found)], True
         return bool(found)
 
-    def event(self, count):
-        """What step() tells of the last `count` tokens. Text that may be the beginning of a stop string is
-        held back."""
+    def event(self):
+        """What step() tells of the last token. Text that may be the beginning of a stop string is held back;
+        pieces have each token's own."""
         self.read_text()
+        piece, self.told = self.text[self.told:], len(self.text)
         end = len(self.text)
         if self.finish_reason is None and self.params.stop:
             held = (
@@ -240,12 +248,11 @@ class Request:
             )
             end = next(held, end)  # found at once in the next step, unless it turned out to be none
         new, self.sent = self.text[self.sent:end], max(self.sent, end)
-        first = len(self.tokens) - self.P - count
         return dict(
-            request_id=self.id, index=self.index, token_ids=self.out()[first:], text=new,
+            request_id=self.id, index=self.index, token_ids=self.tokens[-1:], text=new, pieces=[piece],
             finished=self.finish_reason is not None, finish_reason=self.finish_reason,
-            logprobs=self.logprobs[first:], raw_logprobs=self.raw_logprobs[first:],
-            top_logprobs=self.top_logprobs[first:])
+            logprobs=self.logprobs[-1:], raw_logprobs=self.raw_logprobs[-1:],
+            top_logprobs=self.top_logprobs[-1:])
 
     def completion(self, prompt_index=0):
         self.read_text()
@@ -942,9 +949,8 @@ class Engine:
 
     def _fits_c(self):
         """Is the forward that of native.c? It has no tensor parallelism and not every activation."""
-        c = self.model.config
-        able = K.in_c(self.model.wte.weight) and self.tp.size == 1 and K.native.activation(c)
-        return bool(able) and K.native.forward(c) is not None
+        able = K.in_c(self.model.wte.weight) and self.tp.size == 1
+        return able and K.native.forward(self.model.config) is not None
 
     def _make_cache(self, max_num_seqs, block_size, num_blocks):
         if num_blocks < 0:
@@ -982,7 +988,10 @@ class Engine:
                 raise ValueError('a text prompt needs an engine with a tokenizer; or give token ids')
             # Llama's <s>
             prompt = prompt and [*getattr(self.tokenizer, 'prefix', ()), *self.tokenizer.encode(prompt)]
-        prompt = list(map(int, prompt))
+        try:
+            prompt = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(f'a prompt is a text or a list of token ids, got {prompt!r:.80}') from None
         if not prompt:
             raise ValueError('the prompt is empty: give at least one token (the end token, for instance)')
         outside = [t for t in (min(prompt), max(prompt)) if not 0 <= t < self.vocab_size]
@@ -1177,7 +1186,7 @@ class Engine:
             elif is_last:
                 r.finish_reason = 'length'
             if r.stream:
-                events.append(r.event(1))
+                events.append(r.event())
             if r.finish_reason is not None:
                 self._end(r)
         return events
@@ -1201,6 +1210,27 @@ class Engine:
 
     # ---- verbs
     # -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def score(self, ids, top=0):
+        """[(log-prob, {token: log-prob} of the `top` largest)] of a prompt's tokens by the model itself;
+        the first has none."""
+        found = [(None, {})]
+        with self.lock:
+            x = self.model.encode(torch.tensor([ids], device=self.device))[0]
+            for part in x[:-1].split(256):  # logits of 256 tokens at a time
+                logp = self.model.logits(part).log_softmax(-1)
+                values, tokens = logp.topk(min(top, self.vocab_size), -1)
+                for row, best, names in zip(logp, values.tolist(), tokens.tolist()):
+                    found.append((float(row[ids[len(found)]]), dict(zip(names, best))))
+        return found
+
+    def text_of(self, token, before):
+        """The text of a token behind others; '' while a UTF-8 character is not complete."""
+        before = before[-8:]
+        known = self.tokenizer.decode(before).rstrip('\ufffd')
+        text = self.tokenizer.decode([*before, token])
+        return '' if text.endswith('\ufffd') else text[len(known):]
 
     def abort(self, request_id):
         """Ends all samples of a request and frees its blocks; nothing happens when it has ended."""
@@ -1255,19 +1285,19 @@ class Engine:
 
     def stats(self):
         """{num_blocks, free_blocks, cached_blocks, running, waiting, weight_version} and counts since the
-        start."""
-        with self.lock:
-            alive = sum(r.finish_reason is None for group in self.requests.values() for r in group)
-            running = len(self.scheduler.running)
-            return dict(
-                num_blocks=self.num_blocks,
-                free_blocks=len(self.blocks.free),
-                cached_blocks=len(self.blocks.cached),
-                running=running,
-                waiting=alive - running,
-                weight_version=self.weight_version,
-                **self.counts,
-            )
+        start. It does not wait for a step that is being made."""
+        groups = list(self.requests.values())
+        alive = sum(r.finish_reason is None for group in groups for r in group)
+        running = len(self.scheduler.running)
+        return dict(
+            num_blocks=self.num_blocks,
+            free_blocks=len(self.blocks.free),
+            cached_blocks=len(self.blocks.cached),
+            running=running,
+            waiting=alive - running,
+            weight_version=self.weight_version,
+            **self.counts,
+        )
 
 
 def _free_memory(device):
@@ -1352,35 +1382,26 @@ def _ask():
         return ''
 
 
-def open_engine(init_from, device, dtype, kernels, seed, **options):
-    """An engine for any checkpoint, for the commands that need one. dtype: 'auto' (bfloat16 on a GPU that
-    has it, else float32), 'float32', 'bfloat16', 'float16' or 'float64'."""
-    K.use(kernels)
+def open_engine(config):
+    """An engine for any checkpoint, from the keys of a command that needs one. dtype: 'auto' (bfloat16 on a
+    GPU that has it, else float32), 'float32', 'bfloat16', 'float16' or 'float64'."""
+    dtype, seed = config['dtype'], config['seed']
+    K.use(config['kernels'])
     torch.manual_seed(seed)
-    place, usual = pick_device(device, 'auto')
-    kinds = dict(auto=usual, float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, float64=torch.float64)
-    if dtype not in kinds:
+    place, usual = pick_device(config['device'], 'auto')
+    if dtype not in ('auto', 'float32', 'bfloat16', 'float16', 'float64'):
         raise ValueError(f"--dtype={dtype}: expected 'auto', 'float32', 'bfloat16', 'float16' or 'float64'")
-    model, tokenizer = load_model(init_from, place, kinds[dtype])
-    engine = Engine(model.eval(), get_tokenizer(tokenizer), seed=seed, **options)
+    kind = usual if dtype == 'auto' else getattr(torch, dtype)
+    model, tokenizer = load_model(config['init_from'], place, kind)
+    names = 'max_num_seqs max_num_batched_tokens block_size num_blocks prefix_caching threads'.split()
+    sizes = {name: config[name] for name in names}
+    engine = Engine(model.eval(), get_tokenizer(tokenizer), seed=seed, **sizes)
     print(engine, file=sys.stderr)
     return engine
 
 
 def main():
-    engine = open_engine(
-        init_from,
-        device,
-        dtype,
-        kernels,
-        seed,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        prefix_caching=prefix_caching,
-        threads=threads,
-    )
+    engine = open_engine(config)
     params = SamplingParams(
         max_new_tokens,
         temperature,

@@ -16,6 +16,9 @@ A function that gets something wrong, such as more rows than its buffer has, wri
 #include <stdlib.h>
 #include <string.h>
 #ifdef _OPENMP
+#ifdef __clang__
+#error not the OpenMP that torch has loaded
+#endif
 #include <omp.h>
 #endif
 
@@ -108,16 +111,15 @@ enum { R = LANES == 16 ? 8 : 5 };  // queries at a time
 enum { C = HS / LANES, W = C % 2 ? 1 : 2 };  // vectors of a head; how many of them at a time
 
 typedef struct {
-    const float *q, *k, *v;  // rows of (nh, HS), (nkv, HS), (nkv, HS)
+    const float *q, *k, *v;  // (N, nh, HS), (N, nkv, HS), (N, nkv, HS)
     ints rows, cu, first;    // document s: rows[cu[s]] .. rows[cu[s + 1] - 1]; its queries: from first[s] on
     ints tasks;              // task i: documents tasks[i] .. tasks[i + 1] - 1
     float *out, *lse;        // (N, nh, HS), (N, nh)
     const float *dout;       // the gradient of out; NULL in the forward
-    float *dq, *dk, *dv;     // dense, and zero so far
-    int64_t sq, sk, sv;      // floats from row to row of q, k, v
+    float *dq, *dk, *dv;     // like q, k, v, and zero so far
     int64_t N, M, docs, n_tasks;  // how many rows; numbers in `rows`; documents; tasks
     int64_t longest, nkv, group;
-    float scale;
+    double scale;
 } docs;
 
 typedef struct { float *kt, *k, *vt, *v, *dk, *dv, *p, *ds; } space;  // of a thread: one head of a document
@@ -130,10 +132,10 @@ typedef struct {  // R queries of one head, and where their results go
 
 static inline void store(float *x, vec v) { memcpy(x, &v, sizeof v); }
 
-// rows of x side by side: (T, HS)
-static void fetch(const float *x, int64_t stride, ints rows, int64_t T, float *to) {
+// head g of rows of x (N, nkv, HS) side by side: (T, HS)
+static void fetch(const docs *m, const float *x, ints rows, int64_t T, int64_t g, float *to) {
     for (int64_t t = 0; t < T; t++)
-        memcpy(to + t * HS, x + rows[t] * stride, sizeof(float) * HS);
+        memcpy(to + t * HS, x + (rows[t] * m->nkv + g) * HS, sizeof(float[HS]));
 }
 
 // (T, HS) -> (HS, width), zeros behind T
@@ -191,18 +193,13 @@ static void spread(const float *p, int64_t width, int64_t n, const float **a, fl
 }
 
 // One head of a document takes this many floats, of which this cuts the pieces.
-static int64_t floats(const docs *m) { return padded(m->longest) * (m->dout ? 6 * HS + 2 * R : 3 * HS + R); }
+static int64_t floats(const docs *m) { return padded(m->longest) * (6 * HS + 2 * R); }
 
 static space cut(const docs *m, float *from) {
-    int64_t n = padded(m->longest), head = n * HS;
-    space s = {.kt = from, .k = from + head, .v = from + 2 * head, .p = from + 3 * head};
-    if (m->dout) {
-        s.ds = s.p + n * R;
-        s.vt = s.ds + n * R;
-        s.dk = s.vt + head;
-        s.dv = s.dk + head;
-    }
-    return s;
+    int64_t n = padded(m->longest);
+    float *x[7];
+    for (int i = 0; i < 7; i++) x[i] = from + i * n * HS;
+    return (space){x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[6] + n * R};
 }
 
 static queries ask(const docs *m, ints at, int64_t i, int64_t T, int64_t h) {
@@ -213,7 +210,7 @@ static queries ask(const docs *m, ints at, int64_t i, int64_t T, int64_t h) {
         int64_t row = at[real ? i + r : T - 1], place = (row * nh + h) * HS;
         a.row[r] = row;
         a.sees[r] = real ? i + r + 1 : 0;
-        a.q[r] = m->q + row * m->sq + h * HS;
+        a.q[r] = m->q + place;
         a.dout[r] = m->dout ? m->dout + place : NULL;
         a.to[r] = real ? (m->dout ? m->dq : m->out) + place : NULL;
         a.by[r] = m->scale;
@@ -221,62 +218,57 @@ static queries ask(const docs *m, ints at, int64_t i, int64_t T, int64_t h) {
     return a;
 }
 
-static void document(const docs *m, int64_t s, int64_t g, space b) {  // document s, head g of the keys
-    ints at = m->rows + m->cu[s];
-    int64_t T = m->cu[s + 1] - m->cu[s], width = padded(T), nh = m->nkv * m->group;
-    fetch(m->k + g * HS, m->sk, at, T, b.k);
-    transpose(b.k, T, width, b.kt);
-    fetch(m->v + g * HS, m->sv, at, T, b.v);
-    for (int64_t h = g * m->group; h < (g + 1) * m->group; h++)
-        for (int64_t i = m->first[s]; i < T; i += R) {
-            int64_t n = i + R < T ? i + R : T;
-            queries a = ask(m, at, i, T, h);
-            dots(a.q, b.kt, width, n, b.p);
-            for (int r = 0; r < R; r++) {
-                int64_t sees = a.to[r] ? a.sees[r] : T;
-                float sum = 0, *z = b.p + r * width, top = most(z, sees);
-                #pragma omp simd reduction(+:sum)
-                for (int64_t j = 0; j < sees; j++) sum += z[j] = exp_((z[j] - top) * m->scale);
-                for (int64_t j = sees; j < n; j++) z[j] = 0;
-                a.by[r] = 1 / sum;
-                if (a.to[r]) m->lse[a.row[r] * nh + h] = top * m->scale + logf(sum);
-            }
-            mix(b.p, width, n, b.v, a.by, a.to);
-        }
+// Scores of query r become its probabilities, not yet divided by their sum.
+static void soften(const docs *m, queries *a, int r, int64_t h, float *p) {
+    float sum = 0, top = most(p, a->sees[r]), scale = m->scale;
+    #pragma omp simd reduction(+:sum)
+    for (int64_t j = 0; j < a->sees[r]; j++) sum += p[j] = exp_((p[j] - top) * scale);
+    a->by[r] = 1 / sum;
+    if (a->to[r]) m->lse[a->row[r] * m->nkv * m->group + h] = top * scale + logf(sum);
 }
 
-static void document_backward(const docs *m, int64_t s, int64_t g, space b) {
+// Scores of query r become its probabilities p, and its products dout v' their gradients ds.
+static void soften_backward(const docs *m, const queries *a, int r, int64_t h, float *p, float *ds) {
+    int64_t place = a->row[r] * m->nkv * m->group + h;
+    float delta = 0, lse = m->lse[place], scale = m->scale;
+    for (int d = 0; d < HS; d++) delta += a->dout[r][d] * m->out[place * HS + d];
+    #pragma omp simd
+    for (int64_t j = 0; j < a->sees[r]; j++) {
+        p[j] = exp_(p[j] * scale - lse);
+        ds[j] = p[j] * (ds[j] - delta);
+    }
+}
+
+static void document(const docs *m, int64_t s, int64_t g, space b) {  // document s, head g of the keys
     ints at = m->rows + m->cu[s];
-    int64_t T = m->cu[s + 1] - m->cu[s], width = padded(T), nh = m->nkv * m->group;
-    fetch(m->k + g * HS, m->sk, at, T, b.k);
+    int64_t T = m->cu[s + 1] - m->cu[s], width = padded(T), left = sizeof(float) * T * HS;
+    fetch(m, m->k, at, T, g, b.k);
+    fetch(m, m->v, at, T, g, b.v);
     transpose(b.k, T, width, b.kt);
-    fetch(m->v + g * HS, m->sv, at, T, b.v);
-    transpose(b.v, T, width, b.vt);
-    memset(b.dk, 0, sizeof(float) * T * HS);
-    memset(b.dv, 0, sizeof(float) * T * HS);
+    if (m->dout) {
+        transpose(b.v, T, width, b.vt);
+        memset(b.dk, 0, left);
+        memset(b.dv, 0, left);
+    }
     for (int64_t h = g * m->group; h < (g + 1) * m->group; h++)
         for (int64_t i = m->first[s]; i < T; i += R) {
             int64_t n = i + R < T ? i + R : T;
             queries a = ask(m, at, i, T, h);
             dots(a.q, b.kt, width, n, b.p);
-            dots(a.dout, b.vt, width, n, b.ds);
+            if (m->dout) dots(a.dout, b.vt, width, n, b.ds);
             for (int r = 0; r < R; r++) {
-                const float *out = m->out + (a.row[r] * nh + h) * HS;
-                float *p = b.p + r * width, *ds = b.ds + r * width, delta = 0;
-                float lse = m->lse[a.row[r] * nh + h];
-                for (int d = 0; d < HS; d++) delta += a.dout[r][d] * out[d];
-                #pragma omp simd
-                for (int64_t j = 0; j < a.sees[r]; j++) {
-                    p[j] = exp_(p[j] * m->scale - lse);
-                    ds[j] = p[j] * (ds[j] - delta);
-                }
+                float *p = b.p + r * width, *ds = b.ds + r * width;
+                if (m->dout) soften_backward(m, &a, r, h, p, ds);
+                else soften(m, &a, r, h, p);
                 for (int64_t j = a.sees[r]; j < n; j++) p[j] = ds[j] = 0;
             }
-            mix(b.ds, width, n, b.k, a.by, a.to);
-            spread(b.ds, width, n, a.q, m->scale, b.dk);
-            spread(b.p, width, n, a.dout, 1, b.dv);
+            mix(m->dout ? b.ds : b.p, width, n, m->dout ? b.k : b.v, a.by, a.to);
+            if (m->dout) {
+                spread(b.ds, width, n, a.q, m->scale, b.dk);
+                spread(b.p, width, n, a.dout, 1, b.dv);
+            }
         }
-    for (int64_t t = 0; t < T; t++)
+    for (int64_t t = 0; t < T && m->dout; t++)
         for (int d = 0; d < HS; d++) {
             m->dk[(at[t] * m->nkv + g) * HS + d] += b.dk[t * HS + d];
             m->dv[(at[t] * m->nkv + g) * HS + d] += b.dv[t * HS + d];
@@ -306,7 +298,7 @@ fault attend(const docs *m) {  // the forward, or with dout the backward
         #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < m->n_tasks * m->nkv; i++)
             for (int64_t s = m->tasks[i / m->nkv]; s < m->tasks[i / m->nkv + 1]; s++)
-                (m->dout ? document_backward : document)(m, s, i % m->nkv, b);
+                document(m, s, i % m->nkv, b);
     }
     free(memory);
     return NULL;
@@ -334,7 +326,7 @@ fault attend(const docs *m) {  // the forward, or with dout the backward
 #include <sched.h>
 
 enum { ROWS = LANES == 16 ? 12 : 6, TILE = 2 * LANES };  // ROWS x 2 sums in 32 registers, or in 16
-enum { HS = (D + 15) / 16 * 16, L = HS / LANES };        // heads of D are padded with zeros to HS
+enum { HS = (D + 15) / 16 * 16, L = HS / LANES };        // a key of D numbers is followed by zeros
 enum { U = 8 / (L * G) > 1 ? 8 / (L * G) : 1, NH = NKV * G };
 enum { SET, ADD, RELU, GELU, GATED };
 
@@ -346,17 +338,16 @@ static int team(void) {  // the threads of this region
 #endif
 }
 
-typedef struct {  // ..b: the bias, or NULL
+typedef struct {  // ..b: the bias; a norm's may be NULL, and so may qn and kn
     const float *n1, *n1b, *qkv, *qkvb, *qn, *kn, *o, *ob, *n2, *n2b, *up, *upb, *down, *downb;
 } layer;
 typedef struct {
     const layer *layers;
     const float *wte, *wpe, *cos, *sin, *nf, *nfb, *head, *headb;
-    float *x, *y, *qkv, *att, *mid;  // `rows` rows that the forward works in
-    int64_t C, inner, V, positions, rows;
-    int64_t sx, sq, sa, sm;  // floats from row to row of x and y, qkv, att, mid
-    int64_t act, rms;
-    float eps, scale;
+    float *x, *y, *qkv, *att, *mid;  // (rows, stride) that the forward works in
+    int64_t stride, rows;
+    int64_t C, inner, V, positions, act, rms;
+    double eps, scale;
 } net;
 typedef struct {
     float *keys;            // (layers, blocks, NKV, size, HS), and the values the same
@@ -422,7 +413,7 @@ void tiles(int R, const float *x, int64_t sx, const float *w, int64_t K, float (
 
 static void finish(const float *z, const float *b, float *y, int act) {  // of a row of a product: bias, act
     float t[32];
-    for (int c = 0; c < 32; c++) t[c] = z[c] + (b ? b[c] : 0);
+    for (int c = 0; c < 32; c++) t[c] = z[c] + b[c];
     if (act == ADD)
         for (int c = 0; c < 32; c++) y[c] += t[c];
     else if (act == GATED)  // 16 columns of gate, then theirs of up
@@ -435,29 +426,22 @@ static void finish(const float *z, const float *b, float *y, int act) {  // of a
 }
 
 // y = act(x W' + b). A job is 96 rows of x, which stay in the cache, times a panel; a thread takes a run of
-// jobs. Where sums can be put together in y (SET, ADD), 1024 columns of x are multiplied at a time.
+// jobs.
 static void linear(const float *x, int64_t sx, const float *w, const float *b, int64_t K, int64_t columns,
                    float *y, int64_t sy, int64_t n, int act) {
-    int64_t wide = act == GATED ? 16 : 32, panels = (columns + wide - 1) / wide, blocks = (n + 95) / 96;
-    int64_t part = act == SET || act == ADD ? 1024 : K, jobs = blocks * panels;
-    int64_t to, last = jobs * (me() + 1) / team();
-    for (int64_t from = jobs * me() / team(); from < last; from = to) {
-        int64_t block = from / panels, first = block * 96, end = first + 96 < n ? first + 96 : n;
+    int64_t wide = act == GATED ? 16 : 32, panels = (columns + wide - 1) / wide;
+    int64_t jobs = (n + 95) / 96 * panels;
+    for (int64_t job = jobs * me() / team(); job < jobs * (me() + 1) / team(); job++) {
+        int64_t j = job % panels, first = job / panels * 96, end = first + 96 < n ? first + 96 : n, rows;
         int64_t step = 4 * TILE / ((end - first + ROWS - 1) / ROWS);
-        to = (block + 1) * panels < last ? (block + 1) * panels : last;
-        for (int64_t k = 0; k < K; k += part)
-            for (int64_t job = from; job < to; job++) {
-                int64_t j = job % panels, depth = k + part < K ? part : K - k, rows;
-                const char *next = (const char *)(w + ((j + 1) % panels * K + k) * 32);
-                for (int64_t i = first; i < end; i += rows, next += 32 / TILE * depth * step) {
-                    float z[ROWS][32];
-                    int64_t left = (end - i + ROWS - 1) / ROWS;
-                    rows = (end - i + left - 1) / left;
-                    tiles(rows, x + i * sx + k, sx, w + (j * K + k) * 32, depth, z, next, step);
-                    for (int r = 0; r < rows; r++)
-                        finish(z[r], b && !k ? b + 32 * j : NULL, y + (i + r) * sy + j * wide, k ? ADD : act);
-                }
-            }
+        const char *next = (const char *)(w + (j + 1) % panels * K * 32);
+        for (int64_t i = first; i < end; i += rows, next += 32 / TILE * K * step) {
+            float z[ROWS][32];
+            int64_t left = (end - i + ROWS - 1) / ROWS;
+            rows = (end - i + left - 1) / left;
+            tiles(rows, x + i * sx, sx, w + j * K * 32, K, z, next, step);
+            for (int r = 0; r < rows; r++) finish(z[r], b + 32 * j, y + (i + r) * sy + j * wide, act);
+        }
     }
 }
 
@@ -478,14 +462,14 @@ static void scale(const float *x, const float *w, const float *b, float *y, int6
 static void norm(const net *m, const float *w, const float *b, ints at, int64_t n) {
     #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < n; r++)
-        scale(m->x + (at ? at[r] : r) * m->sx, w, b, m->y + r * m->sx, m->C, m->rms, m->eps);
+        scale(m->x + (at ? at[r] : r) * m->stride, w, b, m->y + r * m->stride, m->C, m->rms, m->eps);
 }
 
 static void embed(const net *m, ints ids, ints pos, int64_t n) {
     #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < n; r++)
         for (int64_t c = 0; c < m->C; c++)
-            m->x[r * m->sx + c] = m->wte[ids[r] * m->C + c] + (m->wpe ? m->wpe[pos[r] * m->C + c] : 0);
+            m->x[r * m->stride + c] = m->wte[ids[r] * m->C + c] + (m->wpe ? m->wpe[pos[r] * m->C + c] : 0);
 }
 
 static void rotate(const net *m, float *x, int64_t pos) {  // (x[i], x[i + D / 2]) by the position's angle
@@ -505,19 +489,19 @@ static float *key(const cache *kv, int64_t layer, int64_t request, int64_t t, in
 static void heads(const net *m, const layer *l, int64_t number, const cache *kv, ints owner, ints pos,
                   int64_t n) {
     #pragma omp for schedule(static) nowait
-    for (int64_t r = 0; r < n; r++) {  // q and k: norm, rotation; k and v: into the cache
-        float *x = m->qkv + r * m->sq;
-        for (int h = 0; h < NH + NKV; h++, x += HS) {
-            if (l->qn) scale(x, h < NH ? l->qn : l->kn, NULL, x, D, 1, m->eps);
-            if (m->cos) rotate(m, x, pos[r]);
-            if (h >= NH) memcpy(key(kv, number, owner[r], pos[r], h - NH), x, sizeof(float[HS]));
+    for (int64_t r = 0; r < n; r++)  // q and k: norm, rotation; k and v: into the cache
+        for (int h = 0; h < NH + 2 * NKV; h++) {
+            float *x = m->qkv + r * m->stride + h * D;
+            if (h < NH + NKV && l->qn) scale(x, h < NH ? l->qn : l->kn, NULL, x, D, 1, m->eps);
+            if (h < NH + NKV && m->cos) rotate(m, x, pos[r]);
+            if (h < NH) continue;
+            float *to = key(kv, number, owner[r], pos[r], (h - NH) % NKV) + (h < NH + NKV ? 0 : kv->values);
+            memcpy(to, x, sizeof(float[D]));
+            for (int d = D; d < HS; d++) to[d] = 0;  // what lies behind a query does not count
         }
-        for (int h = 0; h < NKV; h++, x += HS)
-            memcpy(key(kv, number, owner[r], pos[r], h) + kv->values, x, sizeof(float[HS]));
-    }
 }
 
-// p (G, width) = by * q (G, HS) k' for T keys of a block: LANES keys give as many vectors of partial sums,
+// p (G, width) = by * q (G, D) k' for T keys of a block: LANES keys give as many vectors of partial sums,
 // whose lanes are added up pairwise.
 static void scores(const float *q, const float *k, int64_t T, float by, int64_t width, float (*p)[width]) {
     for (int64_t t = 0; t < T; t += LANES)
@@ -525,10 +509,10 @@ static void scores(const float *q, const float *k, int64_t T, float by, int64_t 
             vec a[LANES];
             #pragma GCC unroll 16
             for (int j = 0; j < LANES; j++) {
-                a[j] = load(q + h * HS) * load(k + (t + j) * HS);
+                a[j] = load(q + h * D) * load(k + (t + j) * HS);
                 #pragma GCC unroll 16
                 for (int c = 1; c < L; c++)
-                    a[j] += load(q + h * HS + LANES * c) * load(k + (t + j) * HS + LANES * c);
+                    a[j] += load(q + h * D + LANES * c) * load(k + (t + j) * HS + LANES * c);
             }
             #pragma GCC unroll 4
             for (int s = LANES / 2; s; s /= 2)
@@ -571,13 +555,13 @@ static void mix(const float *v, const float *soon, int64_t T, int64_t width, flo
 static void attend(const net *m, int64_t number, const cache *kv, ints owner, ints pos, int64_t r,
                    int64_t next, int64_t first, int64_t end, int64_t width, float (*p)[width]) {
     int64_t T = pos[r] + 1, size = kv->size;
-    const float *q = m->qkv + r * m->sq;
+    const float *q = m->qkv + r * m->stride;
     vec o[NKV][U][G][L] = {0};
     for (int64_t t = 0; t < T; t += size) {
         int64_t count = T - t < size ? T - t : size;
         for (int64_t g = first; g < end; g++) {
             const float *k = key(kv, number, owner[r], t, g);
-            scores(q + g * G * HS, k, count, m->scale, width, (float (*)[width])&p[g * G][t]);
+            scores(q + g * G * D, k, count, m->scale, width, (float (*)[width])&p[g * G][t]);
         }
     }
     for (int64_t h = first * G; h < end * G; h++) softmax(p[h], T);
@@ -592,7 +576,8 @@ static void attend(const net *m, int64_t number, const cache *kv, ints owner, in
         for (int u = 1; u < U; u++)
             for (int h = 0; h < G; h++)
                 for (int c = 0; c < L; c++) o[g][0][h][c] += o[g][u][h][c];
-        memcpy(m->att + r * m->sa + g * G * HS, o[g], sizeof o[g][0]);
+        for (int h = 0; h < G; h++)
+            memcpy(m->att + r * m->stride + (g * G + h) * D, o[g][0][h], sizeof(float[D]));
     }
 }
 
@@ -609,8 +594,8 @@ static void attention(const net *m, int64_t number, const cache *kv, ints owner,
 
 static fault check(const net *m, const cache *kv, ints ids, ints owner, ints pos, int64_t n, int64_t width) {
     NEED(n <= m->rows && width % 16 == 0 && kv->size > 0 && kv->size % 16 == 0);
-    NEED(m->sx >= padded(m->C) && m->sq >= padded((NH + 2 * NKV) * HS));
-    NEED(m->sa >= NH * HS && m->sm >= padded(m->inner));
+    NEED(m->stride >= padded(m->C) && m->stride >= padded(m->inner));
+    NEED(m->stride >= padded((NH + 2 * NKV) * D) && m->stride >= (NH - 1) * D + HS);
     for (int64_t i = 0; i < n; i++) {
         NEED(ids[i] >= 0 && ids[i] < m->V);
         NEED(owner[i] >= 0 && owner[i] < kv->requests);
@@ -629,19 +614,19 @@ static void walk(const net *m, int64_t layers, const cache *kv, ints ids, ints o
         const layer *l = m->layers + i;
         norm(m, l->n1, l->n1b, NULL, n);
         meet(g);
-        linear(m->y, m->sx, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * HS, m->qkv, m->sq, n, SET);
+        linear(m->y, m->stride, l->qkv, l->qkvb, m->C, (NH + 2 * NKV) * D, m->qkv, m->stride, n, SET);
         meet(g);
         heads(m, l, i, kv, owner, pos, n);
         meet(g);
         attention(m, i, kv, owner, pos, n, width, p);
         meet(g);
-        linear(m->att, m->sa, l->o, l->ob, NH * HS, m->C, m->x, m->sx, n, ADD);
+        linear(m->att, m->stride, l->o, l->ob, NH * D, m->C, m->x, m->stride, n, ADD);
         meet(g);
         norm(m, l->n2, l->n2b, NULL, n);
         meet(g);
-        linear(m->y, m->sx, l->up, l->upb, m->C, m->inner, m->mid, m->sm, n, m->act);
+        linear(m->y, m->stride, l->up, l->upb, m->C, m->inner, m->mid, m->stride, n, m->act);
         meet(g);
-        linear(m->mid, m->sm, l->down, l->downb, m->inner, m->C, m->x, m->sx, n, ADD);
+        linear(m->mid, m->stride, l->down, l->downb, m->inner, m->C, m->x, m->stride, n, ADD);
         meet(g);
     }
 }
@@ -663,14 +648,14 @@ fault forward(const net *m, int64_t layers, const cache *kv, ints ids, ints owne
 
 // z (zn, sz): its first n rows become the logits of the rows `at` of x.
 fault logits(const net *m, ints at, int64_t n, float *z, int64_t zn, int64_t sz) {
-    NEED(n <= m->rows && n <= zn && sz >= padded(m->V) && m->sx >= padded(m->C));
+    NEED(n <= m->rows && n <= zn && sz >= padded(m->V) && m->stride >= m->C);
     for (int64_t i = 0; i < n; i++) NEED(at[i] >= 0 && at[i] < m->rows);
     gate g = {0, 0};
     #pragma omp parallel
     {
         norm(m, m->nf, m->nfb, at, n);
         meet(&g);
-        linear(m->y, m->sx, m->head, m->headb, m->C, m->V, z, sz, n, SET);
+        linear(m->y, m->stride, m->head, m->headb, m->C, m->V, z, sz, n, SET);
         meet(&g);
     }
     return NULL;
