@@ -119,11 +119,11 @@ class Dataset:
 
     def places(self, key):
         """slice, range, numbers or a mask of bools -> rows of the batches: a range or an int64 array."""
+        if isinstance(key, slice):
+            return self.index[key]
         n, index = len(self), self.index
         if isinstance(key, range) and key.step > 0 and 0 <= key.start and key.stop <= n:
-            key = slice(key.start, key.stop, key.step)
-        if isinstance(key, slice):
-            return index[key]
+            return index[key.start:key.stop:key.step]
         at = np.asarray(key)
         if at.dtype == bool and at.shape == (n,):
             at = np.flatnonzero(at)
@@ -155,14 +155,16 @@ class Dataset:
         if not isinstance(places, range) or places.step != 1:
             found = [(batch.columns(), row) for batch, row in map(self.find, map(int, places))]
             return {name: [columns[name].item(row) for columns, row in found] for name in names}
-        values, at = {name: [] for name in names}, places.start
+        parts, at = [], places.start
         while at < places.stop:
             batch, start = self.find(at)
             stop = min(batch.length, start + places.stop - at)
             at += stop - start
-            for name in names:
-                values[name] += batch.columns()[name].list(start, stop)
-        return values
+            columns = batch.columns()
+            parts.append({name: columns[name].list(start, stop) for name in names})
+        if len(parts) == 1:  # nearly always
+            return parts[0]
+        return {name: [value for part in parts for value in part[name]] for name in names}
 
     def __getitem__(self, key):
         if isinstance(key, str):
