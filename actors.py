@@ -251,8 +251,6 @@ def _fill_class(cls, state):
         _unfilled.remove(key)
         for name, value in state.items():
             type.__setattr__(cls, name, value)
-            if isinstance(value, functools.cached_property):
-                value.__set_name__(cls, name)
 
 
 def _proxy(mapping):
@@ -293,7 +291,6 @@ _BY_PARTS = {  # type: how to make it again
     property: lambda p: (property, (p.fget, p.fset, p.fdel, p.__doc__)),
     classmethod: lambda m: (classmethod, (m.__func__,)),
     staticmethod: lambda m: (staticmethod, (m.__func__,)),
-    functools.cached_property: lambda p: (functools.cached_property, (p.func,)),
 }
 
 
@@ -679,7 +676,7 @@ class _Group:
     bundles: list
     strategy: str
     job: bytes
-    places: list             # of each bundle: the node, its lease of the node's resources, its own resources
+    places: list             # of each bundle: the node, its own resources, its lease of the node's
 
 
 @_record
@@ -818,15 +815,13 @@ class _Scheduler:
     def add(self, task):
         plan = task.plan
         key = tuple(plan.need.items()), plan.strategy
-        if key not in self.queues and not self.possible(plan):
+        totals = (node.resources.total for node in self.nodes.values())
+        if key not in self.queues and not any(_covers(total, plan.need) for total in totals):
             print(f'actors: {task.name} asks for {plan.need}; no node has that much (all together: '
                   f'{self.sum("total")}). It waits for a node to join.', file=sys.stderr)
         task.line = self.queues.setdefault(key, deque())
         task.line.append(task)
         self.changed = True
-
-    def possible(self, plan):
-        return any(_covers(node.resources.total, plan.need) for node in self.nodes.values())
 
     def sum(self, which):
         """All nodes' resources: total or free."""
@@ -858,9 +853,9 @@ class _Scheduler:
     def spots(self, kind, *where):
         """[(node, resources)] to look at, in this order; none: there never will be one."""
         if kind == 'group':
-            group, i = self.groups.get(where[0]), where[1]
-            places = group.places if group else []
-            return [place and (place[0], place[2]) for place in (places if i < 0 else places[i:i + 1])]
+            key, i = where
+            places = self.groups[key].places if key in self.groups else []
+            return [place and place[:2] for place in (places if i < 0 else places[i:i + 1])]
         nodes = list(self.nodes.values())
         if kind == 'SPREAD':
             nodes.sort(key=lambda node: len(node.workers) - len(node.idle))
@@ -888,12 +883,12 @@ class _Scheduler:
             barred = used if group.strategy == 'STRICT_SPREAD' else ()
             fitting = [node for node in nodes if node not in barred and node.resources.fits(bundle)]
             if not fitting:
-                for lease in (places[j][1] for j in missing if places[j]):
+                for lease in (places[j][2] for j in missing if places[j]):
                     lease.pool.change(lease.need, lease.gpus, 1)
                 return False
             node = min(fitting, key=lambda node: ((node in used) != packs, sum(node.resources.free.values())))
             lease = node.resources.take(bundle)
-            places[i] = node, lease, _Resources(bundle, {gpu: min(bundle['GPU'], 1) for gpu in lease.gpus})
+            places[i] = node, _Resources(bundle, {gpu: min(bundle['GPU'], 1) for gpu in lease.gpus}), lease
         group.places = places
         return True
 
@@ -1368,7 +1363,7 @@ class _Runtime(_Desk):
         if group is None:
             return
         removed = TaskPlacementGroupRemoved('its placement group was removed')
-        for node, lease, resources in filter(None, group.places):
+        for node, resources, lease in filter(None, group.places):
             for worker in list(node.workers.values()):
                 if worker.lease and worker.lease.pool is resources:
                     self.slay(worker, removed)
@@ -2156,7 +2151,7 @@ def _check_options(options, known, what):
             hint = f'did you mean {near[0]}?' if near else "if Ray honours that, init(backend='ray') first"
             raise ValueError(f'Invalid option keyword {key} for {what}: {hint}')
         numeric = key in ('num_cpus', 'num_gpus', 'num_returns')
-        if numeric and not (isinstance(value, (int, float)) and value >= 0):
+        if numeric and value is not None and not (isinstance(value, (int, float)) and value >= 0):
             raise ValueError(f'The quantity of {key} cannot be negative or no number: got {value!r}')
 
 
@@ -2439,7 +2434,7 @@ class ActorPool:
         return self._idle.pop() if self._idle else None
 
     def _take(self, refs, timeout):
-        """The value of whichever of refs is ready first. The actor goes back to work, unless it is dead."""
+        """The value of whichever of refs is ready first. Its actor goes back to work, unless it is dead."""
         if not self.has_next():
             raise StopIteration('No more results to get')
         if not refs:

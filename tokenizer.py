@@ -889,9 +889,8 @@ def encode_answer(prompt, answer, tok, args):
     if not isinstance(answer, str) and not is_messages(answer):
         shown = json.dumps(answer, default=str)[:60]
         raise ValueError(f'the answer is {shown}, expected str or a list of {{"role", "content"}}')
-    if isinstance(prompt, str) and isinstance(answer, list):
-        answer = answer_text(answer)
     if isinstance(prompt, str):
+        answer = answer if isinstance(answer, str) else answer_text(answer)
         if tok.eot is None:
             raise ValueError(f'tokenizer {tok.name!r} has no end token, so a completion could not end: take '
                              f'one that has (byte, gpt2, an eos_token in its config)')

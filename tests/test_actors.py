@@ -681,10 +681,6 @@ def test_by_value_pickling_round_trips(alone):
         def f(self):
             return super().__class__, self.a
 
-        @functools.cached_property
-        def unused(self):
-            return 1
-
         @staticmethod
         def s():
             return 's'
