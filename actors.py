@@ -219,7 +219,7 @@ def _new_function(code, space, name, cells):
 def _fill_function(f, state):
     """The second half of unpickling a function: by now it exists, so that what it refers to may refer to
     it."""
-    space, modules, cells, attributes = state
+    space, modules, (cells, attributes) = state
     for module in modules:  # `import a.b` binds only a, yet the code says a.b
         importlib.import_module(module)
     f.__globals__.update(space)
@@ -267,21 +267,20 @@ def _array(a):
     return a.__reduce_ex__(5)
 
 
-def _tensor(buffer, dtype, shape, grad, kind):
+def _tensor(buffer, dtype, shape, grad):
     import torch
-    t = torch.frombuffer(buffer, dtype=dtype).reshape(shape)
-    return t.requires_grad_(grad) if kind is torch.Tensor else kind(t, grad)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(shape).requires_grad_(grad)
 
 
 def _flat_tensor(t, torch):
-    """CPU tensors out of band. They come back writable: a write lands in the reader's own copy-on-write
-    page."""
-    plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided and not t.is_quantized
+    """CPU tensors out of band, a Parameter's too. They come back writable: a write lands in the reader's own
+    copy-on-write page."""
+    plain = type(t) is torch.Tensor and t.layout == torch.strided and not t.is_quantized
     if not plain or t.device.type != 'cpu' or not t.numel():
         return NotImplemented
     flat = t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy()
-    return _tensor, (pickle.PickleBuffer(raw), t.dtype, tuple(t.shape), t.requires_grad, type(t))
+    return _tensor, (pickle.PickleBuffer(raw), t.dtype, tuple(t.shape), t.requires_grad)
 
 
 _BY_PARTS = {  # type: how to make it again
@@ -340,7 +339,7 @@ class _Pickler(pickle.Pickler):
         kept = '__qualname__', '__doc__', '__defaults__', '__kwdefaults__'
         attributes = {name: getattr(f, name) for name in kept} | f.__dict__
         start = marshal.dumps(f.__code__), shared, f.__name__, len(cells)
-        return _new_function, start, (used, modules, cells, attributes), None, None, _fill_function
+        return _new_function, start, (used, modules, (cells, attributes)), None, None, _fill_function
 
     def by_value(self, cls):
         key = _class_keys.setdefault(cls, secrets.token_bytes(12))
@@ -1657,7 +1656,7 @@ class _Worker:
 
     def serve(self):
         while (message := self.jobs.get())[0] == 'run':
-            _, spec, made, values = message
+            spec, made, values = message[1:]
             self.made = made or self.made
             if self.pool:
                 self.pool.submit(self.run, spec, values)
