@@ -46,8 +46,8 @@ How it works, in the order of this file
    unpickled. After that the peer is trusted and the bytes are not encrypted: a cluster is for one private
    network, or for ssh tunnels. All objects live in the head's arena; a worker elsewhere gets copies.
 
-Left out, and refused by name: generators, coroutine methods and `await ref`, detached actors, namespaces,
-runtime_env (but env_vars), spilling to disk. Ray has them all: init(backend='ray').
+Left out, and refused by name: generators, coroutine methods and `await ref`, exit_actor, detached actors,
+namespaces, runtime_env (but env_vars), spilling to disk. Ray has them all: init(backend='ray').
 """
 import atexit
 import bisect
@@ -238,11 +238,8 @@ _unfilled = set()                          # keys of classes that were made here
 
 
 def _new_class(key, meta, name, bases, first):
-    def body(space):
-        for attribute, value in first.items():  # one by one: an enum's namespace takes notes on assignment
-            space[attribute] = value
     if key not in _classes:
-        made = types.new_class(name, bases, {'metaclass': meta}, body)
+        made = types.new_class(name, bases, {'metaclass': meta}, lambda space: space.update(first))
         _classes[key], _class_keys[made] = made, key
         _unfilled.add(key)
     return _classes[key]
@@ -254,8 +251,6 @@ def _fill_class(cls, state):
         _unfilled.remove(key)
         for name, value in state.items():
             type.__setattr__(cls, name, value)
-            if isinstance(value, functools.cached_property):
-                value.__set_name__(cls, name)
 
 
 def _proxy(mapping):
@@ -272,21 +267,20 @@ def _array(a):
     return a.__reduce_ex__(5)
 
 
-def _tensor(buffer, dtype, shape, grad, kind):
+def _tensor(buffer, dtype, shape, grad):
     import torch
-    t = torch.frombuffer(buffer, dtype=dtype).reshape(shape)
-    return t.requires_grad_(grad) if kind is torch.Tensor else kind(t, grad)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(shape).requires_grad_(grad)
 
 
 def _flat_tensor(t, torch):
-    """CPU tensors out of band. They come back writable: a write lands in the reader's own copy-on-write
-    page."""
-    plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided and not t.is_quantized
+    """CPU tensors out of band, a Parameter's too. They come back writable: a write lands in the reader's own
+    copy-on-write page."""
+    plain = type(t) is torch.Tensor and t.layout == torch.strided and not t.is_quantized
     if not plain or t.device.type != 'cpu' or not t.numel():
         return NotImplemented
     flat = t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy()
-    return _tensor, (pickle.PickleBuffer(raw), t.dtype, tuple(t.shape), t.requires_grad, type(t))
+    return _tensor, (pickle.PickleBuffer(raw), t.dtype, tuple(t.shape), t.requires_grad)
 
 
 _BY_PARTS = {  # type: how to make it again
@@ -296,7 +290,6 @@ _BY_PARTS = {  # type: how to make it again
     property: lambda p: (property, (p.fget, p.fset, p.fdel, p.__doc__)),
     classmethod: lambda m: (classmethod, (m.__func__,)),
     staticmethod: lambda m: (staticmethod, (m.__func__,)),
-    functools.cached_property: lambda p: (functools.cached_property, (p.func,)),
 }
 
 
@@ -343,8 +336,8 @@ class _Pickler(pickle.Pickler):
                 cells.append((cell.cell_contents,))
             except ValueError:  # not bound yet
                 cells.append(())
-        attributes = {'__qualname__': f.__qualname__, '__doc__': f.__doc__, '__defaults__': f.__defaults__,
-                      '__kwdefaults__': f.__kwdefaults__, **f.__dict__}
+        kept = '__qualname__', '__doc__', '__defaults__', '__kwdefaults__'
+        attributes = {name: getattr(f, name) for name in kept} | f.__dict__
         start = marshal.dumps(f.__code__), shared, f.__name__, len(cells)
         return _new_function, start, (used, modules, (cells, attributes)), None, None, _fill_function
 
@@ -594,8 +587,11 @@ _Plan = namedtuple('_Plan', 'num_returns need strategy env retries retry_excepti
 _Spec = namedtuple('_Spec', 'id kind name function method data deps contained returns plan actor')
 # An actor in the making. meta: what its handles know of its methods
 _Made = namedtuple('_Made', 'id restarts task_retries max_concurrency name get_if_exists meta')
-_Running = namedtuple('_Running', 'spec made restarted')  # what a worker is given; made: with a create
 _Lease = namedtuple('_Lease', 'pool need gpus')  # what a worker holds of a node's or a bundle's resources
+
+
+def _covers(amounts, need):
+    return all(amounts.get(k, 0) >= amount - 1e-6 for k, amount in need.items())
 
 
 class _Resources:
@@ -611,8 +607,7 @@ class _Resources:
         return [gpu for _, gpu in fitting[:math.ceil(gpus)]]
 
     def fits(self, need):
-        enough = all(self.free.get(k, 0) >= amount - 1e-6 for k, amount in need.items())
-        return enough and len(self.choose(need)) >= need.get('GPU', 0)
+        return _covers(self.free, need) and len(self.choose(need)) >= need.get('GPU', 0)
 
     def change(self, need, gpus, sign):
         for k, amount in need.items():
@@ -667,7 +662,6 @@ class _Actor:
     create: _Task
     made: _Made
     restarts: int            # left; -1: without end
-    restarted: int = 0
     state: str = 'pending'   # then alive, restarting, dead
     peer: object = None
     error: bytes = None      # why it is dead
@@ -681,9 +675,7 @@ class _Group:
     bundles: list
     strategy: str
     job: bytes
-    ready: bytes             # the object that is there once every bundle has its place
-    value: bytes             # and its value
-    places: list             # of each bundle: the node, its lease of the node's resources, its own resources
+    places: list             # of each bundle: the node, its own resources, its lease of the node's
 
 
 @_record
@@ -692,7 +684,7 @@ class _Node:
     host: str
     resources: _Resources
     peer: object = None      # the node's daemon; None: the runtime's own node
-    idle: dict = _field(default_factory=dict)     # (env, GPU ids): workers
+    idle: list = _field(default_factory=list)     # workers without a task
     workers: dict = _field(default_factory=dict)  # id: worker
 
 
@@ -822,16 +814,13 @@ class _Scheduler:
     def add(self, task):
         plan = task.plan
         key = tuple(plan.need.items()), plan.strategy
-        if key not in self.queues and not self.possible(plan):
+        totals = (node.resources.total for node in self.nodes.values())
+        if key not in self.queues and not any(_covers(total, plan.need) for total in totals):
             print(f'actors: {task.name} asks for {plan.need}; no node has that much (all together: '
                   f'{self.sum("total")}). It waits for a node to join.', file=sys.stderr)
         task.line = self.queues.setdefault(key, deque())
         task.line.append(task)
         self.changed = True
-
-    def possible(self, plan):
-        totals = (node.resources.total for node in self.nodes.values())
-        return any(all(total.get(k, 0) >= v for k, v in plan.need.items()) for total in totals)
 
     def sum(self, which):
         """All nodes' resources: total or free."""
@@ -851,25 +840,24 @@ class _Scheduler:
         next. (task, None, None): it never can."""
         for key, line in list(self.queues.items()):
             while line:
-                spots = self.spots(*key[1])
-                need = line[0].plan.need
-                fitting = [spot for spot in spots if spot and spot[1].fits(need)]
-                if spots and not fitting:
+                spots, need = self.spots(*key[1]), line[0].plan.need
+                fitting = (spot for spot in spots if spot and spot[1].fits(need))
+                spot = next(fitting, None)
+                if spots and not spot:
                     break
-                node, resources = fitting[0] if fitting else (None, None)
-                yield line.popleft(), node, resources
+                yield line.popleft(), *(spot or (None, None))
             if not line:
                 self.queues.pop(key, None)
 
     def spots(self, kind, *where):
         """[(node, resources)] to look at, in this order; none: there never will be one."""
         if kind == 'group':
-            group, i = self.groups.get(where[0]), where[1]
-            places = group.places if group else []
-            return [place and (place[0], place[2]) for place in (places if i < 0 else places[i:i + 1])]
+            key, i = where
+            places = self.groups[key].places if key in self.groups else []
+            return [place and place[:2] for place in (places if i < 0 else places[i:i + 1])]
         nodes = list(self.nodes.values())
         if kind == 'SPREAD':
-            nodes.sort(key=lambda node: len(node.workers) - sum(map(len, node.idle.values())))
+            nodes.sort(key=lambda node: len(node.workers) - len(node.idle))
         if kind == 'node':
             insisted = [node for node in nodes if node.id == where[0]]
             nodes = insisted + nodes * where[1]  # soft: any other is second best
@@ -890,17 +878,16 @@ class _Scheduler:
         places, packs = list(group.places), group.strategy == 'PACK'
         missing = [i for i, place in enumerate(places) if place is None]
         for i in sorted(missing, key=lambda i: -sum(group.bundles[i].values())):
-            used = [place[0] for place in places if place]
-            allowed = [node for node in nodes if group.strategy != 'STRICT_SPREAD' or node not in used]
-            fitting = [node for node in allowed if node.resources.fits(group.bundles[i])]
+            bundle, used = group.bundles[i], [place[0] for place in places if place]
+            barred = used if group.strategy == 'STRICT_SPREAD' else ()
+            fitting = [node for node in nodes if node not in barred and node.resources.fits(bundle)]
             if not fitting:
-                for lease in (places[j][1] for j in missing if places[j]):
+                for lease in (places[j][2] for j in missing if places[j]):
                     lease.pool.change(lease.need, lease.gpus, 1)
                 return False
-            fitting.sort(key=lambda node: ((node in used) != packs, sum(node.resources.free.values())))
-            lease = fitting[0].resources.take(group.bundles[i])
-            shares = {gpu: min(lease.need['GPU'], 1) for gpu in lease.gpus}
-            places[i] = fitting[0], lease, _Resources(lease.need, shares)
+            node = min(fitting, key=lambda node: ((node in used) != packs, sum(node.resources.free.values())))
+            lease = node.resources.take(bundle)
+            places[i] = node, _Resources(bundle, {gpu: min(bundle['GPU'], 1) for gpu in lease.gpus}), lease
         group.places = places
         return True
 
@@ -952,9 +939,9 @@ class _Desk:
                 later.popleft()()
                 continue
             self.scheduler.changed = False
-            for group in self.scheduler.groups.values():
+            for key, group in self.scheduler.groups.items():
                 if None in group.places and self.scheduler.place(group):
-                    self.directory.fulfil(group.ready, group.value)
+                    self.directory.fulfil(key, _Packed(True).join())
             for task, node, resources in self.scheduler.next():
                 self.start(task, node, resources)
 
@@ -1041,7 +1028,7 @@ class _Runtime(_Desk):
         super().__init__(*machine)
         self.directory.unheld = self.out_of_scope
         self.tasks, self.names, self.peers = {}, {}, {}
-        self.nursery = _Nursery(self.directory.arena, self.home.id, None, None)
+        self.nursery = _Nursery(self.directory.arena, self.home.id)
         _thread(self.tick)
 
     # -- tasks
@@ -1059,11 +1046,9 @@ class _Runtime(_Desk):
         if spec.kind == 'task':
             self.enqueue(task)
             return
-        handle = self.directory.objects.get(spec.actor)
-        actor = task.actor = handle and handle.actor
-        if actor is None or actor.state == 'dead':
-            unknown = ActorDiedError(f'{spec.name}: the actor is not known here; of an earlier session?')
-            self.fail(task, actor.error if actor else unknown)
+        actor = task.actor = self.directory.objects[spec.actor].actor  # there: the caller has a handle
+        if actor.state == 'dead':
+            self.fail(task, actor.error)
             return
         task.retries, task.line = actor.made.task_retries, actor.queue
         actor.queue.append(task)
@@ -1093,18 +1078,20 @@ class _Runtime(_Desk):
             return
         lease = resources.take(plan.need)
         key = plan.env, lease.gpus
-        peer = node.idle[key].pop() if node.idle.get(key) else self.spawn(node, key)
+        peer = next((idle for idle in node.idle if idle.key == key), None)
+        if peer:
+            node.idle.remove(peer)
+        else:
+            peer = self.spawn(node, key)
         peer.task, peer.lease, peer.job = task, lease, task.job
         if task.actor:
             task.actor.peer, peer.actor = peer, task.actor
         self.run_on(task, peer)
 
     def run_on(self, task, peer):
-        task.peer, spec = peer, task.spec
-        values = self.directory.values(spec.deps, peer)
-        made = task.actor.made if spec.kind == 'create' else None
-        restarted = task.actor is not None and task.actor.restarted > 0
-        peer.send('run', _Running(spec, made, restarted), values)
+        task.peer = peer
+        made = task.actor.made if task.kind == 'create' else None
+        peer.send('run', task.spec, made, self.directory.values(task.deps, peer))
 
     def pump(self, actor):
         """Calls leave in the order they came; the first whose arguments are not there yet holds up the
@@ -1194,8 +1181,7 @@ class _Runtime(_Desk):
         if task.actor and force:
             raise ValueError('force=True is not supported for actor tasks: use actors.kill')
         task.cancelled = True
-        children = [t.id for t in self.tasks.values() if t.parent == tid] if recursive else []
-        for child in children:
+        for child in [t.id for t in self.tasks.values() if recursive and t.parent == tid]:
             self.on_cancel(peer, 0, child, False, True)
         if task.peer is None:
             if task in task.line:
@@ -1228,8 +1214,8 @@ class _Runtime(_Desk):
         return made
 
     def on_kill(self, peer, _, aid, no_restart):
-        actor = self.directory.objects[aid].actor  # there: its handle is what kill() was given
-        self.end_actor(actor, 'it was killed by actors.kill' if no_restart else None)
+        reason = 'it was killed by actors.kill' if no_restart else None
+        self.end_actor(self.directory.objects[aid].actor, reason)
 
     def end_actor(self, actor, reason):
         """reason None: as if it had crashed."""
@@ -1245,7 +1231,7 @@ class _Runtime(_Desk):
         if peer.reason or not actor.restarts:
             self.bury(actor, str(peer.reason or why))
             return
-        actor.restarts, actor.restarted, actor.state = actor.restarts - 1, actor.restarted + 1, 'restarting'
+        actor.restarts, actor.state = actor.restarts - 1, 'restarting'
         self.enqueue(actor.create)
         for task in reversed(list(actor.inflight.values())):
             if not self.again(task):
@@ -1259,8 +1245,7 @@ class _Runtime(_Desk):
             name = actor.create.name.removesuffix('.__init__')
             why = _Packed(ActorDiedError(f'{name}: the actor is dead: {why}')).join()
         actor.state, actor.error = 'dead', why
-        if self.names.get(actor.made.name) is actor:
-            del self.names[actor.made.name]
+        self.names.pop(actor.made.name, None)
         calls = [*actor.inflight.values(), *actor.queue]
         actor.queue.clear()
         for task in calls:
@@ -1279,9 +1264,6 @@ class _Runtime(_Desk):
             actor.peer.reason = 'its last handle went out of scope'
             self.bury(actor, actor.peer.reason)
 
-    def on_leave(self, peer, _):
-        peer.reason = 'it called exit_actor()'
-
     # -- workers
     def spawn(self, node, key):
         env, gpus = dict(key[0]), key[1]
@@ -1294,7 +1276,7 @@ class _Runtime(_Desk):
             node.peer.send('spawn', 0, peer.id, env)
             return peer
         if self.nursery.process.poll() is not None:  # it was killed; its workers see that, and go
-            self.nursery = _Nursery(self.directory.arena, *self.nursery.about)
+            self.nursery = _Nursery(self.directory.arena, self.home.id)
         ours, theirs = socket.socketpair()
         peer.connection = Connection(ours.detach())
         _thread(peer.serve, self)
@@ -1303,19 +1285,16 @@ class _Runtime(_Desk):
         return peer
 
     def release(self, peer):
-        """A task's worker is free: for the next task of its kind, or, if more wait idle than there are CPUs,
-        to go home. One that had a GPU goes in any case, and only then is the GPU free: a process that lives
-        may hold its memory."""
-        peer.task, idle = None, peer.node.idle
-        if peer.lease.gpus:
+        """A task's worker is free for the next task of its kind. It goes home if more wait idle than there
+        are CPUs, and if it had a GPU: a process that lives may hold the GPU's memory. What it held is free
+        when it is gone."""
+        peer.task, node = None, peer.node
+        if peer.lease.gpus or len(node.idle) > max(2, node.resources.total.get('CPU', 0)):
             peer.send('exit', 0)
             return
         self.scheduler.give(peer.lease, peer.blocked)
         peer.lease = None
-        if sum(map(len, idle.values())) > max(2, peer.node.resources.total.get('CPU', 0)):
-            peer.send('exit', 0)
-        else:
-            idle.setdefault(peer.key, []).append(peer)
+        node.idle.append(peer)
 
     def slay(self, peer, reason):
         peer.reason = reason
@@ -1344,15 +1323,15 @@ class _Runtime(_Desk):
             self.directory.refer(oid, -count)
         if peer.lease:
             self.scheduler.give(peer.lease, peer.blocked)
-        {'worker': self.worker_down, 'driver': self.job_over, 'node': self.node_down}[peer.role](peer, why)
+        getattr(self, peer.role + '_down')(peer, why)
 
     def worker_down(self, peer, why):
-        task, idle = peer.task, peer.node.idle.get(peer.key, [])
-        peer.node.workers.pop(peer.id, None)
-        if peer in idle:
-            idle.remove(peer)
-        if peer.node.peer:
-            peer.node.peer.send('kill', 0, peer.id)
+        task, node = peer.task, peer.node
+        del node.workers[peer.id]
+        if peer in node.idle:
+            node.idle.remove(peer)
+        if node.peer:
+            node.peer.send('kill', 0, peer.id)
         else:
             self.nursery.kill(peer.id)
         if peer.actor:
@@ -1361,7 +1340,7 @@ class _Runtime(_Desk):
             crashed = f'the worker of {task.name} died ({why}) and no retry is left; max_retries allows more'
             self.fail(task, peer.reason or WorkerCrashedError(crashed))
 
-    def job_over(self, peer, _):
+    def driver_down(self, peer, _):
         """A program is gone: its tasks, actors and groups go too."""
         for task in [task for task in self.tasks.values() if task.job == peer.id]:
             if task.kind == 'create':
@@ -1372,21 +1351,23 @@ class _Runtime(_Desk):
             self.on_remove_group(peer, 0, key)
 
     # -- placement groups
-    def on_group(self, peer, _, key, ready, value, bundles, strategy):
-        self.add(peer, ready)
-        self.scheduler.groups[key] = _Group(bundles, strategy, peer.job, ready, value, [None] * len(bundles))
+    def on_group(self, peer, _, key, bundles, strategy):
+        """key: the group's, and that of the object that is there once every bundle has its place."""
+        self.add(peer, key)
+        self.scheduler.groups[key] = _Group(bundles, strategy, peer.job, [None] * len(bundles))
         self.scheduler.changed = True
 
     def on_remove_group(self, peer, _, key):
-        removed = TaskPlacementGroupRemoved('its placement group was removed')
         group = self.scheduler.groups.pop(key, None)
-        for node, lease, resources in filter(None, group.places if group else ()):
+        if group is None:
+            return
+        removed = TaskPlacementGroupRemoved('its placement group was removed')
+        for node, resources, lease in filter(None, group.places):
             for worker in list(node.workers.values()):
                 if worker.lease and worker.lease.pool is resources:
                     self.slay(worker, removed)
             self.scheduler.give(lease)
-        if group:
-            self.directory.fulfil(group.ready, _Packed(removed).join(), error=True)
+        self.directory.fulfil(key, _Packed(removed).join(), error=True)
 
     # -- nodes
     def tick(self):
@@ -1444,24 +1425,25 @@ class _Head(_Runtime):
             connection = _open(sock)
             with _deadline(connection):
                 if _shake(connection, self.token, b'server', b'client')[1]:
-                    peer = self.welcome(connection, *_receive(connection))
+                    hello, = _receive(connection)
+                    peer = self.welcome(connection, *hello)
         self.strangers.release()
         if peer:
             peer.serve(self)  # this thread reads it from now on
 
-    def welcome(self, connection, hello):
-        if hello[0] != 'hello':
-            raise ConnectionError(f'{hello[0]} before hello')
-        request, role, about = hello[1:]
+    def welcome(self, connection, operation, request, role, id, *machine):
+        """machine: a node's host name, resources and GPUs."""
+        if operation != 'hello':
+            raise ConnectionError(f'{operation} before hello')
         with self.lock:
             if role == 'worker':  # its record was made when it was ordered
-                self.peers[about['id']].connection = connection
-                return self.peers[about['id']]
-            peer = self.peers[about['id']] = _Peer(role, about['id'], connection=connection)
+                peer = self.peers[id]
+                peer.connection = connection
+                return peer
+            peer = self.peers[id] = _Peer(role, id, connection=connection)
             if role == 'node':
-                resources = _Resources(about['resources'], about['gpus'])
-                peer.node = _Node(about['id'].hex(), about['host'], resources, peer)
-                self.scheduler.nodes[peer.node.id] = peer.node
+                host, *amounts = machine
+                peer.node = self.scheduler.nodes[id.hex()] = _Node(id.hex(), host, _Resources(*amounts), peer)
                 self.scheduler.changed = True
             peer.send('reply', request, self.home.id)
             self.settle()
@@ -1537,11 +1519,11 @@ class _Session:
 
     def get(self, refs, timeout):
         values = []
-        for value in self.call('get', [ref._valid_id() for ref in refs], timeout=timeout):
-            values.append(self.load(value))
-            if value[1]:
-                error = values.pop()
-                raise error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+        for item in self.call('get', [ref._valid_id() for ref in refs], timeout=timeout):
+            value, failed = self.load(item), item[1]
+            if failed:
+                raise value.as_instanceof_cause() if isinstance(value, RayTaskError) else value
+            values.append(value)
         return values
 
     def wait(self, refs, count, timeout):
@@ -1550,7 +1532,7 @@ class _Session:
             ready = self.call('wait', oids, count, timeout=timeout)
         except GetTimeoutError:
             ready = self.call('wait', oids, 0)
-        done = [ref for ref, ok in zip(refs, ready) if ok][:count]
+        done = list(itertools.compress(refs, ready))[:count]
         chosen = set(done)
         return done, [ref for ref in refs if ref not in chosen]
 
@@ -1601,7 +1583,6 @@ class _Direct(_Session):
 
     def close(self):
         self.runtime.close()
-        self.broken(RaySystemError('actors.shutdown() was called'))
 
 
 class _Remote(_Session):
@@ -1644,7 +1625,6 @@ class _Remote(_Session):
         self.broken(RaySystemError('the head is gone: the connection closed'))
 
     def close(self):
-        self.broken(RaySystemError('actors.shutdown() was called'))
         _hang_up(self.connection)
 
 
@@ -1653,18 +1633,15 @@ class _Arg:
 
 
 # ---- workers -----------------------------------------------------------------------------------------------
-_running = contextvars.ContextVar('actors_running', default=None)     # what get_runtime_context tells
-
-
-class _Exit(SystemExit):
-    """exit_actor()"""
+# what get_runtime_context tells: the _Spec of what runs here, and the _Made of the actor that this is
+_running = contextvars.ContextVar('actors_running', default=(None, None))
 
 
 class _Worker:
     """One process that runs tasks one after the other, or is one actor. A thread reads and only sorts; the
     main thread runs user code."""
     def __init__(self, session):
-        self.session, self.jobs, self.functions = session, queue.SimpleQueue(), {}
+        self.session, self.jobs = session, queue.SimpleQueue()
         self.dropped = set()  # cancelled before they began
         self.actor = self.made = self.pool = None
         _thread(self.sort)
@@ -1679,13 +1656,12 @@ class _Worker:
 
     def serve(self):
         while (message := self.jobs.get())[0] == 'run':
-            _, running, values = message
-            self.made = running.made or self.made
-            running = running._replace(made=self.made)
-            if self.pool and running.spec.kind == 'call':
-                self.pool.submit(self.run, running, values)
+            spec, made, values = message[1:]
+            self.made = made or self.made
+            if self.pool:
+                self.pool.submit(self.run, spec, values)
             else:
-                self.run(running, values)
+                self.run(spec, values)
         if self.pool:
             self.pool.shutdown()
         _leave()
@@ -1701,14 +1677,12 @@ class _Worker:
         f = getattr(self.actor, spec.method) if spec.method else self.function(spec.function)
         return f, args[:count], dict(zip(names, args[count:]))
 
+    @functools.cache
     def function(self, oid):
-        if oid not in self.functions:
-            self.functions[oid], = self.session.get([ObjectRef(oid)], None)
-        return self.functions[oid]
+        return self.session.get([ObjectRef(oid)], None)[0]
 
-    def run(self, running, values):
-        spec = running.spec
-        _running.set(running)
+    def run(self, spec, values):
+        _running.set((spec, self.made))
         try:
             f, args, kwargs = self.prepare(spec, values)
             result = f(*args, **kwargs)
@@ -1718,9 +1692,6 @@ class _Worker:
                 if self.made.max_concurrency > 1:
                     self.pool = futures.ThreadPoolExecutor(self.made.max_concurrency)
             self.done(spec, result)
-        except _Exit:
-            self.session.post('leave', 0)
-            _leave()
         except BaseException as e:
             self.failed(spec, e)
         self.dropped.discard(spec.id)
@@ -1772,10 +1743,10 @@ def _leave():
 
 
 class _Nursery:
-    """The zygote's parent: orders workers from it. about: their node, and on another machine than the head's
+    """The zygote's parent: orders workers from it, for a node; on another machine than the head's they need
     its address and token."""
-    def __init__(self, arena, *about):
-        self.about = about
+    def __init__(self, arena, node, address=None, token=None):
+        self.about = node, address, token
         ours, theirs = socket.socketpair()
         self.link = Connection(ours.detach())
         folder, inherited = os.path.dirname(os.path.abspath(__file__)), [theirs.fileno()]
@@ -1882,7 +1853,7 @@ def _worker(fd, arena, worker, env, path, node, address, token):
     os.register_at_fork(after_in_child=connection.close)  # or a child would hold it open
     _session = _Remote(connection, node, arena, is_worker=True)
     if address:
-        _session.post('hello', 0, 'worker', {'id': worker})
+        _session.post('hello', 0, 'worker', worker)
     _Worker(_session).serve()
 
 
@@ -1923,7 +1894,7 @@ def _count_gpus():
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _machine(num_cpus, num_gpus, resources, object_store_memory):
+def _machine(num_cpus=None, num_gpus=None, resources=None, object_store_memory=0):
     """-> {resource: amount}, {GPU id: share}, bytes of the arena: 30 % of memory, as in Ray; untouched pages
     cost nothing."""
     gpus = _count_gpus()
@@ -1962,14 +1933,13 @@ def init(num_cpus: float = None, num_gpus: int = None, resources: dict = None,
     if ray_options:
         raise ValueError(f"{', '.join(ray_options)}: only backend='ray' knows that")
     if not address:
-        machine = _machine(num_cpus, num_gpus, resources, object_store_memory)
-        _session = _Direct(_Runtime(*machine))
+        _session = _Direct(_Runtime(*_machine(**given)))
     elif given:
         raise ValueError(f"{', '.join(given)}: for the head and its nodes to say, not for who joins")
     else:
         session = _Remote(_connect(address, _find_token(address)), '', None)
         _thread(session.listen)
-        session.node = session.call('hello', 'driver', {'id': session.prefix}, timeout=HANDSHAKE)
+        session.node = session.call('hello', 'driver', session.prefix, timeout=HANDSHAKE)
         _session = session
     atexit.register(shutdown)
 
@@ -1980,6 +1950,7 @@ def shutdown():
     if _session is not None and not _session.is_worker:  # a worker's session is its process
         session, _session = _session, None
         atexit.unregister(shutdown)
+        session.broken(RaySystemError('actors.shutdown() was called'))
         session.close()
     elif _ray():
         _ray().shutdown()
@@ -2135,7 +2106,7 @@ class _Context:
     """What runs here: ids as hex, None outside of a task."""
     def __init__(self):
         self._session = _here()
-        self._spec, self._made, self.was_current_actor_reconstructed = _running.get() or (None, None, False)
+        self._spec, self._made = _running.get()
 
     def get_task_id(self):
         return self._spec and self._spec.id.hex()
@@ -2152,12 +2123,6 @@ class _Context:
     def get_accelerator_ids(self):
         return {'GPU': get_gpu_ids()}
 
-    @property
-    def current_actor(self):
-        if not self._made:
-            raise RuntimeError('current_actor: this is no actor')
-        return ActorHandle(ObjectRef(self._made.id), self._made.meta)
-
     def __getattr__(self, name):
         raise AttributeError(f"the runtime context has no {name}; Ray's own may, use backend='ray'")
 
@@ -2170,17 +2135,12 @@ def __getattr__(name):
     raise AttributeError(f"actors has no {name!r}; if Ray has it, use backend='ray'")
 
 
-def _exit_actor():
-    """Ends the actor that calls it; no restart."""
-    if not _Context()._made:
-        raise TypeError('exit_actor() is for actors, this is no actor')
-    raise _Exit(0)
-
-
 # -- options
-_COMMON = {'num_cpus', 'num_gpus', 'resources', 'name', 'scheduling_strategy', 'runtime_env'}
-_TASK = _COMMON | {'num_returns', 'max_retries', 'retry_exceptions'}
-_ACTOR = _COMMON | {'max_restarts', 'max_task_retries', 'max_concurrency', 'get_if_exists'}
+# what holds where nothing is said; num_cpus then is 1 of a task, 0 of an actor
+_COMMON = dict(num_cpus=None, num_gpus=0, resources=None, name=None, scheduling_strategy=None,
+               runtime_env=None)
+_TASK = _COMMON | dict(num_returns=1, max_retries=3, retry_exceptions=False)
+_ACTOR = _COMMON | dict(max_restarts=0, max_task_retries=0, max_concurrency=1, get_if_exists=False)
 
 
 def _check_options(options, known, what):
@@ -2190,31 +2150,30 @@ def _check_options(options, known, what):
             hint = f'did you mean {near[0]}?' if near else "if Ray honours that, init(backend='ray') first"
             raise ValueError(f'Invalid option keyword {key} for {what}: {hint}')
         numeric = key in ('num_cpus', 'num_gpus', 'num_returns')
-        if numeric and not (isinstance(value, (int, float)) and value >= 0):
+        if numeric and value is not None and not (isinstance(value, (int, float)) and value >= 0):
             raise ValueError(f'The quantity of {key} cannot be negative or no number: got {value!r}')
 
 
 def _plan(options, name, default_cpus):
     """What the options come to here."""
-    runtime_env, gpus = options.get('runtime_env') or {}, options.get('num_gpus', 0)
+    options = _TASK | options
+    cpus, gpus, runtime_env = options['num_cpus'], options['num_gpus'], options['runtime_env'] or {}
     if set(runtime_env) - {'env_vars'}:
         raise ValueError(f"{name}: runtime_env {runtime_env}: all but env_vars needs backend='ray'")
     if gpus > 1 and gpus % 1:
         raise ValueError(f'num_gpus {gpus}: a share below 1, or whole GPUs')
-    cpus = options.get('num_cpus', default_cpus)
-    need = {'CPU': cpus, 'GPU': gpus, **(options.get('resources') or {})}
+    threads = str(max(1, int(cpus or default_cpus)))  # Ray's rule: as many as CPUs
+    if cpus is None:
+        cpus, threads = default_cpus, os.environ.get('OMP_NUM_THREADS', threads)
+    need = {'CPU': cpus, 'GPU': gpus, **(options['resources'] or {})}
     need = {k: v for k, v in need.items() if v}
-    threads = str(max(1, int(cpus)))  # asked for here, or Ray's rule: as many threads as CPUs
-    if 'num_cpus' not in options:
-        threads = os.environ.get('OMP_NUM_THREADS', threads)
+    strategy = _strategy(options['scheduling_strategy'], need, name)
     env = {'OMP_NUM_THREADS': threads, **runtime_env.get('env_vars', {})}
-    retry = options.get('retry_exceptions', False)
+    pairs = tuple(sorted((k, str(v)) for k, v in env.items()))
+    retry = options['retry_exceptions']
     if not isinstance(retry, bool):
         retry = _Packed(tuple(retry)).join()
-    strategy = _strategy(options.get('scheduling_strategy'), need, name)
-    pairs = tuple(sorted((k, str(v)) for k, v in env.items()))
-    num_returns, retries = options.get('num_returns', 1), options.get('max_retries', 3)
-    return _Plan(int(num_returns), need, strategy, pairs, retries, retry)
+    return _Plan(int(options['num_returns']), need, strategy, pairs, options['max_retries'], retry)
 
 
 def _strategy(strategy, need, name):
@@ -2229,7 +2188,7 @@ def _strategy(strategy, need, name):
     if not -1 <= i < group.bundle_count:
         raise ValueError(f'bundle index {i}: expected 0 to {group.bundle_count - 1}, or -1 for any')
     bundles = group.bundle_specs if i < 0 else [group.bundle_specs[i]]
-    if not any(all(bundle.get(k, 0) >= v for k, v in need.items()) for bundle in bundles):
+    if not any(_covers(bundle, need) for bundle in bundles):
         raise ValueError(f'Cannot schedule {name}: {need} cannot fit into any bundle of {group.bundle_specs}')
     return 'group', group.id, i
 
@@ -2243,8 +2202,8 @@ def _signature(f, skip=0):
 
 def method(**options):
     """@actors.method(num_returns=2) on an actor's method."""
-    if set(options) - {'num_returns'}:
-        raise ValueError(f'method options {options}: num_returns is the one there is')
+    _check_options(options, {'num_returns'}, 'methods')
+
     def mark(f):
         f._actors_method = options
         return f
@@ -2303,7 +2262,7 @@ class RemoteFunction(_Remotable):
     _known, _what = _TASK, 'remote functions'
 
     def _prepare(self, session):
-        signature, function = _signature(self._target), session.export(self._target)
+        signature, function = inspect.signature(self._target), session.export(self._target)
         plan = _plan(self._options, self.__name__, 1)
         name = self._options.get('name') or self.__qualname__
 
@@ -2317,37 +2276,33 @@ class ActorClass(_Remotable):
     _known, _what = _ACTOR, 'actors'
 
     def _methods(self):
-        routines = inspect.getmembers(self._target, inspect.isroutine)
-        return {name: m for name, m in routines if not name.startswith('__') or name == '__call__'}
+        return inspect.getmembers(self._target, lambda m: inspect.isfunction(m) or inspect.ismethod(m))
 
     def _on_ray(self, ray):
-        for m in self._methods().values():
+        for _, m in self._methods():
             if hasattr(m, '_actors_method'):
                 ray.method(**m._actors_method)(m)
         return super()._on_ray(ray)
 
     def _prepare(self, session):
         shapes = {}
-        for name, m in self._methods().items():
+        for name, m in self._methods():
             if inspect.iscoroutinefunction(m) or inspect.isasyncgenfunction(m):
                 raise ValueError(f"{self.__name__}.{name} is a coroutine: that needs backend='ray'; here use "
                                  'plain methods, with max_concurrency=n for n at once')
             bound = isinstance(inspect.getattr_static(self._target, name), (staticmethod, classmethod))
-            try:
-                signature = _signature(m, 0 if bound else 1)
-            except ValueError:  # a C function without a signature: any arguments
-                signature = inspect.signature(lambda *args: None)
-            shapes[name] = signature, getattr(m, '_actors_method', {}).get('num_returns', 1)
+            num_returns = getattr(m, '_actors_method', {}).get('num_returns', 1)
+            shapes[name] = _signature(m, 0 if bound else 1), num_returns
         init = self._target.__init__
         signature = inspect.Signature() if init is object.__init__ else _signature(init, 1)
-        function, plan = session.export(self._target), _plan(self._options, self.__name__, 0)
-        meta, option = pickle.dumps((self.__name__, shapes), 5), self._options.get
+        options, function = _ACTOR | self._options, session.export(self._target)
+        plan, meta = _plan(options, self.__name__, 0), pickle.dumps((self.__name__, shapes), 5)
 
         def call(*args, **kwargs):
             signature.bind(*args, **kwargs)
             actor_id, name = session.new_id() + b'\xfe\xff', f'{self.__name__}.__init__'
-            made = _Made(actor_id, option('max_restarts', 0), option('max_task_retries', 0),
-                         option('max_concurrency') or 1, option('name'), option('get_if_exists'), meta)
+            made = _Made(actor_id, options['max_restarts'], options['max_task_retries'],
+                         options['max_concurrency'] or 1, options['name'], options['get_if_exists'], meta)
             return _handle(session.submit('create', name, function, None, args, kwargs, plan, actor_id,
                                           made))
         return call
@@ -2377,10 +2332,9 @@ class ActorHandle:
         self._class_name, self._methods = pickle.loads(meta)
 
     def __getattr__(self, name):
-        methods = self.__dict__.get('_methods', {})
-        if name not in methods:
-            raise AttributeError(f"actor {self.__dict__.get('_class_name')} has no method {name!r}")
-        return ActorMethod(self, name, *methods[name])
+        if name not in self._methods:
+            raise AttributeError(f'actor {self._class_name} has no method {name!r}')
+        return ActorMethod(self, name, *self._methods[name])
 
     def __reduce__(self):
         return ActorHandle, (self._ref, self._meta)
@@ -2403,8 +2357,8 @@ def _handle(made):
 class PlacementGroup:
     """A reservation. bundle_specs as asked for; ready() is a ref that is there once all bundles are
     reserved."""
-    def __init__(self, id, bundles, ref):
-        self.id, self._ref = id, ref
+    def __init__(self, ref, bundles):
+        self.id, self._ref = ref._id, ref
         self.bundle_specs, self.bundle_count = bundles, len(bundles)
 
     def ready(self) -> ObjectRef:
@@ -2425,11 +2379,9 @@ def placement_group(bundles: list, strategy: str = 'PACK', name: str = '',
         raise ValueError(f'bundles: expected resources such as [{{"CPU": 1}}], none empty, got {bundles}')
     if strategy not in ('PACK', 'SPREAD', 'STRICT_PACK', 'STRICT_SPREAD'):
         raise ValueError(f'strategy {strategy!r}: expected PACK, SPREAD, STRICT_PACK or STRICT_SPREAD')
-    session = _here()
-    oid = session.new_id() + b'\xff\xff'
-    group = PlacementGroup(session.new_id(), asked, ObjectRef(oid, True))
-    session.call('group', group.id, oid, _Packed(group).join(), asked, strategy)
-    return group
+    key = _here().new_id()
+    _session.call('group', key, asked, strategy)
+    return PlacementGroup(ObjectRef(key, True), asked)
 
 
 def remove_placement_group(group: PlacementGroup):
@@ -2481,7 +2433,7 @@ class ActorPool:
         return self._idle.pop() if self._idle else None
 
     def _take(self, refs, timeout):
-        """The value of whichever of refs is ready first. The actor goes back to work, unless it is dead."""
+        """The value of whichever of refs is ready first. Its actor goes back to work, unless it is dead."""
         if not self.has_next():
             raise StopIteration('No more results to get')
         if not refs:
@@ -2490,14 +2442,14 @@ class ActorPool:
         ready, _ = wait(refs, timeout=timeout)
         if not ready:
             raise TimeoutError('Timed out waiting for result')
-        actor, error = self._busy.pop(ready[0]), None
+        actor = self._busy.pop(ready[0])
         try:
             return get(ready[0])
-        except Exception as e:
-            error = e
+        except ActorDiedError:
+            actor = None
             raise
         finally:
-            if not isinstance(error, ActorDiedError):
+            if actor:
                 self.push(actor)
 
     def get_next(self, timeout: float = None):
@@ -2524,22 +2476,22 @@ class ActorPool:
 class _Names(types.ModuleType):
     """actors.util, actors.exceptions ...: our names, or Ray's own while Ray is what runs (look them up after
     init)."""
-    def __init__(self, path, *things, **named):
+    def __init__(self, path, *things):
         super().__init__(f'actors.{path}')
-        self._path, self._table = path, {**{thing.__name__: thing for thing in things}, **named}
+        self._path, self._table = path, {thing.__name__: thing for thing in things}
         sys.modules[self.__name__] = self
 
     def __getattr__(self, name):
         if _ray() and not name.startswith('__'):
             return getattr(importlib.import_module(f'ray.{self._path}'), name)
-        if name not in self.__dict__.get('_table', ()):
+        if name not in self._table:
             raise AttributeError(f"{self.__name__} has no {name!r}; if Ray has it, use backend='ray'")
         return self._table[name]
 
 
 _kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, RayError)]
 exceptions = _Names('exceptions', *_kinds)
-actor = _Names('actor', ActorHandle, ActorClass, exit_actor=_exit_actor)
+actor = _Names('actor', ActorHandle, ActorClass)
 util = _Names('util', placement_group, remove_placement_group, ActorPool)
 util.scheduling_strategies = _Names('util.scheduling_strategies', PlacementGroupSchedulingStrategy,
                                     NodeAffinitySchedulingStrategy)
@@ -2575,7 +2527,7 @@ def _serve_node(address, machine):
     token, key, (resources, gpus, _) = _find_token(address), secrets.token_bytes(16), machine
     link = _Remote(_connect(address, token), key.hex(), None)
     nursery = _Nursery(None, link.node, address, token)
-    link.post('hello', 1, 'node', dict(id=key, resources=resources, gpus=gpus, host=socket.gethostname()))
+    link.post('hello', 1, 'node', key, socket.gethostname(), resources, gpus)
     print(f'actors: node {link.node[:8]} of {address}, pid {os.getpid()}, {resources}', flush=True)
     try:
         while link.connection.poll(2 * SILENCE) and nursery.process.poll() is None:

@@ -123,12 +123,12 @@ def infer(values: list, nested=False) -> Type:
     of keys or types differ are json, as in HF datasets; on the first level int and float make float64,
     another mixture is Mixed. [1, None] -> int64; [{'a': 1}, {'a': 2}] -> struct<a: int64>; [{'a': 1}, {'b':
     'x'}] -> json."""
-    types = set(map(type, values)) - {NoneType}
-    kinds = sorted({kind_of(t) for t in types})
+    types = set(map(type, values))
+    kinds = sorted({kind_of(t) for t in types - {NoneType}})
     if len(kinds) != 1:
         return functools.reduce(lambda a, b: unify(a, b, nested), map(Type, kinds), Type('null'))
     kind = kinds[0]
-    if NoneType in set(map(type, values)):
+    if NoneType in types:
         values = [value for value in values if value is not None]
     if kind == 'int64' and not -2**63 <= min(values) <= max(values) < 2**63:
         if nested:
@@ -190,8 +190,6 @@ def unify(a: Type, b: Type, nested=False) -> Type:
 class Array:
     """length values of one type. valid: None (no nulls) or bits; data: numbers, bits (bool) or bytes
     (memoryview); offsets cut data into strings, or children[0] into lists; a struct has one child a field."""
-    __slots__ = ('type', 'length', 'valid', 'data', 'offsets', 'children')
-
     def __init__(self, type, length, valid=None, data=None, offsets=None, children=()):
         self.type = type
         self.length = length
@@ -209,7 +207,9 @@ class Array:
         kind = self.type.kind
         if kind == 'null':
             return [None] * (stop - start)
-        if kind == 'bool':
+        if self.offsets is not None and not self.children:
+            values = self.strings(start, stop)
+        elif kind == 'bool':
             values = unpack(self.data, start, stop).tolist()
         elif kind in NUMBERS:
             values = self.data[start:stop]
@@ -221,30 +221,31 @@ class Array:
             columns = [child.list(start, stop) for child in self.children]
             rows = zip(*columns) if names else itertools.repeat((), stop - start)
             values = [Record(zip(names, row)) for row in rows]
-        elif self.children:
+        else:
             first = int(self.offsets[start])
             ends = (self.offsets[start:stop + 1] - first).tolist()
             items = self.children[0].list(first, first + ends[-1])
             values = [items[lo:hi] for lo, hi in itertools.pairwise(ends)]
-        else:
-            values = self.strings(start, stop)
         if self.valid is None:
             return values
         valid = unpack(self.valid, start, stop).tolist()
         return [value if there else None for value, there in zip(values, valid)]
 
+    @functools.cached_property
+    def lengths(self):
+        return np.diff(self.offsets)
+
     def strings(self, start, stop):
-        ends = self.offsets[start:stop + 1].tolist()
-        raw = io.BytesIO(self.data[ends[0]:ends[-1]])
-        parts = map(raw.read, map(operator.sub, ends[1:], ends))  # twice as fast as slices of it
+        kind, raw = self.type.kind, io.BytesIO(self.data[self.offsets[start]:self.offsets[stop]])
+        parts = map(raw.read, self.lengths[start:stop].tolist())  # twice as fast as slices of it
         if self.valid is not None:  # what stands in a null slot need not be text
             valid = unpack(self.valid, start, stop).tolist()
             parts = [part if there else b'' for part, there in zip(parts, valid)]
-        if self.type.kind not in TEXT:
+        if kind not in TEXT:
             return list(parts)
         try:
             texts = list(map(bytes.decode, parts))
-            return [json.loads(text or 'null') for text in texts] if 'json' in self.type.kind else texts
+            return [json.loads(text or 'null') for text in texts] if 'json' in kind else texts
         except UnicodeDecodeError as e:
             raise ArrowError(f'corrupt: text that is not UTF-8 ({e.reason})') from None
         except (ValueError, RecursionError) as e:

@@ -235,14 +235,17 @@ def data_starts(rows, n):
     """The start of SFT: every row read and encoded; and the next start, which maps what the first one
     wrote."""
     import dataset
-    from tokenizer import encode_dataset, encode_row, get_tokenizer
+    from tokenizer import encode_row, get_tokenizer
     tokenizer = get_tokenizer('byte')
+
+    def encode(row):
+        return [encode_row(row, tokenizer)], ''
 
     def pairs():
         return dataset.load_dataset(rows).rename_column('chosen', 'completion')
 
     def again():
-        encode_dataset(pairs(), tokenizer)
+        dataset.encoded(pairs(), encode, rows, tokenizer.state)
 
     def first():
         for file in glob.glob(f'{rows}.*.encoded'):

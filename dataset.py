@@ -12,6 +12,7 @@ import bisect
 import collections
 import contextlib
 import csv
+import functools
 import gc
 import glob
 import gzip
@@ -91,8 +92,7 @@ class Dataset:
     def from_list(cls, rows):
         """A list of dicts; a missing key is null. [{'a': 1}, {'a': 2.5}] -> a float64."""
         sink = Sink()
-        for start in range(0, len(rows), 10000):
-            sink.add(rows[start:start + 10000], lambda k, e, start=start: f'row {start + k}: {e}')
+        sink.add(rows, lambda k, e: f'row {k}: {e}')
         return sink.dataset()
 
     @property
@@ -118,10 +118,12 @@ class Dataset:
     # reading
 
     def places(self, key):
-        """slice, numbers or a mask of bools -> rows of the batches: a range or an int64 array."""
-        n, index = len(self), self.index
+        """slice, range, numbers or a mask of bools -> rows of the batches: a range or an int64 array."""
         if isinstance(key, slice):
-            return index[key]
+            return self.index[key]
+        n, index = len(self), self.index
+        if isinstance(key, range) and key.step > 0 and 0 <= key.start and key.stop <= n:
+            return index[key.start:key.stop:key.step]
         at = np.asarray(key)
         if at.dtype == bool and at.shape == (n,):
             at = np.flatnonzero(at)
@@ -153,14 +155,16 @@ class Dataset:
         if not isinstance(places, range) or places.step != 1:
             found = [(batch.columns(), row) for batch, row in map(self.find, map(int, places))]
             return {name: [columns[name].item(row) for columns, row in found] for name in names}
-        values, at = {name: [] for name in names}, places.start
+        parts, at = [], places.start
         while at < places.stop:
             batch, start = self.find(at)
             stop = min(batch.length, start + places.stop - at)
             at += stop - start
-            for name in names:
-                values[name] += batch.columns()[name].list(start, stop)
-        return values
+            columns = batch.columns()
+            parts.append({name: columns[name].list(start, stop) for name in names})
+        if len(parts) == 1:  # nearly always
+            return parts[0]
+        return {name: [value for part in parts for value in part[name]] for name in names}
 
     def __getitem__(self, key):
         if isinstance(key, str):
@@ -171,9 +175,7 @@ class Dataset:
     def __iter__(self):
         for start in range(0, len(self), 1000):
             places = self.index[start:start + 1000]
-            columns = self.read(places, self.types)
-            for values in zip(*columns.values()) if columns else [()] * len(places):
-                yield dict(zip(columns, values))
+            yield from rows_of(self.read(places, self.types), len(places))
 
     def iter(self, batch_size):
         """Batches as ds[i:j] gives them."""
@@ -187,9 +189,6 @@ class Dataset:
 
     def select(self, indices):
         """The rows at these places: a range, numbers or a mask, any order, repeats allowed."""
-        ahead = isinstance(indices, range) and indices.step > 0
-        if ahead and 0 <= indices.start and indices.stop <= len(self):
-            return self.choose(self.index[indices.start:indices.stop:indices.step])
         return self.choose(self.places(indices))
 
     def shuffle(self, seed=None):
@@ -247,8 +246,8 @@ class Dataset:
         self.known(removed)
         sink = Sink()
         for start in range(0, len(self), batch_size):
-            old = self.read(self.index[start:start + batch_size], self.types)
-            rows = [dict(zip(old, values)) for values in zip(*old.values())]
+            places = self.index[start:start + batch_size]
+            old = self.read(places, self.types)
             kept = [name for name in old if name not in removed]
             if batched:
                 columns = {name: old[name] for name in kept} | self.answer(function(old))
@@ -256,9 +255,10 @@ class Dataset:
                 if len(set(lengths.values())) > 1:
                     raise ValueError(f'map: columns of different lengths {lengths}: name the old ones in '
                                      f'remove_columns')
-                rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+                rows = rows_of(columns, 0)
             else:
-                rows = [{name: row[name] for name in kept} | self.answer(function(row)) for row in rows]
+                rows = [{name: row[name] for name in kept} | self.answer(function(row))
+                        for row in rows_of(old, len(places))]
             sink.add(rows, lambda k, e, start=start: f'map, row {start + k}: {e}')
         return sink.dataset()
 
@@ -272,17 +272,14 @@ class Dataset:
 
     def to_arrow(self, path):
         """One Arrow stream, the format of HF datasets' files. Whole or not at all."""
-        with replaced(path) as f:
-            self.write(f)
-
-    def write(self, f):
         features = json.dumps({'info': {'features': self.features}})
-        writer = Writer(f, self.type, {b'huggingface': features.encode()})
-        for start in range(0, len(self), 10000):
-            places = self.index[start:start + 10000]
-            columns = self.read(places, self.types)
-            writer.write([build(columns[name], t) for name, t in self.types.items()], len(places))
-        writer.end()
+        with replaced(path) as f:
+            writer = Writer(f, self.type, {b'huggingface': features.encode()})
+            for start in range(0, len(self), 10000):
+                places = self.index[start:start + 10000]
+                columns = self.read(places, self.types)
+                writer.write([build(columns[name], t) for name, t in self.types.items()], len(places))
+            writer.end()
 
     def save_to_disk(self, path):
         """A folder that HF's load_from_disk opens. ValueError if there is one already."""
@@ -291,25 +288,30 @@ class Dataset:
         os.makedirs(path)
         name = 'data-00000-of-00001.arrow'
         self.to_arrow(os.path.join(path, name))
-        info = dict.fromkeys(('citation', 'description', 'homepage', 'license'), '')
         state = dict.fromkeys(('_format_columns', '_format_type', '_split'))
         state |= {'_data_files': [{'filename': name}], '_fingerprint': os.urandom(8).hex(),
                   '_format_kwargs': {}, '_output_all_columns': False}
-        files = ('dataset_info.json', info | {'features': self.features}), ('state.json', state)
-        for file, content in files:
+        for file, content in (('dataset_info.json', {'features': self.features}), ('state.json', state)):
             with replaced(os.path.join(path, file)) as f:
                 f.write(json.dumps(content, indent=2).encode())
 
     def to_json(self, path):
         """One JSON object a line, UTF-8; .gz compresses. Whole or not at all."""
-        opened = gzip.open if str(path).endswith('.gz') else contextlib.nullcontext
-        with replaced(path) as raw, opened(raw, 'wb') if opened is gzip.open else opened(raw) as f:
+        zipped = functools.partial(gzip.open, mode='wb')
+        opened = zipped if str(path).endswith('.gz') else contextlib.nullcontext
+        with replaced(path) as raw, opened(raw) as f:
             for row in self:
                 try:
                     f.write((json.dumps(row, ensure_ascii=False) + '\n').encode())
                 except TypeError as e:
                     raise ValueError(f'{path}: {e}: JSON has no such type; map the column to text, or write '
                                      f'to_arrow') from None
+
+
+def rows_of(columns, count):
+    """{name: values} -> [{name: value}]; count rows of a table without columns."""
+    rows = zip(*columns.values()) if columns else [()] * count
+    return [dict(zip(columns, row)) for row in rows]
 
 
 def concatenate(datasets):
@@ -379,19 +381,21 @@ class Sink:
         self.ends = [0]  # of the batches in the file; each is a stream of its own
 
     def add(self, rows, where):
-        """Rows become a batch. where(k, error) -> the message for a row k that does not fit."""
-        try:
-            self.put(rows)
-        except Mixed:
-            low, high = 0, len(rows)
-            while low < high:  # a prefix that does not fit keeps failing: bisect for the first row
-                middle = (low + high) // 2
-                try:
-                    self.put(rows[:middle + 1], keep=False)
-                    low = middle + 1
-                except Mixed as e:
-                    high, error = middle, e
-            raise ValueError(where(low, error)) from None
+        """Rows become batches. where(k, error) -> the message for a row k that does not fit."""
+        for start in range(0, len(rows), 10000):
+            part = rows[start:start + 10000]
+            try:
+                self.put(part)
+            except Mixed:
+                low, high = 0, len(part)
+                while low < high:  # a prefix that does not fit keeps failing: bisect for the first row
+                    middle = (low + high) // 2
+                    try:
+                        self.put(part[:middle + 1], keep=False)
+                        low = middle + 1
+                    except Mixed as e:
+                        high, error = middle, e
+                raise ValueError(where(start + low, error)) from None
 
     def put(self, rows, keep=True):
         names = dict.fromkeys(itertools.chain.from_iterable(rows))
@@ -566,8 +570,7 @@ def load_lines(f, path, sink):
             rows.append(row)
             numbers.append(number)
         number += 1
-        if rows:
-            sink.add(rows, lambda k, e, numbers=numbers: f'{path}:{numbers[k]}: {e}')
+        sink.add(rows, lambda k, e, numbers=numbers: f'{path}:{numbers[k]}: {e}')
 
 
 def bad_line(line, error):
@@ -597,9 +600,7 @@ def load_list(f, path, sink):
         if type(row) is not dict:
             raise ValueError(f'{path}: item {i + 1} of the list: expected an object {{...}}, got '
                              f'{json.dumps(row)[:40]}')
-    for start in range(0, len(rows), 10000):
-        place = f'{path}: item {{}} of the list: {{}}'
-        sink.add(rows[start:start + 10000], lambda k, e, start=start: place.format(start + k + 1, e))
+    sink.add(rows, lambda k, e: f'{path}: item {k + 1} of the list: {e}')
 
 
 def load_csv(f, path, sink):
@@ -618,8 +619,7 @@ def load_csv(f, path, sink):
                 raise ValueError(f'{path}:{reader.line_num}: {len(values)} fields, the header has '
                                  f'{len(names)}')
             rows.append({name: value or None for name, value in zip(names, values)})
-        for start in range(0, len(rows), 10000):
-            sink.add(rows[start:start + 10000], lambda k, e: f'{path}: {e}')
+        sink.add(rows, lambda k, e: f'{path}: {e}')
     except csv.Error as e:
         raise ValueError(f'{path}:{reader.line_num}: {e}') from None
     except UnicodeDecodeError as e:

@@ -24,7 +24,7 @@ import jinja2  # torch brings it
 import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import files
 from arrow import Record
@@ -37,7 +37,6 @@ GPT2_FILES = {  # SHA-256; at OpenAI's address
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
 EOT = '<|endoftext|>'
-TOKENS = 'eos_token', 'bos_token', 'pad_token'
 BYTE_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\\n' }}"
     "{% elif m.role == 'user' %}{{ 'Q: ' + m.content + '\\nA: ' }}{% elif m.role == 'assistant' %}"
@@ -60,7 +59,7 @@ CHAR_BYTES = {c: b for b, c in BYTE_CHARS.items()}
 class Tokenizer:
     """Text to ids and back; get_tokenizer makes them. spec is what stands in tokenizer.json, config what
     stands in tokenizer_config.json, whatever it was read from, so save() writes files that transformers opens
-    too. eot, bos, pad: ids or None (pad only where it is a token of its own, never eot); prefix: the ids that
+    too. eot, pad: ids or None (pad only where it is a token of its own, never eot); prefix: the ids that
     stand before a text (Llama's <s>); added {text: id}: every added token, special: those that control
     (<|im_end|>, not <think>)."""
 
@@ -81,7 +80,7 @@ class Tokenizer:
         self.token_texts = {key: text['content'] if isinstance(text, dict) else text
                             for key, text in config.items() if key.endswith('_token') and text}
         self.config = {**config, **self.token_texts}
-        self.eot, self.bos, pad = (vocab.get(self.token_texts.get(key)) for key in TOKENS)
+        self.eot, pad = (vocab.get(self.token_texts.get(key)) for key in ('eos_token', 'pad_token'))
         self.pad = None if pad == self.eot else pad
         self.ends = []  # what generation_config.json names besides
         self.prefix = []
@@ -568,20 +567,6 @@ class Generation(Extension):
         return BEGIN + caller() + END if context.get('$turns') else caller()
 
 
-class Namespace(jinja2.utils.Namespace):
-    """As in transformers; a name with an underscore would lead to Python's internals."""
-
-    def __init__(*args, **kwargs):
-        jinja2.utils.Namespace.__init__(args[0])
-        for key, value in dict(*args[1:], **kwargs).items():
-            args[0][key] = value
-
-    def __setitem__(self, key, value):
-        if str(key).startswith('_'):
-            raise SecurityError(f'namespace attribute {key!r}')
-        super().__setitem__(key, value)
-
-
 def raise_exception(message):
     raise jinja2.TemplateError(message)
 
@@ -598,9 +583,7 @@ def compiled(source):
                          f'"jinja2>=3.1.6"')
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols'])
     env.filters |= {'$turn': turn_mark, 'tojson': tojson}
-    env.globals.pop('lipsum')
-    env.globals |= {'raise_exception': raise_exception, 'namespace': Namespace, 'strftime_now': strftime_now,
-                    'dict': lambda *args, **kwargs: dict(*args, **kwargs)}  # the class would be a way out
+    env.globals |= {'raise_exception': raise_exception, 'strftime_now': strftime_now}
     return env.from_string(source)
 
 
@@ -835,12 +818,14 @@ def alpaca_prompt(row):
     return ALPACA.format(more, row['instruction'], f'### Input:\n{extra}\n\n' if extra else '')
 
 
+def written(message):
+    return {k: v for k, v in message.items() if v is not None or k == 'content'}  # a content may be None
+
+
 def without_nulls(value):
-    """Leaves out the None that a struct column holds for keys that were not written (a content may be
-    None)."""
+    """Leaves out the None that a struct column holds for keys that were not written."""
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if v is not None or k == 'content'}
-        value = kept if isinstance(value, Record) else value
+        value = written(value) if isinstance(value, Record) else value
         return {k: without_nulls(v) for k, v in value.items()}
     return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
@@ -863,8 +848,7 @@ def plain_row(row):
             row[key] = value
     for key in ('messages', 'prompt', 'completion', 'chosen', 'rejected'):
         if is_messages(row.get(key)):
-            row[key] = [{k: v for k, v in message.items() if v is not None or k == 'content'}
-                        for message in row[key]]
+            row[key] = list(map(written, row[key]))
     return row
 
 
@@ -882,7 +866,7 @@ def prompt_of(row):
     return row.get('messages')
 
 
-def encode_prompt(row, tok, **args) -> list[int]:
+def encode_prompt(row, tok) -> list[int]:
     """A row with "prompt" (or "messages", "instruction"), or the prompt itself. A string: verbatim (its
     control tokens are plain text) behind the tokenizer's own prefix (Llama's <s>), if it has one. Messages:
     by the chat template with its generation prompt, "tools" and "chat_template_kwargs" of the row in it;
@@ -896,18 +880,17 @@ def encode_prompt(row, tok, **args) -> list[int]:
                          f'{sorted(row)})')
     if isinstance(prompt, str):
         return tok.prefix + tok.encode(prompt)
-    return tok.encode(Chat(tok, prompt, {**template_args(row), **args}).prompt(), allow_special=True)
+    return tok.encode(Chat(tok, prompt, template_args(row)).prompt(), allow_special=True)
 
 
 def encode_answer(prompt, answer, tok, args):
     """-> (ids, trained) of a prompt and its answer, encoded as one text, so that every row form of it has the
-    same ids."""
+    same ids. They end where the answer does: what the template writes behind it is no part of it."""
     if not isinstance(answer, str) and not is_messages(answer):
         shown = json.dumps(answer, default=str)[:60]
         raise ValueError(f'the answer is {shown}, expected str or a list of {{"role", "content"}}')
-    if isinstance(prompt, str) and isinstance(answer, list):
-        answer = answer_text(answer)
     if isinstance(prompt, str):
+        answer = answer if isinstance(answer, str) else answer_text(answer)
         if tok.eot is None:
             raise ValueError(f'tokenizer {tok.name!r} has no end token, so a completion could not end: take '
                              f'one that has (byte, gpt2, an eos_token in its config)')
@@ -922,7 +905,11 @@ def encode_answer(prompt, answer, tok, args):
         whole = {**prompt[-1], **answer[0], 'content': begun + (answer[0].get('content') or '')}
         answer = [whole, *answer[1:]]
         prompt, first = prompt[:-1], first - 1
-    return tok.encode_marked(*Chat(tok, prompt + answer, args).wrote(first, begin=begin))
+    ids, trained = tok.encode_marked(*Chat(tok, prompt + answer, args).wrote(first, begin=begin))
+    n = max((i + 1 for i, on in enumerate(trained) if on), default=0)
+    if not n:
+        raise ValueError('no turn of the assistant in the answer: nothing to train on')
+    return ids[:n], trained[:n]
 
 
 def answer_text(answer):
@@ -939,20 +926,17 @@ def shared(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def encode_row(row, tok, **args) -> tuple[list[int], list[bool]]:
+def encode_row(row, tok) -> tuple[list[int], list[bool]]:
     """One SFT row -> (ids, trained). Trained: what the assistant wrote, end tokens included; all of a
     {"text"} row. 'byte': {"prompt": "a", "completion": "b"} -> [97, 98, 256], [False, True, True]. ValueError
     on a row of no known form."""
     row = plain_row(row)
-    args = {**template_args(row), **args}
+    args = template_args(row)
     if 'messages' in row:
         ids, trained = tok.apply_chat_template(row['messages'], return_mask=True, **args)
     elif 'prompt' in row and 'completion' in row:
         prompt, answer = without_repetition(row['prompt'], row['completion'])
         ids, trained = encode_answer(prompt, answer, tok, args)
-        if any(trained):  # what the template writes behind the last turn is no part of the answer
-            n = last_true(trained) + 1
-            ids, trained = ids[:n], trained[:n]
     elif 'instruction' in row and 'output' in row:
         ids, trained = encode_answer(alpaca_prompt(row), row['output'], tok, args)
     elif 'text' in row:
@@ -1017,32 +1001,23 @@ def split_pair(row):
     return prompt, chosen, rejected
 
 
-def encode_pair(row, tok, **args) -> tuple[list[int], list[int], list[int]]:
+def encode_pair(row, tok) -> tuple[list[int], list[int], list[int]]:
     """One preference row -> (prompt ids, chosen ids, rejected ids), both answers with their end token. The
     forms and faults of split_pair, and pairs that are equal once rendered. 'byte': {"prompt": "a", "chosen":
     "b", "rejected": "c"} -> [97], [98, 256], [99, 256]."""
     row = plain_row(row)
-    args = {**template_args(row), **args}
-    prompt, *answers = split_pair(row)
+    args, (prompt, *answers) = template_args(row), split_pair(row)
     (chosen, on), (rejected, other_on) = (encode_answer(prompt, answer, tok, args) for answer in answers)
-    for key, trained in (('chosen', on), ('rejected', other_on)):
-        if not any(trained):
-            raise ValueError(f'no turn of the assistant in {key!r}')
     n = min(on.index(True), other_on.index(True))
     if chosen[:n] != rejected[:n]:
         raise ValueError(f'the chat template of {tok.name} writes the prompt in two ways before the two '
                          f'answers: chosen and rejected must follow the same text')
-    chosen, rejected = (ids[:last_true(trained) + 1] for ids, trained in ((chosen, on), (rejected, other_on)))
     if chosen == rejected:
         raise ValueError('chosen and rejected are equal once rendered')
     return chosen[:n], chosen[n:], rejected[n:]
 
 
-def last_true(flags):
-    return len(flags) - 1 - flags[::-1].index(True)
-
-
-def encode_labelled(row, tok, **args) -> tuple[list[int], list[int]]:
+def encode_labelled(row, tok) -> tuple[list[int], list[int]]:
     """One row with a label (KTO) -> (prompt ids, answer ids). {"prompt", "completion"}, or {"messages"} that
     end with the answer."""
     row = plain_row(row)
@@ -1052,9 +1027,9 @@ def encode_labelled(row, tok, **args) -> tuple[list[int], list[int]]:
     if 'prompt' not in row or not row.get('completion'):
         raise ValueError('a row with "label" has "prompt" and "completion", or "messages" that end with the '
                          'answer')
-    ids, trained = encode_row(row, tok, **args)
+    ids, trained = encode_row(row, tok)
     first = trained.index(True)
-    return ids[:first], ids[first:last_true(trained) + 1]
+    return ids[:first], ids[first:]
 
 
 def show_masks(ids, trained, tok):

@@ -296,21 +296,12 @@ def test_calls_in_flight_are_retried_if_allowed(rt, tmp_path):
 
 
 @ray_is_slow_here
-def test_kill_in_a_call_and_exit_actor(rt):
+def test_kill_in_a_call(rt):
     a = Counter.remote()
     actors.get(a.add.remote())
     ref = a.nap.remote(20)
     actors.kill(a)
     raises(actors.exceptions.ActorDiedError, ref)
-
-    @actors.remote(max_restarts=5)
-    class Leaver:
-        def leave(self):
-            actors.actor.exit_actor()
-
-    b = Leaver.remote()
-    raises(actors.exceptions.ActorDiedError, b.leave.remote())
-    raises(actors.exceptions.ActorDiedError, b.leave.remote())  # on purpose: no restart
 
 
 @ray_is_slow_here
@@ -523,13 +514,10 @@ def test_pool_and_context(rt):
             c = actors.get_runtime_context()
             return c.get_actor_id(), c.get_node_id(), c.get_actor_name(), c.get_task_id()
 
-        def again(self):
-            return actors.get_runtime_context().current_actor
-
     me = Me.options(name='me').remote()
     actor_id, node_id, name, task_id = actors.get(me.ids.remote())
     assert actor_id and node_id == actors.nodes()[0]['NodeID'] and name == 'me' and task_id
-    assert actors.get(actors.get(me.again.remote()).ids.remote())[0] == actor_id
+    assert actors.get(actors.get_actor('me').ids.remote())[0] == actor_id
 
 
 # ---- ours only ---------------------------------------------------------------------------------------------
@@ -668,13 +656,12 @@ def test_what_is_not_honoured_is_refused_by_name(alone, monkeypatch):
         @actors.remote
         def g():
             yield 1
-    for thing in lambda: actors.timeline, lambda: actors.get_runtime_context().get_job_id:
+    for thing in (lambda: actors.timeline, lambda: actors.get_runtime_context().get_job_id,
+                  lambda: actors.actor.exit_actor):
         with pytest.raises(AttributeError, match="use backend='ray'"):
             thing()
     actors.shutdown()
     actors.init(num_cpus=1)
-    with pytest.raises(TypeError, match='no actor'):
-        actors.get(actors.remote(lambda: actors.actor.exit_actor()).remote())
     ref = actors.put(1)
     assert actors.wait([ref], fetch_local=False) == ([ref], [])
 
@@ -693,10 +680,6 @@ def test_by_value_pickling_round_trips(alone):
 
         def f(self):
             return super().__class__, self.a
-
-        @functools.cached_property
-        def unused(self):
-            return 1
 
         @staticmethod
         def s():

@@ -410,8 +410,8 @@ def test_mask_keeps_its_place_through_nfc(folders):
 
 REACHES = ["{{ ''.__class__.__mro__ }}", "{{ messages.__class__.__base__.__subclasses__() }}", "{{ cycler.__init__.__globals__ }}", "{{ self.__init__.__globals__ }}",
            "{{ raise_exception.__globals__['os'] }}", "{% set x = messages.append(1) %}", "{{ messages[0].update({'a': 1}) }}", "{{ (messages[0]|attr('__class__')).__mro__ }}",
-           "{% set ns = namespace(__class__=1) %}", "{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "{{ dict.mro() }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
-           "{{ lipsum.__globals__ }}", "{{ '{0.__class__.__mro__}'.format(messages).x.y }}", "{{ strftime_now.__code__.co_consts }}", "{{ [].__reduce_ex__(4) }}",
+           "{{ namespace(__class__=1).__class__.__mro__ }}", "{{ namespace.__init__.__globals__ }}", "{{ dict.mro() }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
+           "{{ lipsum.__globals__['os'] }}", "{{ '{0.__class__.__mro__}'.format(messages).x.y }}", "{{ strftime_now.__code__.co_consts }}", "{{ [].__reduce_ex__(4) }}",
            "{{ messages|$turn(0) }}", "{{ $turns }}"]
 
 
