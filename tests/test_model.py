@@ -43,6 +43,24 @@ def hf_model(arch, kind='causal', **over):
     return m
 
 
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+def test_weights_start_as_gpt2s_and_nanogpts(arch):
+    """N(0, 0.02), on the way back into the residual stream 0.02 / sqrt(2 n_layer); the scalar head N(0, 1 /
+    sqrt(C + 1)); norms 1, biases 0."""
+    torch.manual_seed(SEED)
+    shape = dict(n_layer=8, n_head=4, n_embd=128, vocab_size=512, block_size=64)
+    for name, p in GPT(GPTConfig.of(arch, **shape), 'scalar').named_parameters():
+        if p.dim() == 1:
+            assert (p == (1.0 if name.endswith('weight') else 0.0)).all(), name
+            continue
+        back = name.split('.')[-2] in ('c_proj', 'o_proj', 'down_proj')
+        want, rough = (0.02 / 4, 0.05) if back else (0.02, 0.05)
+        if name == 'score.weight':
+            want, rough = 129 ** -0.5, 0.25  # of 128 numbers
+        assert p.std().item() == pytest.approx(want, rel=rough), name
+        assert abs(p.mean()) < 5 * want / p.numel() ** 0.5, name
+
+
 LLAMA3 = dict(rope_type='llama3', rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
 CASES = [('gpt2', {}), ('gpt2', dict(activation_function='relu', tie_word_embeddings=False, n_inner=50)),
