@@ -41,7 +41,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from datetime import timedelta
 
@@ -83,8 +82,7 @@ class Interrupt:
         self._answer(signal.default_int_handler, signal.SIG_DFL)
 
     def _answer(self, to_int, to_term):
-        """Only the main thread may (a stage in another one goes without)."""
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # only the main thread may: a stage in another one goes without
             signal.signal(signal.SIGINT, to_int)
             signal.signal(signal.SIGTERM, to_term)
 
@@ -626,10 +624,12 @@ class Part:
             full.narrow(self.dim, a, b - a).copy_(piece)
 
 
-def _ranges(name, c, tp, t):
-    """(dim, ranges) of rank t's slice of a parameter, (0, ()) where all tp ranks hold the whole. With fewer
-    kv heads than tp, tp / nkv ranks share one. nh=4, nkv=2, hs=8, tp=4, t=1: q_proj rows 8..16, k_proj rows
-    0..8."""
+def _ranges(name, c, group):
+    """(dim, ranges) of this tp rank's slice of a parameter, (0, ()) where all of the group hold the whole.
+    With fewer kv heads than tp, tp / nkv ranks share one. nh=4, nkv=2, hs=8, tp=4, rank 1: q_proj rows 8..16,
+    k_proj rows 0..8."""
+    tp, t = group.size, group.rank
+
     def cut(n):
         return n * t // tp, n * (t + 1) // tp
 
@@ -749,7 +749,7 @@ class Head(nn.Module):
     def __init__(self, body, mesh):
         super().__init__()
         self.body, self.tp = [body], mesh.tp  # in a list: the body's parameters are not ours
-        self.lo = _ranges('lm_head.weight', body.config, mesh.tp.size, mesh.tp.rank)[1][0][0]
+        self.lo = _ranges('lm_head.weight', body.config, mesh.tp)[1][0][0]
 
     def forward(self, x, targets=None, temperature=1.0):
         """Values (n,), logits (n, V), or with targets (log p, entropy), each (n,)."""
@@ -770,7 +770,7 @@ def cut(body, tp):
     communication around it."""
     c, tied, body.tp = body.config, body.config.tie and body.head == 'lm', tp
     for name, p in list(body.named_parameters(remove_duplicate=False)):
-        dim, ranges = _ranges(name, c, tp.size, tp.rank)
+        dim, ranges = _ranges(name, c, tp)
         if ranges and not (name == 'lm_head.weight' and tied):
             module, _, leaf = name.rpartition('.')
             local = Part(name, p, tuple(p.shape), dim, ranges).take(p.detach()).clone()
@@ -786,7 +786,7 @@ def cut(body, tp):
         for module, name in ((attn, 'c_proj'), (attn, 'o_proj'), (mlp, 'c_proj'), (mlp, 'down_proj')):
             if hasattr(module, name):
                 setattr(module, name, Row(getattr(module, name), tp))
-    body.wte = VocabEmbedding(body.wte.weight, _ranges('wte.weight', c, tp.size, tp.rank)[1][0][0], tp)
+    body.wte = VocabEmbedding(body.wte.weight, _ranges('wte.weight', c, tp)[1][0][0], tp)
     if tied:
         body.lm_head.weight = body.wte.weight
     if body.wpe is not None:
@@ -869,7 +869,7 @@ class Sharded(nn.Module):
         tied_copy = name == 'lm_head.weight' and self.tied
         name = 'wte.weight' if tied_copy else name
         shape = self.full[name][0]
-        dim, ranges = _ranges(name, self.config, tp.size, tp.rank) if tp.size > 1 else (0, ())
+        dim, ranges = _ranges(name, self.config, tp) if tp.size > 1 else (0, ())
         shared = kv.size > 1 and ('k_proj' in name or 'v_proj' in name)
         sums = [tp] if not ranges and not name.startswith('score') else []
         sums += [kv] if shared else []
@@ -988,9 +988,9 @@ def refresh(engine, model):
     elif engine.tp.size == 1:
         engine.load_weights(full_state(model))
     else:
-        own, tp = dict(body.named_parameters()), engine.tp
+        own = dict(body.named_parameters())
         for name, full in _full_tensors(model):  # one full tensor at a time: no rank ever holds them all
-            place = _ranges(name, body.config, tp.size, tp.rank)
+            place = _ranges(name, body.config, engine.tp)
             own[name].copy_(Part(name, own[name], full.shape, *place).take(full))
         engine.weights_changed()
 
@@ -1317,9 +1317,8 @@ def clip_and_step(optimizers, lrs, grad_clip=0.0):
     and leaves the weights as they were; with loss scaling the step is skipped instead, and the norm returned
     is 0. g = (3, 4), clip 1 -> returns 5, g becomes (0.6, 0.8)."""
     grads = [g for o in optimizers for g in o.gradients()]
-    flat = any(o.flat for o in optimizers)
     scaled = any(o.scale for o in optimizers)
-    if flat or scaled:
+    if scaled or optimizers[0].flat:
         squares = [o.square() for o in optimizers]
         norm = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.inf
         if grad_clip and grad_clip < norm < math.inf and grads:
@@ -1645,7 +1644,7 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, activations=0):
     frozen = [0] * pp  # parameters of a tp rank, on each stage
     trained = [collections.Counter() for _ in range(pp)]  # of each layer
     for name, p in model.named_parameters():
-        dim, ranges = _ranges(name, c, tp, 0)
+        dim, ranges = _ranges(name, c, Group('tp', range(tp)))
         here = p.numel()
         if ranges:
             here = here // p.shape[dim] * sum(b - a for a, b in ranges)
