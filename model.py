@@ -149,8 +149,8 @@ class Layout:
         return int(self.cu_seqlens.diff().max()) if len(self.cu_seqlens) > 1 else 0
 
     def pick(self, x):
-        """(B, T, ...) -> (N, ...)"""
-        x = x.reshape(self.B * self.T, *x.shape[2:])
+        """(B, T) -> (N,)"""
+        x = x.reshape(-1)
         return x if self.keep is None else x[self.keep]
 
     def put(self, x):
@@ -582,11 +582,7 @@ def fill(model, state, where, dtype=torch.float32):
                              f'{tuple(want[name].shape)}')
         if not value.is_floating_point():
             raise ValueError(f'{where}: {name} is {value.dtype}: quantised weights are not read')
-    model.to_empty(device='cpu')
-    with torch.no_grad():
-        for name, slot in model.state_dict().items():
-            if name in state:
-                slot.copy_(state[name])
+    model.to_empty(device='cpu').load_state_dict(state, strict=False)  # but for a fresh head it is complete
     if c.pos == 'rope':
         model.inv_freq = rope_frequencies(c)
     if model.fresh_head:

@@ -176,6 +176,21 @@ def test_loss_and_checkpointing_equal_cross_entropy():
     assert float(m(idx, torch.full_like(targets, -1))[1]) == 0.0  # a fully masked row is finite
 
 
+def test_answers_in_a_row_of_their_own_are_those_that_share_their_prompt():
+    """What context parallelism computes: each answer behind a prompt of its own, in one packed row."""
+    torch.manual_seed(SEED)
+    groups = [([1, 2, 3], [[4, 5], [6]]), ([7], [[8, 9, 10]])]
+    m = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=31, block_size=24)).double()
+    idx, doc, where = M._whole_answers(m, groups)
+    assert idx.tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9, 10]]
+    assert doc.tolist() == [[0] * 5 + [1] * 4 + [2] * 4]
+    logp, entropy, mask = M.answer_logprobs(m, groups, 0.7)
+    assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    found = m.logprobs(idx, 0.7, doc=doc, where=where[:, :-1], entropy=True)
+    for ours, theirs in zip((logp, entropy), found):
+        assert (ours[mask] - theirs[where[:, :-1]]).abs().max() < 1e-12 and not ours[~mask].any()
+
+
 @pytest.fixture(scope='module')
 def stored(tmp_path_factory):
     """folder(arch, config={}, drop=(), **tensors): a tiny HF folder with another config.json or other
@@ -226,6 +241,7 @@ REFUSED = [  # what is other than in a sound folder, what the error says
     (dict(config=dict(rope_theta=1e6)), 'rope_theta'), (dict(config=dict(rope_scaling=[])), 'fine'),
     (dict(config=dict(rope_parameters={'rope_type': 'yarn', 'factor': 4.0})), 'yarn'),
     (dict(config=dict(rope_parameters={**LLAMA3, 'factor': None})), 'no rope_parameters.factor'),
+    (dict(config=dict(rope_parameters={**LLAMA3, 'high_freq_factor': 1.0})), 'low_freq_factor is not below'),
     (dict(config=dict(rope_parameters={**LLAMA3, 'original_max_position_embeddings': None})),
      'original_max_pos'),
     (dict(config=dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5))),
