@@ -131,6 +131,17 @@ def test_scalar_head_is_sequence_classification(arch, tmp_path):
     assert (GPT.from_pretrained(str(tmp_path / 'b'))(idx)[0][:, -1] - want - 0.75).abs().max() < 1e-4
 
 
+def test_the_head_that_is_not_asked_for_is_left_out(tmp_path):
+    """An untied language model under a scalar head, which starts anew, and a reward model as a language model,
+    whose head is its embedding."""
+    hf_model('llama', tie_word_embeddings=False).save_pretrained(tmp_path / 'lm')
+    hf_model('gpt2', 'scalar').save_pretrained(tmp_path / 'scalar')
+    scalar = GPT.from_pretrained(str(tmp_path / 'lm'), head='scalar')
+    assert scalar.fresh_head and scalar.score.weight.std() > 0.1 and not hasattr(scalar, 'lm_head')
+    model = GPT.from_pretrained(str(tmp_path / 'scalar'), head='lm')
+    assert model.lm_head.weight is model.wte.weight and not hasattr(model, 'score')
+
+
 @pytest.mark.parametrize('arch', ['gpt2', 'llama', 'qwen3'])
 def test_greedy_generation_equals_transformers(arch, tmp_path):
     hf = hf_model(arch).double()  # float64: a tie in float32 would be a matter of rounding
@@ -189,6 +200,10 @@ def test_answers_in_a_row_of_their_own_are_those_that_share_their_prompt():
     found = m.logprobs(idx, 0.7, doc=doc, where=where[:, :-1], entropy=True)
     for ours, theirs in zip((logp, entropy), found):
         assert (ours[mask] - theirs[where[:, :-1]]).abs().max() < 1e-12 and not ours[~mask].any()
+    packed = m.logprobs(idx, doc=doc)[0]  # nothing is predicted across a border
+    apart = [m.logprobs(idx[:, doc[0] == i])[0] for i in range(3)]
+    inside = [i for i in range(12) if i not in (4, 8)]
+    assert not packed[[4, 8]].any() and torch.allclose(packed[inside], torch.cat(apart))
 
 
 @pytest.fixture(scope='module')
@@ -363,6 +378,8 @@ def test_safetensors_are_those_of_the_library_and_lies_are_refused(tmp_path):
     theirs = pytest.importorskip('safetensors.torch').load_file(path)
     assert equal(M.load_safetensors(path), state) and equal(theirs, state)
     good = open(path, 'rb').read()
+    M.save_safetensors(path, {})
+    assert M.load_safetensors(path) == {}
     n = int.from_bytes(good[:8], 'little')
     head = json.loads(good[8:8 + n])
     lies = [dict(dtype='F8_E4M3'), dict(shape=[3, 6]), dict(shape=[-3, -5]), dict(data_offsets=[0, 60]),
