@@ -132,7 +132,7 @@ def test_scalar_head_is_sequence_classification(arch, tmp_path):
 
 
 def test_the_head_that_is_not_asked_for_is_left_out(tmp_path):
-    """An untied language model under a scalar head, which starts anew, and a reward model as a language model,
+    """An untied language model under a scalar head, which starts anew; a reward model as a language model,
     whose head is its embedding."""
     hf_model('llama', tie_word_embeddings=False).save_pretrained(tmp_path / 'lm')
     hf_model('gpt2', 'scalar').save_pretrained(tmp_path / 'scalar')
