@@ -85,8 +85,7 @@ class GPTConfig:
 
 _LLAMA = dict(norm='rms', pos='rope', act='silu', gated=True, qkv_bias=False, attn_out_bias=False, bias=False)
 ARCHS = {  # what an architecture fixes; a config.json says the rest
-    'gpt2': dict(norm='layer', pos='learned', act='gelu_tanh', gated=False, qkv_bias=True, attn_out_bias=True,
-                 bias=True),
+    'gpt2': {},  # GPTConfig's defaults
     'llama': _LLAMA,
     'qwen2': dict(_LLAMA, qkv_bias=True),
     'qwen3': dict(_LLAMA, qk_norm=True),
@@ -498,7 +497,6 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 # names and weights: HF's and ours
 
-HEADS = {'lm': 'lm_head.weight', 'scalar': 'score.weight'}
 _BUFFERS = re.compile(r'\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$')  # of older files; no weights
 
 
@@ -568,7 +566,7 @@ def fill(model, state, where, dtype=torch.float32):
         state['lm_head.weight'] = state['wte.weight']
     model.fresh_head = model.head == 'scalar' and 'score.weight' not in state
     if model.fresh_head or model.head == 'lm':  # the head of the other kind was not asked for
-        state.pop(HEADS['scalar' if model.head == 'lm' else 'lm'], None)
+        state.pop('score.weight' if model.head == 'lm' else 'lm_head.weight', None)
     fresh = {'score.weight'} if model.fresh_head else set()
     missing = [name for name in want if name not in state.keys() | fresh]
     if missing:
@@ -618,9 +616,9 @@ USUAL = {  # what a setting is that a file leaves out; 0: GPTConfig works it out
 TOKENS = 'bos_token_id', 'eos_token_id', 'pad_token_id'
 MUST_BE = {  # settings that this model has in one way only; a file may leave them out
     'gpt2': dict(scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True, add_cross_attention=False),
-    'llama': dict(partial_rotary_factor=1.0, use_sliding_window=False, sliding_window=None),
-    'qwen2': dict(partial_rotary_factor=1.0, use_sliding_window=False),
-    'qwen3': dict(partial_rotary_factor=1.0, use_sliding_window=False),
+    'llama': dict(use_sliding_window=False, sliding_window=None),
+    'qwen2': dict(use_sliding_window=False),
+    'qwen3': dict(use_sliding_window=False),
 }
 
 
@@ -663,7 +661,8 @@ def config_from_hf(raw, where='config.json'):
     c, kinds = dict(ARCHS[arch], arch=arch), {f.name: f.type for f in fields(GPTConfig)}
     for field, keys in KEYS[arch].items():
         c[field] = setting(raw, where, keys, kinds[field], USUAL[arch].get(field, ...))
-    c['qkv_bias'] = c['qkv_bias'] or c['attn_out_bias']
+    if c.get('attn_out_bias'):
+        c['qkv_bias'] = True
     key, act, known = 'hidden_act', 'silu', ['silu', 'swish']
     if arch == 'gpt2':
         key, act, known = 'activation_function', 'gelu_new', list(_ACT)
