@@ -85,8 +85,7 @@ class GPTConfig:
 
 _LLAMA = dict(norm='rms', pos='rope', act='silu', gated=True, qkv_bias=False, attn_out_bias=False, bias=False)
 ARCHS = {  # what an architecture fixes; a config.json says the rest
-    'gpt2': dict(norm='layer', pos='learned', act='gelu_tanh', gated=False, qkv_bias=True, attn_out_bias=True,
-                 bias=True),
+    'gpt2': {},  # GPTConfig's defaults
     'llama': _LLAMA,
     'qwen2': dict(_LLAMA, qkv_bias=True),
     'qwen3': dict(_LLAMA, qk_norm=True),
@@ -100,16 +99,18 @@ class Layout:
     """The N real tokens of a (B, T) batch and the segments (sequences or packed documents) that they form.
 
     keep (N,) int64: flat indices of the real tokens, None when all are real; pos (N,) position in the
-    segment; cu_seqlens (S+1,) int32 borders of the segments, None when the batch is a dense rectangle.
-    Worked: mask [[0,1,1],[1,1,0]] -> keep [1,2,3,4], pos [0,1,0,1], cu_seqlens [0,2,4]. """
+    segment; cu_seqlens (S+1,) int32 borders of the segments; dense: the batch is a whole rectangle. Worked:
+    mask [[0,1,1],[1,1,0]] -> keep [1,2,3,4], pos [0,1,0,1], cu_seqlens [0,2,4]. """
 
     def __init__(self, shape, device, mask=None, doc=None):
         self.B, self.T = shape
         self.device = device
-        self.keep = self.cu_seqlens = self.rows = self.slot = None
+        self.keep = self.rows = self.slot = None
         self.extra = 0  # dummy rows that round N up: oneDNN compiles a product anew for every shape
-        if mask is None and doc is None:
+        self.dense = mask is None and doc is None
+        if self.dense:
             self.pos = torch.arange(self.T, device=device).repeat(self.B)
+            self.cu_seqlens = torch.arange(self.B + 1, dtype=torch.int32, device=device) * self.T
             return
         row = torch.arange(self.B, device=device).repeat_interleave(self.T)
         if mask is not None:
@@ -134,32 +135,21 @@ class Layout:
 
     @functools.cached_property
     def paths(self):
-        """(rows, cu, first, tasks, longest) of kernels.doc_attention."""
-        if self.cu_seqlens is None:
-            cu = torch.arange(self.B + 1) * self.T
-        else:
-            cu = self.cu_seqlens.long()
-        rows, asked = self.rows, self.slot
-        if rows is None:
-            rows = torch.arange(int(cu[-1]))
-            asked = torch.ones_like(rows, dtype=torch.bool)
-        else:
-            asked = asked[rows] == torch.arange(len(rows))
+        """(rows, cu, first, tasks, longest) of kernels.doc_attention, after `through`."""
+        cu, rows = self.cu_seqlens.long(), self.rows
+        asked = self.slot[rows] == torch.arange(len(rows))
         asked_before = F.pad(asked.long().cumsum(0), (1, 0))
         first = cu.diff() - asked_before[cu].diff()  # the shared part is in front
         tasks = F.pad((first == 0).nonzero()[:, 0], (0, 1), value=len(cu) - 1)
         return rows, cu, first, tasks, self.longest
-
     @functools.cached_property
     def longest(self):
         """Tokens of the longest segment; a GPU is waited for once a batch."""
-        if self.cu_seqlens is None:
-            return self.T if self.B else 0
         return int(self.cu_seqlens.diff().max()) if len(self.cu_seqlens) > 1 else 0
 
     def pick(self, x):
-        """(B, T, ...) -> (N, ...)"""
-        x = x.reshape(self.B * self.T, *x.shape[2:])
+        """(B, T) -> (N,)"""
+        x = x.reshape(-1)
         return x if self.keep is None else x[self.keep]
 
     def put(self, x):
@@ -178,9 +168,8 @@ class Layout:
             return y.transpose(1, 2)
 
         def attend(layer, q, k, v):
-            if not dropout and self.device.type == 'cpu' and kernels.docs_in_c(q):
-                return kernels.doc_attention(q, k, v, *self.paths)
-            if self.cu_seqlens is None:
+            in_c = not dropout and kernels.docs_in_c(q)
+            if self.dense and not in_c:
                 return fused(*(x.view(self.B, self.T, *x.shape[1:]) for x in (q, k, v))).flatten(0, 1)
             if dropout:  # our kernels have none: one rectangle, in which causality hides the padding
                 step = torch.arange(self.longest, device=self.device)
@@ -190,6 +179,8 @@ class Layout:
                 return torch.zeros_like(q).index_copy(0, grid[real], y)
             if self.rows is None:
                 return kernels.flash_attention(q, k, v, self.cu_seqlens, longest=self.longest)
+            if in_c:
+                return kernels.doc_attention(q, k, v, *self.paths)
             q, k, v = (x[self.rows] for x in (q, k, v))
             return kernels.flash_attention(q, k, v, self.cu_seqlens, longest=self.longest)[self.slot]
         return attend
@@ -465,11 +456,10 @@ class GPT(nn.Module):
         if os.path.exists(more):
             raw['eos_token_id'] = read_json(more).get('eos_token_id', raw.get('eos_token_id'))
         config = config_from_hf(raw, where)
-        known = [f.name for f in fields(GPTConfig)]
-        for key, value in overrides.items():
-            if key not in known:
-                raise ValueError(f'unknown model override {key!r}; GPTConfig has: {", ".join(known)}')
-            setattr(config, key, value)
+        unknown = overrides.keys() - vars(config).keys()
+        if unknown:
+            raise ValueError(f'GPTConfig has no {", ".join(unknown)}; it has: {", ".join(vars(config))}')
+        vars(config).update(overrides)
         stored = load_safetensors_dir(folder)
         if config.n_layer > len(stored):  # before as many layers are made
             raise ValueError(f'{where}: {config.n_layer} layers, but the weights are {len(stored)} tensors')
@@ -484,24 +474,22 @@ class GPT(nn.Module):
         opens."""
         os.makedirs(folder, exist_ok=True)
         state = to_hf_names(self)
-        shards, room = [{}], shard_bytes
+        shards, used = [{}], 0
         for name, value in state.items():
-            if value.nbytes > room and shards[-1]:
+            if shards[-1] and used + value.nbytes > shard_bytes:
                 shards.append({})
-                room = shard_bytes
+                used = 0
             shards[-1][name] = value
-            room -= value.nbytes
-        if len(shards) == 1:
-            save_safetensors(os.path.join(folder, 'model.safetensors'), state)
-        else:
-            places = {}
-            for i, shard in enumerate(shards):
-                file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-                save_safetensors(os.path.join(folder, file), shard)
-                places |= dict.fromkeys(shard, file)
+            used += value.nbytes
+        places = {}
+        for i, shard in enumerate(shards, 1):
+            file = f'model-{i:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1 else files.SINGLE
+            save_safetensors(os.path.join(folder, file), shard)
+            places |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
             size = sum(value.nbytes for value in state.values())
             index = dict(metadata=dict(total_size=size), weight_map=places)
-            write_json(os.path.join(folder, 'model.safetensors.index.json'), index)
+            write_json(os.path.join(folder, files.INDEX), index)
         dtype = next(iter(state.values())).dtype
         write_json(os.path.join(folder, 'config.json'), config_to_hf(self.config, self.head, dtype))
 
@@ -509,7 +497,6 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 # names and weights: HF's and ours
 
-HEADS = {'lm': 'lm_head.weight', 'scalar': 'score.weight'}
 _BUFFERS = re.compile(r'\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$')  # of older files; no weights
 
 
@@ -579,7 +566,7 @@ def fill(model, state, where, dtype=torch.float32):
         state['lm_head.weight'] = state['wte.weight']
     model.fresh_head = model.head == 'scalar' and 'score.weight' not in state
     if model.fresh_head or model.head == 'lm':  # the head of the other kind was not asked for
-        state.pop(HEADS['scalar' if model.head == 'lm' else 'lm'], None)
+        state.pop('score.weight' if model.head == 'lm' else 'lm_head.weight', None)
     fresh = {'score.weight'} if model.fresh_head else set()
     missing = [name for name in want if name not in state.keys() | fresh]
     if missing:
@@ -593,11 +580,7 @@ def fill(model, state, where, dtype=torch.float32):
                              f'{tuple(want[name].shape)}')
         if not value.is_floating_point():
             raise ValueError(f'{where}: {name} is {value.dtype}: quantised weights are not read')
-    model.to_empty(device='cpu')
-    with torch.no_grad():
-        for name, slot in model.state_dict().items():
-            if name in state:
-                slot.copy_(state[name])
+    model.to_empty(device='cpu').load_state_dict(state, strict=False)  # but for a fresh head it is complete
     if c.pos == 'rope':
         model.inv_freq = rope_frequencies(c)
     if model.fresh_head:
@@ -617,17 +600,25 @@ _SHAPE = dict(n_embd='hidden_size', n_layer='num_hidden_layers', n_head='num_att
 KEYS = {  # GPTConfig's field: config.json's names of it, the one that we write first
     'gpt2': dict(n_embd=('n_embd', 'hidden_size'), n_layer=('n_layer', 'num_hidden_layers'),
                  n_head=('n_head', 'num_attention_heads'), n_inner=('n_inner',), vocab_size=('vocab_size',),
-                 block_size=('n_positions', 'max_position_embeddings'), norm_eps=('layer_norm_epsilon',)),
-    'llama': dict({field: (key,) for field, key in _SHAPE.items()}, n_kv_head=('num_key_value_heads',),
-                  head_size=('head_dim',), norm_eps=('rms_norm_eps',)),
+                 block_size=('n_positions', 'max_position_embeddings'), norm_eps=('layer_norm_epsilon',),
+                 tie=('tie_word_embeddings',)),
+    'qwen2': dict({field: (key,) for field, key in _SHAPE.items()}, n_kv_head=('num_key_value_heads',),
+                  head_size=('head_dim',), norm_eps=('rms_norm_eps',), tie=('tie_word_embeddings',)),
 }
-KEYS['qwen2'] = KEYS['qwen3'] = KEYS['llama']
-DEFAULTS = dict(n_inner=0, n_kv_head=0, head_size=0)  # GPTConfig works these out
+KEYS['qwen3'] = dict(KEYS['qwen2'], attn_out_bias=('attention_bias',))
+KEYS['llama'] = dict(KEYS['qwen3'], bias=('mlp_bias',))
+DEFAULTS = dict(n_kv_head=0, head_size=0, attn_out_bias=False, bias=False, tie=False, norm_eps=1e-6,
+                block_size=2048)
+USUAL = {  # what a setting is that a file leaves out; 0: GPTConfig works it out
+    'gpt2': dict(n_inner=0, norm_eps=1e-5, block_size=1024, tie=True),
+    'llama': DEFAULTS, 'qwen2': DEFAULTS, 'qwen3': dict(DEFAULTS, head_size=128),
+}
+TOKENS = 'bos_token_id', 'eos_token_id', 'pad_token_id'
 MUST_BE = {  # settings that this model has in one way only; a file may leave them out
     'gpt2': dict(scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True, add_cross_attention=False),
-    'llama': dict(partial_rotary_factor=1.0, use_sliding_window=False, sliding_window=None),
-    'qwen2': dict(partial_rotary_factor=1.0, use_sliding_window=False),
-    'qwen3': dict(partial_rotary_factor=1.0, use_sliding_window=False),
+    'llama': dict(use_sliding_window=False, sliding_window=None),
+    'qwen2': dict(use_sliding_window=False),
+    'qwen3': dict(use_sliding_window=False),
 }
 
 
@@ -667,33 +658,24 @@ def config_from_hf(raw, where='config.json'):
     layers = raw.get('layer_types') or []
     if not isinstance(layers, list) or any(kind != 'full_attention' for kind in layers):
         raise ValueError(f'{where}: layer_types {str(layers):.80} cannot be honoured, only full_attention')
-    read = functools.partial(setting, raw, where)
-    gpt2 = arch == 'gpt2'
     c, kinds = dict(ARCHS[arch], arch=arch), {f.name: f.type for f in fields(GPTConfig)}
-    usual = dict(DEFAULTS, norm_eps=1e-5 if gpt2 else 1e-6, block_size=1024 if gpt2 else 2048)
-    if not gpt2:
-        del usual['n_inner']  # must be there
     for field, keys in KEYS[arch].items():
-        c[field] = read(keys, kinds[field], usual.get(field, ...))
-    if arch == 'qwen3':
-        c['head_size'] = c['head_size'] or 128
-    c['tie'] = read(('tie_word_embeddings',), bool, gpt2)
-    act = read(('activation_function',) if gpt2 else ('hidden_act',), str, 'gelu_new' if gpt2 else 'silu')
-    if act not in _ACT or not gpt2 and _ACT[act] != 'silu':
-        known = _ACT if gpt2 else ['silu', 'swish']
-        raise ValueError(f'{where}: {"activation_function" if gpt2 else "hidden_act"} {act!r:.40} cannot be '
-                         f'honoured; known: {", ".join(known)}')
-    c['act'] = _ACT[act]
-    if arch != 'qwen2' and not gpt2 and read(('attention_bias',), bool, False):
-        c.update(qkv_bias=True, attn_out_bias=True)
-    if arch == 'llama' and read(('mlp_bias',), bool, False):
-        c['bias'] = True
-    if not gpt2:
+        c[field] = setting(raw, where, keys, kinds[field], USUAL[arch].get(field, ...))
+    if c.get('attn_out_bias'):
+        c['qkv_bias'] = True
+    key, act, known = 'hidden_act', 'silu', ['silu', 'swish']
+    if arch == 'gpt2':
+        key, act, known = 'activation_function', 'gelu_new', list(_ACT)
+    else:
         c['rope_theta'], c['rope_scaling'] = _rope(raw, where)
+    act = setting(raw, where, (key,), str, act)
+    if act not in known:
+        raise ValueError(f'{where}: {key} {act!r:.40} cannot be honoured; known: {", ".join(known)}')
+    c['act'] = _ACT[act]
     c['reward_bias'] = bias = raw.get('reward_bias', 0.0)
     if type(bias) not in (int, float) or not math.isfinite(bias):
         raise ValueError(f'{where}: reward_bias = {bias!r:.40}, expected a finite number')
-    for key in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+    for key in TOKENS:
         c[key] = _token_ids(raw.get(key), f'{where}: {key}')
     return GPTConfig(**c)
 
@@ -742,16 +724,15 @@ def config_to_hf(c, head, dtype):
     kind = 'LMHeadModel' if c.arch == 'gpt2' else 'ForCausalLM'
     if head == 'scalar':
         kind = 'ForSequenceClassification'
-    raw = dict(architectures=[cls + kind], model_type=c.arch, tie_word_embeddings=c.tie)
-    raw['torch_dtype'] = str(dtype).removeprefix('torch.')
-    raw |= {key: getattr(c, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    raw = dict(architectures=[cls + kind], model_type=c.arch, torch_dtype=str(dtype).removeprefix('torch.'))
+    raw |= {key: getattr(c, key) for key in TOKENS}
     raw |= {keys[0]: getattr(c, field) for field, keys in KEYS[c.arch].items()}
     if c.arch == 'gpt2':
         raw['activation_function'] = 'gelu_new' if c.act == 'gelu_tanh' else c.act
         raw |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
     else:
-        raw |= dict(hidden_act='silu', rope_theta=c.rope_theta, rope_scaling=c.rope_scaling, mlp_bias=c.bias,
-                    attention_bias=c.attn_out_bias, use_sliding_window=False)
+        raw |= dict(hidden_act='silu', rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
+                    use_sliding_window=False)
     if head == 'scalar':
         raw |= dict(num_labels=1, id2label={'0': 'reward'}, label2id={'reward': 0}, problem_type='regression',
                     reward_bias=c.reward_bias)
@@ -848,7 +829,7 @@ def load_safetensors(path):
 
 def load_safetensors_dir(folder):
     """All tensors of model.safetensors, or of the shards that an index names."""
-    index, single = (os.path.join(folder, f) for f in ('model.safetensors.index.json', 'model.safetensors'))
+    index, single = (os.path.join(folder, file) for file in (files.INDEX, files.SINGLE))
     if os.path.exists(single):
         return load_safetensors(single)
     if not os.path.exists(index):
@@ -891,23 +872,19 @@ def shared_forward(model, sequences, shared):
         attention     p p p a a | p p p b b b | ...    gathered for the attention alone
     Returns (hidden states (N, C), [rows of them that are sequence i, (len_i,) int64])."""
     device = next(model.parameters()).device
-    tokens, pos, slot = [], [], []
-    paths, n, m = [], 0, 0  # flat rows, and places in the attention, so far
-    path = np.zeros(0, np.int64)
+    paths, n = [], 0  # flat rows so far
     for ids, k in zip(sequences, shared):
-        own = len(ids) - k
-        path = np.concatenate([path[:k], np.arange(n, n + own)])
-        paths.append(path)
-        tokens.append(ids[k:])
-        pos.append(np.arange(k, len(ids)))
-        slot.append(np.arange(m + k, m + len(ids)))
-        n, m = n + own, m + len(ids)
-    for column in (tokens, pos, slot):  # dummy rows that nobody reads: the CPU's library wants few shapes
-        column.append(np.zeros(kernels.extra_rows(n), np.int64))
-    layout = Layout((1, m), device, doc=_documents(sequences, device))
+        beginning = paths[-1][:k] if k else []
+        paths.append(np.concatenate([beginning, np.arange(n, n + len(ids) - k)]).astype(np.int64))
+        n += len(ids) - k
+    slot = np.unique(np.concatenate(paths), return_index=True)[1]  # where in the attention a row is met first
+    slot = np.pad(slot, (0, kernels.extra_rows(n)))  # dummy rows: the CPU's library wants few shapes
+    slot = torch.from_numpy(slot).to(device)
+    tokens = flat_tensor(sequences, device)
+    layout = Layout((1, len(tokens)), device, doc=_documents(sequences, device))
     if any(shared):
-        layout.through(flat_tensor(paths, device), flat_tensor(slot, device))
-    return model.hidden(flat_tensor(tokens, device), flat_tensor(pos, device), layout.attend()), paths
+        layout.through(flat_tensor(paths, device), slot)
+    return model.hidden(tokens[slot], layout.pos[slot], layout.attend()), paths
 
 
 def flat_tensor(lists, device):
@@ -954,10 +931,10 @@ def _predicting(model, groups):
 def _by_answer(found, groups):
     """Flat values of all answers' tokens -> (S, R), padded on the right with 0, and the mask of what is
     real."""
-    sizes = torch.tensor([len(a) for _, answers in groups for a in answers], device=found.device)
-    mask = torch.arange(int(sizes.max()), device=found.device) < sizes[:, None]
-    where = mask.reshape(-1).nonzero()[:, 0]
-    return found.new_zeros(mask.numel()).index_copy(0, where, found).view(mask.shape), mask
+    sizes = [len(answer) for _, answers in groups for answer in answers]
+    rows = nn.utils.rnn.pad_sequence(found.split(sizes), batch_first=True)
+    step = torch.arange(rows.shape[1], device=found.device)
+    return rows, step < step.new_tensor(sizes)[:, None]
 
 
 def answer_logprobs(model, groups, temperature=1.0):
@@ -987,16 +964,14 @@ def answer_values(model, groups):
 def rewards_of(model, sequences):
     """Rewards (S,) of token lists by a scalar head, read at the last token of each. What a sequence and the
     one before it begin with is computed once: a pair's prompt, say."""
-    sequences = [np.asarray(ids, np.int64) for ids in sequences]
     if _cut_along_context(model):
         device = next(model.parameters()).device
         values, _ = model(flat_tensor(sequences, device)[None], doc=_documents(sequences, device))
         return values[0, np.cumsum([len(ids) for ids in sequences]) - 1]
     shared = [0]
     for before, ids in zip(sequences, sequences[1:]):
-        n = min(len(ids) - 1, len(before))  # its last token is always its own
-        differ = np.flatnonzero(ids[:n] != before[:n])
-        shared.append(int(differ[0]) if len(differ) else n)
+        common = os.path.commonprefix([list(before), list(ids)])
+        shared.append(min(len(common), len(ids) - 1))  # its last token is always its own
     x, paths = shared_forward(model, sequences, shared)
     return model.values(x[flat_tensor([path[-1:] for path in paths], x.device)])
 

@@ -41,7 +41,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from datetime import timedelta
 
@@ -74,17 +73,18 @@ class Interrupt:
         self.number = 0
 
     def listen(self):
-        """From now on signals are noted. Only the main thread may (a stage in another one goes without)."""
-        if threading.current_thread() is threading.main_thread():
-            self.number = 0
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._note)
+        """From now on signals are noted."""
+        self.number = 0
+        self._answer(self._note, self._note)
 
     def forget(self):
         """The usual answers again."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._answer(signal.default_int_handler, signal.SIG_DFL)
+
+    def _answer(self, to_int, to_term):
+        with contextlib.suppress(ValueError):  # only the main thread may: a stage in another one goes without
+            signal.signal(signal.SIGINT, to_int)
+            signal.signal(signal.SIGTERM, to_term)
 
     def _note(self, number, frame):
         if self.number:
@@ -120,23 +120,21 @@ class Group:
             work = self.run(what, lambda: dist.all_reduce(x, op, self.pg, async_op=not wait))
         return x if wait else work
 
-    def _into(self, collective, x, out, what, wait):
-        work = self.run(what, lambda: collective(out, x.contiguous(), group=self.pg, async_op=not wait))
-        return out if wait else work
-
     def all_gather(self, x, what='all_gather', out=None, wait=True):
         """(n, ...) of each rank -> (size n, ...), in rank order."""
-        if self.size == 1:
-            return x if wait else None
-        out = x.new_empty(self.size * x.shape[0], *x.shape[1:]) if out is None else out
-        return self._into(_gather_into, x, out, what, wait)
+        return self._into(_gather_into, x, self.size * len(x), what, out, wait)
 
     def reduce_scatter(self, x, what='reduce_scatter', out=None, wait=True):
         """(size n, ...) -> (n, ...): rows r n .. (r+1) n of the sum."""
+        return self._into(_scatter_into, x, len(x) // self.size, what, out, wait)
+
+    def _into(self, collective, x, rows, what, out, wait):
         if self.size == 1:
             return x if wait else None
-        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:]) if out is None else out
-        return self._into(_scatter_into, x, out, what, wait)
+        if out is None:
+            out = x.new_empty(rows, *x.shape[1:])
+        work = self.run(what, lambda: collective(out, x.contiguous(), group=self.pg, async_op=not wait))
+        return out if wait else work
 
     def wait(self, work, what):
         if work is not None:
@@ -198,27 +196,25 @@ class Mesh:
 
     def group(self, *axes, tag='', split=None):
         """The group of this rank along `axes`; split (with one axis): runs of that many ranks along it."""
-        key = (axes, tag, split)
-        if key not in self._made:
-            rest = [i for i, axis in enumerate(self.AXES) if axis not in axes]
-            along = [i for i, axis in enumerate(self.AXES) if axis in axes]
-            size = split or math.prod(self.grid.shape[i] for i in along)
-            self._make(key, 'x'.join(axes), self.grid.permute(*rest, *along).reshape(-1, size).tolist())
-        return self._made[key]
+        rest = [i for i, axis in enumerate(self.AXES) if axis not in axes]
+        along = [i for i, axis in enumerate(self.AXES) if axis in axes]
+        size = split or math.prod(self.grid.shape[i] for i in along)
+        return self._of('x'.join(axes), self.grid.permute(*rest, *along).reshape(-1, size), (tag, split))
 
     def ends(self):
         """The first and the last stage, on which a tied embedding lives."""
-        if 'ends' not in self._made:
-            self._made['ends'] = Group('middle stage', mesh=self)
-            pairs = self.grid[:, [0, -1]].transpose(1, -1).reshape(-1, 2)
-            self._make('ends', 'first and last stage', pairs.tolist())
-        return self._made['ends']
+        return self._of('first and last stage', self.grid[:, [0, -1]].transpose(1, -1).reshape(-1, 2))
 
-    def _make(self, key, name, rows):
-        for ranks in rows:  # new_group is a collective of ALL ranks: each walks through the same list
-            pg = dist.new_group(ranks, self.timeout) if len(ranks) > 1 else None
-            if self.rank in ranks:
-                self._made[key] = Group(name, ranks, self.rank, pg, self)
+    def _of(self, name, rows, tag=()):
+        """This rank's of the groups `rows` (n, ranks), or one of itself; made at the first call."""
+        key = name, tag
+        if key not in self._made:
+            self._made[key] = Group(name, mesh=self)
+            for ranks in rows.tolist():  # new_group is a collective of ALL ranks: all walk through one list
+                pg = dist.new_group(ranks, self.timeout) if len(ranks) > 1 else None
+                if self.rank in ranks:
+                    self._made[key] = Group(name, ranks, self.rank, pg, self)
+        return self._made[key]
 
     # ---- whose share of the work
 
@@ -290,9 +286,9 @@ class Mesh:
     def set_rng_state(self, states):
         """Each rank goes on with its own numbers if as many ranks run as wrote them, all with the same ones
         if all had the same (no dropout); else from its own seed."""
-        alike = bool(states) and all(torch.equal(s['cpu'], states[0]['cpu']) for s in states)
-        if len(states) == self.world or alike:
-            state = states[self.rank if len(states) == self.world else 0]
+        as_many = len(states) == self.world
+        if as_many or all(torch.equal(s['cpu'], states[0]['cpu']) for s in states):
+            state = states[self.rank if as_many else 0]
             torch.set_rng_state(state['cpu'])
             if self.device.type == 'cuda' and 'cuda' in state:
                 torch.cuda.set_rng_state(state['cuda'], self.device)
@@ -351,15 +347,11 @@ class Mesh:
     def interrupted(self):
         """The number of the signal that has come to any rank since `listen`, 0 for none. All ranks call it:
         they leave the loop at the same iteration."""
-        came = self._near(torch.tensor([float(self.interrupt.number)]))
+        came = torch.tensor([self.interrupt.number])
         return int(self.everyone.all_reduce(came, 'interrupts', dist.ReduceOp.MAX))
 
-    def _near(self, x):
-        """Small sums travel as float64, but for Apple's GPUs, which have none."""
-        return x.float().to(self.device) if self.device.type == 'mps' else x.to(self.device)
-
     def barrier(self):
-        self.everyone.all_reduce(self._near(torch.zeros(1)), 'barrier')
+        self.everyone.all_reduce(torch.zeros(1), 'barrier')
 
     def close(self):
         """At the end of the run, so that no rank leaves while another still talks to it."""
@@ -386,12 +378,10 @@ def _world_size():
     said = os.environ.get('WORLD_SIZE') or '1'
     if not said.isdecimal() or said == '0':
         raise ValueError(f'WORLD_SIZE is {said!r} in the environment, expected the number of processes: '
-                         f'unset '
-                         f'it')
+                         f'unset it')
     missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
     if int(said) > 1 and missing:
         raise ValueError(f'WORLD_SIZE is {said} in the environment, but {", ".join(missing)} is not: start '
-                         f'it '
                          f'with torchrun --nproc_per_node={said}, or unset WORLD_SIZE to run one process')
     return int(said)
 
@@ -421,14 +411,10 @@ def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, qui
     Mesh.split_seeds). A collective that waits longer than dist_timeout seconds ends the run. quiet: what
     ranks other than 0 print is dropped (errors are not). ValueError when the numbers do not fit the
     processes. torchrun --nproc_per_node=8 with tp=2 -> dp=4; rank 5 is (dp 2, pp 0, cp 0, tp 1)."""
-    for name, n in (('tp', tp), ('pp', pp), ('cp', cp)):
-        if n < 1:
-            raise ValueError(f'{name} {n}: expected 1 (off) or more')
-    if zero not in (0, 1, 2, 3):
-        raise ValueError(f'zero {zero}: expected 0, 1 (optimizer), 2 (+ gradients) or 3 (+ weights)')
-    if dist_timeout < 1:
-        raise ValueError(f'dist_timeout {dist_timeout}: seconds, at least 1')
-    world, part, agent = dist.get_world_size() if dist.is_initialized() else _world_size(), tp * pp * cp, None
+    if min(tp, pp, cp) < 1 or zero not in range(4):
+        raise ValueError(f'tp {tp}, pp {pp}, cp {cp}: expected 1 (off) or more; zero {zero}: expected 0 to 3')
+    world = dist.get_world_size() if dist.is_initialized() else _world_size()
+    part, agent = tp * pp * cp, None
     if world % part:
         raise ValueError(f'tp {tp} x pp {pp} x cp {cp} = {part} processes (or a multiple), but {world} run: '
                          f'torchrun --nproc_per_node={part} SCRIPT.py ...')
@@ -528,7 +514,8 @@ class _VocabLogprobs(torch.autograd.Function):
     each moved to that maximum."""
     @staticmethod
     def forward(ctx, x, weight, targets, lo, temperature, group):
-        wide, rows = _wide(x.dtype), max(64, (1 << 23) // len(weight))  # 32 MiB of float32 logits
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = max(64, (1 << 23) // len(weight))  # 32 MiB of float32 logits
         top, sums = x.new_empty(len(x), dtype=wide), x.new_empty(3, len(x), dtype=wide)
         mine = (targets >= lo) & (targets < lo + len(weight))
         word = torch.where(mine, targets - lo, 0)
@@ -573,10 +560,8 @@ class _VocabLogprobs(torch.autograd.Function):
 def zigzag(n, size, rank, device=None):
     """Rows of rank `rank` when n flat tokens (a multiple of 2 size) are shared out. n=8, size=2, rank=0 ->
     [0, 1, 6, 7]."""
-    if size == 1:
-        return torch.arange(n, device=device)
-    a, b = torch.arange(n, device=device).view(2 * size, -1)[[rank, 2 * size - 1 - rank]]
-    return torch.cat([a, b])
+    chunks = torch.arange(n, device=device).view(2 * size, -1)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
 def _gathered_attend(group, pos, dropout, tile=1024):
@@ -613,7 +598,8 @@ def _gathered_attend(group, pos, dropout, tile=1024):
 @dataclasses.dataclass
 class Part:
     """One Parameter of this rank: `ranges` along `dim` of the full tensor `name`, one after another (fused q,
-    k, v have three)."""
+    k, v have three). Of that, elements lo .. hi (flattened) are what this rank's optimizer updates: `weight`,
+    the Parameter itself or a slice of its bucket; None where no optimizer trains it."""
     name: str
     param: nn.Parameter
     shape: tuple                # of the full tensor
@@ -621,8 +607,10 @@ class Part:
     ranges: tuple = ()          # () = the whole
     sums: tuple = ()            # groups over which the gradients of copies are partial sums
     owner: bool = True          # of several equal copies one counts: in the norm, in checkpoints
-    pieces: list = dataclasses.field(default_factory=list)   # those that this rank's optimizer updates
-    bucketed: bool = False      # an optimizer trains it
+    weight: torch.Tensor = None
+    lo: int = 0
+    hi: int = 0
+    at: int = 0                 # where `weight` begins in the bucket's share
 
     def take(self, full):
         if not self.ranges:
@@ -636,10 +624,12 @@ class Part:
             full.narrow(self.dim, a, b - a).copy_(piece)
 
 
-def _ranges(name, c, tp, t):
-    """(dim, ranges) of rank t's slice of a parameter, (0, ()) where all tp ranks hold the whole. With fewer
-    kv heads than tp, tp / nkv ranks share one. nh=4, nkv=2, hs=8, tp=4, t=1: q_proj rows 8..16, k_proj rows
-    0..8."""
+def _ranges(name, c, group):
+    """(dim, ranges) of this tp rank's slice of a parameter, (0, ()) where all of the group hold the whole.
+    With fewer kv heads than tp, tp / nkv ranks share one. nh=4, nkv=2, hs=8, tp=4, rank 1: q_proj rows 8..16,
+    k_proj rows 0..8."""
+    tp, t = group.size, group.rank
+
     def cut(n):
         return n * t // tp, n * (t + 1) // tp
 
@@ -660,14 +650,12 @@ def _ranges(name, c, tp, t):
     return 1, columns.get(place, ()) if kind == 'weight' else ()
 
 
-def _check_fit(c, mesh, model, layers):
+def _check_fit(c, mesh, model):
     """ValueError, with the nearest that works, for a model that this mesh cannot cut."""
     tp, pp = mesh.tp.size, mesh.pp.size
     heads, kv = c.n_head, c.n_kv_head
     fits = [t for t in range(tp, 0, -1) if heads % t == 0 and (kv % t == 0 or t % kv == 0)]
     lora = any('lora_' in name for name, _ in model.named_parameters())
-    said = f' as {list(layers)}' if layers else ''
-    uneven = layers and (len(layers) != pp or sum(layers) != c.n_layer or min(layers) < 1)
     refuse(fits[0] != tp, f'tp {tp} does not divide {heads} heads ({kv} key-value heads)', f'--tp={fits[0]}')
     inner = f'tp {tp} does not divide the MLP width {c.n_inner}'
     refuse(c.n_inner % tp, inner, f'--tp={math.gcd(tp, c.n_inner)}')
@@ -676,8 +664,7 @@ def _check_fit(c, mesh, model, layers):
            '--zero=2')
     refuse(pp > 1 and c.dropout and model.training, f'pp {pp} with dropout {c.dropout} is not supported',
            '--dropout=0.0 (RL wants that anyway) or --pp=1')
-    split = f'pp {pp} stages for {c.n_layer} layers{said}: each needs at least one, the sum is the whole'
-    refuse(pp > c.n_layer or uneven, split, f'--pp={min(pp, c.n_layer)}')
+    refuse(pp > c.n_layer, f'pp {pp} stages for {c.n_layer} layers: each needs one', f'--pp={c.n_layer}')
 
 
 def refuse(wrong, what, nearest):
@@ -732,8 +719,7 @@ class _Receive(nn.Module):
     def forward(self, idx):
         if self.x is not None:
             raise ValueError('the loss function called the model twice on one micro-batch; with pp > 1 once '
-                             'is '
-                             'all: call forward_backward twice')
+                             'is all: call forward_backward twice')
         x = torch.empty(len(idx) // self.mesh.tp.size, self.width, dtype=self.dtype, device=idx.device)
         self.mesh.pp.recv(x, self.mesh.pp.rank - 1, 'activations')
         self.x = x.requires_grad_(torch.is_grad_enabled())
@@ -763,7 +749,7 @@ class Head(nn.Module):
     def __init__(self, body, mesh):
         super().__init__()
         self.body, self.tp = [body], mesh.tp  # in a list: the body's parameters are not ours
-        self.lo = _ranges('lm_head.weight', body.config, mesh.tp.size, mesh.tp.rank)[1][0][0]
+        self.lo = _ranges('lm_head.weight', body.config, mesh.tp)[1][0][0]
 
     def forward(self, x, targets=None, temperature=1.0):
         """Values (n,), logits (n, V), or with targets (log p, entropy), each (n,)."""
@@ -784,7 +770,7 @@ def cut(body, tp):
     communication around it."""
     c, tied, body.tp = body.config, body.config.tie and body.head == 'lm', tp
     for name, p in list(body.named_parameters(remove_duplicate=False)):
-        dim, ranges = _ranges(name, c, tp.size, tp.rank)
+        dim, ranges = _ranges(name, c, tp)
         if ranges and not (name == 'lm_head.weight' and tied):
             module, _, leaf = name.rpartition('.')
             local = Part(name, p, tuple(p.shape), dim, ranges).take(p.detach()).clone()
@@ -800,7 +786,7 @@ def cut(body, tp):
         for module, name in ((attn, 'c_proj'), (attn, 'o_proj'), (mlp, 'c_proj'), (mlp, 'down_proj')):
             if hasattr(module, name):
                 setattr(module, name, Row(getattr(module, name), tp))
-    body.wte = VocabEmbedding(body.wte.weight, _ranges('wte.weight', c, tp.size, tp.rank)[1][0][0], tp)
+    body.wte = VocabEmbedding(body.wte.weight, _ranges('wte.weight', c, tp)[1][0][0], tp)
     if tied:
         body.lm_head.weight = body.wte.weight
     if body.wpe is not None:
@@ -817,12 +803,11 @@ def gather_words(z, V, tp):
 def _check_alike(model, mesh):
     """All ranks must start from the same weights: a different seed or file is found here, not in the loss
     curve."""
-    sums = torch.stack([p.detach().double().sum() for p in model.parameters()]).cpu().float()
-    extremes = []
-    for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX):
-        extremes.append(mesh.everyone.all_reduce(mesh._near(sums.clone()), 'check of the weights', op))
-    for (name, _), low, high in zip(model.named_parameters(), *extremes):
-        if low != high:
+    sums = torch.stack([p.detach().double().sum().cpu() for p in model.parameters()])
+    extremes = torch.stack([sums, -sums]).float()  # one maximum finds the largest, and minus the smallest
+    mesh.everyone.all_reduce(extremes, 'check of the weights', dist.ReduceOp.MAX)
+    for (name, _), high, low in zip(model.named_parameters(), *extremes):
+        if high != -low:
             raise ValueError(f'the ranks hold different weights ({name}): same seed, same checkpoint on '
                              f'each?')
 
@@ -835,25 +820,25 @@ class Sharded(nn.Module):
     and MLP, Row instead of the projections back, and on pipeline stages Receive and Send instead of embedding
     and last norm."""
 
-    def __init__(self, model, mesh, layers=None):
+    def __init__(self, model, mesh):
         super().__init__()
         c, tp, pp = model.config, mesh.tp, mesh.pp
-        _check_fit(c, mesh, model, layers)
+        _check_fit(c, mesh, model)
         _check_alike(model, mesh)
         self.config, self.head = c, model.head
+        self.layout, self.attention_dropout = model.layout, model.attention_dropout
         self.mesh, self.body, self.running = mesh, model, False
-        # the same list on every rank
-        self.full = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()]
-        layers = layers or [c.n_layer * (i + 1) // pp.size - c.n_layer * i // pp.size for i in range(pp.size)]
-        self.first, self.last, lo = pp.rank == 0, pp.rank == pp.size - 1, sum(layers[:pp.rank])
+        # of the whole model, in the same order on every rank
+        self.full = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+        lo, hi = (c.n_layer * (pp.rank + i) // pp.size for i in (0, 1))  # this stage's layers
+        self.first, self.last = pp.rank == 0, pp.rank == pp.size - 1
         self.tied = c.tie and model.head == 'lm'
         self.ends = mesh.ends() if pp.size > 1 else None
-        shared = tp.size > c.n_kv_head  # several ranks hold the same key-value head
-        kv = mesh.group('tp', split=tp.size // c.n_kv_head) if shared else Group('kv')
+        kv = mesh.group('tp', split=max(1, tp.size // c.n_kv_head))  # ranks that hold the same kv head
         if tp.size > 1:
             cut(model, tp)
         if pp.size > 1:
-            self._stage(lo, lo + layers[pp.rank])
+            self._stage(lo, hi)
         self.parts = [self._part(n, p, lo, kv) for n, p in model.named_parameters()]
         self.out = Head(model, mesh) if self.last else None
         modules = [m for m in (model.wte, model.wpe, *model.h, model.ln_f) if m is not None]
@@ -883,12 +868,12 @@ class Sharded(nn.Module):
             name = f'h.{int(i) + lo}.{rest}'
         tied_copy = name == 'lm_head.weight' and self.tied
         name = 'wte.weight' if tied_copy else name
-        shape = next(s for n, s, *_ in self.full if n == name)
-        dim, ranges = _ranges(name, self.config, tp.size, tp.rank) if tp.size > 1 else (0, ())
+        shape = self.full[name][0]
+        dim, ranges = _ranges(name, self.config, tp) if tp.size > 1 else (0, ())
         shared = kv.size > 1 and ('k_proj' in name or 'v_proj' in name)
         sums = [tp] if not ranges and not name.startswith('score') else []
         sums += [kv] if shared else []
-        if name == 'wte.weight' and self.tied and mesh.pp.size > 1 and (self.first or self.last):
+        if name == 'wte.weight' and self.tied and mesh.pp.size > 1:
             sums.append(self.ends)
         owner = not tied_copy and (tp.rank == 0 or bool(ranges)) and (not shared or kv.rank == 0)
         return Part(name, p, shape, dim, ranges, tuple(g for g in sums if g.size > 1), owner)
@@ -903,15 +888,15 @@ class Sharded(nn.Module):
         """As GPT.encode, with this rank's tokens only: tp ranks have the same ones, cp ranks their zig-zag
         share, for which Layout's pick and put then stand. On earlier pipeline stages _Handoff leaves from
         here."""
-        at, cp, dropout = self.body.layout(idx, mask, doc), self.mesh.cp, self.body.attention_dropout()
-        n, ids, pos = len(at.pos), at.pick(idx), at.pos
+        cp = self.mesh.cp
         if cp.size == 1:
-            ids, pos = (F.pad(t, (0, at.extra)) for t in (ids, pos))
-            return self.hidden(ids, pos, at.attend(dropout))[:n], at
+            return type(self.body).encode(self, idx, mask, doc)
+        at = self.layout(idx, mask, doc)
+        n = len(at.pos)
         rest = -n % (2 * cp.size * self.mesh.tp.size)
-        ids, pos = (F.pad(t, (0, rest)) for t in (ids, pos))  # dummies are segments of one token
+        ids, pos = (F.pad(t, (0, rest)) for t in (at.pick(idx), at.pos))  # dummies: segments of one token
         own = zigzag(n + rest, cp.size, cp.rank, idx.device)
-        x = self._rows(ids[own], pos[own], _gathered_attend(cp, pos, dropout))
+        x = self._rows(ids[own], pos[own], _gathered_attend(cp, pos, self.attention_dropout()))
         at.real = torch.arange(n, device=idx.device) if at.keep is None else at.keep
         at.keep = at.real[own[own < n]]
         return x[own < n], at
@@ -921,8 +906,7 @@ class Sharded(nn.Module):
         n, rest = len(ids), -len(ids) % self.mesh.tp.size
         if self.mesh.cp.size > 1:
             raise ValueError(f'cp {self.mesh.cp.size}: answers that share their prompt cannot be cut along '
-                             f'the '
-                             f'context: the nearest that works is --cp=1 with --tp or a smaller micro_tokens')
+                             f'the context: take --cp=1 with --tp, or a smaller micro_tokens')
 
         def padded(layer, q, k, v):
             return F.pad(attend(layer, q[:n], k[:n], v[:n]), (0, 0, 0, 0, 0, rest))
@@ -949,11 +933,12 @@ class Sharded(nn.Module):
 
     def loss(self, x, at, targets):
         """As GPT.loss: of all tokens, though x holds this rank's; `forward` adds them up."""
-        total, targets = targets.reshape(-1)[at.real] if self.mesh.cp.size > 1 else None, at.pick(targets)
-        counted = targets >= 0
-        logp, _ = self.out(x[counted], targets[counted])  # called even for no token: ZeRO-3 fetches inside
-        total = int(counted.sum() if total is None else (total >= 0).sum())
-        return -logp.sum() / max(1, total)
+        own = at.pick(targets)
+        counted = own >= 0
+        logp, _ = self.out(x[counted], own[counted])  # called even for no token: ZeRO-3 fetches inside
+        if self.mesh.cp.size > 1:
+            counted = targets.reshape(-1)[at.real] >= 0
+        return -logp.sum() / max(1, int(counted.sum()))
 
     def forward(self, idx, targets=None, mask=None, doc=None):
         """As GPT.forward, the same on every rank of the last stage."""
@@ -971,11 +956,10 @@ class Sharded(nn.Module):
         return tuple(None if x is None else sum_parts(x, self.mesh.cp) for x in found)
 
 
-def shard(model, mesh, layers=None):
+def shard(model, mesh):
     """This rank's part of a GPT: the GPT itself in a world of one, else a Sharded with the same calls. The
-    model is cut in place. layers: how many each pipeline stage gets, (4, 5, 3); default as even as can be.
-    ValueError for what does not fit, with the nearest that does."""
-    return model if mesh.world == 1 else Sharded(model, mesh, layers)
+    model is cut in place. ValueError for what does not fit, with the nearest that does."""
+    return model if mesh.world == 1 else Sharded(model, mesh)
 
 
 def sampler_of(model, mesh, dtype=torch.float32, shard=False):
@@ -984,7 +968,7 @@ def sampler_of(model, mesh, dtype=torch.float32, shard=False):
     step, each with its heads' keys and values (see infer.Forward). In both cases the trained model itself
     where that holds it in this dtype (pp = 1, below ZeRO-3; the plain GPT also wants tp = 1), so that no
     weight lies in memory twice; else a copy that `refresh` fills."""
-    _check_fit(model.config, mesh, model, None)
+    _check_fit(model.config, mesh, model)
     whole = mesh.pp.size == 1 and (mesh.zero < 3 or mesh.data.size == 1) and (shard or mesh.tp.size == 1)
     if whole and dtype == torch.float32:
         return model
@@ -1004,9 +988,9 @@ def refresh(engine, model):
     elif engine.tp.size == 1:
         engine.load_weights(full_state(model))
     else:
-        own, tp = dict(body.named_parameters()), engine.tp
+        own = dict(body.named_parameters())
         for name, full in _full_tensors(model):  # one full tensor at a time: no rank ever holds them all
-            place = _ranges(name, body.config, tp.size, tp.rank)
+            place = _ranges(name, body.config, engine.tp)
             own[name].copy_(Part(name, own[name], full.shape, *place).take(full))
         engine.weights_changed()
 
@@ -1020,10 +1004,8 @@ def set_weight(model, name, value):
             local = part.take(value).to(part.param)
             if part.param.untyped_storage().nbytes():  # freed by ZeRO-3: only the pieces are there
                 part.param.copy_(local)
-            for piece in part.pieces:
-                piece.weight.view(-1).copy_(local.reshape(-1)[piece.lo:piece.hi])
-                if piece.master is not piece.weight:
-                    piece.master.copy_(piece.weight)
+            if part.weight is not None:
+                part.weight.view(-1).copy_(local.reshape(-1)[part.lo:part.hi])
 
 
 def _parts(model):
@@ -1037,17 +1019,6 @@ def _parts(model):
 
 # ----------------------------------------------------------------------------------------------------
 # data parallel: a flat bucket a layer; ZeRO decides what of it a rank keeps
-
-
-@dataclasses.dataclass
-class Piece:
-    """Elements lo .. hi of a flattened Part that this rank's optimizer is in charge of."""
-    part: Part
-    lo: int
-    hi: int
-    weight: torch.Tensor        # in the model's dtype
-    master: torch.Tensor        # what AdamW updates: the same memory, or a float32 copy of bf16 weights
-    at: int = 0                 # where it begins in the bucket's share
 
 
 class Bucket:
@@ -1079,15 +1050,11 @@ class Bucket:
         self.local = self.full[self.lo:self.lo + share]
         if self.zero == 3:
             self.local = self.local.clone()
-        self.master = self.local if _wide(p.dtype) == p.dtype else self.local.to(_wide(p.dtype))
-        self.pieces = []
         for part, at in zip(parts, self.starts):
-            part.bucketed, part.pieces = True, []
-            a, b = max(at, self.lo), min(at + part.param.numel(), self.lo + share)
-            if a < b:
-                s = slice(a - self.lo, b - self.lo)
-                part.pieces.append(Piece(part, a - at, b - at, self.local[s], self.master[s], s.start))
-            self.pieces += part.pieces
+            a = max(at, self.lo)
+            b = max(a, min(at + part.param.numel(), self.lo + share))  # a: nothing of it is ours
+            part.lo, part.hi, part.at = a - at, b - at, a - self.lo
+            part.weight = self.local[part.at:part.at + b - a]
         self.grad = self.shard_grad = self.incoming = self.work = self.fetching = None
         self.pending, self.held, self.in_backward = 0, True, False
         self.release()
@@ -1111,7 +1078,7 @@ class Bucket:
     def buffer(self):
         """The gradient of the whole layer, zeros at first."""
         if self.grad is None:
-            self.grad = torch.zeros(len(self.full), dtype=self.master.dtype, device=self.full.device)
+            self.grad = self.full.new_zeros(len(self.full))
         return self.grad
 
     def collect(self, i):
@@ -1126,7 +1093,7 @@ class Bucket:
         if not self.zero or grad.device.type == 'cpu':  # gloo would scatter by summing a copy of the whole
             self.work = self.group.all_reduce(grad, 'gradients', wait=False)
         else:
-            self.incoming = torch.empty_like(self.master)
+            self.incoming = torch.empty_like(self.local)
             self.work = self.group.reduce_scatter(grad, 'gradients', out=self.incoming, wait=False)
 
     def reduced(self):
@@ -1144,9 +1111,9 @@ class Bucket:
 class Optimizer:
     """AdamW (matrices decayed, vectors not) over whatever this rank is in charge of.
 
-    One process with float32 weights: torch's AdamW on the parameters, nothing else. Otherwise one Bucket a
-    layer: reductions start during the backward, in the same order on every rank; bf16 weights get float32
-    masters; the norm counts every element of the model once.
+    One process: torch's AdamW on the parameters, nothing else. Several: one Bucket a layer; reductions start
+    during the backward, in the same order on every rank; the norm counts every element of the model once.
+    Weights are float32 (or float64), whatever dtype the products have.
 
     scale: loss scaling for a forward in float16, whose gradients would vanish below 6e-8 (1710.03740): the
     loss is multiplied by it before the backward and the gradients divided after. As torch's GradScaler: a
@@ -1157,36 +1124,34 @@ class Optimizer:
         self.model, self.mesh = model, mesh
         self.scale, self.good = float(scale), 0
         self.parts = [part for part in _parts(model) if part.param.requires_grad]
-        kept = torch.float32, torch.float64
-        self.flat = mesh.world > 1 or any(part.param.dtype not in kept for part in self.parts)
-        self.buckets, self.pieces = [], []
+        if any(part.param.dtype.itemsize < 4 for part in self.parts):
+            raise ValueError('weights are trained in float32: model.float(), and autocast for the products')
+        self.flat = mesh.world > 1
+        self.buckets = []
         if self.flat:
             self._fill()
-        for part in self.parts:
-            if not self.flat:
-                part.bucketed = True
-                part.pieces = [Piece(part, 0, part.param.numel(), part.param, part.param)]
-            self.pieces += part.pieces
-        matrices = [p.master for p in self.pieces if p.part.param.dim() >= 2]
-        vectors = [p.master for p in self.pieces if p.part.param.dim() < 2]
+        else:
+            for part in self.parts:
+                part.weight, part.hi = part.param, part.param.numel()
+        self.pieces = [part for part in self.parts if part.lo < part.hi]
+        matrices = [p.weight for p in self.pieces if p.param.dim() >= 2]
+        vectors = [p.weight for p in self.pieces if p.param.dim() < 2]
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
         groups = [group for group in groups if group['params']]
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True) if groups else None
         self.sync, self.next, self.running = True, 0, collections.deque()
 
     def _fill(self):
-        """A bucket a layer and dtype, in the order in which a backward finishes them."""
-        model, mesh, fetches = self.model, self.mesh, []
-        units = model.units if isinstance(model, Sharded) else [(model, list(model.parameters()))]
+        """A bucket a layer, in the order in which a backward finishes them."""
+        mesh, fetches = self.mesh, []
         part_of, bucket_of = {id(p.param): p for p in self.parts}, {}
-        for module, params in units:
-            params = [p for p in params if p.requires_grad]
-            for dtype in dict.fromkeys(p.dtype for p in params):
-                new = [p for p in params if p.dtype == dtype and id(p) not in bucket_of]  # not a tied head
-                if new:
-                    self.buckets.insert(0, Bucket([part_of[id(p)] for p in new], mesh.data, mesh.zero))
-                    bucket_of |= {id(p): self.buckets[0] for p in new}
-            fetches += [(module, b) for b in dict.fromkeys(bucket_of[id(p)] for p in params)]
+        for module, params in self.model.units:
+            params = [id(p) for p in params if p.requires_grad]
+            new = [p for p in params if p not in bucket_of]  # not a tied head
+            if new:
+                self.buckets.insert(0, Bucket([part_of[p] for p in new], mesh.data, mesh.zero))
+                bucket_of |= dict.fromkeys(new, self.buckets[0])
+            fetches += [(module, b) for b in dict.fromkeys(bucket_of[p] for p in params)]
         for b in self.buckets:
             for i, part in enumerate(b.parts):
                 part.param.register_post_accumulate_grad_hook(lambda p, b=b, i=i: self._arrived(b, i))
@@ -1250,9 +1215,9 @@ class Optimizer:
     def gradients(self):
         """Those that there are, unscaled, where AdamW looks for them."""
         for b in self.buckets:
-            for p in b.pieces:
-                p.master.grad = b.shard_grad[p.at:p.at + p.hi - p.lo]
-        grads = [p.master.grad for p in self.pieces if p.master.grad is not None]
+            for p in b.parts:
+                p.weight.grad = b.shard_grad[p.at:p.at + len(p.weight)]
+        grads = [p.weight.grad for p in self.pieces if p.weight.grad is not None]
         if self.scale and grads:
             torch._foreach_div_(grads, self.scale)
         return grads
@@ -1260,19 +1225,17 @@ class Optimizer:
     def square(self):
         """Adds the partial gradients of copies -> the sum of squares over all axes, every element once."""
         mesh = self.mesh
-        for group in dict.fromkeys(g for p in self.pieces for g in p.part.sums):
-            grads = [p.master.grad for p in self.pieces if group in p.part.sums]
+        for group in dict.fromkeys(g for p in self.pieces for g in p.sums):
+            grads = [p.weight.grad for p in self.pieces if group in p.sums]
             whole = group.all_reduce(torch.cat(grads), 'gradients of copies')
             for g, s in zip(grads, whole.split([len(g) for g in grads])):
                 g.copy_(s)
-        owned = [p.master.grad for p in self.pieces if p.part.owner and p.master.grad is not None]
-        found = torch.zeros((), dtype=torch.float64)
+        owned = [p.weight.grad for p in self.pieces if p.owner and p.weight.grad is not None]
+        found = torch.zeros(1, dtype=torch.float64)
         if owned:
-            found = torch.stack(torch._foreach_norm(owned)).double().square().sum()
-        if mesh.world > 1:
-            group = mesh.everyone if mesh.zero and mesh.data.size > 1 else mesh.inside
-            found = group.all_reduce(mesh._near(found.reshape(1)), 'gradient norm')
-        return float(found)
+            found += torch.stack(torch._foreach_norm(owned)).cpu().double().square().sum()
+        group = mesh.everyone if mesh.zero and mesh.data.size > 1 else mesh.inside
+        return float(group.all_reduce(found, 'gradient norm'))
 
     def rescale(self, finite):
         """After a step that was done, or skipped because of this network's gradients."""
@@ -1291,8 +1254,6 @@ class Optimizer:
         self.drop()
         works = collections.deque()
         for b in self.buckets:
-            if b.master is not b.local:
-                b.local.copy_(b.master)
             if b.zero in (1, 2):
                 works.append(b.group.all_gather(b.local.clone(), 'weights', out=b.full, wait=False))
             if len(works) > 2:
@@ -1301,8 +1262,8 @@ class Optimizer:
             self.mesh.data.wait(work, 'weights')
 
     def drop(self):
-        for p in self.pieces:
-            p.master.grad = None
+        for p in self.parts:
+            p.weight.grad = None
         for b in self.buckets:
             b.grad = b.shard_grad = None
 
@@ -1310,24 +1271,20 @@ class Optimizer:
     def state_dict(self):
         """All ranks call it; rank 0 gets the full tensors on the CPU, the others empty dicts. The same
         whatever the layout."""
-        kinds, state = ['exp_avg', 'exp_avg_sq'], {}
-        if any(_wide(part.param.dtype) != part.param.dtype for part in self.parts):
-            kinds.append('master')
-        for kind in kinds:
+        state = dict(step=self.mesh.everyone.share_object(self.steps(), 0, 'steps'))
+        for kind in ('exp_avg', 'exp_avg_sq'):
             state[kind] = {}
-            for name, full in _full_tensors(self.model, lambda piece, kind=kind: self.read(piece, kind)):
+            for name, full in _full_tensors(self.model, lambda part, kind=kind: self.read(part, kind)):
                 if self.mesh.master:
                     state[kind][name] = full.cpu()
         if self.scale:
             state['scale'] = [self.scale, self.good]
-        return {'step': self.mesh.everyone.share_object(self.steps(), 0, 'steps'), **state}
+        return state
 
-    def read(self, piece, kind):
-        """The flat tensor of one kind of one piece; zeros before the first step."""
-        if kind == 'master':
-            return piece.master.detach().view(-1)
-        state = self.adam.state.get(piece.master)
-        return state[kind].view(-1) if state else torch.zeros_like(piece.master.detach()).view(-1)
+    def read(self, part, kind):
+        """The moments that belong to part.weight, flat; zeros before the first step."""
+        state = self.adam.state.get(part.weight) or {kind: torch.zeros_like(part.weight)}
+        return state[kind].view(-1)
 
     def steps(self):
         state = next(iter(self.adam.state.values()), None) if self.adam else None
@@ -1338,24 +1295,19 @@ class Optimizer:
         """Takes its pieces out of a layout-free state."""
         if not isinstance(saved, dict) or not {'step', 'exp_avg', 'exp_avg_sq'} <= saved.keys():
             raise ValueError(f'{where}: no optimizer state by name in it (ckpt_best.pt has none, older '
-                             f'versions kept '
-                             f'it by number): start a new run from its weights with --init_from=FILE')
+                             f'versions kept it by number): start a new run from it with --init_from=FILE')
         if self.scale and 'scale' in saved:
             self.scale, self.good = saved['scale']
-        moments = 'exp_avg', 'exp_avg_sq'
         for p in self.pieces:
-            name = p.part.name
-            if not all(name in saved[kind] for kind in moments):
-                raise ValueError(f'{where}: no optimizer state for {name}: other settings (lora_r)?')
-
-            def piece_of(kind):
-                flat = p.part.take(saved[kind][name]).reshape(-1)[p.lo:p.hi]
-                return flat.to(p.master).view(p.master.shape).clone()
-            if saved['step']:
-                step = torch.tensor(float(saved['step']), device=p.master.device)
-                self.adam.state[p.master] = dict(step=step, **{kind: piece_of(kind) for kind in moments})
-            if name in saved.get('master', {}) and p.master is not p.weight:
-                p.master.copy_(piece_of('master'))
+            step = torch.tensor(float(saved['step']), device=p.weight.device)
+            state = dict(step=step)
+            for kind in ('exp_avg', 'exp_avg_sq'):
+                if p.name not in saved[kind]:
+                    raise ValueError(f'{where}: no optimizer state for {p.name}: another lora_r?')
+                flat = p.take(saved[kind][p.name]).reshape(-1)[p.lo:p.hi]
+                state[kind] = flat.to(p.weight).view(p.weight.shape).clone()
+            if step:
+                self.adam.state[p.weight] = state
 
 
 @torch.no_grad()
@@ -1365,15 +1317,14 @@ def clip_and_step(optimizers, lrs, grad_clip=0.0):
     and leaves the weights as they were; with loss scaling the step is skipped instead, and the norm returned
     is 0. g = (3, 4), clip 1 -> returns 5, g becomes (0.6, 0.8)."""
     grads = [g for o in optimizers for g in o.gradients()]
-    flat = any(o.flat for o in optimizers)
     scaled = any(o.scale for o in optimizers)
-    if flat or scaled:
+    if scaled or optimizers[0].flat:
         squares = [o.square() for o in optimizers]
         norm = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.inf
         if grad_clip and grad_clip < norm < math.inf and grads:
             torch._foreach_mul_(grads, min(1.0, grad_clip / (norm + 1e-6)))
     else:
-        params = [p.master for o in optimizers for p in o.pieces]
+        params = [p.weight for o in optimizers for p in o.pieces]
         norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
     finite = math.isfinite(norm)
     if not finite:
@@ -1381,10 +1332,8 @@ def clip_and_step(optimizers, lrs, grad_clip=0.0):
             o.drop()
     if not finite and not scaled:
         raise ValueError(f'step {optimizers[0].steps()}: the gradient norm is {norm}: weights left as they '
-                         f'were; '
-                         f'the last good checkpoint is {optimizers[0].mesh.checkpoint}: resume from it with '
-                         f'a lower '
-                         f'learning_rate or a smaller grad_clip')
+                         f'were; the last good checkpoint is {optimizers[0].mesh.checkpoint}: resume from '
+                         f'it with a lower learning_rate or a smaller grad_clip')
     for i, (o, lr) in enumerate(zip(optimizers, lrs)):
         if finite:
             o.update(lr)
@@ -1397,7 +1346,34 @@ def clip_and_step(optimizers, lrs, grad_clip=0.0):
 # one optimizer step's worth of micro-batches
 
 
-def forward_backward(model, optimizer, micros, loss_of, weights=None, summed=False, schedule=None):
+def all_forward_all_backward(stage, m, later):
+    """GPipe's schedule (1811.06965), the simplest: activations of all m micro-batches are kept."""
+    for i in range(m):
+        stage.forward(i)
+    for i in range(m):
+        stage.backward(i)
+
+
+def one_forward_one_backward(stage, m, later):
+    """1F1B (PipeDream-flush): at most pp - stage micro-batches are in flight, so activations do not grow with
+    their number. later: stages behind this one.
+
+        stage 0   F0 F1 F2 .. B0 F3 B1 F4 B2 .. B3 B4        pp = 3, m = 5; a stage is idle for 2 of 7 slots
+        stage 1      F0 F1 B0 F2 B1 F3 B2 F4 B3 .. B4
+        stage 2         F0 B0 F1 B1 F2 B2 F3 B3 F4 B4
+    """
+    warm = min(later, m)
+    for i in range(warm):               # 1. warm-up: fill the pipe
+        stage.forward(i)
+    for i in range(m - warm):           # 2. steady: one forward, one backward
+        stage.forward(warm + i)
+        stage.backward(i)
+    for i in range(m - warm, m):        # 3. cool-down: empty it
+        stage.backward(i)
+
+
+def forward_backward(model, optimizer, micros, loss_of, weights=None, summed=False,
+                     schedule=one_forward_one_backward):
     """Forward and backward of all micro-batches of this replica (loss.backward() on each); then
     clip_and_step. Returns {'loss': ..., stats ...} as floats over all micro-batches of all replicas, the same
     on every rank (a name that ends in _max: the largest); with pp also 'bubble', the share of the time that
@@ -1412,37 +1388,25 @@ def forward_backward(model, optimizer, micros, loss_of, weights=None, summed=Fal
     weights = [float(w) for w in weights] if weights is not None else [1.0] * len(micros)
     total = sum(weights)
     if mesh.dp > 1:
-        mine = mesh._near(torch.tensor([[total, len(micros)]], dtype=torch.float64))
-        seen = mesh.copies.all_gather(mine, 'weights of the batch').cpu()
-        total = float(seen[:, 0].sum())
-        if len(seen[:, 1].unique()) > 1:
-            raise ValueError(f'the replicas hold {seen[:, 1].int().tolist()} micro-batches: each needs as '
-                             f'many as '
-                             f'the others')
+        mine = torch.tensor([[total, len(micros)]], dtype=torch.float64)
+        totals, counts = mesh.copies.all_gather(mine, 'weights of the batch').unbind(1)
+        total = float(totals.sum())
+        if counts.min() < counts.max():
+            raise ValueError(f'the replicas hold {counts.int().tolist()} micro-batches: each needs as many '
+                             f'as the others')
     if not total > 0:
         raise ValueError(f'nothing to learn from in this batch: the weights of its {len(micros)} '
-                         f'micro-batches add '
-                         f'up to {total}')
+                         f'micro-batches add up to {total}')
     scales = [1.0 if summed else w / total for w in weights]
     start, waited = time.perf_counter(), mesh.pp.waited + mesh.pp_back.waited
-    if mesh.pp.size > 1:
-        pipe = Pipeline(model, optimizer, micros, loss_of, scales)
-        (schedule or one_forward_one_backward)(pipe, len(micros), mesh.pp.size - 1 - mesh.pp.rank)
-        pipe.finish()
-        results = mesh.pp.share_object(_numbers(pipe.results), mesh.pp.size - 1, 'metrics')
-    else:
-        results = []
-        for i, (micro, scale) in enumerate(zip(micros, scales)):
-            loss, stats = loss_of(model, micro)
-            part = loss * scale
-            optimizer.backward(part, last=i == len(micros) - 1)
-            results.append({'loss': part.detach(), **stats})
-        results = _numbers(results)
-        if optimizer.scale:
-            for micro, result in zip(micros, results):
-                if not math.isfinite(result['loss']):
-                    raise ValueError(_overflow(model, micro, loss_of))
-    metrics = _over_replicas(mesh, results, scales)
+    stage = Stage(model, optimizer, micros, loss_of, scales)
+    schedule(stage, len(micros), stage.later)
+    stage.finish()
+    results = mesh.pp.share_object(_numbers(stage.results, scales), mesh.pp.size - 1, 'metrics')
+    for micro, result in zip(micros, results):
+        if optimizer.scale and mesh.pp.size == 1 and not math.isfinite(result['loss']):
+            raise ValueError(_overflow(model, micro, loss_of))
+    metrics = _over_replicas(mesh, results)
     if mesh.pp.size > 1:
         metrics['bubble'] = (mesh.pp.waited + mesh.pp_back.waited - waited) / (time.perf_counter() - start)
         metrics['bubble_ideal'] = (mesh.pp.size - 1) / (len(micros) + mesh.pp.size - 1)
@@ -1453,71 +1417,73 @@ def forward_backward(model, optimizer, micros, loss_of, weights=None, summed=Fal
 def _overflow(model, micro, loss_of):
     """Which layer's output is not finite in float16 (largest number 65,504): loss scaling cannot help
     there."""
-    seen = []
+    names, seen = {m: name for name, m in model.named_modules()}, []
 
-    def look(name, out):
+    def look(module, args, out):  # a layer comes before the block that it is part of
         for t in out if isinstance(out, tuple) else (out,):
-            if isinstance(t, torch.Tensor) and t.is_floating_point() and not bool(t.isfinite().all()):
-                seen.append(name)
-    named = [(name, m) for name, m in model.named_modules() if not any(m.children())]
-    hooks = [m.register_forward_hook(lambda m, args, out, name=name: look(name, out)) for name, m in named]
+            if not bool(t.isfinite().all()):
+                seen.append(names.get(module))
+    hook = nn.modules.module.register_module_forward_hook(look)
     loss_of(model, micro)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     where = (seen or ['the loss'])[0]
     return f'the output of {where} is not finite in float16: set --dtype=float32, or bfloat16'
 
 
-def _over_replicas(mesh, results, scales):
-    """One dict of floats out of those of the micro-batches; the loss is scaled already."""
+def _over_replicas(mesh, results):
+    """One dict of floats out of those of the micro-batches."""
     if any(r.keys() != results[0].keys() for r in results):
         raise ValueError(f'the loss function must return the same statistics for every micro-batch, got '
                          f'{[sorted(r) for r in results]}')
     out = {}
     for name in results[0]:
         values = [r[name] for r in results]
-        if name.endswith('_max'):
-            out[name] = max(values)
-        else:
-            out[name] = sum(values) if name == 'loss' else sum(v * scale for v, scale in zip(values, scales))
+        out[name] = max(values) if name.endswith('_max') else sum(values)
     if mesh.dp > 1:
-        row = mesh._near(torch.tensor([list(out.values())], dtype=torch.float64))
-        for name, column in zip(out, mesh.copies.all_gather(row, 'metrics').cpu().unbind(1)):
+        row = torch.tensor([list(out.values())], dtype=torch.float64)
+        for name, column in zip(out, mesh.copies.all_gather(row, 'metrics').unbind(1)):
             out[name] = float(column.max() if name.endswith('_max') else column.sum())
     return out
 
 
-def _numbers(results):
-    """Tensors to floats, only now: a float() waits for the GPU."""
-    def number(x):
-        return float(x.detach() if isinstance(x, torch.Tensor) else x)
-    return [{name: number(x) for name, x in found.items()} for found in results]
+def _numbers(results, scales):
+    """Tensors to floats, only now: a float() waits for the GPU; means to shares of the whole, which the loss
+    is already."""
+    found = []
+    for result, scale in zip(results, scales):
+        numbers = {}
+        for name, x in result.items():
+            x = float(x.detach() if isinstance(x, torch.Tensor) else x)
+            numbers[name] = x if name == 'loss' or name.endswith('_max') else x * scale
+        found.append(numbers)
+    return found
 
 
-class Pipeline:
-    """One stage's part of a step: forward(i) and backward(i) of micro-batch i, which the schedules order."""
+class Stage:
+    """One stage's part of a step: forward(i) and backward(i) of micro-batch i, which the schedules order. A
+    model that is not cut into stages is the first and the last one."""
 
     def __init__(self, model, optimizer, micros, loss_of, scales):
         self.model, self.optimizer, self.loss_of = model, optimizer, loss_of
         self.micros, self.scales = micros, scales
-        self.pp, self.back = model.mesh.pp, model.mesh.pp_back
+        self.pp, self.back = optimizer.mesh.pp, optimizer.mesh.pp_back
+        self.later = self.pp.size - 1 - self.pp.rank  # stages behind this one
         self.inflight, self.sending, self.results = {}, collections.deque(), []
 
     def forward(self, i):
-        with _running(self.model):
-            try:
-                loss, stats = self.loss_of(self.model, self.micros[i])
-                out = loss * self.scales[i]
-                self.results.append({'loss': out.detach(), **stats})
-            except _Handoff as h:
-                out = h.x
-                self.sending.append((self.pp, self.pp.send(out.detach(), self.pp.rank + 1, 'activations')))
-            self.inflight[i] = None if self.model.first else self.model.body.wte.x, out
+        found, out = _through(self.model, self.loss_of, self.micros[i])
+        if out is None:
+            loss, stats = found
+            out = loss * self.scales[i]
+            self.results.append({'loss': out.detach(), **stats})
+        else:
+            self.sending.append((self.pp, self.pp.send(out.detach(), self.pp.rank + 1, 'activations')))
+        self.inflight[i] = self.model.body.wte.x if self.pp.rank else None, out
 
     def backward(self, i):
         x, out = self.inflight.pop(i)
         g = None
-        if not self.model.last:
+        if self.later:
             g = self.back.recv(torch.empty_like(out), self.back.rank + 1, 'gradients of activations')
         self.optimizer.backward(out, g, last=i == len(self.micros) - 1)
         if x is not None:
@@ -1532,40 +1498,18 @@ class Pipeline:
             group.wait(work, 'send')
 
 
-def all_forward_all_backward(pipe, m, later):
-    """GPipe's schedule (1811.06965), the simplest: activations of all m micro-batches are kept."""
-    for i in range(m):
-        pipe.forward(i)
-    for i in range(m):
-        pipe.backward(i)
-
-
-def one_forward_one_backward(pipe, m, later):
-    """1F1B (PipeDream-flush): at most pp - stage micro-batches are in flight, so activations do not grow with
-    their number. later: stages behind this one.
-
-        stage 0   F0 F1 F2 .. B0 F3 B1 F4 B2 .. B3 B4        pp = 3, m = 5; a stage is idle for 2 of 7 slots
-        stage 1      F0 F1 B0 F2 B1 F3 B2 F4 B3 .. B4
-        stage 2         F0 B0 F1 B1 F2 B2 F3 B3 F4 B4
-    """
-    warm = min(later, m)
-    for i in range(warm):               # 1. warm-up: fill the pipe
-        pipe.forward(i)
-    for i in range(m - warm):           # 2. steady: one forward, one backward
-        pipe.forward(warm + i)
-        pipe.backward(i)
-    for i in range(m - warm, m):        # 3. cool-down: empty it
-        pipe.backward(i)
-
-
-@contextlib.contextmanager
-def _running(model):
-    """Inside: the model may be called (once) by a loss function of the pipeline."""
+def _through(model, fn, micro):
+    """fn(model, micro) on this stage -> (what it returns, None), or on earlier stages (None, activations). fn
+    may call the model once."""
+    if not isinstance(model, Sharded):
+        return fn(model, micro), None
     model.running = True
-    if isinstance(model.body.wte, _Receive):
+    if not model.first:
         model.body.wte.x = None
     try:
-        yield
+        return fn(model, micro), None
+    except _Handoff as h:
+        return None, h.x
     finally:
         model.running = False
 
@@ -1574,18 +1518,18 @@ def _running(model):
 def evaluate(model, micros, fn):
     """[fn(model, micro) for micro in micros] without gradients, on every rank of the replica. fn returns a
     tensor or a tuple of them."""
-    mesh = getattr(model, 'mesh', None)
-    if mesh is None or mesh.pp.size == 1:
-        return [fn(model, micro) for micro in micros]
+    mesh = getattr(model, 'mesh', ALONE)
     outputs, sending = [], []
     for micro in micros:
-        with _running(model):
-            try:
-                outputs.append(fn(model, micro))
-            except _Handoff as h:
-                sending.append(mesh.pp.send(h.x, mesh.pp.rank + 1, 'activations'))
+        found, x = _through(model, fn, micro)
+        if x is None:
+            outputs.append(found)
+        else:
+            sending.append(mesh.pp.send(x, mesh.pp.rank + 1, 'activations'))
     for work, _ in sending:
         mesh.pp.wait(work, 'send')
+    if mesh.pp.size == 1:
+        return outputs
     return _move(mesh.pp.share_object(_move(outputs, 'cpu'), mesh.pp.size - 1, 'outputs'), mesh.device)
 
 
@@ -1593,33 +1537,30 @@ def evaluate(model, micros, fn):
 # full tensors out of any layout, checkpoints
 
 
-def _wide(dtype):
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-
 @torch.no_grad()
 def _full_tensors(model, read=None, keep=None):
     """Yields (name, full tensor) on every rank: owners fill in what they hold, the world adds up (x + 0 = x:
-    exact). `read(piece)` -> flat tensor, for the optimizer's kinds of the trained parameters; without it the
+    exact). `read(part)` -> flat tensor, for the optimizer's kinds of the trained parameters; without it the
     weights of all. keep(name): which of them."""
     if not isinstance(model, Sharded):
         for part in _parts(model):
-            if (read is None or part.pieces) and (keep is None or keep(part.name)):
-                full = part.param.detach() if read is None else read(part.pieces[0]).view(part.shape)
-                yield part.name, full
+            if (read is None or part.weight is not None) and (keep is None or keep(part.name)):
+                yield part.name, part.param.detach() if read is None else read(part).view(part.shape)
         return
     mesh, owned = model.mesh, {part.name: part for part in model.parts if part.owner}
     split = mesh.zero > 0 and mesh.data.size > 1
-    for name, shape, dtype, trained in model.full:
+    for name, (shape, dtype, trained) in model.full.items():
         if (read is not None and not trained) or (keep is not None and not keep(name)):
             continue
-        full = torch.zeros(shape, dtype=dtype if read is None else _wide(dtype), device=mesh.device)
+        full = torch.zeros(shape, dtype=dtype, device=mesh.device)
         part = owned.get(name)
-        if part is not None and (split and part.bucketed or mesh.data.rank == 0):
-            local = torch.zeros(part.param.shape, dtype=full.dtype, device=mesh.device)
-            for p in part.pieces:
-                local.view(-1)[p.lo:p.hi] = p.weight if read is None else read(p)
-            part.put(full, local if part.bucketed else part.param)
+        if part is not None and (split and part.weight is not None or mesh.data.rank == 0):
+            local = part.param
+            if part.weight is not None:
+                local = full.new_zeros(local.shape)
+                if part.lo < part.hi:
+                    local.view(-1)[part.lo:part.hi] = part.weight if read is None else read(part)
+            part.put(full, local)
         mesh.everyone.all_reduce(full, 'full weights')
         yield name, full
 
@@ -1632,7 +1573,7 @@ def full_state(model, only_master=False, keep=None):
     for name, full in _full_tensors(model, keep=keep):
         if not only_master or mesh is None or mesh.master:
             state[name] = full.cpu() if only_master else full
-    if hasattr(model, 'config') and model.config.tie and model.head == 'lm' and 'wte.weight' in state:
+    if model.config.tie and model.head == 'lm' and 'wte.weight' in state:
         state['lm_head.weight'] = state['wte.weight']
     return state
 
@@ -1661,7 +1602,7 @@ def read_checkpoint(path, mmap=False):
     except Exception as e:  # torch raises whatever its readers of zip and pickle meet
         best = os.path.join(os.path.dirname(path), 'ckpt_best.pt')
         other = f'; {best} may still be good' if os.path.exists(best) and best != path else ''
-        why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:100]}'
+        why = f'{type(e).__name__}: {str(e)[:100]}'.splitlines()[0]
         raise ValueError(f'{path}: not a checkpoint of ours, or cut short ({why}){other}') from None
 
 
@@ -1692,40 +1633,40 @@ def save_checkpoint(path, mesh, model, optimizer, value=None, value_optimizer=No
 # what it will cost
 
 
-def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, itemsize=4, activations=0):
+def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, activations=0):
     """Bytes on the fullest rank: {'weights', 'gradients', 'optimizer', 'in_flight', 'activations', 'total'};
     n = dp cp ranks share under ZeRO. model: an unsharded GPT, one on torch.device('meta') is enough;
     activations: of one micro-batch in a world of one (run.activation_bytes), divided here by tp and cp; 1F1B
-    holds pp micro-batches of L / pp layers, so pp cancels. Gradients 4 bytes a parameter, Adam's moments 8,
-    float32 masters of bf16 weights 4; ZeRO-3 holds two fetched layers; in flight is the largest gradient on
-    its way into the sum (of a tied embedding the head's, beside the table's). GPT-2 small, one process,
-    float32: 498 + 498 + 996 + 154 MB."""
+    holds pp micro-batches of L / pp layers, so pp cancels. Weights and gradients 4 bytes a parameter, Adam's
+    moments 8; ZeRO-3 holds two fetched layers; in flight is the largest gradient on its way into the sum (of
+    a tied embedding the head's, beside the table's). GPT-2 small, one process: 498 + 498 + 996 + 154 MB."""
     c, n = model.config, dp * cp if zero else 1
-    sizes = [collections.Counter() for _ in range(pp)]    # of each stage, {layer: parameters of a tp rank}
-    trained = [collections.Counter() for _ in range(pp)]
+    frozen = [0] * pp  # parameters of a tp rank, on each stage
+    trained = [collections.Counter() for _ in range(pp)]  # of each layer
     for name, p in model.named_parameters():
-        dim, ranges = _ranges(name, c, tp, 0)
+        dim, ranges = _ranges(name, c, Group('tp', range(tp)))
         here = p.numel()
-        if ranges and tp > 1:
+        if ranges:
             here = here // p.shape[dim] * sum(b - a for a, b in ranges)
         unit, i, *_ = name.split('.')
         stages = {pp - 1}
         if unit == 'h':
-            unit = f'h.{i}'
+            unit += i
             stages = {next(s for s in range(pp) if int(i) < c.n_layer * (s + 1) // pp)}
         elif unit in ('wte', 'wpe'):
             stages = {0, pp - 1} if unit == 'wte' and c.tie and model.head == 'lm' else {0}
         for stage in stages:
-            sizes[stage][unit] += here
             trained[stage][unit] += here * p.requires_grad
+            frozen[stage] += here * (not p.requires_grad)
     plans = []
-    for stage in range(pp):
-        local, large = sum(trained[stage].values()), max(trained[stage].values())
-        weights, kept = sum(sizes[stage].values()), local / n + large
+    for still, layers in zip(frozen, trained):
+        local, large = sum(layers.values()), max(layers.values())
+        weights = gradients = local
         if zero == 3 and n > 1:
-            weights += local / n + sum(sorted(trained[stage].values())[-2:]) - local
-        parts = dict(weights=itemsize * weights, gradients=4 * (local if zero < 2 or n == 1 else kept),
-                     optimizer=(12 if itemsize == 2 else 8) * local / n, in_flight=4 * large,
-                     activations=activations / (tp * cp))
+            weights = local / n + sum(sorted(layers.values())[-2:])
+        if zero >= 2 and n > 1:
+            gradients = local / n + large
+        parts = dict(weights=4 * (still + weights), gradients=4 * gradients, optimizer=8 * local / n,
+                     in_flight=4 * large, activations=activations / (tp * cp))
         plans.append(dict(parts, total=sum(parts.values())))
     return max(plans, key=lambda parts: parts['total'])

@@ -166,6 +166,18 @@ def test_training_moves_the_adapter_only_and_the_checkpoint_holds_it_only(tmp_pa
     assert torch.equal(again.eval()(tokens())[0], model.eval()(tokens())[0])
 
 
+def test_where_an_adapter_starts():
+    """As nn.Linear: A uniform in +-1 / sqrt(in), B 0; of an embedding A 0 and B normal, as in PEFT; the scale
+    is alpha / r, rsLoRA's alpha / sqrt(r)."""
+    model = lora.add_lora(build('gpt2'), 16, 8, targets='mlp.c_proj,wte')
+    layer, table = model.h[1].mlp.c_proj, model.wte
+    a = layer.lora_A.default
+    assert a.shape == (16, 128) and 0.98 < a.abs().max() * 128 ** 0.5 <= 1 and abs(a.mean()) < 0.01
+    assert a.std().item() == pytest.approx((3 * 128) ** -0.5, rel=0.05) and not layer.lora_B.default.any()
+    assert table.lora_B.default.std().item() == pytest.approx(1, rel=0.1) and not table.lora_A.default.any()
+    assert layer.spec.scale == 0.5 and lora.Spec(16, 8, rslora=True).scale == 2.0
+
+
 def test_worked_number_gpt2_small():
     with torch.device('meta'):
         model = GPT(GPTConfig())

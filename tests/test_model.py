@@ -43,6 +43,24 @@ def hf_model(arch, kind='causal', **over):
     return m
 
 
+@pytest.mark.parametrize('arch', ['gpt2', 'qwen3'])
+def test_weights_start_as_gpt2s_and_nanogpts(arch):
+    """N(0, 0.02), on the way back into the residual stream 0.02 / sqrt(2 n_layer); the scalar head N(0, 1 /
+    sqrt(C + 1)); norms 1, biases 0."""
+    torch.manual_seed(SEED)
+    shape = dict(n_layer=8, n_head=4, n_embd=128, vocab_size=512, block_size=64)
+    for name, p in GPT(GPTConfig.of(arch, **shape), 'scalar').named_parameters():
+        if p.dim() == 1:
+            assert (p == (1.0 if name.endswith('weight') else 0.0)).all(), name
+            continue
+        back = name.split('.')[-2] in ('c_proj', 'o_proj', 'down_proj')
+        want, rough = (0.02 / 4, 0.05) if back else (0.02, 0.05)
+        if name == 'score.weight':
+            want, rough = 129 ** -0.5, 0.25  # of 128 numbers
+        assert p.std().item() == pytest.approx(want, rel=rough), name
+        assert abs(p.mean()) < 5 * want / p.numel() ** 0.5, name
+
+
 LLAMA3 = dict(rope_type='llama3', rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
 CASES = [('gpt2', {}), ('gpt2', dict(activation_function='relu', tie_word_embeddings=False, n_inner=50)),
@@ -113,6 +131,17 @@ def test_scalar_head_is_sequence_classification(arch, tmp_path):
     assert (GPT.from_pretrained(str(tmp_path / 'b'))(idx)[0][:, -1] - want - 0.75).abs().max() < 1e-4
 
 
+def test_the_head_that_is_not_asked_for_is_left_out(tmp_path):
+    """An untied language model under a scalar head, which starts anew; a reward model as a language model,
+    whose head is its embedding."""
+    hf_model('llama', tie_word_embeddings=False).save_pretrained(tmp_path / 'lm')
+    hf_model('gpt2', 'scalar').save_pretrained(tmp_path / 'scalar')
+    scalar = GPT.from_pretrained(str(tmp_path / 'lm'), head='scalar')
+    assert scalar.fresh_head and scalar.score.weight.std() > 0.1 and not hasattr(scalar, 'lm_head')
+    model = GPT.from_pretrained(str(tmp_path / 'scalar'), head='lm')
+    assert model.lm_head.weight is model.wte.weight and not hasattr(model, 'score')
+
+
 @pytest.mark.parametrize('arch', ['gpt2', 'llama', 'qwen3'])
 def test_greedy_generation_equals_transformers(arch, tmp_path):
     hf = hf_model(arch).double()  # float64: a tie in float32 would be a matter of rounding
@@ -156,6 +185,25 @@ def test_loss_and_checkpointing_equal_cross_entropy():
     g2 = torch.autograd.grad(m(idx, targets)[1], list(m.parameters()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(g1, g2))
     assert float(m(idx, torch.full_like(targets, -1))[1]) == 0.0  # a fully masked row is finite
+
+
+def test_answers_in_a_row_of_their_own_are_those_that_share_their_prompt():
+    """What context parallelism computes: each answer behind a prompt of its own, in one packed row."""
+    torch.manual_seed(SEED)
+    groups = [([1, 2, 3], [[4, 5], [6]]), ([7], [[8, 9, 10]])]
+    m = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=31, block_size=24)).double()
+    idx, doc, where = M._whole_answers(m, groups)
+    assert idx.tolist() == [[1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9, 10]]
+    assert doc.tolist() == [[0] * 5 + [1] * 4 + [2] * 4]
+    logp, entropy, mask = M.answer_logprobs(m, groups, 0.7)
+    assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    found = m.logprobs(idx, 0.7, doc=doc, where=where[:, :-1], entropy=True)
+    for ours, theirs in zip((logp, entropy), found):
+        assert (ours[mask] - theirs[where[:, :-1]]).abs().max() < 1e-12 and not ours[~mask].any()
+    packed = m.logprobs(idx, doc=doc)[0]  # nothing is predicted across a border
+    apart = [m.logprobs(idx[:, doc[0] == i])[0] for i in range(3)]
+    inside = [i for i in range(12) if i not in (4, 8)]
+    assert not packed[[4, 8]].any() and torch.allclose(packed[inside], torch.cat(apart))
 
 
 @pytest.fixture(scope='module')
@@ -208,6 +256,7 @@ REFUSED = [  # what is other than in a sound folder, what the error says
     (dict(config=dict(rope_theta=1e6)), 'rope_theta'), (dict(config=dict(rope_scaling=[])), 'fine'),
     (dict(config=dict(rope_parameters={'rope_type': 'yarn', 'factor': 4.0})), 'yarn'),
     (dict(config=dict(rope_parameters={**LLAMA3, 'factor': None})), 'no rope_parameters.factor'),
+    (dict(config=dict(rope_parameters={**LLAMA3, 'high_freq_factor': 1.0})), 'low_freq_factor is not below'),
     (dict(config=dict(rope_parameters={**LLAMA3, 'original_max_position_embeddings': None})),
      'original_max_pos'),
     (dict(config=dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5))),
@@ -329,6 +378,8 @@ def test_safetensors_are_those_of_the_library_and_lies_are_refused(tmp_path):
     theirs = pytest.importorskip('safetensors.torch').load_file(path)
     assert equal(M.load_safetensors(path), state) and equal(theirs, state)
     good = open(path, 'rb').read()
+    M.save_safetensors(path, {})
+    assert M.load_safetensors(path) == {}
     n = int.from_bytes(good[:8], 'little')
     head = json.loads(good[8:8 + n])
     lies = [dict(dtype='F8_E4M3'), dict(shape=[3, 6]), dict(shape=[-3, -5]), dict(data_offsets=[0, 60]),

@@ -298,7 +298,8 @@ def rank_of(p, rank):
 FATES = [('sft', ['--zero=1'], signal.SIGKILL)] + [pytest.param(*fate, marks=pytest.mark.slow) for fate in (
     ('reward', ['--zero=2'], signal.SIGKILL), ('dpo', ['--tp=2'], signal.SIGKILL),
     ('ppo', ['--zero=3'], signal.SIGKILL),
-    ('grpo', ['--pp=2'], signal.SIGKILL), ('sft', ['--tp=2', '--dist_timeout=12'], signal.SIGSTOP))]
+    ('grpo', ['--pp=2'], signal.SIGKILL), ('grpo_async', ['--rollout_workers=2'], signal.SIGKILL),
+    ('sft', ['--tp=2', '--dist_timeout=12'], signal.SIGSTOP))]
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc'), reason='finds the worker in /proc')
