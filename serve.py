@@ -224,7 +224,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # header and body are two small writes: the second would wait 40 ms for the first
     disable_nagle_algorithm = True
     streaming = False
-    log_message = lambda *said: None  # prompts are the users' own
+
+    def log_message(self, *said):
+        """Says nothing: prompts are the users' own."""
 
     # ---- HTTP ----
 

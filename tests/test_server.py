@@ -708,7 +708,7 @@ def grown(work):
         while threading.active_count() > (seen[0][0] if seen else 0) and time.time() < until:
             time.sleep(0.1)
         gc.collect()
-        with open('/proc/self/statm') as f:
+        with open('/proc/self/statm', encoding='utf-8') as f:
             seen.append((threading.active_count(), int(f.read().split()[1]) * 4096 / 1e6))
     return seen[1][0] - seen[0][0], seen[1][1] - seen[0][1]
 
