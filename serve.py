@@ -8,7 +8,6 @@ it over and waits on a queue; ten times a second it looks whether its client is 
 and chat_template_kwargs are read as the stages read a row; a tool call comes back as the text that the model
 wrote. What is not honoured is refused by name, never ignored.
 """
-import contextlib
 import dataclasses
 import hmac
 import http.server
@@ -61,7 +60,6 @@ KEYS = {
 MOST = {'n': 128, 'logprobs': 20, 'top_logprobs': 20}
 FINE = {  # keys that we do not have, with the values that ask for nothing
     'best_of': [1],
-    'suffix': [''],
     'tool_choice': ['none', 'auto'],
     'response_format': [{'type': 'text'}],
     'add_generation_prompt': [True],
@@ -162,7 +160,7 @@ class Server(http.server.ThreadingHTTPServer):
         if ':' in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
-        self.engine, self.name, self.created = engine, name, int(time.time())
+        self.engine, self.name = engine, name
         self.api_key, self.cors = api_key, cors
         self.inbox = queue.SimpleQueue()  # what the engine's thread shall do between two steps
         self.boxes = {}  # request id -> the queue of the connection that waits for it
@@ -226,7 +224,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     streaming = False
 
     def log_message(self, *said):
-        """Says nothing: prompts are the users' own."""
+        return  # prompts are the users' own
 
     # ---- HTTP ----
 
@@ -281,7 +279,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header('Content-Type', 'application/json')
-        self.send_header('Content-Length', str(len(data)))
+        self.send_header('Content-Length', len(data))
         self.end_headers()
         if self.command != 'HEAD':
             self.wfile.write(data)
@@ -307,7 +305,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         card = dict(
             id=server.name,
             object='model',
-            created=server.created,
+            created=int(time.time()),
             owned_by='plainrlhf',
             max_model_len=server.engine.max_len,
         )
@@ -326,8 +324,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(f'There is no {path} here, but {" and ".join(KEYS)}.', 404)
         body = checked(self.read_json(), path)
         if body.get('model', name) != name:
-            message = f"The model {body['model']!r} does not exist; this server has {name!r}."
-            raise BadRequest(message, 404, 'model_not_found')
+            raise BadRequest(
+                f"The model {body['model']!r} does not exist; this server has {name!r}.",
+                404,
+                'model_not_found',
+            )
         chat = 'messages' in KEYS[path]
         prompts = [chat_prompt(body, engine.tokenizer)] if chat else prompts_of(body)
         limit = body.get('max_tokens', engine.max_len if chat else 16)
@@ -376,8 +377,7 @@ class Answer:
         kind = 'chat.completion' + '.chunk' * self.stream if chat else 'text_completion'
         self.id = ('chatcmpl-' if chat else 'cmpl-') + os.urandom(12).hex()
         self.frame = dict(id=self.id, object=kind, created=int(time.time()), model=self.server.name)
-        count = len(prompts) * params.n
-        self.choices = [Choice(k, list(prompts[k // params.n])) for k in range(count)]
+        self.choices = [Choice(k, list(prompts[k // params.n])) for k in range(len(prompts) * params.n)]
         self.looked = self.count = 0  # when the client was last looked at; tokens so far
 
     def send(self):
@@ -407,11 +407,13 @@ class Answer:
                 if readable([client], 0) and not client.recv(1, socket.MSG_PEEK):
                     raise ConnectionResetError
                 self.looked = time.monotonic()
-            with contextlib.suppress(queue.Empty):
+            try:
                 event = box.get(timeout=LOOK)
-                if isinstance(event, BadRequest):
-                    raise event
-                return event
+            except queue.Empty:
+                continue
+            if isinstance(event, BadRequest):
+                raise event
+            return event
 
     def take(self, event):
         choice = self.choices[event['request_id'][1] * self.params.n + event['index']]
@@ -440,14 +442,13 @@ class Answer:
     def add(self, choice, token, text, logprob, top):
         """What is to be told of a token. top: {token: log-prob} of the largest; /v1/completions wants the
         token itself among them."""
-        top = top if self.chat else {**top, token: logprob}
-        texts = [self.engine.text_of(t, choice.tokens) for t in top]
         if self.chat:
-            best = [entry(*row) for row in zip(texts, top.values())]
+            best = [entry(self.engine.text_of(t, choice.tokens), x) for t, x in top.items()]
             choice.entries.append(dict(entry(text, logprob), top_logprobs=best))
         else:
             named = {}
-            for name, (t, x) in zip(texts, top.items()):
+            for t, x in {**top, token: logprob}.items():
+                name = self.engine.text_of(t, choice.tokens)
                 named[name if name and name not in named else f'token_id:{t}'] = x  # two may have one text
             named = None if logprob is None else named
             choice.entries.append((text, logprob, named, choice.offset))
