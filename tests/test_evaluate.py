@@ -174,7 +174,8 @@ def test_an_environment_marks_conversations(evaluate, world):
     assert [row['ask'] for row in rows] == ['Q: 0', 'Q: 1', 'Q: 3'] and out['prompts'] == 3
     texts = [(text, mark) for row in rows for text, mark in zip(row['completions'], row['scores'])]
     end = E.get_tokenizer('byte').decode([256])  # of a first turn
-    whole = [(text.replace('<again>', '').replace(end, ''), mark) for text, mark in texts if '<again>' in text]
+    twice = [(text, mark) for text, mark in texts if '<again>' in text]
+    whole = [(text.replace('<again>', '').replace(end, ''), mark) for text, mark in twice]
     assert whole and all(mark == len(text) % 2 for text, mark in whole)
     assert out['pass@1'][0] == pytest.approx(statistics.mean(mark for _, mark in texts))
     assert all(row['score'] == 1 for row in rows_of('best.jsonl'))
