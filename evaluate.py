@@ -7,8 +7,9 @@
     python evaluate.py --init_from=out-sft --eval_file=asked.jsonl --reward=out-reward --num_samples=8 \\
         --temperature=1 --write=best.jsonl,pairs.jsonl     # rows for rejection-sampling SFT and online DPO
 The model answers every row of eval_file num_samples times; its answers are written before anybody marks them:
-  1. reward: the file that training used, so that answers are read by the same eyes. pass@k without bias (Chen
-     et al. 2021, 2107.03374 eq. 1); maj@k: the answer that most of k samples give (Wang et al. 2203.11171)
+  1. reward: the file that training used, so that answers are read by the same eyes; or env: conversations of
+     several turns in the environment that training used, which marks them. pass@k without bias (Chen
+     et al. 2021, 2107.03374 eq. 1); maj@k: the answer that most of the k samples give (2203.11171)
   2. against: another model, or a file with its answers. judge: a reward file, a reward model, or an endpoint
      with OpenAI's API (data/judge.py), asked in both orders. Win rate = wins + half the ties
   3. distinct-1 to 3, the share of answers that repeat a run of four words, the share that end, the length
@@ -20,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from files import replaced
 from grpo import pass_at_k
 from model import all_rewards, write_json
 from reward import wilson
-from rollout import ask_reward, load_reward
+from rollout import ask_reward, load_env, load_reward, Pool, started_by, without_end
 from run import load_model, pick_device, pick_threads
 from tokenizer import alpaca_prompt, encode_prompt, encode_row, get_tokenizer, plain_row, template_args
 
@@ -46,7 +46,9 @@ init_from = 'out-sft' # an out_dir or its ckpt.pt, a Hugging Face directory or n
 eval_file = '' # rows {"prompt" or "question" or "instruction", ...}; '' only with perplexity
 limit = 0 # >= 0: the first so many rows; 0 = all
 reward = '' # file with reward(prompt, completion, row) -> float, right means above 0.5; or a reward model
-ks = '1' # of pass@k and maj@k, by comma, none above num_samples; majority where the file has extract_answer
+env = '' # FILE.py with a class Env (see rollout.load_env): what it pays is the mark, unless there is a reward
+max_turns = 4 # >= 1: of the model in a conversation; max_new_tokens holds all turns and replies
+ks = '1' # of pass@k, by comma, none above num_samples
 against = '' # a model, or a .jsonl with {"prompt", "completion"} or what this script wrote
 judge = '' # who compares: a reward file, a reward model (out_dir, directory), or http://host/v1; '' = reward
 judge_model = 'gpt-4o-mini' # the model's name at an http judge
@@ -84,7 +86,8 @@ def classes_of(answers: list, right: list, equal=None) -> list:
     """Answers [str or None], right [bool] -> [class]: 'right' (what is paid for one reference is one class,
     however it looks), else the first wrong answer that it equals, else None. ['1/2', '0.5', '3', None], two
     right -> ['right', 'right', '3', None]."""
-    found, out = [], []
+    found = []
+    out = []
     for answer, paid in zip(answers, right):
         if paid:
             answer = 'right'
@@ -104,23 +107,14 @@ def vote(classes: list) -> float:
     return winners.count('right') / max(1, len(winners))
 
 
-def maj_at_k(classes: list, k: int, draws: int = 256) -> float:
-    """Mean of vote() over the subsets of k samples: all of them where there are at most `draws`, else that
-    many drawn with a fixed seed. ['right', 'right', '3'], k=1 -> 2/3; k=3 -> 1."""
-    subsets = itertools.combinations(classes, k)
-    if math.comb(len(classes), k) > draws:
-        rng = random.Random(0)
-        subsets = (rng.sample(classes, k) for _ in range(draws))
-    return fmean(map(vote, subsets))
-
-
 def spread(values, weights=None) -> tuple:
     """(mean, standard error) of per-prompt values (n,). Samples of one prompt are not independent, so prompts
     are counted. [0, 1], [1, 3] -> (0.75, 0.26)."""
     v = np.asarray(values, float)
     w = np.ones(len(v)) if weights is None else np.asarray(weights)
     mean = np.average(v, weights=w)
-    return float(mean), float(np.linalg.norm(w * (v - mean)) / w.sum())
+    error = np.linalg.norm(w * (v - mean)) / w.sum()
+    return float(mean), float(error)
 
 
 def around(values, weights=None) -> tuple:
@@ -149,7 +143,8 @@ def diversity(texts: list, run: int = 4) -> dict:
     share of texts that hold a run of `run` words twice; same = share of texts that another one equals.
     ['a b', 'a b'] -> 0.5, 0.5, 0; 0; 1."""
     said = [re.findall(r'\w+|[^\w\s]', text.lower()) for text in texts]
-    out, counts = {}, Counter(texts)
+    out = {}
+    counts = Counter(texts)
     for n in (1, 2, 3):
         every = [gram for words in said for gram in grams(words, n)]
         out[f'distinct-{n}'] = len(set(every)) / max(1, len(every))
@@ -166,7 +161,7 @@ def diversity(texts: list, run: int = 4) -> dict:
 def read_rows(path: str) -> list:
     """Rows of a file, each with its own "prompt", a string or messages, as training reads it."""
     rows = []
-    for i, row in enumerate(load_dataset(path), 1):
+    for i, row in enumerate(map(started_by(env), load_dataset(path)), 1):
         prompt = row.get('prompt') or row.get('question')
         if not prompt and row.get('instruction'):
             prompt = alpaca_prompt(row)
@@ -192,7 +187,8 @@ class Answers:
     """num_samples answers to each row, one after the other."""
     texts: list    # [str]
     ended: list    # [bool]: by an end token or a stop string, not at the limit
-    tokens: float  # a text, mean
+    tokens: float  # of the model's in an answer, mean
+    paid: list = None  # [float] by the environment
 
 
 def by_row(values: list) -> list:
@@ -201,24 +197,37 @@ def by_row(values: list) -> list:
 
 
 def generate(name: str, rows: list) -> Answers:
-    """A model answers. An answer depends on seed, row and sample alone, never on the batch."""
+    """A model answers, turn by turn where there is an environment. An answer depends on seed, row and sample
+    alone, never on the batch. A row whose environment fails is taken out of `rows`."""
     model, tok, _ = opened(name, half=True)
-    prompts = [encode_prompt(row, tok) for row in rows]
-    room = model.config.block_size
-    for i, ids in enumerate(prompts, 1):
-        if len(ids) >= room:
-            raise ValueError(f'{eval_file}, row {i}: the prompt has {len(ids)} tokens, '
-                             f'the context of {name} is {room}: leave the row out, or take another model')
-    ways = dict(
-        max_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        stop=stop or None, n=num_samples)
-    # two values of seed share no noise, not even on prompts that are alike
-    params = [infer.SamplingParams(seed=seed * 1_000_003 + i, **ways) for i in range(len(rows))]
-    done = infer.Engine(model, tok, max_num_seqs=max_num_seqs).generate(prompts, params)
+    stops = getattr(load_env(env), 'stop', None) if env else stop or None
+    ways = dict(temperature=temperature, top_p=top_p, stop=stops, n=num_samples)
+    jobs = []
+    for i, row in enumerate(rows):
+        ids = encode_prompt(row, tok)
+        room = model.config.block_size - len(ids)
+        if room < 1:
+            raise ValueError(f'{eval_file}, row {i + 1}: the prompt has {len(ids)} tokens, the context of '
+                             f'{name} is {room + len(ids)}: leave the row out, or take another model')
+        # two values of seed share no noise, not even on prompts that are alike
+        params = infer.SamplingParams(min(max_new_tokens, room), seed=seed * 1_000_003 + i, **ways)
+        jobs.append((i, row, ids, params))
+    engine = infer.Engine(model, tok, max_num_seqs=max_num_seqs)
+    pool = Pool(tok, env=env, max_turns=max_turns, reward_workers=1 if env else 0)
+    try:
+        groups = [group for group in pool.answer(jobs, engine) if group]
+    finally:
+        pool.close()
+    if len(groups) < len(rows):
+        print(f'{len(rows) - len(groups)} of {len(rows)} rows left out, the environment failed')
+        rows[:] = [rows[group.index] for group in groups]
+    answers = [answer for group in groups for answer in group.answers]
+    texts = [tok.decode(without_end(answer.ids, tok)) for answer in answers]
     return Answers(
-        texts=[c.text for c in done],
-        ended=[c.finish_reason == 'stop' for c in done],
-        tokens=fmean(len(c.token_ids) for c in done))
+        texts=[text.partition(stop)[0] for text in texts] if stop and not env else texts,
+        ended=[answer.ended for answer in answers],
+        tokens=fmean(sum(answer.own) for answer in answers),
+        paid=[paid for group in groups for paid in group.marks[env]] if env else None)
 
 
 def said_in(row: dict) -> list:
@@ -238,15 +247,15 @@ def answers_of(path: str, rows: list) -> Answers:
     twice gets its answers in order, and so do samples; one that is missing is an error."""
     def key(row):
         return json.dumps([row['prompt'], template_args(plain_row(row))], sort_keys=True)
-    found, texts = defaultdict(list), []
+    found = defaultdict(list)
+    texts = []
     for row in read_rows(path):
-        found[key(row)].append(said_in(row))
+        found[key(row)] += said_in(row)
     turns = {k: itertools.cycle(answers) for k, answers in found.items()}
     for i, row in enumerate(rows, 1):
         if key(row) not in turns:
             raise ValueError(f'{path}: no answer to row {i} of {eval_file}, {str(row["prompt"])[:80]!r}')
-        said = itertools.cycle(next(turns[key(row)]))
-        texts += [next(said) for _ in range(num_samples)]
+        texts += itertools.islice(turns[key(row)], num_samples)
     return Answers(texts, [True] * len(texts), 0.0)
 
 
@@ -267,7 +276,8 @@ def score(by: str, rows: list, answers: Answers) -> list:
     """[float] of each answer by a reward file or a reward model; what is no finite number is an error."""
     if by.endswith('.py'):
         fn = load_reward(by)
-        return [ask_reward(fn, by, rows[i // num_samples], text) for i, text in enumerate(answers.texts)]
+        marks = [ask_reward(fn, by, rows[i // num_samples], text) for i, text in enumerate(answers.texts)]
+        return [float(np.sum(mark)) for mark in marks]  # a list: one number a step
     model, tok, _ = opened(by, 'scalar')
     sequences = [ids[-model.config.block_size:] for ids in sequences_of(rows, answers, tok)]
     marks = all_rewards(model, sequences)
@@ -283,8 +293,7 @@ def compare(by: str, rows: list, ours: Answers, theirs: Answers) -> list:
         key = os.environ.get(judge_key, '')
         asked = list(zip(prompts, ours.texts, theirs.texts))
         return outcomes_of(by, asked, model=judge_model, key=key, max_tokens=judge_tokens)
-    our_marks, their_marks = score(by, rows, ours), score(by, rows, theirs)
-    gaps = np.subtract(our_marks, their_marks)
+    gaps = np.subtract(score(by, rows, ours), score(by, rows, theirs))
     better = np.where(gaps > 0, 'wins', 'losses')
     return np.where(abs(gaps) <= tie, 'ties', better).tolist()
 
@@ -294,23 +303,22 @@ def compare(by: str, rows: list, ours: Answers, theirs: Answers) -> list:
 
 
 def accuracy(rows: list, ours: Answers, wanted: list, columns: dict) -> dict:
-    """pass@k and maj@k by the reward file; the scores go to the columns."""
-    columns['scores'] = score(reward, rows, ours)
+    """pass@k, and maj@ of all samples, by the reward file or the environment; the scores go to the
+    columns."""
+    columns['scores'] = score(reward, rows, ours) if reward else ours.paid
     out = {'score': around([fmean(marks) for marks in by_row(columns['scores'])])}
-    if not reward.endswith('.py'):
+    if not (reward or env).endswith('.py'):
         return out  # a reward model does not say what is right
     right = [mark > 0.5 for mark in columns['scores']]
     for k in wanted:
         hits = [pass_at_k(torch.tensor(paid), num_samples, k) for paid in by_row(right)]
         out[f'pass@{k}'] = interval(hits)
-    names = load_reward(reward).__globals__
-    if 'extract_answer' in names:
+    names = load_reward(reward).__globals__ if reward else {}
+    if num_samples > 1 and 'extract_answer' in names:
         answers = by_row([names['extract_answer'](text) for text in ours.texts])
         equal = names.get('equal')
-        classes = [classes_of(*both, equal) for both in zip(answers, by_row(right))]
-        for k in wanted:
-            if k > 1:
-                out[f'maj@{k}'] = interval([maj_at_k(found, k) for found in classes])
+        votes = [vote(classes_of(*both, equal)) for both in zip(answers, by_row(right))]
+        out[f'maj@{num_samples}'] = interval(votes)
     return out
 
 
@@ -329,49 +337,54 @@ def win_rate(rows: list, ours: Answers, theirs: Answers, columns: dict) -> dict:
 def measure_perplexity(path: str) -> dict:
     """Nats a trained token of rows by the model of init_from; each row weighs what it has of them."""
     model, tok, place = opened(init_from)
-    room, nats, tokens = model.config.block_size, [], []
+    room = model.config.block_size
+    nats = []
+    tokens = []
     for row in list(load_dataset(path))[:limit or None]:
         ids, trained = encode_row(row, tok)
         counts = torch.tensor(trained[1:room])
         if counts.any():
-            logp = model.logprobs(torch.tensor([ids[:room]], device=place))[0].cpu()
+            idx = torch.tensor([ids[:room]], device=place)
+            logp = model.logprobs(idx)[0].cpu()
             nats.append(-logp[counts].mean().item())
             tokens.append(counts.sum().item())
     if not nats:
         raise ValueError(f'{path}: no row with a trained token')
     found = around(nats, tokens)
     exps = tuple(map(math.exp, found))
-    return {
-        'nats a token': found, 'perplexity': exps,
-        'perplexity tokens': sum(tokens)}
+    return {'nats a token': found, 'perplexity': exps, 'perplexity tokens': sum(tokens)}
 
 
 def best_answers(rows: list, texts: list, scores: list) -> list:
-    """{"prompt", "completion", "score"} of each row's best answer; those that a reward file calls wrong (0.5
-    and less) are left out."""
+    """{"prompt", "completion", "score"} of each row's best answer; those that a file calls wrong (0.5 and
+    less) are left out."""
     found = []
     for row, answers, marks in zip(rows, by_row(texts), by_row(scores)):
-        best = max(range(len(marks)), key=marks.__getitem__)
-        if marks[best] > 0.5 or not reward.endswith('.py'):
-            found.append(asked(row) | dict(completion=answers[best], score=marks[best]))
+        best = max(marks)
+        if best > 0.5 or not (reward or env).endswith('.py'):
+            found.append(asked(row) | dict(completion=answers[marks.index(best)], score=best))
     return found
 
 
 def preference_pairs(rows: list, columns: dict) -> list:
     """{"prompt", "chosen", "rejected"}: of each row the best answer against the worst, where their scores
     differ; with `against` each answer against the other model's, as the judge has it."""
-    texts, pairs = columns['completions'], []
+    pairs = []
     if 'outcomes' in columns:
-        for i, (ours, theirs, outcome) in enumerate(zip(texts, columns['against'], columns['outcomes'])):
-            chosen, rejected = (ours, theirs) if outcome == 'wins' else (theirs, ours)
+        for i, outcome in enumerate(columns['outcomes']):
+            chosen = columns['completions'][i]
+            rejected = columns['against'][i]
+            if outcome == 'losses':
+                chosen, rejected = rejected, chosen
             if outcome in ('wins', 'losses') and chosen != rejected:
-                pairs.append(asked(rows[i // num_samples]) | dict(chosen=chosen, rejected=rejected))
-        return pairs
-    for row, answers, marks in zip(rows, by_row(texts), by_row(columns['scores'])):
-        order = sorted(range(len(marks)), key=marks.__getitem__)
-        if marks[order[-1]] > marks[order[0]] + tie:
-            pairs.append(asked(row) | dict(chosen=answers[order[-1]], rejected=answers[order[0]]))
-    return pairs
+                pairs.append((rows[i // num_samples], chosen, rejected))
+    else:
+        for row, answers, marks in zip(rows, by_row(columns['completions']), by_row(columns['scores'])):
+            best = max(marks)
+            worst = min(marks)
+            if best > worst + tie:
+                pairs.append((row, answers[marks.index(best)], answers[marks.index(worst)]))
+    return [dict(asked(row), chosen=chosen, rejected=rejected) for row, chosen, rejected in pairs]
 
 
 def asked(row: dict) -> dict:
@@ -379,10 +392,9 @@ def asked(row: dict) -> dict:
     return {key: row[key] for key in ('prompt', 'tools', 'chat_template_kwargs') if key in row}
 
 
-def write_rows(path: str, rows: list, what: str):
+def write_rows(path: str, rows: list):
     with replaced(path, 'w') as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-    print(f'{path}: {len(rows)} {what}')
 
 
 def check_config() -> list:
@@ -401,12 +413,15 @@ def check_config() -> list:
                          '--temperature=0.8, or --num_samples=1')
     if write.count(',') > 1:
         raise ValueError(f"write {write!r}: two files at most, 'best.jsonl,pairs.jsonl'")
-    if write and not reward and (not against or write.split(',')[0]):
+    if write and not (reward or env) and (not against or write.split(',')[0]):
         raise ValueError(f'write {write!r}: which answer is the best, a reward says: --reward=FILE.py or a '
                          'reward model (pairs may also come from --against and --judge)')
     if write and not against and num_samples == 1:
         raise ValueError(f'write {write!r} with one sample a prompt: nothing to choose from; --num_samples=8 '
                          '--temperature=1')
+    if env and against:
+        raise ValueError('env with against: conversations are told apart by what they are paid; '
+                         "--against=''")
     if against and not (judge or reward):
         raise ValueError('against without a judge: --judge=data/toy/gold.py, a reward model, '
                          'or http://host/v1')
@@ -416,10 +431,10 @@ def check_config() -> list:
 def write_samples(path: str, rows: list, columns: dict):
     """The rows, each with its samples of every column."""
     grouped = {name: by_row(values) for name, values in columns.items()}
-    with replaced(path, 'w') as f:
-        for i, row in enumerate(rows):
-            sample = row | {name: groups[i] for name, groups in grouped.items()}
-            f.write(json.dumps(sample, ensure_ascii=False) + '\n')
+    samples = []
+    for i, row in enumerate(rows):
+        samples.append(row | {name: groups[i] for name, groups in grouped.items()})
+    write_rows(path, samples)
 
 
 def evaluate_rows(wanted: list, path: str) -> dict:
@@ -435,7 +450,7 @@ def evaluate_rows(wanted: list, path: str) -> dict:
     write_samples(path, rows, columns)
     out = {}
     try:
-        if reward:
+        if reward or env:
             out |= accuracy(rows, ours, wanted, columns)
         if against:
             out |= win_rate(rows, ours, given or generate(against, rows), columns)
@@ -444,12 +459,11 @@ def evaluate_rows(wanted: list, path: str) -> dict:
     write_samples(path, rows, columns)
     best, _, pairs = write.partition(',')
     if best:
-        write_rows(best, best_answers(rows, columns['completions'], columns['scores']), 'best answers')
+        write_rows(best, best_answers(rows, columns['completions'], columns['scores']))
     if pairs:
-        write_rows(pairs, preference_pairs(rows, columns), 'pairs')
+        write_rows(pairs, preference_pairs(rows, columns))
     out |= diversity(ours.texts)
-    return out | dict(
-        ended=fmean(ours.ended), tokens=ours.tokens, prompts=len(rows), samples=num_samples)
+    return out | dict(ended=fmean(ours.ended), tokens=ours.tokens, prompts=len(rows), samples=num_samples)
 
 
 def main():

@@ -157,13 +157,38 @@ def group_advantages(rewards, group_size, kind='grpo'):
         raise ValueError(f'{len(rewards)} rewards do not divide into groups of {group_size}: make the batch '
                          'a multiple of group_size')
     r = rewards.view(1, -1) if kind == 'reinforce++' else rewards.view(-1, group_size)
-    n, equal = r.shape[1], r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
+    n = r.shape[1]
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     centred = torch.where(equal, 0.0, r - r.mean(1, keepdim=True))  # 0 exactly, whatever the mean rounds to
     if n == 1 or kind == 'dr_grpo':
         return centred.flatten()
     if kind == 'rloo':
         return (centred * n / (n - 1)).flatten()
     return (centred / (r.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def step_advantages(scores, paid, group_size, kind='grpo'):
+    """Process supervision (2402.03300 section 4.1.3): what is paid for a step is compared with all steps of
+    the group, and a token has the sum over its own step and those that follow. scores (B,): what the answers
+    are paid in all; paid (B, R): that part of it which is paid for steps, at their last tokens, NaN
+    elsewhere; the rest counts with the last step. kind as above, rloo (the mean of the OTHER answers) has no
+    meaning here. Returns (B, R). Steps paid [1, 0] and [0], G=2, dr_grpo: the mean is 1/3, so the tokens of
+    the first answer have 2/3 - 1/3 = 1/3 and -1/3, those of the second -1/3."""
+    if kind == 'rloo':
+        raise ValueError('advantage rloo with a reward file that pays for steps: --advantage=dr_grpo')
+    steps = ~paid.isnan()
+    last = steps.long().cumsum(1).argmax(1, keepdim=True)
+    rest = (scores - paid.nansum(1))[:, None]
+    rewards = torch.where(steps, paid, 0.0).scatter_add(1, last, rest)
+    groups = 1 if kind == 'reinforce++' else len(paid) // group_size
+    r = rewards.view(groups, -1)
+    own = steps.view(groups, -1)
+    n = own.sum(1, keepdim=True)
+    centred = torch.where(own, r - r.sum(1, keepdim=True) / n, 0.0)
+    if kind != 'dr_grpo':
+        deviation = centred.norm(dim=1, keepdim=True) / (n - 1).clamp(min=1).sqrt()
+        centred = centred / (deviation + 1e-4)
+    return centred.view(paid.shape).flip(1).cumsum(1).flip(1)
 
 
 def k3(logp, ref_logp):
@@ -198,7 +223,8 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
     if loss_type == 'dr_grpo' and not max_len:
         raise ValueError('dr_grpo divides by the longest possible completion: give max_len')
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    A, n = torch.where(mask, A, 0.0), mask.sum(1).clamp(min=1)
+    A = torch.where(mask, A, 0.0)
+    n = mask.sum(1).clamp(min=1)
     logp = torch.where(mask, logp, 0.0)
     log_ratio = logp - torch.where(mask, old_logp, 0.0)
     if loss_type == 'gspo':
@@ -208,7 +234,8 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
     per_token = -clipped.detach() * A * logp if loss_type == 'cispo' else -torch.min(ratio * A, clipped * A)
     if weights is not None:
         per_token = per_token * torch.where(mask, weights, 0.0)
-    stats, tokens = {}, mask.sum().clamp(min=1)
+    stats = {}
+    tokens = mask.sum().clamp(min=1)
     if ref_logp is not None:
         kl = k3(logp, torch.where(mask, ref_logp, 0.0))
         stats['kl'] = kl.detach().sum() / tokens
@@ -221,9 +248,11 @@ def grpo_loss(logp, old_logp, advantages, mask, ref_logp=None, beta=0.0, clip_lo
     else:
         loss = (per_token.sum(1) / (max_len if loss_type == 'dr_grpo' else n)).sum() / (denom or len(mask))
     with torch.no_grad():
-        low, high = (ratio < 1 - clip_low) & mask, (ratio > 1 + clip_high) & mask
+        low = (ratio < 1 - clip_low) & mask
+        high = (ratio > 1 + clip_high) & mask
         if loss_type != 'cispo':  # the minimum keeps the unclipped term where clipping would help
-            low, high = low & (A < 0), high & (A > 0)
+            low &= A < 0
+            high &= A > 0
         stats.update(clip_frac=(low | high).sum() / tokens,
                      clip_low_frac=low.sum() / tokens, clip_high_frac=high.sum() / tokens,
                      approx_kl=(torch.where(mask, log_ratio, 0.0) ** 2).sum() / 2 / tokens,
@@ -296,7 +325,9 @@ def concatenate(batches):
             return sum(parts, [])
         if not torch.is_tensor(parts[0]):
             return None
-        return torch.cat([x if x.dim() == 1 else F.pad(x, (0, longest - x.shape[1])) for x in parts])
+        empty = math.nan if name == 'paid' else 0
+        return torch.cat([x if x.dim() == 1 else F.pad(x, (0, longest - x.shape[1]), value=empty)
+                          for x in parts])
     return Batch(*(join(field.name) for field in dataclasses.fields(Batch)))
 
 
@@ -358,7 +389,7 @@ if __name__ == '__main__':
         weights, mismatch = tis_weights(before, micro.sampled, micro.mask, **correction)
         if not decoupled:
             before = micro.sampled  # naive: the ratio is to the sampler itself
-        if not decoupled or not correction['cap']:
+        if not decoupled or not tis_cap:
             weights = None
         loss, stats = grpo_loss(logp, before, micro.advantages, micro.mask, micro.ref_logp, weights=weights,
                                 denom=denom, entropy=entropy, **surrogate)
@@ -386,7 +417,9 @@ if __name__ == '__main__':
             break
 
         # ---- 1. rollout   2. score: groups until enough of them are alive
-        t0, asked, alive = time.time(), [], torch.zeros(0)
+        t0 = time.time()
+        asked = []
+        alive = torch.zeros(0)
         while not asked or alive.sum() < need and len(asked) <= dynamic_sampling:
             batch = answers.next(it, again=bool(asked))
             batch.scores, batch.given = marks(batch)
@@ -398,14 +431,17 @@ if __name__ == '__main__':
         batch = everyone[(picked * group_size + torch.arange(group_size)).flatten().tolist()]
         gen_s = time.time() - t0
 
-        # ---- 3. advantages, (B,); a dead or masked answer has no gradient, so it is not computed
+        # ---- 3. advantages, (B,), or (B, R) where steps are paid for; what has no gradient is not computed
         t1 = time.time()
-        batch.advantages = group_advantages(batch.scores, group_size, advantage).to(run.device)
+        credit = group_advantages(batch.scores, group_size, advantage)
+        if batch.paid is not None:
+            credit = step_advantages(batch.scores, batch.paid, group_size, advantage)
+        batch.advantages = credit.to(run.device)
         if overlong == 'mask':
             batch.mask &= batch.ended[:, None].to(run.device)
-        always = bool(beta or entropy_coef or teacher)
-        teaches = batch.mask.any(1) & ((batch.advantages != 0) | always)
-        teaches, sizes = teaches.tolist(), batch.mask.sum(1).tolist()  # trained tokens; waits for the GPU
+        moves = batch.advantages.view(batch_size, -1).any(1) | bool(beta or entropy_coef or teacher)
+        teaches = (batch.mask.any(1) & moves).tolist()
+        sizes = batch.mask.sum(1).tolist()  # trained tokens; waits for the GPU
 
         # ---- 4. log-probs before the update and under the reference, (B, R)
         passes = [rows for epoch in range(grpo_epochs)
@@ -422,7 +458,8 @@ if __name__ == '__main__':
             batch.advantages = teacher_advantages(own, theirs, batch.mask)
 
         # ---- 5. the update
-        lr, steps = linear_lr(it, learning_rate, warmup_iters, max_iters), []
+        lr = linear_lr(it, learning_rate, warmup_iters, max_iters)
+        steps = []
         for rows in passes:
             live = [i for i in rows if teaches[i]]
             if not live:

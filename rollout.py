@@ -11,6 +11,7 @@
 Asynchronous rollouts, the second half of the file, follow AReaL (2505.24298): engines in actors run ahead of
 the trainer.
 """
+import contextlib
 import copy
 import itertools
 import json
@@ -30,7 +31,7 @@ import lora
 import parallel
 from dataset import pad
 from model import all_rewards, answer_logprobs, answer_values
-from run import check_fit, encode_all, kv_cache_bytes, load_function, load_model, prompt_room, reference_of
+from run import check_fit, encode_all, load_function, load_model, prompt_room, reference_of
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
@@ -64,15 +65,10 @@ def load_prompts(run, tok, context):
                          f'{context}: lower it')
     room = min(c['max_prompt'] or room, room)
     names = c['dataset'], c['val_dataset'] or c['dataset']
-    env = load_env(c['env']) if c.get('env') else None
+    started = started_by(c.get('env'))
 
     def read(row):
-        if env:
-            try:
-                row = dict(row, prompt=env().start(row))
-            except Exception as e:
-                raise ValueError(f'env {c["env"]}: start raised {type(e).__name__}: {e}') from e
-        return read_prompt(row, tok, room, c['long_prompts'])
+        return read_prompt(started(row), tok, room, c['long_prompts'])
     train, val = (encode_all(rows, read, name) for rows, name in zip(run.rows(), names))
     run.same_rows([ids for _, ids in train])
     longest = max(len(ids) for _, ids in train + val)
@@ -115,7 +111,8 @@ class Batch:
     values: torch.Tensor = None
     returns: torch.Tensor = None
     weights: torch.Tensor = None
-    given: dict = None  # {reward file or environment: (B,)}, come with the answers; not in parts of a batch
+    paid: torch.Tensor = None  # (B, R): by reward files that pay for steps; NaN = no step ends here
+    given: dict = None  # {reward file or environment: (B,) or, by steps, (B, R)}; not in parts of a batch
 
     def __len__(self):
         return len(self.responses)
@@ -189,21 +186,24 @@ def overview(batch):
 
 
 def load_reward(path):
-    """The function `reward(prompt, completion: str, row: dict) -> float` of a Python file of the user's.
+    """The function `reward(prompt, completion: str, row: dict) -> float` of a Python file of the user's, or
+    -> a list, one number for each step: a turn where there is an environment, else a line that is not blank.
     prompt is the row's own: a string, or the list of messages. ValueError: see load_function."""
     return load_function(path, 'reward', 'reward(prompt, completion, row) -> float')
 
 
 def ask_reward(fn, name, row, text):
-    """The reward of one completion, a float that float32 can hold. ValueError names the file, what it did,
-    and the row."""
+    """The reward of one completion, a float that float32 can hold, or a list of them. ValueError names the
+    file, what it did, and the row."""
     seen = f'for completion {text[:60]!r} of row {str(row)[:120]}'
     try:
-        mark = float(fn(row['prompt'], text, row))
+        mark = fn(row['prompt'], text, row)
+        mark = [float(x) for x in mark] if isinstance(mark, list) else float(mark)
     except Exception as e:
         raise ValueError(f'reward {name} raised {type(e).__name__}: {e}, {seen}') from e
-    if not abs(mark) < 3.4e38:  # nan, too
-        raise ValueError(f'reward {name} returned {mark} (rewards must be finite, in float32) {seen}')
+    for x in mark if isinstance(mark, list) else [mark]:
+        if not abs(x) < 3.4e38:  # nan, too
+            raise ValueError(f'reward {name} returned {mark} (rewards must be finite, in float32) {seen}')
     return mark
 
 
@@ -218,6 +218,18 @@ def load_env(path):
     the user's next message; to one that a stop string ended (a tool call) it is text in the same turn. After
     a failure the conversation so far is replayed in a new object, so a step depends on nothing else."""
     return load_function(path, 'Env', 'class Env: start(row), step(completion) -> (reply, reward)')
+
+
+def started_by(path):
+    """The function row -> the row with the prompt that the environment in a file starts with; '' = none."""
+    env = load_env(path) if path else None
+
+    def started(row):
+        try:
+            return dict(row, prompt=env().start(row)) if env else row
+        except Exception as e:
+            raise ValueError(f'env {path}: start raised {type(e).__name__}: {e}') from e
+    return started
 
 
 def encode_reply(tok, reply, chat, ended):
@@ -239,6 +251,35 @@ def encode_reply(tok, reply, chat, ended):
 def without_end(ids, tok):
     """The token ids of an answer that are text: all but the end token, where there is one."""
     return ids[:-1] if ids and ids[-1] in tok.stop_ids else ids
+
+
+def line_ends(ids, tok):
+    """Where the lines of an answer end that are not blank, [int]: their last tokens. The end token and blank
+    lines belong to the line before. 'a b', newline, 'c' -> of the tokens 'a', ' b', newline, 'c' 2 and 3."""
+    ends = []
+    text = ''
+    for i, token in enumerate(without_end(ids, tok)):
+        text = (text + tok.decode([token])).lstrip()
+        if '\n' in text:
+            ends.append(i)
+            text = ''
+    if text or not ends:
+        ends.append(0)
+    ends[-1] = len(ids) - 1
+    return ends
+
+
+def at_tokens(name, paid, ends):
+    """What a reward file pays for the steps that end at these tokens -> what it pays at each token, NaN where
+    no step ends."""
+    paid = paid if isinstance(paid, list) else [paid]
+    if len(paid) != len(ends):
+        raise ValueError(f'reward {name} returned {len(paid)} numbers for an answer of {len(ends)} steps '
+                         f'(turns; without an environment, lines that are not blank): one each')
+    found = [math.nan] * (ends[-1] + 1)
+    for i, x in zip(ends, paid):
+        found[i] = x
+    return found
 
 
 def names_of(spec):
@@ -263,60 +304,59 @@ def weights_of(text, names):
 
 
 class Rewards:
-    """Reward files and reward models, several by comma, added up with one weight each.
+    """Reward files, an environment and reward models, several by comma, added up with one weight each.
 
-    Files (and an environment) are asked in the processes of a RewardPool, and their marks come with the
-    answers; with reward_workers=0 here, one completion after the other. A model reads prompt and answer in
-    its own tokens, as in its training. Of several ranks each scores its share. longest: tokens of a prompt
+    What files and the environment pay comes with the answers, see Pool. A model reads prompt and answer in
+    its own tokens, as in its training; of several ranks each scores its share. longest: tokens of a prompt
     and its answer at most."""
 
     def __init__(self, run, tok, longest):
         self.run = run
         self.tok = tok
         self.env = run.config.get('env', '')
-        self.names = [self.env] if self.env else []
-        if run.config['reward'] or not self.env:
-            self.names += names_of(run.config['reward'])
-        self.weights = weights_of(run.config.get('reward_weights', ''), self.names)
-        self.files = {}   # {name: function}
-        self.models = {}  # {name: (model, its tokenizer)}
+        self.names = names_of(run.config['reward']) if run.config['reward'] or not self.env else []
+        self.files = []
+        self.models = {}    # {name: (model, its tokenizer)}
+        self.same_ids = []  # those whose token ids are the policy's
         for name in self.names:
-            if name == self.env:
-                continue  # its marks come with the answers
             if name.endswith('.py'):
-                self.files[name] = load_reward(name)
-            else:
-                model, tokenizer = load_model(name, run.device, head='scalar')
-                self.models[name] = model.requires_grad_(False).eval(), get_tokenizer(tokenizer)
-                run.memory['reward'] += sum(p.nbytes for p in model.parameters())
-        self.same_ids = []  # the models whose token ids are the policy's
-        for name, (model, own) in self.models.items():
+                load_reward(name)  # a slip in it is told now
+                self.files.append(name)
+                continue
+            model, tokenizer = load_model(name, run.device, head='scalar')
+            own = get_tokenizer(tokenizer)
+            self.models[name] = model.requires_grad_(False).eval(), own
+            run.memory['reward'] += sum(p.nbytes for p in model.parameters())
             if (own.spec, own.eot) == (tok.spec, tok.eot):
                 check_fit(model, f'reward {name}', tok, longest)
                 self.same_ids.append(name)
+        if self.env:
+            self.names.insert(0, self.env)
+        self.weights = weights_of(run.config.get('reward_weights', ''), self.names)
 
     def __call__(self, batch):
-        """-> (total (B,) float32, {name: (B,)}), on the CPU."""
-        share = range(len(batch))[self.run.mesh.slice_of(len(batch))]
+        """-> (total (B,) float32, {name: (B,)}), on the CPU. What is paid for steps adds up, and stands by
+        its tokens in batch.paid."""
         each = dict(batch.given or {})
-        for name in self.names:
-            if name not in each:
-                scores = self._scores(name, batch[share]) if share else []
-                scores = self.run.mesh.collect(scores, everyone=True)
-                each[name] = torch.tensor(scores, dtype=torch.float32)
-        total = sum(weight * each[name] for name, weight in zip(self.names, self.weights))
+        share = range(len(batch))[self.run.mesh.slice_of(len(batch))]
+        for name in self.models:
+            scores = self._scores(name, batch[share]) if share else []
+            scores = self.run.mesh.collect(scores, everyone=True)
+            each[name] = torch.tensor(scores, dtype=torch.float32)
+        total = 0.0
+        for name, weight in zip(self.names, self.weights):
+            if each[name].dim() == 2:
+                batch.paid = weight * each[name] + (0.0 if batch.paid is None else batch.paid)
+                each[name] = each[name].nansum(1)
+            total = total + weight * each[name]
         return total, each
 
     def _scores(self, name, batch):
+        model, tok = self.models[name]
         if name in self.same_ids:
-            model, _ = self.models[name]
             sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
         else:
             texts = [self.tok.decode(without_end(ids, self.tok)) for ids in batch.responses]
-            if name in self.files:
-                fn = self.files[name]
-                return [ask_reward(fn, name, row, text) for row, text in zip(batch.rows, texts)]
-            model, tok = self.models[name]
             sequences = [self._reread(*read, tok) for read in zip(batch.rows, texts, batch.ended.tolist())]
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
@@ -335,15 +375,6 @@ class Rewards:
 
 # -----------------------------------------------------------------------------------------------------------
 # answers
-
-
-class Answer(NamedTuple):
-    """What is known of one answer before it stands in a Batch; one entry a token but for `ended`."""
-    ids: list
-    logps: list   # that the sampler had
-    ages: list    # updates that its weights were behind
-    ended: bool   # by itself
-    own: list     # True: the policy's, False: an environment's
 
 
 class Answers:
@@ -370,18 +401,15 @@ class Answers:
         self.group_size = group_size
         self.need = c['batch_size'] // group_size      # prompts an iteration
         self.team = c['tp'] if c['rollout_tp'] else 1  # ranks that run one engine together
-        self.params = infer.SamplingParams(max_tokens=c['max_new_tokens'], temperature=c['temperature'])
+        stop = list(getattr(load_env(c['env']), 'stop', ())) if c.get('env') else None
+        self.params = infer.SamplingParams(max_tokens=c['max_new_tokens'], temperature=c['temperature'],
+                                           stop=stop)
         self.options = dict(max_num_seqs=c['max_num_seqs'], max_len=longest)
         self.stale = c['simulate_staleness']
         self.past = []
+        self.here = self.pool = None
         self.ahead = False                             # do other processes sample?
         self.travels = lora.is_adapter if lora.adapted(policy) else None  # which weights are sent to them
-        self.pool = self.judges = None
-        self.chats = 0
-        if c.get('env') and c['mode'] != 'sync':
-            raise ValueError(f'env {c["env"]}: conversations are led in this process: --mode=sync')
-        if c.get('env') and not c['reward_workers']:
-            raise ValueError(f'env {c["env"]}: it steps in processes of its own: --reward_workers=1 or more')
         if self.stale:
             self.sampler = copy.deepcopy(policy).to(run.dtype).requires_grad_(False)
         else:
@@ -400,20 +428,22 @@ class Answers:
             self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
             self.past = self.run.ckpt.get('past', [])
         self.jobs = self._jobs(self.position)
-        files, env = list(rewards.files), rewards.env
+        workers = self._keys('reward_workers reward_timeout reward_retries')
+        workers |= dict(files=rewards.files, env=rewards.env, max_turns=self.config.get('max_turns', 1),
+                        patience=max(16, self.need))
         if self.stale:
             self.run.extra['past'] = self.past
         elif self.config['mode'] == 'async' and not self.config['eval_only']:
             self.ahead = True
         if self.ahead and self.mesh.master:
             model = copy.deepcopy(self.sampler).cpu().requires_grad_(False)
-            keys = 'max_staleness rollout_workers reward_workers reward_timeout reward_retries runtime'
-            workers = {key: self.config[key] for key in keys.split()}
-            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, files, **workers,
-                                 position=self.position, device=self.device, **self.options)
-        if self.config['reward_workers'] and (files or env):  # behind Rollouts, whose runtime it joins
-            self.env = load_env(env) if env else None
-            self.judges = RewardPool(self.run, files, env, max(16, self.need))
+            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, position=self.position,
+                                 device=self.device, engine=self.options, **workers,
+                                 **self._keys('max_staleness rollout_workers runtime'))
+        self.here = Pool(self.tok, **workers)  # behind Rollouts, whose runtime it joins
+
+    def _keys(self, names):
+        return {key: self.config[key] for key in names.split()}
 
     def state_dict(self):
         """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled
@@ -422,8 +452,7 @@ class Answers:
 
     def memory(self):
         """{what: bytes} that the sampling side holds, for Run.plan."""
-        rows = self.options['max_num_seqs'] * self.options['max_len']
-        found = dict(kv=kv_cache_bytes(self.sampler.config, rows, self.run.dtype.itemsize))
+        found = dict(kv=self.engine.kv_bytes)  # what it took, which may be less than it could use
         if self.sampler is not getattr(self.policy, 'body', self.policy):
             weights = sum(p.nbytes for p in self.sampler.parameters())
             found['sampler'] = (1 + self.stale) * weights
@@ -431,9 +460,9 @@ class Answers:
 
     def close(self):
         """Ends the other processes."""
-        for workers in (self.judges, self.pool):
-            if workers is not None:
-                workers.close()
+        self.here.close()
+        if self.pool is not None:
+            self.pool.close()
 
     # ---- sampling
 
@@ -457,24 +486,18 @@ class Answers:
         if not again:
             self._publish(it)
         if self.ahead:
-            groups = []
-            for group in self._take():
-                answers = []
-                for ids, logp, versions, ended in group.answers:
-                    ages = [it - version for version in versions]
-                    answers.append(Answer(ids, logp, ages, ended, [True] * len(ids)))
-                groups.append(((group.index, *self.items[group.index]), answers, group.scores))
-            return self._batch(groups)
+            return self._batch(self._take(), it)
         groups = []
         while len(groups) < self.need:  # the next prompts take the place of those whose reward failed
             missing = self.need - len(groups)
-            groups += self._answer(list(itertools.islice(self.jobs, missing)), min(it, self.stale))
+            jobs = list(itertools.islice(self.jobs, missing))
+            groups += self._answer(jobs, it - min(it, self.stale))
             self.position += missing
-        return self._batch(groups)
+        return self._batch(groups, it)
 
     def _take(self):
-        """The next Rollouts, on every rank. Rank 0 waits for them and says so now and then, since a rank
-        that is silent for dist_timeout seconds is taken for dead."""
+        """The next Groups, on every rank. Rank 0 waits for them and says so now and then, since a rank that
+        is silent for dist_timeout seconds is taken for dead."""
         found = None
         while found is None:
             if self.pool is not None:
@@ -495,8 +518,8 @@ class Answers:
             print(f'evaluation: {lost} of {len(jobs)} prompts left out, their reward failed')
         if not groups:
             raise ValueError('evaluation: the reward failed for each prompt, at last with: '
-                             + self.judges.why)
-        return self._batch(groups)
+                             + self.here.why)
+        return self._batch(groups, 0)
 
     def _publish(self, it):
         """The weights before update `it` go to whoever samples; with simulated staleness older ones do."""
@@ -511,95 +534,36 @@ class Answers:
         else:
             parallel.refresh(self.engine, self.policy)
 
-    def _answer(self, jobs, age):
-        """[((row number, row, prompt), [Answer, ...], {file or environment: marks})] of jobs, by the engine
-        here. Those that the RewardPool drops are left out. Each rank (with rollout_tp each team) answers its
-        share, all get all."""
+    def _answer(self, jobs, version):
+        """The Groups of jobs, by the engine here; those that were dropped are left out. Each rank (with
+        rollout_tp each team) answers its share, all get all."""
         mine = jobs[self.mesh.slice_of(len(jobs), self.team)]
-        if self.judges is not None and self.judges.env:
-            found = self._converse(mine, age)
-        else:
-            done = iter(self.engine.generate([job[2] for job in mine], [job[3] for job in mine]))
-            found = []
-            for job in mine:
-                answers = []
-                for c in itertools.islice(done, job[3].n):
-                    size = len(c.token_ids)
-                    ended = c.finish_reason == 'stop'
-                    answers.append(Answer(c.token_ids, c.logprobs, [age] * size, ended, [True] * size))
-                found.append((answers, {}))
-        if self.judges is not None and self.judges.files:
-            asked = []
-            for job, (answers, _) in zip(mine, found):
-                asked.append((job[1], [answer.ids for answer in answers]))
-            for i, marks in enumerate(self.judges.ask('score', asked)):
-                answers, given = found[i]
-                found[i] = answers, None if None in (marks, given) else given | marks
-        found = self.mesh.collect(found, everyone=True, team=self.team)
-        return [(job[:3], *group) for job, group in zip(jobs, found) if group[1] is not None]
+        groups = self.here.answer(mine, self.engine, version)
+        groups = self.mesh.collect(groups, everyone=True, team=self.team)
+        return [group for group in groups if group is not None]
 
-    def _converse(self, jobs, age):
-        """[([Answer, ...], {environment: marks})] of conversations: the policy's turns by the engine (those
-        that go on, at once), the environment's by its processes. Marks are None where a step failed."""
-        c, talks = self.config, []
-        for _, row, prompt, params in jobs:
-            for copy_ in range(params.n):
-                seed = (params.seed * 31 + copy_) % (1 << 31)
-                talks.append(Talk(self.chats + len(talks), row, prompt, seed))
-        self.chats += len(talks)
-        stop = list(getattr(self.env, 'stop', ()))
-        live = talks
-        for turn in range(c['max_turns']):
-            params = []
-            for talk in live:
-                left = c['max_new_tokens'] - len(talk.ids)
-                seed = (talk.seed + 7919 * turn) % (1 << 31)
-                params.append(replace(self.params, n=1, max_tokens=left, seed=seed, stop=stop))
-            done = self.engine.generate([talk.prompt + talk.ids for talk in live], params)
-            for talk, completion in zip(live, done):
-                talk.say(completion, self.tok)
-            steps = self.judges.ask('step', [(talk.number, talk.row, talk.said) for talk in live])
-            going = []
-            for talk, completion, step in zip(live, done, steps):
-                if step is None:
-                    talk.failed = True
-                    continue
-                reply, reward = step
-                talk.reward += reward or 0.0
-                talk.ended = reply is None and completion.finish_reason == 'stop'
-                if reply is None or completion.finish_reason != 'stop' or turn + 1 == c['max_turns']:
-                    continue
-                ended = talk.ids[-1] in self.tok.stop_ids
-                ids = encode_reply(self.tok, reply, not isinstance(talk.row['prompt'], str), ended)
-                if len(talk.ids) + len(ids) < c['max_new_tokens']:  # else no room is left for a turn
-                    talk.hear(ids)
-                    going.append(talk)
-            live = going
-            if not live:
-                break
-        found, talks = [], iter(talks)
-        for job in jobs:
-            group = list(itertools.islice(talks, job[3].n))
-            answers = [Answer(t.ids, t.logps, [age] * len(t.ids), t.ended, t.own) for t in group]
-            marks = {self.judges.env: [t.reward for t in group]}
-            found.append((answers, None if any(t.failed for t in group) else marks))
-        return found
-
-    def _batch(self, groups):
-        """The Batch of what _answer found."""
-        answers = [answer for _, group, _ in groups for answer in group]
-        index, rows, prompts = zip(*(job for job, group, _ in groups for _ in group))
+    def _batch(self, groups, it):
+        """The Batch of Groups for update `it`."""
+        answers = [answer for group in groups for answer in group.answers]
+        rows, index, prompts = zip(*((group.row, group.index, group.prompt)
+                                     for group in groups for _ in group.answers))
         mask, _ = pad([answer.own for answer in answers], False)
         sampled, _ = pad([answer.logps for answer in answers], 0.0)
-        ages, _ = pad([answer.ages for answer in answers])
+        ages, _ = pad([[it - version for version in answer.versions] for answer in answers])
         mask, sampled, ages = (x.to(self.device) for x in (mask, sampled, ages))
         ended = torch.tensor([answer.ended for answer in answers])
         replied = [len(answer.own) - sum(answer.own) for answer in answers]
-        given = {}
-        for name in groups[0][2]:
-            given[name] = torch.tensor([mark for *_, marks in groups for mark in marks[name]]).float()
-        return Batch(list(rows), list(index), list(prompts), [answer.ids for answer in answers], ended, mask,
-                     sampled, ages, replied, given=given)
+        batch = Batch(list(rows), list(index), list(prompts), [answer.ids for answer in answers], ended, mask,
+                      sampled, ages, replied, given={})
+        for name in groups[0].marks:
+            marks = [mark for group in groups for mark in group.marks[name]]
+            if any(isinstance(mark, list) for mark in marks):
+                ends = [answer.ends for answer in answers]
+                if not self.config.get('env'):
+                    ends = [line_ends(answer.ids, self.tok) for answer in answers]
+                marks, _ = pad([at_tokens(name, *each) for each in zip(marks, ends)], math.nan)
+            batch.given[name] = torch.as_tensor(marks, dtype=torch.float32)
+        return batch
 
     # ---- a forward pass over a batch
 
@@ -657,8 +621,7 @@ class Answers:
         """Asynchronous rollouts in a row of the log; idle: the share of the time that the trainer waited
         for samples."""
         if self.config['mode'] == 'sync':
-            lost = self.judges.dropped if self.judges is not None else 0
-            return dict(dropped=lost) if lost else {}
+            return dict(dropped=self.here.dropped) if self.here.dropped else {}
         ages = batch.ages[batch.mask].float()
         row = dict(staleness=ages.mean(), staleness_max=ages.max())
         row['prompts'] = batch.index[::self.group_size]
@@ -728,38 +691,164 @@ class SampledKL:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# conversations, and processes in which rewards and environments may hang
+# one prompt: its answers turn by turn, and their marks
+
+
+class Turn(NamedTuple):
+    """What the policy says at a stretch; one entry a token but for `ended`."""
+    ids: list
+    logps: list     # that the sampler had
+    versions: list  # of the weights
+    ended: bool     # by itself, with an end token or a stop string
 
 
 @dataclass
-class Talk:
-    """One conversation with an environment: what the policy said and the environment replied, as token ids
-    behind the prompt. own: which of them the policy sampled; said: its turns as text."""
-    number: int
-    row: dict
-    prompt: list
-    seed: int
+class Answer:
+    """One answer in the making; one entry a token but for `ends`, `said` and `ended`."""
     ids: list = field(default_factory=list)
     logps: list = field(default_factory=list)
-    own: list = field(default_factory=list)
-    said: list = field(default_factory=list)
-    reward: float = 0.0
-    ended: bool = False
-    failed: bool = False
+    versions: list = field(default_factory=list)
+    own: list = field(default_factory=list)       # True: the policy's, False: an environment's
+    ends: list = field(default_factory=list)      # the last token of each of the policy's turns
+    said: list = field(default_factory=list)      # these turns as text
+    ended: bool = False                           # by itself
 
-    def say(self, completion, tok):
+    def say(self, turn, tok):
         """A turn of the policy's."""
-        ids = completion.token_ids
-        self.ids += ids
-        self.logps += completion.logprobs
-        self.own += [True] * len(ids)
-        self.said.append(tok.decode(without_end(ids, tok)))
+        self.ids += turn.ids
+        self.logps += turn.logps
+        self.versions += turn.versions
+        self.own += [True] * len(turn.ids)
+        self.ends.append(len(self.ids) - 1)
+        self.said.append(tok.decode(without_end(turn.ids, tok)))
+        self.ended = turn.ended
 
     def hear(self, ids):
         """A reply: nothing of it is trained on."""
         self.ids += ids
         self.logps += [0.0] * len(ids)
+        self.versions += self.versions[-1:] * len(ids)
         self.own += [False] * len(ids)
+
+
+@dataclass
+class Group:
+    """A prompt and the answers to it. marks: {reward file or environment: one of each answer}."""
+    number: int  # its place in the order of prompts
+    index: int   # of its row
+    row: dict
+    prompt: list
+    params: infer.SamplingParams
+    answers: list = None
+    marks: dict = field(default_factory=dict)
+    talk: object = None  # the generator `converse`, while it goes on
+    asks: tuple = ()     # what it asks
+    tries: int = 0       # how often that failed
+
+    def samples(self):
+        """How many turns it asks for."""
+        return sum(params.n for _, params in self.asks[1])
+
+
+def converse(group, tok, env, max_turns, files):
+    """How the answers of a group come about: a generator of questions. Whoever drives it sends the answers,
+    so that it is the same whether they come from this process or from others, at once or in slices.
+
+        ('sample', [(token ids, SamplingParams)])            -> [Turn] of each sample
+        ('step', number, row, [(answer, its turns as text)]) -> [(reply, reward)], see Scorer
+        ('score', row, [text])                               -> {reward file: marks}
+
+    env: its name, '' = none; then there is one turn. max_tokens of group.params holds turns and replies."""
+    params = group.params
+    chat = not isinstance(group.row['prompt'], str)
+    group.answers = [Answer() for _ in range(params.n)]
+    live = list(range(params.n))
+    paid = [0.0] * params.n
+    asked = [(group.prompt, params)]
+    for turn in range(1, max_turns + 1 if env else 2):
+        turns = yield 'sample', asked
+        for i, said in zip(live, turns):
+            group.answers[i].say(said, tok)
+        if not env:
+            break
+        steps = yield 'step', group.number, group.row, [(i, group.answers[i].said) for i in live]
+        before = live
+        live = []
+        asked = []
+        for i, (reply, reward) in zip(before, steps):
+            answer = group.answers[i]
+            paid[i] += reward or 0.0
+            more = answer.ended and reply is not None and turn < max_turns
+            answer.ended = answer.ended and reply is None
+            if not more:
+                continue
+            ids = encode_reply(tok, reply, chat, answer.ids[-1] in tok.stop_ids)
+            left = params.max_tokens - len(answer.ids) - len(ids)
+            if left > 0:
+                answer.hear(ids)
+                live.append(i)
+                seed = (params.seed * 31 + i + 7919 * turn) % (1 << 31)
+                how = replace(params, n=1, max_tokens=left, seed=seed)
+                asked.append((group.prompt + answer.ids, how))
+        if not live:
+            break
+    if env:
+        group.marks[env] = paid
+    if files:
+        texts = [tok.decode(without_end(answer.ids, tok)) for answer in group.answers]
+        group.marks |= yield 'score', group.row, texts
+
+
+class Scorer:
+    """Reward files and an environment, by paths. In an actor what they do (hang, raise, fork, end the
+    process) stays there."""
+
+    def __init__(self, files, env):
+        self.fns = {name: load_reward(path) for name, path in files.items()}
+        self.env = load_env(env) if env else None
+        self.talks = {}  # number of a group -> {answer: (its Env, row, turns that it has seen)}
+
+    def ready(self):
+        """Answers once the process is up: from then on reward_timeout counts."""
+
+    def score(self, row, texts):
+        """{file: marks} of answers. ValueError as in ask_reward."""
+        found = {}
+        for name, fn in self.fns.items():
+            found[name] = [ask_reward(fn, name, row, text) for text in texts]
+        return found
+
+    def step(self, number, row, talks):
+        """[(reply or None, reward or None)] to the last of what the policy said in each of these answers of
+        group `number`, [(answer, [str])]. A process that has not seen a beginning replays it."""
+        known = self.talks.pop(number, {})
+        found = []
+        for i, said in talks:
+            env, *seen = known.pop(i, (None,))
+            if seen != [row, said[:-1]]:
+                env = self.env()
+                env.start(row)
+                for text in said[:-1]:
+                    env.step(text)
+            reply, reward = env.step(said[-1])
+            if not (reply is None or isinstance(reply, str)) or not abs(reward or 0.0) < 3.4e38:
+                raise ValueError(f'Env.step returned {(reply, reward)!r}: expected (text or None, a finite '
+                                 f'number or None)')
+            found.append((reply, reward))
+            if reply is not None:
+                known[i] = env, row, said[:]
+        self.talks[number] = known
+        if len(self.talks) > 1000:  # the oldest have ended
+            del self.talks[next(iter(self.talks))]
+        return found
+
+
+# -----------------------------------------------------------------------------------------------------------
+# who works on groups
+
+START = 300.0    # seconds that a worker may take to start
+SILENCE = 120.0  # seconds without an answer after which a rollout worker is taken for dead
+DEATHS = 8       # replacements of one worker that did nothing in between: not bad luck any more, the run ends
 
 
 def with_actors():
@@ -770,207 +859,10 @@ def with_actors():
     return actors
 
 
-class RewardPool:
-    """Reward files and an environment in processes of their own, for answers that are sampled in this one:
-    what they do there (hang, raise, fork, end the process) stays there. A call that fails, or is silent for
-    reward_timeout s, is tried reward_retries times more, in a new process if need be; then it is dropped.
-    `patience` failures one after the other end the run: then it is the file."""
-
-    def __init__(self, run, files, env, patience):
-        c = run.config
-        self.actors = actors = with_actors()
-        self.files = files
-        self.env = env
-        self.patience = patience
-        self.timeout = c['reward_timeout']
-        self.retries = c['reward_retries']
-        self.dropped = self.in_a_row = 0
-        self.why = ''  # of the last failure
-        self.own = not actors.is_initialized()
-        if self.own:
-            actors.init(num_cpus=c['reward_workers'], num_gpus=0)
-        paths = {name: os.path.abspath(name) for name in files}
-        scorer = actors.remote(Scorer).options(num_cpus=0)
-        env = os.path.abspath(env) if env else ''
-        workers = range(c['reward_workers'])
-        self.hands = [_Hand(lambda: scorer.remote(paths, run.tokenizer, env)) for _ in workers]
-
-    def ask(self, method, jobs):
-        """Scorer.method(*job) of each job, in order; None for one that was dropped."""
-        found = [None] * len(jobs)
-        tries = [0] * len(jobs)
-        waiting = deque(range(len(jobs)))
-        while waiting or any(hand.work for hand in self.hands):
-            for k, hand in enumerate(self.hands):
-                if hand.call is None and waiting:
-                    # one that it may know from its last turn, else the next
-                    number = next((i for i in waiting if i % len(self.hands) == k), waiting[0])
-                    waiting.remove(number)
-                    hand.work = [number]
-                    hand.go(getattr(hand.actor, method).remote(*jobs[number]), self.timeout)
-            calls = {hand.call: hand for hand in self.hands if hand.call is not None}
-            wait = min(hand.deadline for hand in calls.values()) - time.monotonic()
-            ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=max(0.0, wait))
-            for ref, hand in calls.items():
-                if ref not in ready and time.monotonic() < hand.deadline:
-                    continue
-                work = hand.work
-                result, why = self._outcome(hand, ref in ready)
-                if work and not why:
-                    self.in_a_row = 0
-                    found[work[0]] = result
-                elif work:
-                    tries[work[0]] += 1
-                    if tries[work[0]] <= self.retries:
-                        waiting.append(work[0])
-                    else:
-                        self._drop(jobs[work[0]], tries[work[0]], why)
-        return found
-
-    def _outcome(self, hand, came):
-        """(result, '') of a call, or (None, why it failed); a process that died or is silent is replaced."""
-        try:
-            if came:
-                result = self.actors.get(hand.call)
-                hand.call = None
-                hand.work = []
-                hand.deaths = 0
-                return result, ''
-            why = f'no answer for {hand.seconds:g} s'
-        except self.actors.exceptions.RayActorError as e:
-            why = str(e).strip().splitlines()[-1]
-        except Exception as e:
-            hand.call = None
-            hand.work = []
-            return None, str(e).strip().splitlines()[-1]
-        self.actors.kill(hand.actor)
-        hand.deaths += not hand.work
-        if hand.deaths >= DEATHS:
-            raise RuntimeError(f'a reward worker died {hand.deaths} times before it did anything: {why}')
-        hand.start()
-        return None, why
-
-    def _drop(self, job, tries, why):
-        self.dropped += 1
-        self.in_a_row += 1
-        self.why = why
-        row = next(part for part in job if isinstance(part, dict))
-        print(f'a prompt is dropped, its reward failed {tries} times: {why[:200]} (row {str(row)[:80]})')
-        if self.in_a_row >= self.patience:
-            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '
-                             f'with: {why}')
-
-    def close(self):
-        """Ends the processes, and the runtime if it was started here."""
-        for hand in self.hands:
-            self.actors.kill(hand.actor)
-        if self.own:
-            self.actors.shutdown()
-
-
-# -----------------------------------------------------------------------------------------------------------
-# rollouts ahead of the trainer
-#
-#     jobs (prompts in order) --capacity--> RolloutWorker x n -answers-> Scorer x m -> done -take()-> trainer
-#                                                 ^                                                   |
-#                                                 +---- weights, one object in the store - publish() +
-
-SLICE = 0.05     # seconds that a worker samples before it looks for new prompts and weights
-START = 300.0    # seconds that a worker may take to start
-SILENCE = 120.0  # seconds without an answer after which a worker is taken for dead
-DEATHS = 8       # replacements of one worker that did nothing in between: not bad luck any more, the run ends
-
-
-@dataclass
-class Rollout:
-    """All answers to one prompt. number: its place in the order of prompts, `index`: its row. answers:
-    [(token ids, log-probs they were sampled with, weight version of each, ended by itself)]. scores:
-    {reward file: [float]}."""
-    number: int
-    index: int
-    answers: list
-    scores: dict
-
-
-class RolloutWorker:
-    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of
-    an answer: what is in flight is interrupted, its keys and values are computed again, it continues under
-    the new weights; each token knows its version."""
-
-    def __init__(self, model, tokenizer, device, **options):
-        torch.set_num_threads(1)
-        self.engine = infer.Engine(model.to(device), get_tokenizer(tokenizer), **options)
-        self.open = {}  # number -> its requests
-
-    def ready(self):
-        """Answers once the process is up."""
-
-    def run(self, jobs, version, weights, seconds):
-        """Loads weights (a state dict, or with LoRA the adapter's part of one; None: all stays as it is),
-        takes on jobs [(number, prompt ids, SamplingParams)], samples for `seconds` or until all is done. ->
-        [(number, answers as in Rollout)] of the finished ones."""
-        if weights is not None:
-            weights = {**self.engine.model.state_dict(), **weights}
-            self.engine.load_weights(weights, version, recompute=True)
-        for number, prompt, params in jobs:
-            self.open[number] = self.engine.submit(prompt, params)
-        until = time.monotonic() + seconds
-        while self.engine.has_unfinished() and time.monotonic() < until:
-            self.engine.step()
-        done = []
-        for number, group in list(self.open.items()):
-            if all(request.finish_reason for request in group):
-                found = [request.completion() for request in self.open.pop(number)]
-                answers = [(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop')
-                           for c in found]
-                done.append((number, answers))
-        return done
-
-
-class Scorer:
-    """Reward files in an actor: what they do there (hang, raise, kill the process) stays there."""
-
-    def __init__(self, files, tokenizer, env=''):
-        """files {name in the log: path}, a path that holds in any process of any node; env: a path, too."""
-        self.fns = {name: load_reward(path) for name, path in files.items()}
-        self.tok = get_tokenizer(tokenizer)
-        self.env = load_env(env) if env else None
-        self.talks = {}  # number of a conversation -> (its Env, turns seen)
-
-    def ready(self):
-        """Answers once the process is up: from then on reward_timeout counts."""
-
-    def score(self, row, answers):
-        """{file: [float]} for answers, [token ids]. ValueError as in ask_reward."""
-        texts = [self.tok.decode(without_end(ids, self.tok)) for ids in answers]
-        found = {}
-        for name, fn in self.fns.items():
-            found[name] = [ask_reward(fn, name, row, text) for text in texts]
-        return found
-
-    def step(self, number, row, said):
-        """(reply or None, reward or None) of conversation `number` to the last of what the policy said,
-        [str]. A process that has not seen its beginning replays it."""
-        env, seen = self.talks.pop(number, (None, 0))
-        if env is None or seen != len(said) - 1:
-            env = self.env()
-            env.start(row)
-            for text in said[:-1]:
-                env.step(text)
-        reply, reward = env.step(said[-1])
-        if not (reply is None or isinstance(reply, str)) or not abs(reward or 0.0) < 3.4e38:
-            raise ValueError(f'Env.step returned {(reply, reward)!r}: expected (text or None, a finite '
-                             f'number or None)')
-        if reply is not None:
-            self.talks[number] = env, len(said)
-            if len(self.talks) > 1000:  # of conversations that ended for want of room
-                del self.talks[next(iter(self.talks))]
-        return reply, reward
-
-
 class _Hand:
-    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the groups it
-    has; version = its weights'; deaths = how often it was replaced since it last did something."""
+    """An actor and what it does: call = the ref of the call in progress, None = idle; work = the numbers of
+    the groups it has; version = its weights'; deaths = how often it was replaced since it last did
+    something."""
 
     def __init__(self, hire):
         self.hire = hire
@@ -981,7 +873,6 @@ class _Hand:
         self.actor = self.hire()
         self.work = []
         self.version = None
-        self.up = False
         self.go(self.actor.ready.remote(), START)
 
     def go(self, ref, seconds):
@@ -990,93 +881,260 @@ class _Hand:
         self.deadline = time.monotonic() + seconds
 
 
-class Rollouts:
+class Pool:
+    """Groups under way, and reward workers: processes for what reward files and environments may do. A call
+    that fails, or is silent for reward_timeout s, is tried reward_retries times more, in a new process if
+    need be; then its group is dropped. `patience` groups dropped one after the other end the run: then it is
+    the file. reward_workers=0: files and environment are asked in this process, without limits."""
+
+    def __init__(self, tok, files=(), env='', max_turns=1, reward_workers=0, reward_timeout=30.0,
+                 reward_retries=2, patience=16):
+        self.tok = tok
+        self.way = env, max_turns, list(files)
+        self.timeout = reward_timeout
+        self.retries = reward_retries
+        self.patience = patience
+        self.dropped = self.restarts = self.in_a_row = 0  # in_a_row: groups dropped since the last good one
+        self.why = ''             # of the last failure
+        self.open = {}            # number -> Group under way
+        self.pending = []         # numbers of those that wait for a sampler
+        self.unscored = deque()   # and for a reward worker
+        self.done = {}            # number -> Group, or None: dropped
+        self.scorers = []
+        self.own = False
+        paths = {name: os.path.abspath(name) for name in files}  # a node has a working directory of its own
+        env = os.path.abspath(env) if env else ''
+        if not reward_workers:
+            self.here = Scorer(paths, env)
+        elif files or env:
+            self.actors = actors = with_actors()
+            self.own = not actors.is_initialized()
+            if self.own:
+                actors.init(num_cpus=reward_workers, num_gpus=0)
+            scorer = actors.remote(Scorer).options(num_cpus=0)
+            self.scorers = [_Hand(lambda: scorer.remote(paths, env)) for _ in range(reward_workers)]
+        self.hands = list(self.scorers)
+
+    def answer(self, jobs, engine, version=0):
+        """The groups of jobs [(row number, row, prompt ids, SamplingParams)], None for one that was dropped,
+        sampled by an engine in this process: all turns that are asked for, then all replies to them."""
+        for number, job in enumerate(jobs):
+            self._begin(number, job)
+        while self.open:
+            numbers, self.pending = self.pending, []
+            asked = [ask for number in numbers for ask in self.open[number].asks[1]]
+            done = iter(engine.generate([ids for ids, _ in asked], [params for _, params in asked]))
+            for number in numbers:
+                turns = []
+                for c in itertools.islice(done, self.open[number].samples()):
+                    versions = [version] * len(c.token_ids)
+                    turns.append(Turn(c.token_ids, c.logprobs, versions, c.finish_reason == 'stop'))
+                self._tell(number, turns)
+            while self.unscored or any(hand.work for hand in self.scorers):
+                self._work(START)
+        return [self.done.pop(number) for number in range(len(jobs))]
+
+    def close(self):
+        """Ends the processes, and the runtime if it was started here."""
+        for hand in self.hands:
+            self.actors.kill(hand.actor)
+        if self.own:
+            self.actors.shutdown()
+
+    def _begin(self, number, job):
+        group = self.open[number] = Group(number, *job)
+        group.talk = converse(group, self.tok, *self.way)
+        self._tell(number, None)
+
+    def _tell(self, number, found):
+        """What a group has asked for; its next question waits for the sampler or a reward worker."""
+        group = self.open[number]
+        try:
+            group.asks = group.talk.send(found)
+        except StopIteration:
+            group.talk = None
+            return self._finish(number, group)
+        group.tries = 0
+        kind, *about = group.asks
+        if kind == 'sample':
+            self.pending.append(number)
+        elif self.scorers:
+            self.unscored.append(number)
+        else:
+            self._tell(number, getattr(self.here, kind)(*about))
+
+    def _finish(self, number, group):
+        """A group is ready, or dropped (None)."""
+        del self.open[number]
+        self.done[number] = group
+        self.in_a_row = 0 if group is not None else self.in_a_row + 1
+
+    def _work(self, seconds):
+        """Gives every idle reward worker its next call, and waits for the end of a call, for so many seconds
+        at most."""
+        for k, hand in enumerate(self.scorers):
+            if hand.call is None and self.unscored:
+                # one that it may know from its last turn, else the next
+                mine = [number for number in self.unscored if number % len(self.scorers) == k]
+                hand.work = (mine or [*self.unscored])[:1]
+                self.unscored.remove(hand.work[0])
+                kind, *about = self.open[hand.work[0]].asks
+                hand.go(getattr(hand.actor, kind).remote(*about), self.timeout)
+        calls = {hand.call: hand for hand in self.hands if hand.call is not None}
+        left = min(hand.deadline for hand in calls.values()) - time.monotonic()
+        ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=min(seconds, max(0.0, left)))
+        for ref, hand in calls.items():
+            if ref in ready or time.monotonic() > hand.deadline:
+                self._collect(hand, ref in ready)
+
+    def _collect(self, hand, came):
+        """What a call came to. A process that died or is silent is replaced, and its work is done again."""
+        scorer = hand in self.scorers
+        result, why = None, '' if came else f'no answer for {hand.seconds:g} s'
+        try:
+            if came:
+                result = self.actors.get(hand.call)
+        except self.actors.exceptions.RayActorError as e:
+            came, why = False, last_line(e)
+        except Exception as e:
+            if not scorer or not hand.work:
+                raise
+            why = last_line(e)
+        work = hand.work
+        hand.call = None
+        if work and not why:
+            hand.deaths = 0
+        if not came:
+            self.actors.kill(hand.actor)
+            hand.start()
+        if scorer and work:
+            hand.work = []
+            self._failed(work[0], why) if why else self._tell(work[0], result)
+        elif not came:
+            hand.deaths += 1
+            if hand.deaths >= DEATHS:
+                kind = 'reward' if scorer else 'rollout'
+                raise RuntimeError(f'a {kind} worker died {hand.deaths} times before it did anything: {why}')
+            self.restarts += 1
+            print(f'a worker was replaced ({why[:200]}), {len(work)} prompts start again', flush=True)
+            self.pending += work
+        elif work:
+            self._sampled(hand, result)
+
+    def _failed(self, number, why):
+        """A reward failed: once more at the end of the line, or the group is dropped."""
+        group = self.open[number]
+        group.tries += 1
+        if group.tries <= self.retries:
+            return self.unscored.append(number)
+        print(f'a prompt is dropped, its reward failed {group.tries} times: {why[:200]} (row '
+              f'{str(group.row)[:80]})')
+        self.dropped += 1
+        self.why = why
+        self._finish(number, None)
+        if self.in_a_row >= self.patience:
+            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '
+                             f'with: {why}')
+
+
+def last_line(error):
+    """What an error says, without the traceback of the process it happened in."""
+    return str(error).strip().splitlines()[-1]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# rollouts ahead of the trainer
+#
+#     jobs (prompts in order) --capacity--> RolloutWorker x n -turns-> Scorer x m -> done -take()-> trainer
+#                                             ^          ^---- replies ---+                          |
+#                                             +---- weights, one object in the store - publish() ----+
+
+SLICE = 0.05     # seconds that a worker samples before it looks for new prompts and weights
+
+
+class RolloutWorker:
+    """An engine in an actor. It works in slices, so new weights wait for a slice and never for the end of
+    an answer: what is in flight is interrupted, its keys and values are computed again, it continues under
+    the new weights; each token knows its version."""
+
+    def __init__(self, model, tokenizer, device, **options):
+        torch.set_num_threads(1)
+        self.engine = infer.Engine(model.to(device), get_tokenizer(tokenizer), **options)
+        self.open = {}  # number of a group -> its requests
+
+    def ready(self):
+        """Answers once the process is up."""
+
+    def run(self, jobs, version, weights, seconds):
+        """Loads weights (a state dict, or with LoRA the adapter's part of one; None: all stays as it is),
+        takes on jobs [(number, [(ids, SamplingParams)])], samples for `seconds` or until all is done. ->
+        [(number, [Turn])] of the finished ones."""
+        if weights is not None:
+            weights = {**self.engine.model.state_dict(), **weights}
+            self.engine.load_weights(weights, version, recompute=True)
+        for number, asked in jobs:
+            self.open[number] = [x for ids, params in asked for x in self.engine.submit(ids, params)]
+        until = time.monotonic() + seconds
+        while self.engine.has_unfinished() and time.monotonic() < until:
+            self.engine.step()
+        done = []
+        for number, requests in list(self.open.items()):
+            if all(request.finish_reason for request in requests):
+                found = [request.completion() for request in self.open.pop(number)]
+                turns = [Turn(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop')
+                         for c in found]
+                done.append((number, turns))
+        return done
+
+
+class Rollouts(Pool):
     """A stream of answered and scored prompts, for a trainer that does not wait for them.
 
     jobs(k) -> iterator of (row number, row, prompt ids, SamplingParams) from prompt k on, endless; `batch`
     of them are an update's. publish(state_dict, version) once before each update: the workers go on with
-    these weights. take(n) -> the next n Rollouts, in the ORDER OF THE PROMPTS, so that a batch holds what
+    these weights. take(n) -> the next n Groups, in the ORDER OF THE PROMPTS, so that a batch holds what
     it would hold in sync mode (first come, first trained would prefer short answers), and `position`, the
     number behind the last one taken, is all that a checkpoint needs: nothing is trained on twice, nothing is
     left out. Capacity, section 5.1 of the paper: prompts handed out <= taken + (max_staleness + 1) * batch
     at each publish, so no token that is taken is older than max_staleness versions; 0 = the workers sample
-    with the weights of the update itself, as in sync mode. Faults: a worker that dies, or is silent for
-    SILENCE seconds, is replaced and its unfinished prompts are sampled again (`restarts`); a reward that
-    raises, hangs for reward_timeout s, is not finite or takes its process along is tried reward_retries
-    times more, then the whole group is left out and the next one takes its place (`dropped`). runtime:
-    'local', 'ray', or 'HOST:PORT' of a cluster."""
+    with the weights of the update itself, as in sync mode. A worker that dies, or is silent for SILENCE
+    seconds, is replaced and its unfinished turns are sampled again (`restarts`); where a reward fails, the
+    next prompt takes the place of the group. runtime: 'local', 'ray', or 'HOST:PORT' of a cluster. engine:
+    options of infer.Engine. The rest: see Pool."""
 
-    def __init__(self, model, tokenizer, jobs, batch, rewards=(), max_staleness=1, rollout_workers=1,
-                 reward_workers=1, reward_timeout=30.0, reward_retries=2, runtime='local', position=0,
-                 device='cpu', **engine):
+    def __init__(self, model, tokenizer, jobs, batch, max_staleness=1, rollout_workers=1, runtime='local',
+                 position=0, device='cpu', engine=None, **pool):
         self.actors = actors = with_actors()
         self.batch = batch
         self.max_staleness = max_staleness
-        self.reward_timeout = reward_timeout
-        self.retries = reward_retries
         self.position = self.next = position
-        self.taken = self.limit = 0                   # limit: prompts handed out and not dropped, at most
-        self.dropped = self.restarts = self.in_a_row = 0  # in_a_row: groups dropped since the last good one
+        self.taken = self.limit = 0  # limit: prompts handed out and not dropped, at most
         self.jobs = jobs(position)
-        self.work = {}
-        self.pending = []
-        self.unscored = deque()
-        self.done = {}
-        self.tries = {}
         self.version = self.weights = self.error = None
         self.cv = threading.Condition()
         self.closed = False
-        self.own = not actors.is_initialized()
-        scorers = reward_workers if rewards else 0
-        gpus = self._init(runtime, rollout_workers + scorers, device)
-        files = {name: os.path.abspath(name) for name in rewards}  # a node has a working directory of its own
+        own = not actors.is_initialized()
+        free = free_gpus(device)
+        gpus = len(free)
+        if own:
+            with only(free):
+                start_runtime(actors, runtime, rollout_workers + pool.get('reward_workers', 0), gpus)
+        super().__init__(get_tokenizer(tokenizer), **pool)
+        self.own = own
         tokenizer = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer
         share = dict(num_gpus=min(1, gpus / rollout_workers)) if gpus else {}
         worker = actors.remote(RolloutWorker).options(num_cpus=1, **share)
-        scorer = actors.remote(Scorer).options(num_cpus=1)
         first = actors.put(model)
         place = 'cuda' if gpus else str(device)
+        options = engine or {}
+        self.size = options.get('max_num_seqs', 256)
+
         def roller():
-            return worker.remote(first, tokenizer, place, **engine)
+            return worker.remote(first, tokenizer, place, **options)
         self.rollers = [_Hand(roller) for _ in range(rollout_workers)]
-        self.scorers = [_Hand(lambda: scorer.remote(files, tokenizer)) for _ in range(scorers)]
-        self.hands = self.rollers + self.scorers
-        self.size = engine.get('max_num_seqs', 256)
+        self.hands += self.rollers
         self.thread = threading.Thread(target=self._pump, name='rollouts', daemon=True)
         self.thread.start()
-
-    def _init(self, runtime, processes, device):
-        """Starts or joins the runtime -> GPUs for the rollout workers: those that no trainer has, else they
-        share theirs. The runtime reads CUDA_VISIBLE_DEVICES; torch in this process has its device already."""
-        gpus = range(torch.cuda.device_count() if str(device).startswith('cuda') else 0)
-        before = os.environ.get('CUDA_VISIBLE_DEVICES')
-        ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # torchrun's: rank i of this node has GPU i
-        taken = range(ranks) if ranks > 1 else [torch.device(device).index or 0]
-        free = [i for i in gpus if i not in taken] or list(gpus)
-        if free:
-            ids = before.split(',') if before else [str(i) for i in gpus]
-            os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids[i] for i in free)
-        try:
-            if self.own:
-                self._start(runtime, processes, len(free))
-        finally:
-            if free and before is None:
-                del os.environ['CUDA_VISIBLE_DEVICES']
-            elif free:
-                os.environ['CUDA_VISIBLE_DEVICES'] = before
-        return len(free)
-
-    def _start(self, runtime, processes, gpus):
-        if runtime == 'local':
-            self.actors.init(num_cpus=processes, num_gpus=gpus)
-        elif runtime == 'ray':
-            cpus = None if os.environ.get('RAY_ADDRESS') else processes  # a cluster has its own
-            self.actors.init(backend='ray', include_dashboard=False, num_cpus=cpus)
-        elif ':' in runtime:
-            self.actors.init(address=runtime)
-        else:
-            raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py "
-                             "--head=True")
 
     # ---- the trainer's side
 
@@ -1090,7 +1148,7 @@ class Rollouts:
             self.cv.notify_all()
 
     def take(self, n, seconds=None):
-        """Waits for the next n Rollouts; after so many seconds (None: no limit) it returns None instead.
+        """Waits for the next n Groups; after so many seconds (None: no limit) it returns None instead.
         Raises what went wrong with the workers."""
         out = []
         with self.cv:
@@ -1102,30 +1160,24 @@ class Rollouts:
                 raise self.error
             while len(out) < n:
                 group = self.done.pop(self.position)
+                self.position += 1
                 if group is not None:
                     out.append(group)
-                    del self.work[self.position]
                     self.taken += 1
-                self.position += 1
         return out
 
     def _ready(self):
-        """How many Rollouts lie there in the order of the prompts."""
+        """How many Groups lie there in the order of the prompts."""
         numbers = itertools.takewhile(self.done.__contains__, itertools.count(self.position))
         return sum(self.done[number] is not None for number in numbers)
 
     def close(self):
         """Ends the workers, and the runtime if it was started here."""
-        if self.closed:
-            return
         with self.cv:
             self.closed = True
             self.cv.notify_all()
         self.thread.join(30)
-        for hand in self.hands:
-            self.actors.kill(hand.actor)
-        if self.own:
-            self.actors.shutdown()
+        super().close()
 
     # ---- the thread that keeps the workers busy
 
@@ -1133,128 +1185,93 @@ class Rollouts:
         try:
             while not self.closed:
                 self._issue()
-                calls = {hand.call: hand for hand in self.hands if hand.call is not None}
-                if not calls:
-                    with self.cv:
-                        if not self.closed and not self._may_issue():
-                            self.cv.wait(0.5)
+                if self.unscored or any(hand.call is not None for hand in self.hands):
+                    self._work(0.1)
                     continue
-                wait = min(hand.deadline for hand in calls.values()) - time.monotonic()
-                wait = min(0.1, max(0.0, wait))
-                ready, _ = self.actors.wait(list(calls), num_returns=1, timeout=wait)
-                for ref in ready:
-                    self._collect(calls[ref])
-                for hand in self.hands:
-                    if hand.call is not None and hand.call not in ready and time.monotonic() > hand.deadline:
-                        self._replace(hand, f'no answer for {hand.seconds:g} s')
+                with self.cv:
+                    if not self.closed and not self._may_issue():
+                        self.cv.wait(0.5)
         except BaseException as e:
             with self.cv:
                 self.error = e
                 self.cv.notify_all()
 
     def _may_issue(self):
-        return self.weights is not None and self.taken + len(self.work) < self.limit
+        waiting = sum(group is not None for group in self.done.values())
+        return self.weights is not None and self.taken + len(self.open) + waiting < self.limit
 
     def _issue(self):
-        """Hands out prompts within the capacity, lowest number first, and gives every idle worker its next
-        call."""
+        """Hands out prompts within the capacity, and gives every idle rollout worker its next call, lowest
+        number first."""
         with self.cv:
             while self._may_issue():
-                self.work[self.next] = next(self.jobs)
-                self.pending.append(self.next)
+                self._begin(self.next, next(self.jobs))
                 self.next += 1
             version = self.version
             weights = self.weights
+        self.pending.sort()
         for hand in self.rollers:
             if hand.call is None and (hand.work or self.pending):
-                new = self._share(hand)
+                jobs = [(number, self.open[number].asks[1]) for number in self._share(hand)]
                 fresh = weights if hand.version != version else None
                 hand.version = version
-                jobs = [(number, *self.work[number][2:]) for number in new]
                 hand.go(hand.actor.run.remote(jobs, version, fresh, SLICE), SILENCE)
-        for hand in self.scorers:
-            if hand.call is None and self.unscored:
-                hand.work = [self.unscored.popleft()]
-                number, answers = hand.work[0]
-                row = self.work[number][1]
-                sampled = [ids for ids, *_ in answers]
-                hand.go(hand.actor.score.remote(row, sampled), self.reward_timeout)
 
     def _share(self, hand):
         """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its
         engine has rows for."""
         open_ = len(self.pending) + sum(len(other.work) for other in self.rollers)
-        answers = self.work[(hand.work or self.pending)[0]][3].n
+        answers = self.open[(hand.work or self.pending)[0]].samples()
         most = min(-(-open_ // len(self.rollers)), max(1, self.size // answers))
         new = self.pending[:max(0, most - len(hand.work))]
         self.pending = self.pending[len(new):]
         hand.work += new
         return new
 
-    def _collect(self, hand):
-        """What a call came to."""
-        try:
-            result = self.actors.get(hand.call, timeout=SILENCE)
-        except self.actors.exceptions.RayActorError as e:
-            return self._replace(hand, str(e).strip().splitlines()[-1])
-        except Exception as e:
-            if hand in self.rollers or not hand.work:
-                raise
-            hand.call = None
-            why = str(e).strip().splitlines()[-1]
-            return self._again(hand.work.pop(), why)
-        hand.call = None
-        if not hand.up:  # it has started, that is all
-            hand.up = True
-            return
-        hand.deaths = 0
-        if hand in self.scorers:
-            number, answers = hand.work.pop()
-            return self._finish(number, Rollout(number, self.work[number][0], answers, result))
-        for number, answers in result:
+    def _sampled(self, hand, result):
+        for number, turns in result:
             hand.work.remove(number)
-            if self.scorers:
-                self.unscored.append((number, answers))
-            else:
-                self._finish(number, Rollout(number, self.work[number][0], answers, {}))
+            self._tell(number, turns)
 
     def _finish(self, number, group):
-        """A group is ready, or dropped (None). From here on it is the trainer's."""
-        with self.cv:
-            self.in_a_row = 0 if group is not None else self.in_a_row + 1
-            self.tries.pop(number, None)
-            self.done[number] = group
-            if group is None:
-                del self.work[number]
-                self.dropped += 1
+        with self.cv:  # from here on it is the trainer's
+            super()._finish(number, group)
             self.cv.notify_all()
 
-    def _again(self, work, why):
-        """A reward failed: once more at the end of the line, or the group is dropped."""
-        number = work[0]
-        self.tries[number] = self.tries.get(number, 0) + 1
-        if self.tries[number] <= self.retries:
-            return self.unscored.append(work)
-        row = self.work[number][0] + 1
-        tries = self.tries[number]
-        print(f'rollouts: prompt {number} (row {row}) is dropped, its reward failed {tries} times: '
-              + why[:200])
-        self._finish(number, None)
-        if self.in_a_row >= max(16, self.batch):
-            raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '
-                             f'with: {why}')
 
-    def _replace(self, hand, why):
-        """Another actor takes the place of one that died or fell silent, and its work."""
-        self.actors.kill(hand.actor)
-        work = hand.work
-        hand.start()
-        if hand in self.scorers and work:
-            return self._again(work[0], why)
-        hand.deaths += 1
-        if hand.deaths >= DEATHS:
-            kind = 'rollout' if hand in self.rollers else 'reward'
-            raise RuntimeError(f'a {kind} worker died {hand.deaths} times before it did anything: {why}')
-        self.restarts += 1
-        print(f'rollouts: a worker was replaced ({why[:200]}), {len(work)} prompts start again', flush=True)
-        self.pending = sorted(work + self.pending)
+def start_runtime(actors, runtime, processes, gpus):
+    """Starts or joins what the workers run in."""
+    if runtime == 'local':
+        actors.init(num_cpus=processes, num_gpus=gpus)
+    elif runtime == 'ray':
+        cpus = None if os.environ.get('RAY_ADDRESS') else processes  # a cluster has its own
+        actors.init(backend='ray', include_dashboard=False, num_cpus=cpus)
+    elif ':' in runtime:
+        actors.init(address=runtime)
+    else:
+        raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py "
+                         "--head=True")
+
+
+def free_gpus(device):
+    """The numbers of the GPUs that no trainer has, of all where they have all. Of torchrun's ranks on this
+    node the i-th has GPU i."""
+    gpus = range(torch.cuda.device_count() if str(device).startswith('cuda') else 0)
+    ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    taken = range(ranks) if ranks > 1 else [torch.device(device).index or 0]
+    return [i for i in gpus if i not in taken] or list(gpus)
+
+
+@contextlib.contextmanager
+def only(gpus):
+    """Inside: CUDA_VISIBLE_DEVICES names these, for a runtime that reads it; torch in this process has its
+    device already."""
+    before = dict(os.environ)
+    if gpus:
+        ids = before.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
+        os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids.split(',')[i] for i in gpus)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

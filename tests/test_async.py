@@ -113,7 +113,7 @@ def test_an_interrupted_answer_goes_on_and_each_token_knows_its_weights():
     for v in range(1, 5):
         models.append(moved(models[-1], v, 0.1))
     worker = rollout.RolloutWorker(copy.deepcopy(models[0]), 'byte', 'cpu', max_num_seqs=4, max_len=80)
-    jobs = [(i, [1 + i, 2, 3] * (1 + 3 * i), infer.SamplingParams(max_tokens=20, n=3, seed=i)) for i in range(3)]
+    jobs = [(i, [([1 + i, 2, 3] * (1 + 3 * i), infer.SamplingParams(max_tokens=20, n=3, seed=i))]) for i in range(3)]
     done = worker.run(jobs, 0, None, 0.0)
     for version in range(1, 5):
         for _ in range(7):
@@ -127,7 +127,8 @@ def test_an_interrupted_answer_goes_on_and_each_token_knows_its_weights():
         for ids, logps, versions, ended in answers:
             several += len(set(versions)) > 1
             assert len(ids) == len(logps) == len(versions) == 20 and versions == sorted(versions) and not ended
-            idx, P = torch.tensor([jobs[id][1] + ids]), len(jobs[id][1])
+            prompt = jobs[id][1][0][0]
+            idx, P = torch.tensor([prompt + ids]), len(prompt)
             for v in set(versions):
                 dense = models[v].logprobs(idx)[0, P - 1:].tolist()
                 assert all(abs(a - b) < 1e-4 for a, b, own in zip(dense, logps, versions) if own == v)
@@ -158,7 +159,7 @@ def pool():
     made, before = [], os.getpid() in holders()
 
     def make(jobs=None, batch=4, **kw):
-        made.append(rollout.Rollouts(tiny_model(), 'byte', jobs or jobs_of(), batch, **{'max_num_seqs': 16, 'max_len': 64, **kw}))
+        made.append(rollout.Rollouts(tiny_model(), 'byte', jobs or jobs_of(), batch, engine=dict(max_num_seqs=16, max_len=64), **kw))
         return made[-1]
     yield make
     for p in made:
@@ -175,9 +176,9 @@ def test_without_staleness_it_is_the_engine_itself(pool):
         model = moved(model, it)
         p.publish(model.state_dict(), it)
         got = p.take(4)
-        assert [g.number for g in got] == list(range(4 * it, 4 * it + 4)) and not p.work and p.position == 4 * it + 4
-        assert [a[0] for g in got for a in g.answers] == one_engine(model, jobs_of(), 4 * it, 4)
-        assert {v for g in got for a in g.answers for v in a[2]} == {it}
+        assert [g.number for g in got] == list(range(4 * it, 4 * it + 4)) and not p.open and not p.done and p.position == 4 * it + 4
+        assert [a.ids for g in got for a in g.answers] == one_engine(model, jobs_of(), 4 * it, 4)
+        assert {v for g in got for a in g.answers for v in a.versions} == {it}
 
 
 def test_who_waits_for_the_pool_can_say_so(pool):
@@ -202,13 +203,12 @@ def test_rank_0_says_that_it_waits():
 
 @pytest.mark.parametrize('gpus,ranks,index,seen', [(0, 1, None, None), (1, 1, 0, '3'), (4, 1, 1, '3,5,6'), (4, 2, 0, '5,6'), (2, 2, 0, '3,4')], ids=str)
 def test_rollout_workers_get_the_gpus_that_no_trainer_has(monkeypatch, gpus, ranks, index, seen):
-    found = []
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,4,5,6') if gpus else monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    pool = types.SimpleNamespace(own=True, _start=lambda runtime, processes, n: found.append((n, os.environ.get('CUDA_VISIBLE_DEVICES'))))
-    n = rollout.Rollouts._init(pool, 'local', 2, 'cpu' if index is None else f'cuda:{index}')
-    assert found == [(n, seen)] and n == len((seen or '').split(',')) * bool(seen)
+    free = rollout.free_gpus('cpu' if index is None else f'cuda:{index}')
+    with rollout.only(free):
+        assert os.environ.get('CUDA_VISIBLE_DEVICES') == seen and len(free) == len((seen or '').split(',')) * bool(seen)
     assert os.environ.get('CUDA_VISIBLE_DEVICES') == ('3,4,5,6' if gpus else None)
 
 
@@ -219,10 +219,10 @@ def test_capacity_and_staleness(pool):
         p.publish(tiny_model().state_dict(), it)
         soon(lambda: len(p.done) == 12, 120)  # (version + max_staleness + 1) * batch handed out in all, (version) * batch of them taken
         time.sleep(0.05)
-        assert len(p.work) == 12 and p.next == (it + 3) * 4
+        assert not p.open and p.next == (it + 3) * 4
         got = p.take(4)
         ids += [g.number for g in got]
-        ages += [it - v for g in got for a in g.answers for v in a[2]]
+        ages += [it - v for g in got for a in g.answers for v in a.versions]
     assert ids == list(range(24)) and max(ages) == 2 and min(ages) == 0
     p.take(12)
     assert p.position == 36  # a second helping within one update
@@ -258,11 +258,11 @@ def reward(prompt, completion, row):
 def test_bad_rewards_are_tried_again_then_dropped_and_counted(pool, tmp_path, capfd):
     """Rows 3 (kills its process), 5 (not a number), 6 (raises) never succeed; 8 (raises once) and 9 (hangs once) do at the second try."""
     (tmp_path / 'reward.py').write_text(REWARD.format(folder=str(tmp_path)))
-    p = pool(rewards=[str(tmp_path / 'reward.py')], reward_workers=2, reward_timeout=2.0, reward_retries=1, max_staleness=2)
+    p = pool(files=[str(tmp_path / 'reward.py')], reward_workers=2, reward_timeout=2.0, reward_retries=1, max_staleness=2)
     p.publish(tiny_model().state_dict(), 0)
     got = p.take(4) + p.take(4)
     assert [g.number for g in got] == [0, 1, 2, 4, 7, 8, 9, 10] and p.position == 11 and (p.dropped, p.restarts) == (3, 0)
-    assert all(g.scores == {str(tmp_path / 'reward.py'): [float(g.number)] * 2} and len(g.answers) == 2 for g in got)
+    assert all(g.marks == {str(tmp_path / 'reward.py'): [float(g.number)] * 2} and len(g.answers) == 2 for g in got)
     asked = {n: os.path.getsize(tmp_path / str(n)) for n in range(10)}
     assert asked == {0: 2, 1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 8: 3, 9: 3}  # a try of 3, 5, 6 sees the first answer only
     said = capfd.readouterr().out
@@ -272,7 +272,7 @@ def test_bad_rewards_are_tried_again_then_dropped_and_counted(pool, tmp_path, ca
 @pytest.mark.slow
 def test_a_reward_that_always_fails_ends_the_run(pool, tmp_path):
     (tmp_path / 'reward.py').write_text('def reward(prompt, completion, row):\n    return 1 / 0\n')
-    p = pool(rewards=[str(tmp_path / 'reward.py')], reward_retries=0)
+    p = pool(files=[str(tmp_path / 'reward.py')], reward_workers=1, reward_retries=0)
     p.publish(tiny_model().state_dict(), 0)
     with pytest.raises(ValueError, match='failed for 16 prompts one after the other, at last with: .*ZeroDivisionError'):
         p.take(4)
@@ -307,7 +307,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(pool, monkeypatch, how):
     p.publish(tiny_model().state_dict(), 2)
     got += p.take(8)
     assert p.restarts == 1 and p.dropped == 0 and [g.number for g in got] == list(range(24))
-    assert [a[0] for g in got for a in g.answers] == one_engine(tiny_model(), jobs_of(tokens=50), 0, 24)
+    assert [a.ids for g in got for a in g.answers] == one_engine(tiny_model(), jobs_of(tokens=50), 0, 24)
     soon(lambda: not alive(victim), 60)
 
 
@@ -316,7 +316,7 @@ def test_a_storm_of_kills_loses_and_doubles_nothing(pool, tmp_path):
     """Workers and reward workers are killed twenty times at random moments while batches are taken."""
     (tmp_path / 'reward.py').write_text('def reward(prompt, completion, row):\n    return float(row["number"])\n')
     before, stop, killed = set(descendants(os.getpid())), threading.Event(), []
-    p = pool(jobs=jobs_of(tokens=40), rollout_workers=2, max_staleness=3, rewards=[str(tmp_path / 'reward.py')], reward_workers=2, reward_retries=50)
+    p = pool(jobs=jobs_of(tokens=40), rollout_workers=2, max_staleness=3, files=[str(tmp_path / 'reward.py')], reward_workers=2, reward_retries=50)
     zygote = min(set(descendants(os.getpid())) - before)
 
     def storm():
@@ -331,7 +331,7 @@ def test_a_storm_of_kills_loses_and_doubles_nothing(pool, tmp_path):
     while thread.is_alive() or it < 20:
         p.publish(tiny_model().state_dict(), it)
         got = p.take(4)
-        assert all(list(g.scores.values())[0] == [float(g.number)] * 2 for g in got)
+        assert all(list(g.marks.values())[0] == [float(g.row['number'])] * 2 for g in got)
         ids, it = ids + [g.number for g in got], it + 1
     thread.join()
     assert len(killed) == 20 and p.restarts > 0 and p.dropped == 0 and ids == list(range(len(ids)))

@@ -142,6 +142,33 @@ def test_bad_names_are_listed():
         grpo.group_advantages(x[0], 2, 'gae')
 
 
+def test_advantages_of_steps_by_hand():
+    """Two prompts, two answers each, R = 4. First group: steps paid [1, 0] (ends 1 and 3) and [0] (end 2), nothing besides; second: [2] with 1 for the whole, [3]."""
+    nan = math.nan
+    paid = torch.tensor([[nan, 1, nan, 0], [nan, nan, 0, nan], [2, nan, nan, nan], [nan, 3, nan, nan]], dtype=D)
+    scores = torch.tensor([1.0, 0, 3, 3], dtype=D)
+    got = grpo.step_advantages(scores, paid, 2, 'dr_grpo')
+    a = 1 / 3  # the first step has 1 - 1/3 and then 0 - 1/3, the second 0 - 1/3
+    assert torch.allclose(got, torch.tensor([[a, a, -a, -a], [-a, -a, -a, 0], [0] * 4, [0] * 4], dtype=D))
+    std = math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2)
+    assert torch.allclose(grpo.step_advantages(scores, paid, 2)[:2], got[:2] / (std + 1e-4)) and not grpo.step_advantages(scores, paid, 2)[2:].any()
+    whole = grpo.step_advantages(scores, paid, 2, 'reinforce++')  # against all five steps, 1 0 0 3 3
+    assert torch.allclose(whole[3, :2], torch.full((2,), (3 - 1.4) / (torch.tensor([1.0, 0, 0, 3, 3]).std().item() + 1e-4), dtype=D)) and not whole[3, 2:].any()
+    # one step an answer: GRPO itself; and one token of the loss has its own advantage
+    one = torch.full((4, 3), nan, dtype=D)
+    one[:, 2] = scores
+    for kind in ('grpo', 'dr_grpo', 'reinforce++'):
+        want = grpo.group_advantages(scores, 2, kind)
+        assert torch.allclose(grpo.step_advantages(scores, one, 2, kind), want[:, None].expand(4, 3))
+    logp = torch.zeros(4, 4, dtype=D, requires_grad=True)
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False], [True] * 4, [True] * 2 + [False] * 2])
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), got, mask, loss_type='dr_grpo', max_len=4)
+    assert torch.allclose(torch.autograd.grad(loss, logp)[0], -torch.where(mask, got, 0.0) / 16)
+    with pytest.raises(ValueError, match='rloo with a reward file that pays for steps'):
+        grpo.step_advantages(scores, paid, 2, 'rloo')
+
+
+
 def test_tis_weights_and_mismatch():
     logp, sampler = torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([[-math.log(3), 0.1, 0.0]])
     mask = torch.tensor([[True, True, False]])

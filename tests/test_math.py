@@ -250,6 +250,13 @@ def test_prepare_the_forms_of_others(tmp_path, monkeypatch):
         test = rows(tmp_path / name, 'test')
         made = rows(tmp_path / name, 'train') + test
         assert len(made) == 5 and len(test) == 1 and all(paid(R.clean(r['answer']), r) for r in made)
+    deep = [{'question': f'What is the value of {i} + {i}?', 'final_answer': answer, 'difficulty': 5.5}
+            for i, answer in enumerate(('0', 'Yes', '\\frac{1}{2}', 'no.', '8'))]
+    src = jsonl(tmp_path / 'deep.jsonl', deep)
+    prepare('math', monkeypatch, src=src, out_dir=tmp_path / 'd', words=False, val=0.3)
+    made = rows(tmp_path / 'd', 'train') + rows(tmp_path / 'd', 'test')
+    assert {row['answer'] for row in made} == {'0', '\\frac{1}{2}', '8'}
+    assert {row['level'] for row in made} == {5}
     src, test = str(tmp_path / 'dapo.jsonl'), jsonl(tmp_path / 't.jsonl', MATH[2:4])
     prepare('math', monkeypatch, src=src, test=test, out_dir=tmp_path / 'q', form='asis')
     left = rows(tmp_path / 'q', 'train')

@@ -2,6 +2,7 @@
 import contextlib
 import importlib.util
 import os
+import random
 import time
 
 import pytest
@@ -196,3 +197,25 @@ def test_a_second_try():
     assert talk('#### 71', '#### 72')[1] == (None, 0.5) and talk('no', 'no')[1] == (None, 0.0)
     reply, mark = talk('#### 71')[0]
     assert 'again' in reply and mark is None
+
+
+def test_the_calculator():
+    """It answers a sum that ends the turn; the mark is the last number's. Few people ask it."""
+    tool = load('data/toy/env_calculator.py')
+
+    def talk(*said):
+        env = tool.Env()
+        assert env.start(dict(prompt='Q: 4821+3977?\nA:', answer='8798')) == 'Q: 4821+3977?\nA:'
+        return [env.step(text) for text in said]
+    assert talk(' 4821+3977=', '.') == [('8798', None), (None, 1.0)]
+    assert talk(' 4821+3977=', ', 8798.')[1] == (None, 1.0) and talk(' 4821+3976=', '.')[1] == (None, 0.0)
+    assert talk(' what=')[0] == ('?', None)
+    assert talk(' 8798') == [(None, 0.0)] and talk(' 8798.') == [(None, 1.0)]
+    rng = random.Random(1)
+    rows = [tool.told(tool.large_sum(rng), rng) for _ in range(4000)]
+    asks = [row for row in rows if '=' in row['completion']]
+    assert 0.05 < len(asks) / 4000 < 0.075 and sorted(asks[0]) == ['completion', 'prompt']
+    for row in rows:
+        a, b = map(int, row['prompt'][3:-4].split('+'))
+        ending = f'={a + b}.' if row in asks else f', {round(a + b, -2)}.'
+        assert row['completion'] == f' {a}+{b}{ending}'

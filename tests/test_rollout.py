@@ -9,14 +9,15 @@ import random
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from helpers import ckpt, equal, jsonl, log_rows, stage
+from test_actors_faults import alive, soon
 
 import grpo
 import infer
-import parallel
 import ppo
 import rollout
 from model import ARCHS, GPT, GPTConfig
@@ -111,13 +112,25 @@ def a_run(world, monkeypatch, reward, **more):
 
 
 def test_several_rewards_and_a_path_with_a_comma(world, monkeypatch):
-    tok, batch = get_tokenizer('byte'), batch_of([[1], [1]], [list(b'ab') + [256], list(b'cd')])
+    """Files are asked with the row's own prompt, where the answers come about; here they are added up."""
+    tok = get_tokenizer('byte')
+    monkeypatch.chdir(world)
+
+    def answered(files, *texts):
+        pool = rollout.Pool(tok, files=files)
+        engine = types.SimpleNamespace(generate=lambda prompts, params: [
+            types.SimpleNamespace(token_ids=ids, logprobs=[0.0] * len(ids), finish_reason='stop') for ids in texts])
+        params = infer.SamplingParams(n=len(texts))
+        return pool.answer([(0, dict(prompt='Q', number=1), [1], params)], engine)
+    answers = rollout.Answers.__new__(rollout.Answers)
+    answers.__dict__.update(device=torch.device('cpu'), config={}, tok=tok)
     rewards = rollout.Rewards(a_run(world, monkeypatch, 'sums.py, asks.py', reward_weights='1, 0.5'), tok, 32)
+    batch = answers._batch(answered(rewards.files, [*b'ab', 256], [*b'cd']), 0)
     total, each = rewards(batch)  # 'ab' without its end token: 97 + 98 = 195; 'cd': 199
     assert each['sums.py'].tolist() == [0, 4] and each['asks.py'].tolist() == [1, 1] and total.tolist() == [0.5, 4.5]
     assert rollout.Rewards(a_run(world, monkeypatch, 'a,b.py'), tok, 32).names == ['a,b.py']
     with pytest.raises(ValueError, match='big.py returned 1e[+]39 .*finite.*row .*number'):
-        rollout.Rewards(a_run(world, monkeypatch, 'big.py'), tok, 32)(batch)
+        answered(['big.py'], [*b'ab'])
 
 
 def test_a_reward_model_with_other_tokens_reads_the_row_as_in_its_training(world, monkeypatch):
@@ -133,6 +146,23 @@ def test_a_reward_model_with_other_tokens_reads_the_row_as_in_its_training(world
     want = [model(torch.tensor([[255, *ids]]))[0][0, -1].item() for ids in (b'Qab' + b'', b'Qc')]
     want[0] = model(torch.tensor([[255, *b'Qab', 256]]))[0][0, -1].item()
     assert rewards.same_ids == [] and rewards(batch)[0].tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_what_is_paid_for_steps_stands_by_its_tokens(world, monkeypatch):
+    """A list: lines that are not blank, or turns; one number: the last step. And what is no list as long."""
+    tok = get_tokenizer('byte')
+    ids = [*b'ab\n\ncd\n', 256], [*b'\nx'], [256], [*b'a\n']
+    assert [rollout.line_ends(x, tok) for x in ids] == [[2, 7], [1], [0], [1]]
+    assert rollout.line_ends([*b'a\nb'], tok) == [1, 2] and rollout.line_ends([*b'a\n\n', 256], tok) == [3]
+    nan = pytest.approx(math.nan, nan_ok=True)
+    assert rollout.at_tokens('x.py', [1.0, 2.0], [1, 3]) == [nan, 1, nan, 2] and rollout.at_tokens('x.py', 3.0, [1]) == [nan, 3]
+    with pytest.raises(ValueError, match='reward x.py returned 1 numbers for an answer of 2 steps'):
+        rollout.at_tokens('x.py', 1.0, [1, 2])
+    rewards = rollout.Rewards(a_run(world, monkeypatch, 'sums.py, asks.py', reward_weights='2, 0.5'), tok, 32)
+    batch = batch_of([[1], [1]], [[5, 6, 7], [8]])
+    batch.given = {'sums.py': torch.tensor([[1.0, math.nan, 2.0], [4.0, math.nan, math.nan]]), 'asks.py': torch.tensor([1.0, 0.0])}
+    total, each = rewards(batch)
+    assert total.tolist() == [6.5, 8] and each['sums.py'].tolist() == [3, 4] and batch.paid[0].tolist() == [2, nan, 4]
 
 
 @BOTH
@@ -171,7 +201,7 @@ def test_an_iteration_can_be_followed(world, args, monkeypatch):
     monkeypatch.setattr(Run, 'log', lambda *a, **k: sys.setprofile(None) or before(*a, **k))
     stage(*args, '--max_iters=1', '--out_dir=out-trace', '--reward_workers=0', cwd=world)
     print(len(seen), sorted(seen))
-    assert 20 < len(seen) <= 91 and len({file for file, _ in seen}) <= 7, sorted(seen)  # aims: 60, 5
+    assert 20 < len(seen) <= 100 and len({file for file, _ in seen}) <= 7, sorted(seen)  # aims: 60, 5
 
 
 @BOTH
@@ -289,8 +319,9 @@ class Env:
         return (None if self.left == 0 else f'<{completion[:3]}{self.left}>'), reward
 """
 BAD = """
-import os, subprocess, sys, time
-seen = {}
+import os, signal, time
+from data.judge import ask_judge
+
 def reward(prompt, completion, row):
     n = row['number']
     first = not os.path.exists(f'tried{n}')
@@ -298,36 +329,50 @@ def reward(prompt, completion, row):
     if n == 1:
         time.sleep(1000)
     if n == 2:
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)  # so does the kernel to who eats too much memory
     if n == 3:
         raise KeyError('three')
     if n == 4 and first:
         1 / 0
     if n == 5:
-        for _ in range(20):
-            subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(999)'])
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for _ in range(200):
+            child = os.fork()
+            if not child:
+                time.sleep(1000)
+            with open('children', 'a') as f:
+                f.write(f'{child} ')
         time.sleep(1000)
-    print('x' * 1000)
+    if n == 6:
+        ask_judge('http://127.0.0.1:9/v1', prompt, completion, 'x', model='dead')
+    if n == 7:
+        for _ in range(3000):
+            print('storm ' * 20)
+    if n == 8:
+        bytearray(10 << 40)  # more than there is
     return float(n)
 """
 
 
 class Scripted:
-    """An engine whose answers are drawn beforehand; it remembers what it was asked."""
+    """An engine whose answers are a function of prompt, seed and index; it remembers what it was asked."""
 
-    def __init__(self, rng, tok):
-        self.rng, self.tok, self.asked = rng, tok, []
+    def __init__(self, tok):
+        self.tok, self.asked = tok, []
 
     def generate(self, prompts, params):
         done = []
         for prompt, p in zip(prompts, params):
-            text = ''.join(self.rng.choices('abc', k=self.rng.randrange(1, 6)))
-            ids, finish = self.tok.encode(text), 'length'
-            if len(ids) < p.max_tokens and self.rng.random() < 0.9:
-                ids, finish = ids + self.rng.choice([[self.tok.eot], self.tok.encode('=')]), 'stop'
-            ids = ids[:p.max_tokens]
-            self.asked.append((prompt, ids, p))
-            done.append(types.SimpleNamespace(token_ids=ids, logprobs=[-0.1 * (i % 7) - 0.1 for i in ids], finish_reason=finish))
+            for index in range(p.n):
+                rng = random.Random(f'{prompt} {p.seed} {index}')
+                text = ''.join(rng.choices('abc', k=rng.randrange(1, 6)))
+                ids, finish = self.tok.encode(text), 'length'
+                if len(ids) < p.max_tokens and rng.random() < 0.9:
+                    ids, finish = ids + rng.choice([[self.tok.eot], self.tok.encode('=')]), 'stop'
+                ids = ids[:p.max_tokens]
+                self.asked.append((prompt, ids, p, index))
+                logps = [-0.1 * (i % 7) - 0.1 for i in ids]
+                done.append(types.SimpleNamespace(token_ids=ids, logprobs=logps, finish_reason=finish))
         return done
 
 
@@ -343,26 +388,29 @@ def test_conversations_with_a_scripted_policy(tmp_path, chat):
         tok.config = {**tok.config, 'chat_template': template}
         tok.save(tmp_path / 'tok')
         tok = get_tokenizer(str(tmp_path / 'tok'))
-    env = rollout.load_env(str(tmp_path / 'env.py'))
-    scorer = rollout.Scorer({}, str(tmp_path / 'tok') if chat else 'byte', str(tmp_path / 'env.py'))
-    judges = types.SimpleNamespace(env='env.py', files=[], dropped=0,
-                                   ask=lambda method, jobs: [getattr(scorer, method)(*job) for job in jobs])
+    path = str(tmp_path / 'env.py')
+    env, engine = rollout.load_env(path), Scripted(tok)
     room = 60 if chat else 20
-    answers, engine = rollout.Answers.__new__(rollout.Answers), Scripted(rng, tok)
-    answers.config = dict(max_turns=4, max_new_tokens=room)
-    answers.__dict__.update(tok=tok, engine=engine, judges=judges, env=env, chats=0, team=1, mesh=parallel.ALONE, device=torch.device('cpu'),
-                            params=infer.SamplingParams(max_tokens=room))
     jobs = []
     for k in range(250):
         ask = [dict(role='user', content='hi')] if chat else 'hi'
-        row = dict(ask=ask, turns=rng.randrange(1, 7))
+        row = dict(ask=ask, turns=rng.randrange(1, 7), number=k)
         row['prompt'] = env().start(row)
         ids = tok.apply_chat_template(ask, add_generation_prompt=True) if chat else tok.encode(ask)
-        jobs.append((k, row, ids, infer.SamplingParams(n=4, seed=k)))
-    batch = answers._batch(answers._answer(jobs, 2))
-    assert len(batch) == 1000 and len({p.seed for _, _, p in engine.asked}) > 0.99 * len(engine.asked)
+        jobs.append((k, row, ids, infer.SamplingParams(n=4, seed=k, max_tokens=room, stop=['='])))
+    pool = rollout.Pool(tok, env=path, max_turns=4)
+    made, kind = [], pool.here.env
+    pool.here.env = lambda: made.append(0) or kind()
+    groups = pool.answer(jobs, engine, version=3)
+    assert len(made) == 1000  # none is replayed
+    alone = [pool.answer([job], Scripted(tok), version=3)[0] for job in jobs]  # one after the other: the same
+    assert all(a.answers == b.answers and a.marks == b.marks for a, b in zip(groups, alone))
+    answers = rollout.Answers.__new__(rollout.Answers)
+    answers.__dict__.update(device=torch.device('cpu'), config=dict(env=path), tok=tok)
+    batch = answers._batch(groups, 5)
+    assert len(batch) == 1000 and len({(p.seed, index) for _, _, p, index in engine.asked}) > 0.99 * len(engine.asked)
     said = {}
-    for prompt, ids, p in engine.asked:
+    for prompt, ids, p, _ in engine.asked:
         said.setdefault(tuple(prompt), []).append((ids, p))
     kinds = collections.Counter()
     for i in range(1000):
@@ -391,7 +439,7 @@ def test_conversations_with_a_scripted_policy(tmp_path, chat):
         kinds[turn, ended] += 1
         n = len(ids)
         assert batch.responses[i] == ids and batch.mask[i].tolist() == own + [False] * (batch.mask.shape[1] - n)
-        assert batch.given['env.py'][i].item() == pytest.approx(reward) and batch.ended[i].item() == ended
+        assert batch.given[path][i].item() == pytest.approx(reward) and batch.ended[i].item() == ended
         assert batch.replied[i] == n - sum(own) and (batch.sampled[i][~batch.mask[i]] == 0).all() and (batch.sampled[i][batch.mask[i]] < 0).all()
         assert (batch.ages[i, :n] == 2).all()
     assert kinds['full'] and kinds[3, False] and kinds[0, True] and kinds[2, True] and batch.tokens() == int(batch.mask.sum())
@@ -406,33 +454,88 @@ def test_replies_take_no_part_in_loss_or_kl():
         assert (grad[~mask] == 0).all() and (grad[mask] != 0).all()
 
 
-@pytest.mark.parametrize('more', [[], ['--lora_r=4', '--beta=0.1'], ['--reward=sums.py', '--reward_weights=1,0.01', '--minibatch_size=8', '--grpo_epochs=1']])
-def test_grpo_in_an_environment(world, more):
+@pytest.mark.parametrize('more', [
+    [], ['--lora_r=4', '--beta=0.1'],
+    ['--reward=sums.py', '--reward_weights=1,0.01', '--minibatch_size=8', '--grpo_epochs=1']])
+def test_grpo_in_an_environment(world, monkeypatch, more):
+    """In this process, in a reward worker, and ahead of the trainer but never stale: the same batches, to the bit."""
     (world / 'env.py').write_text(ECHO)
     jsonl(world / 'turns.jsonl', [dict(ask=f'Q: {i}', turns=1 + i % 3) for i in range(12)])
     args = [a for a in GRPO if not a.startswith(('--dataset', '--val_dataset', '--reward'))]
-    said = stage(*args, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--reward=', '--reward_workers=1', '--max_new_tokens=30', '--out_dir=out-env', *more, cwd=world)
-    rows, evals = log_rows(world / 'out-env'), log_rows(world / 'out-env', 'eval')
-    assert len(rows) == 2 and len(evals) == 3 and 'pass@1' in evals[0] and all(0 < row['len'] <= 30 for row in rows)
-    assert all(row['mismatch_max'] < 1e-4 for row in rows) and 'max |ratio - 1| = 0.0e+00' in said
-    for args, says in ((['--mode=async'], 'mode=sync'), (['--reward_workers=0'], 'reward_workers=1'), (['--env=sums.py'], 'defines no class Env'),
+    args += ['--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--reward=', '--max_new_tokens=30', *more]
+    after, runs = rollout.Answers.next, []
+
+    def spy(*args, **keys):
+        batch = after(*args, **keys)
+        marks = {name: x.tolist() for name, x in batch.given.items()}
+        seen.append((batch.index, batch.responses, batch.mask.tolist(), batch.sampled.tolist(), batch.ended.tolist(), marks))
+        return batch
+    monkeypatch.setattr(rollout.Answers, 'next', spy)
+    for name, mode in dict(here=['--reward_workers=0'], sync=['--reward_workers=1'],
+                           ahead=['--mode=async', '--max_staleness=0', '--rollout_workers=2', '--reward_workers=2']).items():
+        seen = []
+        said = stage(*args, *mode, f'--out_dir=out-env-{name}', cwd=world)
+        assert 'max |ratio - 1| = 0.0e+00' in said
+        runs.append((seen, log_rows(world / f'out-env-{name}', 'eval'), log_rows(world / f'out-env-{name}')))
+    batches, evals, rows = runs[0]
+    assert runs[0] == runs[1] and runs[0][:2] == runs[2][:2] and len(batches) == len(rows) == 2 and len(evals) == 3
+    assert 'pass@1' in evals[0] and all(0 < row['len'] <= 30 and row['mismatch_max'] < 1e-4 for row in rows)
+    assert any(not all(own) for _, _, mask, *_ in batches for own in mask)
+    for a, b in zip(rows, runs[2][2]):
+        assert a == {key: b[key] for key in a} and b['staleness'] == b['dropped'] == b['restarts'] == 0
+
+
+LINES = 'def reward(prompt, completion, row):\n    return [sum(map(ord, line)) % 5 / 5 for line in completion.split("\\n") if line.strip()] or [0.0]\n'
+
+
+@pytest.mark.parametrize('more', [[], ['--mode=async', '--max_staleness=0'], ['--env=env.py', '--reward=turns.py']])
+def test_rewards_for_steps_train_and_are_logged(world, monkeypatch, more):
+    (world / 'lines.py').write_text(LINES)
+    (world / 'turns.py').write_text('def reward(prompt, completion, row):\n    return [0.5] * row["turns"]\n')
+    (world / 'env.py').write_text(ECHO)
+    jsonl(world / 'steps.jsonl', [dict(ask=f'Q: {i}', prompt=f'Q: {i}', turns=1) for i in range(12)])
+    args = [a for a in GRPO if not a.startswith(('--reward', '--dataset', '--val_dataset'))]
+    stage(*args, '--reward=lines.py', '--dataset=steps.jsonl', '--val_dataset=steps.jsonl', '--out_dir=out-steps', *more, cwd=world)
+    assert all(math.isfinite(row['pg']) and row['steps'] for row in log_rows(world / 'out-steps'))
+
+
+def test_an_environment_that_does_not_fit_is_named(world):
+    jsonl(world / 'turns.jsonl', [dict(ask=f'Q: {i}', turns=1 + i % 3) for i in range(12)])
+    (world / 'env.py').write_text(ECHO)
+    for args, says in ((['--env=sums.py'], 'defines no class Env'),
                        (['--val_dataset=prompts.jsonl'], "row 1: env env.py: start raised KeyError: 'turns'")):
         with pytest.raises(ValueError, match=says):
-            stage(*GRPO, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--reward_workers=1', '--out_dir=out-no', *args, cwd=world)
+            stage(*GRPO, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--out_dir=out-no', *args, cwd=world)
 
 
-def test_rewards_that_hang_die_and_raise_are_dropped(world):
-    """Groups 1, 2, 3 and 5 never come, 4 comes at the second try: 8 of 12 prompts train, the counts are right, and nothing is left running."""
+@pytest.mark.parametrize('mode', [[], ['--mode=async', '--max_staleness=0']], ids=['sync', 'async'])
+def test_rewards_that_hang_die_fork_and_raise_are_dropped(world, monkeypatch, mode):
+    """Groups 1, 2, 3, 5, 6 and 8 never come, 4 comes at the second try: of 12 prompts an epoch 6 train, each once, and nothing is left running."""
     (world / 'bad.py').write_text(BAD)
-    for old in world.glob('tried*'):
+    for old in [*world.glob('tried*'), *world.glob('children')]:
         old.unlink()
+    after, seen = rollout.Answers.next, []
+
+    def spy(*args, **keys):
+        batch = after(*args, **keys)
+        seen.extend(batch.rows[i]['number'] for i in range(0, len(batch), 2))
+        assert batch.given['bad.py'].tolist() == [row['number'] for row in batch.rows]
+        return batch
+    monkeypatch.setattr(rollout.Answers, 'next', spy)
     args = [a for a in GRPO if not a.startswith(('--reward', '--eval_iters', '--max_iters'))]
-    said = stage(*args, '--reward=bad.py', '--reward_timeout=1.5', '--reward_retries=1', '--reward_workers=2', '--max_iters=2', '--eval_interval=9',
-                 '--eval_iters=6', '--out_dir=out-bad', cwd=world)
-    rows = log_rows(world / 'out-bad')
-    assert len(rows) == 2 and said.count('a prompt is dropped') == rows[-1]['dropped'] + 4 * (said.count('evaluation: 4 of 6') - 1)
-    assert 'evaluation: 4 of 6 prompts left out' in said and "KeyError: 'three'" in said and 'no answer for 1.5 s' in said
-    assert not [p for p in os.listdir('/proc') if p.isdigit() and b'signal.SIG_IGN); time.sleep(999)' in read_bytes(f'/proc/{p}/cmdline')]
+    said = stage(*args, '--reward=bad.py', '--reward_timeout=4', '--reward_retries=1', '--reward_workers=2', '--max_iters=2', '--eval_interval=9',
+                 '--eval_iters=4', '--out_dir=out-bad', *mode, cwd=world)
+    rows, good = log_rows(world / 'out-bad'), [0, 4, 7, 9, 10, 11]
+    order = [i for epoch in range(2) for i in np.random.default_rng((1337, epoch)).permutation(12).tolist()]
+    assert seen == [i for i in order if i in good][:8]
+    dropped = len([i for i in order[:order.index(seen[-1], 12) + 1] if i not in good])
+    assert rows[-1]['dropped'] == dropped + 3 * (not mode)  # here those of the first evaluation, too
+    assert said.count('evaluation: 3 of 4 prompts left out') == 2 and said.count('a prompt is dropped, its reward failed 2 times') == dropped + 6
+    for words in ("KeyError: 'three'", 'MemoryError', 'no answer for 4 s', 'judge http://127.0.0.1:9/v1: cannot be reached'):
+        assert words in said
+    children = (world / 'children').read_text().split()
+    assert len(children) >= 200
+    soon(lambda: not any(map(alive, map(int, children))), 20)
 
 
 def test_a_reward_that_always_fails_ends_the_run(world):
@@ -442,14 +545,6 @@ def test_a_reward_that_always_fails_ends_the_run(world):
         jsonl(world / 'many.jsonl', [dict(prompt=f'Q: {i}', number=i) for i in range(20)])
         with pytest.raises(ValueError, match=f'{says}, at last with: .*never.py raised TypeError'):
             stage(*args, '--reward=never.py', f'--eval_iters={n}', '--val_dataset=many.jsonl', '--out_dir=out-never', '--reward_retries=0', '--reward_workers=1', cwd=world)
-
-
-def read_bytes(path):
-    try:
-        with open(path, 'rb') as f:
-            return f.read()
-    except OSError:
-        return b''
 
 
 @pytest.mark.parametrize('spec', ['', 'sums.py,', ' , '])

@@ -11,6 +11,8 @@ Rows that are read:
     ASDiv {"body", "question", "answer"}, GSM8K {"question", "answer": "... #### 72"}
     DAPO and AReaL {"prompt", "answer": "\\boxed{34}"}
     verl and DeepScaleR {"prompt": [messages], "reward_model": {"ground_truth"}}
+    NuminaMath {"problem", "solution"}, DeepMath {"question", "final_answer", "difficulty"}: the configs
+    sft_numina.py and ppo_deepmath.py say how they are fetched
 Left out and counted: rows without an answer, problems that stand twice, problems of train that stand in test.
 """
 import os
@@ -28,6 +30,7 @@ test = '' # test files or a folder with *test*, likewise; '' fetches MATH-500, o
 out_dir = os.path.dirname(os.path.abspath(__file__)) # where the files go
 form = 'chat' # one of 'chat', 'text', 'asis': messages with ASK, 'Problem: ...\nSolution:', or as it is
 levels = '' # '1,2,3' keeps the problems of these levels (rows that have one); '' = all
+words = True # keep problems whose answer is yes, no, true or false: half of them are guessed right
 max_chars = 0 # >= 0: leave out problems with more characters; 0 = keep all
 val = 0.05 # in [0, 1): share kept aside: of src for test if none is given, of train for the validation of SFT
 seed = 1337 # of the draws
@@ -51,6 +54,8 @@ def problem_of(row):
 
 def answer_of(row):
     """The reference answer: '34' of '\\\\boxed{34}' and of '... #### 34'; None where the row has none."""
+    if 'final_answer' in row:
+        row = dict(row, answer=row['final_answer'])
     try:
         given = _checker['reference_of'](row)
     except ValueError:
@@ -105,10 +110,12 @@ def read(paths, counts):
         for row in rows_of(path):
             counts['read'] += 1
             problem, answer = problem_of(row), answer_of(row)
-            level = re.search(r'\d+', str(row.get('level') or ''))
+            level = re.search(r'\d+', str(row.get('level') or row.get('difficulty') or ''))
             level = int(level[0]) if level else 0
             if not problem or not answer:
                 counts['without problem or answer'] += 1
+            elif not words and answer.strip('.').lower() in ('yes', 'no', 'true', 'false'):
+                counts['answered by one word'] += 1
             elif (wanted and level and level not in wanted) or (max_chars
                 and len(identity(problem)) > max_chars):
                 counts['of another level, or too long'] += 1
@@ -129,8 +136,8 @@ def sources(given, split):
 
 def main():
     from rows import write_rows
-    counts = dict.fromkeys(('read', 'without problem or answer', 'of another level, or too long',
-                            'standing twice'), 0)
+    counts = dict.fromkeys(('read', 'without problem or answer', 'answered by one word',
+                            'of another level, or too long', 'standing twice'), 0)
     rows = read(sources(src, 'train'), counts)
     held = read(sources(test, 'test'), counts) if test or not src else []
     unique = {}

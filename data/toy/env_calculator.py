@@ -1,7 +1,7 @@
 """A calculator: sums too large for the toy model, which may leave them to a tool. An environment for GRPO.
 
     python data/toy/env_calculator.py                      # writes large_{sft,train,val}.jsonl beside it
-    python sft.py config/sft_calculator.py                 # a few demonstrations: how one asks
+    python sft.py config/sft_calculator.py                 # how people answer; one in sixteen asks the tool
     python grpo.py config/grpo_calculator.py               # with the tool
     python grpo.py config/grpo_calculator.py --env= --reward=data/toy/reward.py      # the same without it
 
@@ -10,12 +10,13 @@ of whole numbers stands before it, the calculator writes what it comes to, and t
 line:
 
     Q: 4821+3977?
-    A: 4821+3977=  8798  , 8798.
+    A: 4821+3977=  8798  .
        the model   tool  the model
 
 The quickstart's SFT model knows sums of two digits in steps ("7+8=15, 4+2+1=7, 75.") and would ask for sums
-of single digits for ever, so a few demonstrations come first. After them it asks, but copies the numbers
-badly. The answer is marked as in reward.py, by its last number.
+of single digits for ever, so demonstrations come first: of sixteen people fifteen repeat the sum and say it
+rounded to hundreds (" 4821+3977, 8800."), one asks the calculator. The model imitates them, and GRPO has to
+find out which of the two pays. The answer is marked as in reward.py, by its last number.
 """
 import json
 import os
@@ -54,14 +55,23 @@ def large_sum(rng):
     return {'prompt': f'Q: {a}+{b}?\nA:', 'answer': str(a + b)}
 
 
+def told(row, rng):
+    """The row with an answer of people: one in sixteen leaves the sum to the calculator, others round."""
+    asked = row['prompt'][3:-4]
+    total = int(row['answer'])
+    if rng.random() < 1 / 16:
+        said = f' {asked}={total}.'
+    else:
+        said = f' {asked}, {round(total, -2)}.'
+    return {'prompt': row['prompt'], 'completion': said}
+
+
 if __name__ == '__main__':
     draws = random.Random(1337)
-    for name, count in (('large_sft.jsonl', 2000), ('large_train.jsonl', 4000), ('large_val.jsonl', 240)):
+    for name, count in (('large_sft.jsonl', 8000), ('large_train.jsonl', 4000), ('large_val.jsonl', 240)):
         rows = [large_sum(draws) for _ in range(count)]
         if name == 'large_sft.jsonl':
-            for row in rows:
-                asked, total = row['prompt'][3:-4], row.pop('answer')
-                row['completion'] = f' {asked}={total}, {total}.'
+            rows = [told(row, draws) for row in rows]
         with open(os.path.join(HERE, name), 'w', encoding='utf-8') as out:
             out.writelines(json.dumps(row) + '\n' for row in rows)
         print(f'{os.path.join(HERE, name)}: {count} rows')
