@@ -2,8 +2,8 @@
 # the steps.
 #     python grpo.py config/grpo_toy.py
 # 32 sums x 8 answers = 256 completions of about 20 tokens an iteration, two optimizer steps.
-# Only sums are paid. Without a leash (beta 0) one seed of three forgot facts and words on the way (2 nats from
-# the SFT model); with this one it keeps them.
+# Only sums are paid. Without a leash (beta 0) one seed of three forgot facts and words on the way (2 nats
+# from the SFT model); with this one it keeps them.
 init_from = 'out-sft'
 out_dir = 'out-grpo'
 dataset = 'data/toy/arith_train.jsonl'
