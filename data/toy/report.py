@@ -20,6 +20,7 @@ _here = os.path.dirname(os.path.abspath(__file__))
 _root = os.path.dirname(os.path.dirname(_here))
 sys.path[:0] = [_root, _here]
 
+os.environ.setdefault('GOMP_SPINCOUNT', '2000') # idle CPU threads soon sleep: python bench.py neighbour
 import torch
 
 import evaluate
