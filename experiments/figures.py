@@ -359,8 +359,9 @@ def draw_d(rows):
     axes[0].plot(0, np.median(sft), 'ks', ms=5, label='SFT')
     axes[0].set_xlabel('KL to the SFT model, nats a sequence')
     axes[0].set_ylabel('gold mark')
-    axes[0].legend(frameon=False, fontsize=7, ncol=2, loc='upper right')
-    axes[0].set_ylim(None, 8.0)
+    axes[0].legend(frameon=False, fontsize=7, ncol=2, loc='lower right')
+    axes[0].set_xscale('symlog', linthresh=1)
+    axes[0].set_ylim(0, 10)
     bars = [b for b in (*bars, ('best of n', 0, rm_cost[1], GREY)) if b[1] == b[1]]
     for i, (label, own, rm, colour) in enumerate(bars):
         axes[1].barh(i, own, color=colour)

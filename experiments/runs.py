@@ -122,7 +122,7 @@ QUESTIONS = {
     'a': ['sft', OVER['100 %'][1], LEASHED],
     'b': ['sft', *BETAS.values()],
     'c': ['sft', *(name for pair in OVER.values() for name in pair)],
-    'd': ['sft', *METHODS.values(), *LONG.values()],
+    'd': ['sft', 'rm', *METHODS.values(), *LONG.values()],
     'e': list(DETAILS.values()),
     'f': list(LOSSES.values()),
     'g': list(RANKS.values()),
