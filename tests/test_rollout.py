@@ -508,6 +508,7 @@ def test_an_environment_that_does_not_fit_is_named(world):
             stage(*GRPO, '--dataset=turns.jsonl', '--val_dataset=turns.jsonl', '--env=env.py', '--out_dir=out-no', *args, cwd=world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', [[], ['--mode=async', '--max_staleness=0']], ids=['sync', 'async'])
 def test_rewards_that_hang_die_fork_and_raise_are_dropped(world, monkeypatch, mode):
     """Groups 1, 2, 3, 5, 6 and 8 never come, 4 comes at the second try: of 12 prompts an epoch 6 train, each once, and nothing is left running."""
