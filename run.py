@@ -490,7 +490,8 @@ SHOWN = dict(  # how a metric looks on the console
 
 def line(metrics, keys):
     """'loss 0.6931 | lr 1.0e-03' of the metrics that are there."""
-    return ' | '.join(SHOWN.get(k, k + ' {:.3g}').format(metrics[k]) for k in keys.split() if k in metrics)
+    keys = dict.fromkeys(keys.split())  # each once: pass@1 may be pass@eval_k too
+    return ' | '.join(SHOWN.get(k, k + ' {:.3g}').format(metrics[k]) for k in keys if k in metrics)
 
 
 # -----------------------------------------------------------------------------------------------------------
