@@ -1266,12 +1266,14 @@ def free_gpus(device):
 def only(gpus):
     """Inside: CUDA_VISIBLE_DEVICES names these, for a runtime that reads it; torch in this process has its
     device already."""
-    before = dict(os.environ)
+    before = os.environ.get('CUDA_VISIBLE_DEVICES')
     if gpus:
-        ids = before.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
+        ids = before or ','.join(map(str, range(torch.cuda.device_count())))
         os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(ids.split(',')[i] for i in gpus)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        if gpus and before is None:
+            del os.environ['CUDA_VISIBLE_DEVICES']
+        elif gpus:
+            os.environ['CUDA_VISIBLE_DEVICES'] = before
