@@ -10,23 +10,18 @@ A run that has ended is kept.
 """
 import os
 import statistics
-import subprocess
 import sys
 
 from figures import figure
-from runs import ROOT, read_rows
+from runs import ROOT, options, read_rows, run_once
 
 ALONE = ['--env=', '--reward=data/toy/reward.py']
 COLOURS = {'with the calculator': '#08519c', 'without': '#cb181d'}
 
 
 def run(out, script, config, *words):
-    """A command in a process of its own -> the evaluations in its log."""
-    last = os.path.join(out, 'done')
-    if not os.path.exists(last):
-        command = [sys.executable, script, f'config/{config}.py', f'--out_dir={out}', '--overwrite', *words]
-        subprocess.run(command, cwd=ROOT, check=True)
-        open(last, 'w', encoding='utf-8').close()
+    """-> the evaluations in the log of a command that writes to `out`"""
+    run_once(out, script, f'config/{config}.py', *words)
     return [row for row in read_rows(out, 'log.jsonl') if row['split'] == 'eval']
 
 
@@ -51,7 +46,7 @@ def draw(found, path):
             axis.plot(steps, [row['pass@1'] for row in rows], 'o-', ms=3, lw=1.2, color=COLOURS[name],
                       label=name if i == 0 else None)
     axis.set_xlabel('GRPO iteration of 256 conversations')
-    axis.set_ylabel('pass@1 on 240 held-out sums of four digits')
+    axis.set_ylabel('pass@1, 240 held-out sums')
     axis.set_ylim(0, 1)
     axis.legend(frameon=False)
     fig.tight_layout()
@@ -59,12 +54,7 @@ def draw(found, path):
 
 
 def main(words):
-    given = dict(out=os.path.join(ROOT, 'out-calculators'), seeds='1337,2,3', init_from='out-sft')
-    for word in words:
-        key, _, value = word.removeprefix('--').partition('=')
-        if key not in given or not value:
-            sys.exit(f'error: {word}: expected one of {" ".join(f"--{k}={v}" for k, v in given.items())}')
-        given[key] = value
+    given = options(words, out=os.path.join(ROOT, 'out-calculators'), seeds='1337,2,3', init_from='out-sft')
     found = measure(given['out'], given['seeds'].split(','), given['init_from'])
     print('pass@1, min / median / max of the seeds\n\n| | before | after |\n| --- | --- | --- |')
     for name, runs in found.items():

@@ -3,6 +3,8 @@ figures.py draws them."""
 
 import json
 import os
+import statistics
+import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -268,3 +270,38 @@ def arguments(args, given):
         print(f'error: expected questions of {" ".join(known)}, got {" ".join(questions)}', file=sys.stderr)
         raise SystemExit(2)
     return questions or known, given
+
+
+def run_once(out, script, *words):
+    """A command in a process of its own that writes to the folder `out`; one that has ended is kept."""
+    last = os.path.join(out, 'done')
+    if os.path.exists(last):
+        return
+    more = [] if script == 'evaluate.py' else ['--overwrite']
+    subprocess.run([sys.executable, script, *words, f'--out_dir={out}', *more], cwd=ROOT, check=True)
+    open(last, 'w', encoding='utf-8').close()
+
+
+def options(words, **given):
+    """['--seeds=1,2'] -> given with what was said. A mistake ends the program with one line."""
+    for word in words:
+        key, _, value = word.removeprefix('--').partition('=')
+        if key not in given or not value:
+            sys.exit(f'error: {word}: expected one of {" ".join(f"--{k}={v}" for k, v in given.items())}')
+        given[key] = value
+    return given
+
+
+def mark(folder, rows, out):
+    """The mean gold mark, 0 to 10, of a model's answers to toy prompts; evaluate.py writes them to `out`."""
+    how = ['--reward=data/toy/gold.py', '--temperature=1', '--max_new_tokens=48']
+    run_once(out, 'evaluate.py', f'--init_from={folder}', f'--eval_file={rows}', *how)
+    with open(os.path.join(out, 'eval.json'), encoding='utf-8') as f:
+        return json.load(f)['score'][0]
+
+
+def gold_table(marks):
+    """Prints {name: mark of each seed}."""
+    print('gold, 0 to 10: min / median / max of the seeds\n\n| | gold |\n| --- | --- |')
+    for name, of in marks.items():
+        print(f'| {name} | {min(of):.2f} / {statistics.median(of):.2f} / {max(of):.2f} |')
