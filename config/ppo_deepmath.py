@@ -3,7 +3,7 @@
 #     hf download zwhe99/DeepMath-103K --repo-type=dataset --local-dir=deepmath
 #     python data/math/prepare.py --src=deepmath --test=math500.jsonl --words=False --out_dir=data/deepmath
 #     python ppo.py config/ppo_deepmath.py && python evaluate.py config/eval_math500.py
-# Not run with these rows or this model here: no GPU was at hand.
+# Not run with these rows or this model here: see sft_numina.py.
 # What differs: its loss holds 0.1 x KL, ours takes beta x KL from the reward of each token.
 init_from = 'out-sft-numina'
 out_dir = 'out-ppo-deepmath'

@@ -29,7 +29,7 @@ def train(out, seed, teacher):
     run_once(found['student'], 'grpo.py', 'config/grpo_toy.py', f'--init_from={found["start"]}', *more,
              f'--teacher={teacher}', '--dataset=data/toy/prompts_train.jsonl', '--beta=0', '--group_size=1',
              '--val_dataset=data/toy/prompts_val.jsonl', '--reward=data/toy/gold.py', '--minibatch_size=64',
-             '--learning_rate=1e-3', '--advantage=reinforce++', '--max_num_seqs=64')
+             '--learning_rate=6e-4', '--advantage=reinforce++', '--max_num_seqs=64')
     return found
 
 
