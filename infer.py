@@ -61,7 +61,7 @@ stop = '' # a string that ends the completion
 max_num_seqs = 256 # >= 1: requests that run together
 max_num_batched_tokens = 2048 # >= 1: tokens of one step: longer prompts are prefilled in chunks
 block_size = 0 # >= 0: tokens of a block of keys and values; 0 = 64 on a CPU, 16 on a GPU
-num_blocks = 0 # >= 0: 0 = what max_num_seqs full contexts need, within half of the free memory
+num_blocks = 0 # >= 0: 0 = for max_num_seqs contexts, in 90 % of a GPU's free memory (CPU: half)
 prefix_caching = True # requests that begin alike share what they begin with
 # system
 seed = 1337
@@ -916,13 +916,13 @@ class Engine:
     from several threads, one step at a time. `model` is read where it lies: after an optimizer step call
     weights_changed(), or load_weights(state) to copy weights in. A model cut by parallel.cut: every rank of
     its group makes the same calls in the same order. max_len: tokens of a sequence at most, 0 = the model's
-    context.
+    context. kv_memory: bytes that keys and values may take, 0 = half of what is free.
 
     engine = Engine(model, tok); [c.text for c in engine.generate(['Once', 'Two'],
     SamplingParams(max_tokens=8, temperature=0))]"""
 
     def __init__(self, model, tokenizer=None, max_num_seqs=256, max_num_batched_tokens=2048, block_size=0,
-                 num_blocks=0, prefix_caching=True, max_len=0, seed=1337, threads=0):
+                 num_blocks=0, prefix_caching=True, max_len=0, seed=1337, threads=0, kv_memory=0):
         c, weight = model.config, model.wte.weight
         self.model, self.tokenizer, self.eot = model, tokenizer, getattr(tokenizer, 'eot', None)
         self.device, self.dtype, self.seed = weight.device, weight.dtype, seed
@@ -933,7 +933,7 @@ class Engine:
         for name, value in dict(max_num_seqs=max_num_seqs, block_size=block_size).items():
             if value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}')
-        cache = self._make_cache(max_num_seqs, block_size, num_blocks)
+        cache = self._make_cache(max_num_seqs, block_size, num_blocks, kv_memory)
         self.forward = (K.native.Forward if self.native else Forward)(model, cache)
         self.blocks = Blocks(self.num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, cache, max_num_seqs, max_num_batched_tokens, prefix_caching)
@@ -952,7 +952,7 @@ class Engine:
         able = K.in_c(self.model.wte.weight) and self.tp.size == 1
         return able and K.native.forward(self.model.config) is not None
 
-    def _make_cache(self, max_num_seqs, block_size, num_blocks):
+    def _make_cache(self, max_num_seqs, block_size, num_blocks, kv_memory):
         if num_blocks < 0:
             raise ValueError(f'num_blocks must be 0 (as many as fit) or more, got {num_blocks}')
         if self.native and block_size % 16:
@@ -963,7 +963,8 @@ class Engine:
         shape = replace(self.config, head_size=width)
         block_bytes = kv_cache_bytes(shape, block_size, self.dtype.itemsize)
         wanted = max_num_seqs * -(-self.max_len // block_size)
-        fits = self.tp.least(_free_memory(self.device) // 2 // block_bytes, self.device)
+        room = kv_memory or _free_memory(self.device) // 2
+        fits = self.tp.least(room // block_bytes, self.device)
         self.num_blocks = num_blocks or max(1, min(wanted, fits))
         self.kv_bytes = self.num_blocks * block_bytes
         return KVCache(shape, self.num_blocks, block_size, self.max_len, max_num_seqs, self.model.wte.weight)
@@ -1395,6 +1396,8 @@ def open_engine(config):
     model, tokenizer = load_model(config['init_from'], place, kind)
     names = 'max_num_seqs max_num_batched_tokens block_size num_blocks prefix_caching threads'.split()
     sizes = {name: config[name] for name in names}
+    if place.type == 'cuda':
+        sizes['kv_memory'] = int(0.9 * _free_memory(place))  # nobody else wants it; the rest is for activations
     engine = Engine(model.eval(), get_tokenizer(tokenizer), seed=seed, **sizes)
     print(engine, file=sys.stderr)
     return engine

@@ -33,7 +33,7 @@ cors = '' # pages of this origin may call the server from a browser; '*' = all p
 max_num_seqs = 256 # >= 1: requests that run together
 max_num_batched_tokens = 2048 # >= 1: tokens of one step: longer prompts are prefilled in chunks
 block_size = 0 # >= 0: tokens of a block of keys and values; 0 = 64 on a CPU, 16 on a GPU
-num_blocks = 0 # >= 0: 0 = what max_num_seqs full contexts need, within half of the free memory
+num_blocks = 0 # >= 0: 0 = for max_num_seqs contexts, in 90 % of a GPU's free memory (CPU: half)
 prefix_caching = True # requests that begin alike share what they begin with
 # system
 seed = 1337

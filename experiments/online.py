@@ -17,7 +17,6 @@ import sys
 from runs import ROOT, gold_table, mark, options, read_rows, run_once
 
 ROUNDS, PROMPTS, PAIRS, STEPS = 3, 1300, 1200, 75
-DPO = ['--val_dataset=data/toy/pref_val.jsonl', '--beta=0.3']
 
 
 def write(path, rows):
@@ -38,7 +37,7 @@ def a_round(out, model, prompts, pairs, steps, reward, seed):
         sys.exit(f'error: {answered} has {len(rows)} pairs, expected {pairs}: the marks are too often equal')
     write(os.path.join(out, 'some.jsonl'), rows[:pairs])
     run_once(os.path.join(out, 'model'), 'dpo.py', 'config/dpo_toy.py', f'--init_from={model}',
-             f'--dataset={os.path.join(out, "some.jsonl")}', f'--max_iters={steps}', f'--seed={seed}', *DPO)
+             f'--dataset={os.path.join(out, "some.jsonl")}', f'--max_iters={steps}', f'--seed={seed}')
     return os.path.join(out, 'model')
 
 

@@ -1000,6 +1000,17 @@ def test_free_memory_without_linux(monkeypatch):
         monkeypatch.undo()
 
 
+def test_keys_and_values_take_what_they_may():
+    """kv_memory bounds the blocks; what they take is said; less than one block is one block."""
+    model = tiny()
+    whole = Engine(model, max_num_seqs=8)
+    each = whole.kv_bytes // whole.num_blocks
+    half = Engine(model, max_num_seqs=8, kv_memory=whole.kv_bytes // 2 + each - 1)
+    assert half.num_blocks == whole.num_blocks // 2 and half.kv_bytes == half.num_blocks * each
+    assert f'{half.kv_bytes / 1e6:.0f} MB' in repr(half)
+    assert Engine(model, max_num_seqs=8, kv_memory=1).num_blocks == 1
+
+
 def test_a_device_without_float64_draws_on_the_cpu(monkeypatch):
     """Apple's GPUs, played: nothing of float64 is made on the device, and the tokens are the CPU's."""
     model, p = (
