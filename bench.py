@@ -120,13 +120,14 @@ def sides(what, opts, *args, peers=(), **how):
     if opts.old:
         made['old'] = Side(what, 'old', *args, root=opts.old, **how)
     made |= {peer: Side(what, peer, *args, **how) for peer in peers}
-    for name in [name for name, side in made.items() if side.jobs is None]:
-        print(f'{name} is left out: {made.pop(name).last_words()}')
     return made
 
 
 def compare(opts, sides):
-    """Each job on each side in turn; a line of medians for each of its units."""
+    """Each job on each side in turn; a line of medians for each of its units. A side that could not start is
+    named and left out."""
+    for name in [name for name, side in sides.items() if side.jobs is None]:
+        print(f'{name} is left out: {sides.pop(name).last_words()}')
     try:
         jobs = [(job, name) for name, side in sides.items() for job in side.jobs]
         for job in dict.fromkeys(job for job, _ in jobs):
@@ -744,9 +745,11 @@ def infer_ours(folder, dtype, prompts, lens):
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in lens]
 
     def round_of():
+        if hasattr(engine, 'threads'):  # an older one tries threads by itself
+            engine.threads = torch.get_num_threads()
         engine.blocks.forget()
         engine.generate(prompts, params)
-    return round_of
+    return best_threads(round_of)
 
 
 def infer_vllm(folder, dtype, prompts, lens):
