@@ -51,10 +51,10 @@ namespaces, runtime_env (but env_vars), spilling to disk. Ray has them all: init
 """
 import atexit
 import bisect
+import builtins
 import contextvars
 import ctypes
 import dataclasses
-import difflib
 import dis
 import enum
 import functools
@@ -85,7 +85,8 @@ import types
 import weakref
 from collections import Counter, deque, namedtuple
 from concurrent import futures
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 
@@ -96,7 +97,7 @@ MAX_FRAME = 1 << 38       # bytes; a frame that announces more ends the connecti
 BEAT, SILENCE = 1.0, 8.0  # seconds between a node's heartbeats; silence after which it is taken for dead
 HANDSHAKE = 10            # seconds that a stranger has to prove itself
 START = 60.0              # seconds that a worker on another node has to connect
-STRANGERS = 64            # handshakes at once; more are turned away
+STRANGERS = 64            # handshakes at once; more wait
 PRELOAD = ['torch']       # imported once by the zygote if the driver has it: seconds that a worker saves
 _session = None           # this process's connection to a runtime; None before init, and under backend='ray'
 
@@ -131,13 +132,12 @@ class RayTaskError(RayError):
         kind = type(self.cause)
         if not issubclass(kind, Exception) or issubclass(RayTaskError, kind):
             return self
-        space = {'__module__': __name__, '__getattr__': lambda self, name: getattr(vars(self)['cause'], name)}
         try:
-            both = type(f'RayTaskError({kind.__name__})', (RayTaskError, kind), space)
+            both = type(f'RayTaskError({kind.__name__})', (RayTaskError, kind), {'__module__': __name__})
             error = both.__new__(both)
         except TypeError:  # a class that cannot be mixed; the plain error still carries it as .cause
             return self
-        error.__dict__.update(self.__dict__)
+        error.__dict__.update(vars(self.cause) | vars(self))
         error.args = self.cause.args
         return error
 
@@ -183,19 +183,10 @@ def _open_task_error(function_name, text, sealed):
 
 
 # ---- values to bytes and back ------------------------------------------------------------------------------
-@functools.lru_cache(None)
-def _findable(package):
-    return any(finder.find_spec(package, None) for finder in sys.meta_path)
-
-
 def _importable(obj):
     """Can another process reach this function or class as module.qualname? If not, it travels by value."""
     module = getattr(obj, '__module__', None)
-    if module == 'builtins':
-        return True
     if module in (None, '__main__', '__mp_main__') or '<' in obj.__qualname__:
-        return False
-    if not _findable(module.partition('.')[0]):
         return False
     found = sys.modules.get(module)
     for part in obj.__qualname__.split('.'):
@@ -210,51 +201,51 @@ def _global_names(code):
     return names.union(*map(_global_names, inner))
 
 
-def _new_function(code, space, name, cells):
-    space.setdefault('__builtins__', __builtins__)
-    closure = tuple(types.CellType() for _ in range(cells))
-    return types.FunctionType(marshal.loads(code), space, name, None, closure or None)
-
-
 def _fill_function(f, state):
     """The second half of unpickling a function: by now it exists, so that what it refers to may refer to
     it."""
-    space, modules, (cells, attributes) = state
-    for module in modules:  # `import a.b` binds only a, yet the code says a.b
-        importlib.import_module(module)
+    space, attributes, _modules = state
     f.__globals__.update(space)
-    for cell, filled in zip(f.__closure__ or (), cells):
-        if filled:
-            cell.cell_contents = filled[0]
     for key, value in attributes.items():
         setattr(f, key, value)
 
 
 # A class that travelled by value keeps one identity in a process: `except MyError` in the script catches what
 # a worker raised
-_class_keys = weakref.WeakKeyDictionary()  # class: its key
+_class_keys = weakref.WeakKeyDictionary()  # class: its key; of one that was made here, once it is filled
 _classes = weakref.WeakValueDictionary()   # key: class
-_unfilled = set()                          # keys of classes that were made here and have no attributes yet
 
 
 def _new_class(key, meta, name, bases, first):
-    if key not in _classes:
+    made = _classes.get(key)
+    if made is None:
         made = types.new_class(name, bases, {'metaclass': meta}, lambda space: space.update(first))
-        _classes[key], _class_keys[made] = made, key
-        _unfilled.add(key)
-    return _classes[key]
+        _classes[key] = made
+    return made
 
 
 def _fill_class(cls, state):
-    key = _class_keys[cls]
-    if key in _unfilled:
-        _unfilled.remove(key)
-        for name, value in state.items():
+    key, attributes = state
+    if cls not in _class_keys:
+        _class_keys[cls] = key
+        for name, value in attributes.items():
             type.__setattr__(cls, name, value)
 
 
-def _proxy(mapping):
-    return types.MappingProxyType(mapping)
+def _cell(cell):
+    """A variable of a closure. Its value comes after it, for it may refer to it; functions that share it
+    still do."""
+    try:
+        return types.CellType, (), (None, {'cell_contents': cell.cell_contents})
+    except ValueError:  # not bound yet
+        return types.CellType, ()
+
+
+def _named(module, obj):
+    """What pickle does not find under its own name, as an attribute of a module. None: it is none."""
+    for name, value in vars(module).items():
+        if value is obj:
+            return getattr, (module, name)
 
 
 def _array(a):
@@ -275,8 +266,8 @@ def _tensor(buffer, dtype, shape, grad):
 def _flat_tensor(t, torch):
     """CPU tensors out of band, a Parameter's too. They come back writable: a write lands in the reader's own
     copy-on-write page."""
-    plain = type(t) is torch.Tensor and t.layout == torch.strided and not t.is_quantized
-    if not plain or t.device.type != 'cpu' or not t.numel():
+    special = type(t) is not torch.Tensor or t.layout != torch.strided or t.is_quantized
+    if special or not t.is_cpu or not t.numel():
         return NotImplemented
     flat = t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy()
@@ -286,19 +277,38 @@ def _flat_tensor(t, torch):
 _BY_PARTS = {  # type: how to make it again
     np.ndarray: _array,
     types.ModuleType: lambda m: (importlib.import_module, (m.__name__,)),
-    types.MappingProxyType: lambda m: (_proxy, (dict(m),)),
+    types.MappingProxyType: lambda m: (types.MappingProxyType, (dict(m),)),
+    types.CodeType: lambda code: (marshal.loads, (marshal.dumps(code),)),
+    types.CellType: _cell,
     property: lambda p: (property, (p.fget, p.fset, p.fdel, p.__doc__)),
     classmethod: lambda m: (classmethod, (m.__func__,)),
     staticmethod: lambda m: (staticmethod, (m.__func__,)),
 }
 
 
-class _Pickler(pickle.Pickler):
-    """Pickle 5 plus what the standard leaves out: functions and classes by value, arrays and tensors out of
-    band; the refs inside are noted in .contained, where the runtime counts them."""
-    def __init__(self, file):
-        self.buffers, self.contained, self.spaces = [], [], {}
-        super().__init__(file, 5, buffer_callback=self.buffers.append)
+class _Packed(pickle.Pickler):
+    """A value as bytes: pickle 5 plus what the standard leaves out, functions and classes by value, arrays
+    and tensors out of band. The bytes: how many parts and the size of each, then the parts, each on a 64-byte
+    boundary: the pickle and its out-of-band buffers. .parts: (offset, bytes) of each, .size: of the whole,
+    .contained: the ids of the refs inside, which the runtime counts, .private: it has tensors, which a reader
+    may write to."""
+    def __init__(self, value):
+        file, buffers = io.BytesIO(), []
+        super().__init__(file, 5, buffer_callback=buffers.append)
+        self.contained, self.spaces = [], {}
+        self.dump(value)
+        raws = [buffer.raw() for buffer in buffers]
+        parts = [file.getvalue(), *raws]
+        sizes = [len(part) for part in parts]
+        head = struct.pack(f'<{1 + len(sizes)}Q', len(sizes), *sizes)
+        *starts, self.size = _starts(sizes)
+        self.parts, self.private = [(0, head), *zip(starts, parts)], not all(raw.readonly for raw in raws)
+
+    def join(self):
+        blob = bytearray(self.size)
+        for at, part in self.parts:
+            blob[at:at + len(part)] = part
+        return bytes(blob)
 
     def reducer_override(self, obj):
         kind = type(obj)
@@ -310,13 +320,11 @@ class _Pickler(pickle.Pickler):
         if kind is types.FunctionType:
             return NotImplemented if _importable(obj) else self.function(obj)
         if issubclass(kind, type):
-            return NotImplemented if _importable(obj) else self.by_value(obj)
+            return NotImplemented if _importable(obj) else _named(types, obj) or self.by_value(obj)
         if kind is functools._lru_cache_wrapper and not _importable(obj):
-            return functools.partial(functools.lru_cache, **obj.cache_parameters())(), (obj.__wrapped__,)
+            return functools.lru_cache(**obj.cache_parameters()), (obj.__wrapped__,)
         if kind.__module__ == 'dataclasses':  # its markers are compared by identity
-            for name, value in vars(dataclasses).items():
-                if value is obj:
-                    return getattr, (dataclasses, name)
+            return _named(dataclasses, obj) or NotImplemented
         torch = sys.modules.get('torch')
         if torch and isinstance(obj, torch.Tensor):
             return _flat_tensor(obj, torch)
@@ -326,20 +334,17 @@ class _Pickler(pickle.Pickler):
         space = f.__globals__
         used = {name: space[name] for name in _global_names(f.__code__) if name in space}
         prefixes = tuple(f'{v.__name__}.' for v in used.values() if isinstance(v, types.ModuleType))
-        said = {'', *f.__code__.co_names}
-        modules = [m for m in [*sys.modules] if m.startswith(prefixes) and said.issuperset(m.split('.')[1:])]
+        said = set(f.__code__.co_names)
+        # `import a.b` binds only a, yet the code says a.b: it is there once this has been unpickled
+        modules = [m for name, m in [*sys.modules.items()]
+                   if name.startswith(prefixes) and said.issuperset(name.split('.')[1:])]
         # functions of one module share their globals there too: one dict, so one entry in the pickler's memo
-        shared = self.spaces.setdefault(id(space), {'__name__': space.get('__name__')})
-        cells = []
-        for cell in f.__closure__ or ():
-            try:
-                cells.append((cell.cell_contents,))
-            except ValueError:  # not bound yet
-                cells.append(())
+        fresh = {'__name__': space.get('__name__'), '__builtins__': builtins}
+        shared = self.spaces.setdefault(id(space), fresh)
         kept = '__qualname__', '__doc__', '__defaults__', '__kwdefaults__'
         attributes = {name: getattr(f, name) for name in kept} | f.__dict__
-        start = marshal.dumps(f.__code__), shared, f.__name__, len(cells)
-        return _new_function, start, (used, modules, (cells, attributes)), None, None, _fill_function
+        start = f.__code__, shared, f.__name__, None, f.__closure__
+        return types.FunctionType, start, (used, attributes, modules), None, None, _fill_function
 
     def by_value(self, cls):
         key = _class_keys.setdefault(cls, secrets.token_bytes(12))
@@ -354,45 +359,26 @@ class _Pickler(pickle.Pickler):
             made = '__new__', '_generate_next_value_'
             state = {k: v for k, v in state.items() if isinstance(v, kept) and k not in made}
         start = key, type(cls), cls.__name__, cls.__bases__, first
-        return _new_class, start, state, None, None, _fill_class
+        return _new_class, start, (key, state), None, None, _fill_class
 
 
-class _Packed:
-    """A value as bytes: head (counts, table, pickle), then the out-of-band buffers, each on a 64-byte
-    boundary. .parts: (offset, bytes) of each, .size: of the whole, .contained: the ids of the refs inside,
-    .private: it has tensors, which a reader may write to."""
-    def __init__(self, value):
-        file = io.BytesIO()
-        pickler = _Pickler(file)
-        pickler.dump(value)
-        data, raws = file.getvalue(), [buffer.raw() for buffer in pickler.buffers]
-        table, self.parts, self.contained = [], [], pickler.contained
-        self.private = not all(raw.readonly for raw in raws)
-        self.size = 16 + 16 * len(raws) + len(data)
-        for raw in raws:
-            at = -(-self.size // 64) * 64
-            table += at, len(raw)
-            self.parts.append((at, raw))
-            self.size = at + len(raw)
-        head = struct.pack(f'<{2 + len(table)}Q', len(raws), len(data), *table) + data
-        self.parts.append((0, head))
-
-    def join(self):
-        blob = bytearray(self.size)
-        for at, part in self.parts:
-            blob[at:at + len(part)] = part
-        return bytes(blob)
+def _starts(sizes):
+    """Where each part begins, and last the end of all. sizes [100, 7] -> [64, 192, 199]"""
+    starts, end = [], 8 + 8 * len(sizes)
+    for size in sizes:
+        starts.append(end + -end % 64)
+        end = starts[-1] + size
+    return [*starts, end]
 
 
 def _unpack(blob):
-    count, size = struct.unpack_from('<2Q', blob)
-    if count and isinstance(blob, bytes):
+    count, = struct.unpack_from('<Q', blob)
+    if count > 1 and isinstance(blob, bytes):
         blob = bytearray(blob)  # a tensor may be written to; an array is read-only by what its pickle says
+    sizes = struct.unpack_from(f'<{count}Q', blob, 8)
     view = memoryview(blob)
-    table = struct.unpack_from(f'<{2 * count}Q', view, 16)
-    start = 16 + 16 * count
-    buffers = [view[at:at + n] for at, n in zip(table[::2], table[1::2])]
-    return pickle.loads(view[start:start + size], buffers=buffers)
+    data, *buffers = [view[at:at + size] for at, size in zip(_starts(sizes), sizes)]
+    return pickle.loads(data, buffers=buffers)
 
 
 # ---- the store: one file in memory -------------------------------------------------------------------------
@@ -423,37 +409,32 @@ class _Free:
         return sum(end - start for start, end in self.taken)
 
 
-class _Private(mmap.mmap):
-    """One object mapped copy-on-write. Its tensors keep the map, the map keeps .ref, the ref keeps the
+class _View(np.ndarray):
+    """The bytes of one object. What is read from them keeps the view, the view keeps .ref, the ref keeps the
     object."""
-
-
-class _Shared(np.ndarray):
-    """One object in a read-only map of the whole arena, which is made once and stays. It keeps .ref
-    likewise."""
 
 
 class _Arena:
     """This process's maps of the shared file. A place in it is (offset, size, private); who may write where
     is the runtime's business."""
     def __init__(self, capacity, fd=None):
-        self.capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fd, self.writing, self.reading = fd, None, None
+        self.fd, self.capacity = fd, capacity
         self.written = 0  # the end of what this process has written to
-        if fd is None:
+        if not fd:
             if hasattr(os, 'memfd_create'):
                 self.fd = os.memfd_create('actors-arena')
             else:  # macOS
-                with tempfile.TemporaryFile(prefix='actors-') as file:
+                with tempfile.TemporaryFile() as file:
                     self.fd = os.dup(file.fileno())
             os.ftruncate(self.fd, self.capacity)
+        self.writing = mmap.mmap(self.fd, self.capacity)
+        self.reading = mmap.mmap(self.fd, self.capacity, access=mmap.ACCESS_READ)
 
     def write(self, place, parts):
         """The first time through the file: pages are neither zeroed nor mapped (2.4 GB/s, 1.3 through the
         map). Later through the map: 2.4 GB/s once, then its pages are there (10 GB/s, 4.7 by the file)."""
         start, size, _ = place
         fresh, self.written = start + size > self.written, max(start + size, self.written)
-        self.writing = self.writing or mmap.mmap(self.fd, self.capacity)
         for at, part in parts:
             at += start
             if not fresh:
@@ -464,14 +445,14 @@ class _Arena:
                 part, at = part[count:], at + count
 
     def view(self, place, ref=None):
-        """The bytes of a place, to read, without a copy."""
+        """The bytes of a place, without a copy: in the map of the whole arena; if they may be written to, in
+        a copy-on-write map of their own."""
         start, size, private = place
+        memory = self.reading
         if private:
-            both = mmap.PROT_READ | mmap.PROT_WRITE
-            view = _Private(self.fd, size, flags=mmap.MAP_PRIVATE, prot=both, offset=start)
-        else:
-            self.reading = self.reading or mmap.mmap(self.fd, self.capacity, prot=mmap.PROT_READ)
-            view = np.frombuffer(self.reading, np.uint8, size, start).view(_Shared)
+            memory = mmap.mmap(self.fd, size, access=mmap.ACCESS_COPY, offset=start)
+            start = 0
+        view = np.frombuffer(memory, np.uint8, size, start).view(_View)
         view.ref = ref
         return memoryview(view)
 
@@ -502,8 +483,8 @@ def _hang_up(connection):
         sock.shutdown(socket.SHUT_RDWR)
 
 
-_HELLO = b'actors/2 py%d.%d' % sys.version_info[:2]  # code travels as bytecode: one Python everywhere
-_HELLO = _HELLO.ljust(16)
+# code travels as bytecode: one Python everywhere
+_HELLO = (b'actors/3 py%d.%d' % sys.version_info[:2]).ljust(16)
 
 
 def _open(sock):
@@ -512,33 +493,27 @@ def _open(sock):
     return Connection(sock.detach())
 
 
-@contextmanager
-def _deadline(connection):
-    """Whoever dials or knocks has so many seconds in all, however slowly it speaks."""
-    timer = threading.Timer(HANDSHAKE, _hang_up, [connection])
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def _shake(connection, token, me, other):
     """Both sides prove that they know the token, the client first: a stranger at the port learns nothing.
     -> (what the other side runs, whether it knows the token). Frames of at most 48 bytes; nothing in them is
-    interpreted. me, other: b'client', b'server'; a proof that is played back to its author is worth
-    nothing."""
-    mine = secrets.token_bytes(32)
-    connection.send_bytes(_HELLO + mine)
-    hello = connection.recv_bytes(48)
-    nonces = b''.join(sorted([mine, hello[16:]]))
-    mine, theirs = (hmac.digest(token.encode(), who + nonces, 'sha256') for who in (me, other))
-    if me == b'client':
-        connection.send_bytes(mine)
-    known = hmac.compare_digest(connection.recv_bytes(32), theirs) and hello[:16] == _HELLO
-    if me == b'server':
-        connection.send_bytes(mine if known else b'')
-    return hello[:16], known
+    interpreted. me, other: b'client', b'server'; a proof that is played back to its author is worth nothing.
+    HANDSHAKE seconds in all, however slowly the other side speaks."""
+    timer = threading.Timer(HANDSHAKE, _hang_up, [connection])
+    timer.start()
+    try:
+        mine = secrets.token_bytes(32)
+        connection.send_bytes(_HELLO + mine)
+        hello = connection.recv_bytes(48)
+        nonces = b''.join(sorted([mine, hello[16:]]))
+        mine, theirs = (hmac.digest(token.encode(), who + nonces, 'sha256') for who in (me, other))
+        if me == b'client':
+            connection.send_bytes(mine)
+        known = hmac.compare_digest(connection.recv_bytes(32), theirs) and hello[:16] == _HELLO
+        if me == b'server':
+            connection.send_bytes(mine if known else b'')
+        return hello[:16], known
+    finally:
+        timer.cancel()
 
 
 def _connect(address, token):
@@ -548,15 +523,14 @@ def _connect(address, token):
         raise ValueError(f'address {address!r}: expected HOST:PORT')
     try:
         connection = _open(socket.create_connection((host or '127.0.0.1', port), HANDSHAKE))
-        with _deadline(connection):
-            version, known = _shake(connection, token, b'client', b'server')
+        version, known = _shake(connection, token, b'client', b'server')
     except (OSError, EOFError) as e:
-        hint = f'start one: python actors.py --head=True --port={port}'
-        raise ConnectionError(f'no head at {address} ({e}); {hint}') from None
-    if version != _HELLO:
-        raise AuthenticationError(f'{address} runs {version!r}, this {_HELLO!r}: use one Python version')
+        raise ConnectionError(f'no head at {address} ({e}); start one: python actors.py --head=True '
+                              f'--port={port}') from None
     if not known:
-        raise AuthenticationError(f'{address} refused the token: set ACTORS_TOKEN to what the head printed')
+        raise AuthenticationError(f'{address} ({version.decode()}) refused the token, or this Python '
+                                  f'({_HELLO.decode()}): set ACTORS_TOKEN to what the head printed, and use '
+                                  'its version')
     return connection
 
 
@@ -575,18 +549,16 @@ def _find_token(address):
 
 
 # ---- records -----------------------------------------------------------------------------------------------
-_record = functools.partial(dataclasses.dataclass, eq=False, slots=True)
-_field = dataclasses.field
+_record = functools.partial(dataclass, eq=False, slots=True)
 
 # What .options() comes to. need: {resource: amount}; strategy: (DEFAULT,), (SPREAD,), (node, id, soft) or
-# (group, id, bundle)
-_Plan = namedtuple('_Plan', 'num_returns need strategy env retries retry_exceptions')
+# (group, id, bundle); retries: of a task, an actor's restarts; meta: what handles know of the methods
+_Plan = namedtuple('_Plan', 'num_returns need strategy env retries retry_exceptions '
+                   'task_retries max_concurrency name get_if_exists meta')
 # What a client submits. kind: task, create (an actor) or call (of its method); data: the packed arguments,
 # None: they are the first of deps; deps: ids of refs at the arguments' top level; contained: of refs inside;
-# returns: of results
+# returns: of results; actor: its id
 _Spec = namedtuple('_Spec', 'id kind name function method data deps contained returns plan actor')
-# An actor in the making. meta: what its handles know of its methods
-_Made = namedtuple('_Made', 'id restarts task_retries max_concurrency name get_if_exists meta')
 _Lease = namedtuple('_Lease', 'pool need gpus')  # what a worker holds of a node's or a bundle's resources
 
 
@@ -595,30 +567,30 @@ def _covers(amounts, need):
 
 
 class _Resources:
-    """What a node, or one bundle of a placement group, has and has free. GPUs are told apart: id -> free
-    share."""
+    """What a node, or one bundle of a placement group, has and has free. Each GPU is a resource of its own
+    too, by its id, of which a node has 1 (a bundle perhaps less)."""
     def __init__(self, total, gpus):
-        self.total, self.free, self.gpus = total, dict(total), dict(gpus)
+        self.total, self.gpus = total, list(gpus)
+        self.free = Counter(total | gpus)
 
     def choose(self, need):
-        """The GPU ids it would give. A share of a GPU goes where it leaves the least over."""
+        """The GPUs it would give. A share of a GPU goes where it leaves the least over."""
         gpus = need.get('GPU', 0)
-        fitting = sorted((free, gpu) for gpu, free in self.gpus.items() if free >= min(gpus, 1) - 1e-6)
-        return [gpu for _, gpu in fitting[:math.ceil(gpus)]]
+        fitting = [gpu for gpu in self.gpus if self.free[gpu] >= min(gpus, 1) - 1e-6]
+        return sorted(fitting, key=self.free.get)[:math.ceil(gpus)]
 
     def fits(self, need):
         return _covers(self.free, need) and len(self.choose(need)) >= need.get('GPU', 0)
 
-    def change(self, need, gpus, sign):
+    def change(self, need, sign):
         for k, amount in need.items():
             self.free[k] = round(self.free[k] + sign * amount, 6)
-        for gpu in gpus:
-            self.gpus[gpu] = round(self.gpus[gpu] + sign * min(need['GPU'], 1), 6)
 
     def take(self, need):
-        gpus = self.choose(need)
-        self.change(need, gpus, -1)
-        return _Lease(self, need, tuple(gpus))
+        gpus = tuple(self.choose(need))
+        need = need | dict.fromkeys(gpus, min(need.get('GPU', 0), 1))
+        self.change(need, -1)
+        return _Lease(self, need, gpus)
 
 
 @_record
@@ -628,7 +600,7 @@ class _Object:
     error: bool = False      # the value is an exception
     data: object = None      # the packed value: bytes, or its place in the arena
     contained: tuple = ()    # ids of the refs inside
-    waits: dict = _field(default_factory=dict)  # the _Waits that look at it, as keys: they keep their order
+    waits: dict = field(default_factory=dict)  # the _Waits that look at it, as keys: they keep their order
     actor: object = None     # the _Actor whose handle this is
 
 
@@ -645,12 +617,11 @@ class _Task:
     """Reads like its spec: task.name is task.spec.name."""
     spec: _Spec
     job: bytes               # the program that it belongs to
-    parent: bytes            # the task that submitted it
-    retries: int             # left
+    retries: int             # left; of an actor's creation: its restarts; -1: without end
+    parent: bytes = None     # the task that submitted it
     actor: object = None     # the _Actor of a create or call; spec.actor is its id
     peer: object = None      # the worker that has it
-    line: object = ()        # where it waits: the scheduler's queue, or its actor's
-    cancelled: bool = False
+    cancelled: bool = False  # or its actor died: the line where it waits drops it
 
     def __getattr__(self, name):
         return getattr(self.spec, name)
@@ -660,22 +631,19 @@ class _Task:
 class _Actor:
     handle: _Object
     create: _Task
-    made: _Made
-    restarts: int            # left; -1: without end
     state: str = 'pending'   # then alive, restarting, dead
     peer: object = None
-    error: bytes = None      # why it is dead
-    waiting: bool = False    # the first call of the queue waits for an argument
-    queue: deque = _field(default_factory=deque)  # calls that have not left yet
-    inflight: dict = _field(default_factory=dict)                         # calls that its process has
+    error: object = None     # why it is dead: an exception, or one that is packed
+    wait: _Wait = None       # if the first call of the queue waits for an argument
+    queue: deque = field(default_factory=deque)  # calls that have not left yet
 
 
 @_record
 class _Group:
-    bundles: list
+    bundles: dict            # number: {resource: amount}
     strategy: str
     job: bytes
-    places: list             # of each bundle: the node, its own resources, its lease of the node's
+    places: dict             # of a bundle that has one: its node, its own resources, its lease of the node's
 
 
 @_record
@@ -684,25 +652,24 @@ class _Node:
     host: str
     resources: _Resources
     peer: object = None      # the node's daemon; None: the runtime's own node
-    idle: list = _field(default_factory=list)     # workers without a task
-    workers: dict = _field(default_factory=dict)  # id: worker
+    idle: list = field(default_factory=list)     # workers without a task
+    workers: dict = field(default_factory=dict)  # id: worker
 
 
 class _Peer:
     """Another process as the runtime sees it: a worker, a program elsewhere, a node. A thread reads it,
     another writes to it, neither with the lock: a process that is slow or stopped holds up nobody else."""
+    key = actor = lease = None  # of a worker. key: (env, GPU ids)
+    request, dead = 0, False    # request: of the message that is being handled
+
     def __init__(self, role, id, node=None, connection=None):
-        self.role, self.id = role, id
+        self.role, self.id, self.job = role, id, id
         self.node, self.connection = node, connection
-        self.shares = node is not None and node.peer is None  # whether it has part in the arena
         self.outbox, self.heard = queue.SimpleQueue(), time.monotonic()
         self.refs = {}         # id of an object: how often this process refers to it
         self.places = set()    # room in the arena that it was given and has not filled yet
         self.waits = {}        # request: the _Wait of a get or wait in progress
-        self.job, self.key = id, None  # key: (env, GPU ids) of a worker
-        self.task = self.actor = self.lease = None
-        self.blocked, self.dead = 0, False
-        self.reason = None     # why it was ended on purpose: words, or the error of its task
+        self.tasks = {}        # id: a task that it has; of an actor: the calls in its process
 
     def send(self, *message):
         self.outbox.put(message)
@@ -738,7 +705,6 @@ class _Directory:
         self.arena, self.objects = _Arena(capacity), {}
         self.space = _Free(self.arena.capacity)
         self.later = deque()  # what became possible; called by settle(): long chains are no deep stacks
-        self.unheld = None    # called with an actor whose last handle is gone
 
     def refer(self, oid, change):
         obj = self.objects.get(oid)
@@ -749,10 +715,10 @@ class _Directory:
 
     def free(self, oid):
         obj = self.objects.get(oid)
-        if obj is None or obj.refs > 0:
+        if not obj or obj.refs > 0:
             return
         if obj.actor and obj.actor.state != 'dead':
-            self.unheld(obj.actor)
+            self.out_of_scope(obj.actor)  # the runtime's
             return
         del self.objects[oid]
         self.space.give(obj.data)
@@ -761,7 +727,7 @@ class _Directory:
 
     def fulfil(self, oid, data, contained=(), error=False):
         obj = self.objects.get(oid)
-        if obj is None or obj.ready:  # a late result that nobody waits for
+        if not obj or obj.ready:  # a late result that nobody waits for
             self.space.give(data)
             return
         obj.ready, obj.error = True, error
@@ -793,15 +759,6 @@ class _Directory:
             if oid in self.objects:
                 self.objects[oid].waits.pop(wait, None)
 
-    def values(self, oids, peer):
-        """[(id, is it an error, data)]; a process that has no part in the arena gets bytes."""
-        values = []
-        for oid in oids:
-            obj = self.objects[oid]
-            apart = isinstance(obj.data, tuple) and not peer.shares
-            values.append((oid, obj.error, bytes(self.arena.view(obj.data)) if apart else obj.data))
-        return values
-
 
 # ---- the scheduler: resources ------------------------------------------------------------------------------
 class _Scheduler:
@@ -818,21 +775,19 @@ class _Scheduler:
         if key not in self.queues and not any(_covers(total, plan.need) for total in totals):
             print(f'actors: {task.name} asks for {plan.need}; no node has that much (all together: '
                   f'{self.sum("total")}). It waits for a node to join.', file=sys.stderr)
-        task.line = self.queues.setdefault(key, deque())
-        task.line.append(task)
+        self.queues.setdefault(key, deque()).append(task)
         self.changed = True
 
     def sum(self, which):
         """All nodes' resources: total or free."""
         amounts = Counter()
         for node in self.nodes.values():
-            amounts.update(getattr(node.resources, which))
+            for k in node.resources.total:
+                amounts[k] += getattr(node.resources, which)[k]
         return {k: float(round(v, 4)) for k, v in amounts.items() if v > 0}
 
-    def give(self, lease, lent=0):
-        """lent: its CPUs are back already."""
-        need = {**lease.need, 'CPU': 0} if lent and 'CPU' in lease.need else lease.need
-        lease.pool.change(need, lease.gpus, 1)
+    def give(self, lease):
+        lease.pool.change(lease.need, 1)
         self.changed = True
 
     def next(self):
@@ -840,28 +795,31 @@ class _Scheduler:
         next. (task, None, None): it never can."""
         for key, line in list(self.queues.items()):
             while line:
+                if line[0].cancelled:
+                    line.popleft()
+                    continue
                 spots, need = self.spots(*key[1]), line[0].plan.need
-                fitting = (spot for spot in spots if spot and spot[1].fits(need))
-                spot = next(fitting, None)
-                if spots and not spot:
+                fitting = [(None, None)] if spots is None else [spot for spot in spots if spot[1].fits(need)]
+                if not fitting:
                     break
-                yield line.popleft(), *(spot or (None, None))
+                yield line.popleft(), *fitting[0]
             if not line:
-                self.queues.pop(key, None)
+                del self.queues[key]
 
     def spots(self, kind, *where):
-        """[(node, resources)] to look at, in this order; none: there never will be one."""
+        """[(node, resources)] to look at, in this order; None: there never will be one."""
         if kind == 'group':
             key, i = where
-            places = self.groups[key].places if key in self.groups else []
-            return [place and place[:2] for place in (places if i < 0 else places[i:i + 1])]
+            if key not in self.groups:
+                return None
+            return [place[:2] for j, place in self.groups[key].places.items() if i in (-1, j)]
         nodes = list(self.nodes.values())
         if kind == 'SPREAD':
             nodes.sort(key=lambda node: len(node.workers) - len(node.idle))
         if kind == 'node':
             insisted = [node for node in nodes if node.id == where[0]]
             nodes = insisted + nodes * where[1]  # soft: any other is second best
-        return [(node, node.resources) for node in nodes]
+        return [(node, node.resources) for node in nodes] or None
 
     # -- placement groups
     def place(self, group):
@@ -875,20 +833,20 @@ class _Scheduler:
     def place_on(self, nodes, group):
         """Each bundle on the fullest node that fits; PACK prefers nodes in use, SPREAD unused ones. Big
         bundles first: greedy, so a STRICT_SPREAD over very unequal nodes may wait without need."""
-        places, packs = list(group.places), group.strategy == 'PACK'
-        missing = [i for i, place in enumerate(places) if place is None]
+        places, packs = {}, group.strategy == 'PACK'
+        missing = group.bundles.keys() - group.places
         for i in sorted(missing, key=lambda i: -sum(group.bundles[i].values())):
-            bundle, used = group.bundles[i], [place[0] for place in places if place]
+            bundle, used = group.bundles[i], [place[0] for place in (group.places | places).values()]
             barred = used if group.strategy == 'STRICT_SPREAD' else ()
             fitting = [node for node in nodes if node not in barred and node.resources.fits(bundle)]
             if not fitting:
-                for lease in (places[j][2] for j in missing if places[j]):
-                    lease.pool.change(lease.need, lease.gpus, 1)
+                for *_, lease in places.values():
+                    lease.pool.change(lease.need, 1)
                 return False
             node = min(fitting, key=lambda node: ((node in used) != packs, sum(node.resources.free.values())))
             lease = node.resources.take(bundle)
-            places[i] = node, _Resources(bundle, {gpu: min(bundle['GPU'], 1) for gpu in lease.gpus}), lease
-        group.places = places
+            places[i] = node, _Resources(bundle, {gpu: lease.need[gpu] for gpu in lease.gpus}), lease
+        group.places |= places
         return True
 
 
@@ -898,16 +856,17 @@ _NEVER = {'node': (TaskUnschedulableError, ActorUnschedulableError, 'its node is
           'group': (TaskPlacementGroupRemoved, ActorPlacementGroupRemoved, 'its placement group was removed')}
 
 
-class _Desk:
-    """Where messages arrive: all state, one lock. on_<operation>(peer, request, ...) runs under it, for the
-    driver in its own thread, for the others in the threads that read them; what it returns is the answer.
-    Here: what is asked about objects."""
+class _Desk(_Directory):
+    """Where messages arrive: all state, one lock. on_<operation>(peer, ...) runs under it, for the driver in
+    its own thread, for the others in the threads that read them; what it returns is the answer. Here: what is
+    asked about objects."""
     def __init__(self, resources, gpus, capacity):
-        self.lock, self.closed = threading.RLock(), False
-        self.directory, self.scheduler = _Directory(capacity), _Scheduler()
-        self.inner = None  # the session of the driver that this is a part of
+        super().__init__(capacity)
+        self.lock, self.closed, self.scheduler = threading.RLock(), False, _Scheduler()
         self.home = _Node(secrets.token_hex(16), '127.0.0.1', _Resources(resources, gpus))
         self.scheduler.nodes[self.home.id] = self.home
+        # the driver that this is a part of, and (id, +1 or -1) of its refs that came and went
+        self.inner, self.events = _Peer('inner', secrets.token_bytes(8), self.home), deque()
 
     def handle(self, peer, message):
         operation, request, *args = message
@@ -915,8 +874,9 @@ class _Desk:
             if self.closed or peer.dead:
                 return
             self.drain()
+            peer.request = request
             try:
-                answer = getattr(self, 'on_' + operation)(peer, request, *args)
+                answer = getattr(self, 'on_' + operation)(peer, *args)
             except (RayError, ValueError) as e:
                 if not request:
                     raise
@@ -926,98 +886,110 @@ class _Desk:
             self.settle()
 
     def drain(self):
-        """The refs that came and went in the driver since last asked. They may be all the room there is."""
-        if self.inner and self.inner.events:
-            self.on_refs(self.inner.peer, 0, self.inner.pending_events())
-            self.settle()
+        """The driver's refs that went since last asked may be all the room there is."""
+        while self.events:
+            self.hold(self.inner, *self.events.popleft())
+        self.settle()
 
     def settle(self):
         """What the last message made possible."""
-        later = self.directory.later
+        later = self.later
         while later or self.scheduler.changed:
             if later:
                 later.popleft()()
                 continue
             self.scheduler.changed = False
             for key, group in self.scheduler.groups.items():
-                if None in group.places and self.scheduler.place(group):
-                    self.directory.fulfil(key, _Packed(True).join())
+                if len(group.places) < len(group.bundles) and self.scheduler.place(group):
+                    self.fulfil(key, _Packed(True).join())
             for task, node, resources in self.scheduler.next():
                 self.start(task, node, resources)
 
-    def refer(self, peer, oid, change):
+    def hold(self, peer, oid, change):
         """Counted for the process too: when it dies, its refs go."""
         count = peer.refs.pop(oid, 0) + change
         if count:
             peer.refs[oid] = count
-        self.directory.refer(oid, change)
+        self.refer(oid, change)
 
-    def add(self, peer, oid, **known):
+    def add(self, peer, oid):
         """A new object, with one ref: the process's that asked."""
         peer.refs[oid] = 1
-        obj = self.directory.objects[oid] = _Object(**known)
+        obj = self.objects[oid] = _Object()
         return obj
 
-    def on_refs(self, peer, _, events):
+    def on_refs(self, peer, events):
         for oid, change in events:
-            self.refer(peer, oid, change)
+            self.hold(peer, oid, change)
 
-    def on_room(self, peer, _, size, private, data):
+    def on_room(self, peer, size, private, data):
         """A place in the arena; a process that has no part in it sends the bytes along."""
-        place = self.directory.space.take(size), size, private
+        place = self.space.take(size), size, private
         if data:
-            self.directory.arena.write(place, [(0, data)])
+            self.arena.write(place, [(0, data)])
         peer.places.add(place)
         return place
 
-    def on_put(self, peer, _, oid, data, contained):
+    def on_put(self, peer, oid, data, contained):
         self.add(peer, oid)
-        self.fulfil(peer, oid, data, contained)
+        self.deliver(peer, oid, data, contained)
 
-    def fulfil(self, peer, oid, data, contained):
+    def deliver(self, peer, oid, data, contained):
         if isinstance(data, tuple):
             peer.places.remove(data)  # it is the object's from now on
-        self.directory.fulfil(oid, data, contained)
+        self.fulfil(oid, data, contained)
 
-    def answer_when(self, peer, request, oids, spare, answer):
+    def answer_when(self, peer, oids, spare, answer):
+        request = peer.request
+
         def then():
-            if peer.waits.pop(request, None):  # else it waits no longer
-                self.block(peer, -1)
+            if request in peer.waits:  # else it waits no longer
+                self.on_drop(peer, request)
                 peer.send('reply', request, answer())
-        wait = self.directory.watch(oids, spare, then)
-        if wait is None:
+        wait = self.watch(oids, spare, then)
+        if not wait:
             return answer()
         peer.waits[request] = wait
-        self.block(peer, 1)
+        self.lend(peer, 1)
         return _LATER
 
-    def on_get(self, peer, request, oids):
-        return self.answer_when(peer, request, oids, 0, lambda: self.directory.values(oids, peer))
+    def values(self, oids, peer):
+        """[(id, is it an error, data)]; a process that has no part in the arena gets bytes."""
+        values = []
+        for oid in oids:
+            obj = self.objects[oid]
+            apart = isinstance(obj.data, tuple) and peer.node is not self.home
+            values.append((oid, obj.error, bytes(self.arena.view(obj.data)) if apart else obj.data))
+        return values
 
-    def on_wait(self, peer, request, oids, count):
-        objects, spare = self.directory.objects, len(oids) - count
-        return self.answer_when(peer, request, oids, spare, lambda: [objects[oid].ready for oid in oids])
+    def on_get(self, peer, oids):
+        return self.answer_when(peer, oids, 0, lambda: self.values(oids, peer))
 
-    def on_drop(self, peer, _, request):
-        wait = peer.waits.pop(request, None)
-        if wait:
-            self.directory.unwatch(wait)
-            self.block(peer, -1)
+    def on_wait(self, peer, oids, count, spare):
+        """The ids of the first `count` that are ready, once all but `spare` are."""
+        def done():
+            ready = [oid for oid in oids if self.objects[oid].ready]
+            return set(ready[:count])
+        return self.answer_when(peer, oids, spare, done)
 
-    def block(self, peer, change):
-        """A worker that waits lends its CPUs, or nested tasks would wait for each other for ever. Taken back
-        even if that overdraws."""
-        before, peer.blocked = peer.blocked, peer.blocked + change
-        if peer.lease and bool(before) != bool(peer.blocked) and 'CPU' in peer.lease.need:
-            peer.lease.pool.free['CPU'] += change * peer.lease.need['CPU']
+    def on_drop(self, peer, request):
+        if request in peer.waits:
+            self.lend(peer, -1)
+            self.unwatch(peer.waits.pop(request))
+
+    def lend(self, peer, sign):
+        """A worker that waits, once or several times, lends its CPUs, or nested tasks would wait for each
+        other for ever. They are taken back even if that overdraws."""
+        if peer.lease and len(peer.waits) == 1:
+            peer.lease.pool.free['CPU'] += sign * peer.lease.need.get('CPU', 0)
             self.scheduler.changed = True
 
-    def on_info(self, peer, _, what):
+    def on_info(self, peer, what):
         if what == 'nodes':
             return [dict(NodeID=node.id, Alive=True, NodeManagerAddress=node.host,
                          NodeManagerHostname=node.host, Resources=node.resources.total)
                     for node in self.scheduler.nodes.values()]
-        space, amounts = self.directory.space, self.scheduler.sum(what)
+        space, amounts = self.space, self.scheduler.sum(what)
         amounts['object_store_memory'] = float(space.capacity - (space.used() if what == 'free' else 0))
         return amounts
 
@@ -1026,53 +998,52 @@ class _Runtime(_Desk):
     """The life of tasks, actors and workers."""
     def __init__(self, *machine):
         super().__init__(*machine)
-        self.directory.unheld = self.out_of_scope
         self.tasks, self.names, self.peers = {}, {}, {}
-        self.nursery = _Nursery(self.directory.arena, self.home.id)
+        self.nursery = _Nursery(self.arena, self.home.id)
         _thread(self.tick)
 
     # -- tasks
     def admit(self, peer, spec):
-        parent = peer.task and peer.task.id
-        task = self.tasks[spec.id] = _Task(spec, peer.job, parent, spec.plan.retries)
+        task = self.tasks[spec.id] = _Task(spec, peer.job, spec.plan.retries)
         for oid in (*spec.deps, *spec.contained):
-            self.directory.refer(oid, 1)
+            self.refer(oid, 1)
         for oid in spec.returns:
             self.add(peer, oid)
         return task
 
-    def on_submit(self, peer, _, spec):
+    def on_submit(self, peer, spec):
         task = self.admit(peer, spec)
+        task.parent = None if peer.actor else next(iter(peer.tasks), None)
         if spec.kind == 'task':
             self.enqueue(task)
             return
-        actor = task.actor = self.directory.objects[spec.actor].actor  # there: the caller has a handle
+        actor = task.actor = self.objects[spec.actor].actor  # there: the caller has a handle
         if actor.state == 'dead':
             self.fail(task, actor.error)
             return
-        task.retries, task.line = actor.made.task_retries, actor.queue
+        task.retries = actor.create.plan.task_retries
         actor.queue.append(task)
         self.pump(actor)
 
     def failed_argument(self, task):
         """Whether an argument's value is an error; then the task ends with it."""
-        wrong = [oid for oid in task.deps if self.directory.objects[oid].error]
+        wrong = [oid for oid in task.deps if self.objects[oid].error]
         if wrong and task.kind == 'create':
             self.bury(task.actor, 'an argument of its constructor could not be computed')
         elif wrong:
-            self.fail(task, self.directory.objects[wrong[0]].data)
+            self.fail(task, self.objects[wrong[0]].data)
         return bool(wrong)
 
     def enqueue(self, task):
         """To the scheduler, once its arguments exist."""
-        if task.id not in self.tasks or self.directory.watch(task.deps, 0, lambda: self.enqueue(task)):
+        if task.id not in self.tasks or self.watch(task.deps, 0, lambda: self.enqueue(task)):
             return
         if not self.failed_argument(task):
             self.scheduler.add(task)
 
     def start(self, task, node, resources):
         plan = task.plan
-        if node is None:
+        if not node:
             task_error, actor_error, words = _NEVER[plan.strategy[0]]
             self.fail(task, (actor_error if task.actor else task_error)(f'{task.name}: {words}'))
             return
@@ -1082,59 +1053,44 @@ class _Runtime(_Desk):
         if peer:
             node.idle.remove(peer)
         else:
-            peer = self.spawn(node, key)
-        peer.task, peer.lease, peer.job = task, lease, task.job
+            peer = self.spawn(node, *key)
+        peer.lease, peer.job = lease, task.job
         if task.actor:
             task.actor.peer, peer.actor = peer, task.actor
         self.run_on(task, peer)
 
     def run_on(self, task, peer):
-        task.peer = peer
-        made = task.actor.made if task.kind == 'create' else None
-        peer.send('run', task.spec, made, self.directory.values(task.deps, peer))
+        task.peer, peer.tasks[task.id] = peer, task
+        peer.send('run', task.spec, self.values(task.deps, peer))
 
     def pump(self, actor):
         """Calls leave in the order they came; the first whose arguments are not there yet holds up the
         rest."""
-        def again():
-            actor.waiting = False
-            self.pump(actor)
-        while actor.queue and actor.state == 'alive' and not actor.waiting:
+        if actor.wait:
+            self.unwatch(actor.wait)
+        while actor.queue and actor.state == 'alive':
             task = actor.queue[0]
-            if self.directory.watch(task.deps, 0, again):
-                actor.waiting = True
+            actor.wait = None if task.cancelled else self.watch(task.deps, 0, lambda: self.pump(actor))
+            if actor.wait:
                 return
             actor.queue.popleft()
-            if not self.failed_argument(task):
-                actor.inflight[task.id] = task
+            if not task.cancelled and not self.failed_argument(task):
                 self.run_on(task, actor.peer)
-
-    def mine(self, peer, tid):
-        """The task if this worker still has it; it may be cancelled or given to another meanwhile."""
-        task = self.tasks.get(tid)
-        return task if task and task.peer is peer else None
-
-    def on_done(self, peer, _, tid, results):
-        task = self.mine(peer, tid)
-        returns = task.returns if task else [None] * len(results)
-        for oid, result in zip(returns, results):
-            self.fulfil(peer, oid, *result)
-        if task is None:
-            return
-        self.finish(task)
-        actor = task.actor
-        if actor is None:
-            self.release(peer)
-            return
-        if task.kind == 'create':
-            peer.task, actor.state = None, 'alive'
-            self.pump(actor)
         self.out_of_scope(actor)
 
-    def on_fail(self, peer, _, tid, retry, error):
-        task = self.mine(peer, tid)
-        if task is None:
-            return
+    def on_done(self, peer, tid, results):
+        task = peer.tasks[tid]
+        for oid, result in zip(task.returns, results):
+            self.deliver(peer, oid, *result)
+        if task.kind == 'create':
+            task.actor.state = 'alive'
+            self.pump(task.actor)
+        self.finish(task)
+        if not task.actor:
+            self.release(peer)
+
+    def on_fail(self, peer, tid, retry, error):
+        task = peer.tasks[tid]
         if not (retry and self.again(task)):
             self.fail(task, error)
         if not task.actor:
@@ -1144,6 +1100,7 @@ class _Runtime(_Desk):
         """Whether it may be tried once more; then it is."""
         if task.cancelled or not task.retries:
             return False
+        task.peer.tasks.pop(task.id, None)
         task.retries, task.peer = task.retries - 1, None
         if task.kind == 'call':
             task.actor.queue.appendleft(task)
@@ -1158,147 +1115,122 @@ class _Runtime(_Desk):
             self.bury(task.actor, data)
             return
         for oid in task.returns:
-            self.directory.fulfil(oid, data, error=True)
+            self.fulfil(oid, data, error=True)
         self.finish(task)
 
     def finish(self, task):
         """The task is over: what it held goes. An actor's creation keeps its arguments as long as it may be
         repeated."""
-        if task.actor:
-            task.actor.inflight.pop(task.id, None)
-        if task.kind == 'create' and task.actor.state != 'dead':
-            return
-        if self.tasks.pop(task.id, None):
+        if task.peer:
+            task.peer.tasks.pop(task.id, None)
+        alive = task.kind == 'create' and task.actor.state != 'dead'
+        if not alive and self.tasks.pop(task.id, None):
             for oid in (*task.deps, *task.contained):
-                self.directory.refer(oid, -1)
+                self.refer(oid, -1)
+        if task.actor:
+            self.out_of_scope(task.actor)
 
-    def on_cancel(self, peer, _, tid, force, recursive):
+    def on_cancel(self, peer, tid, force, recursive):
         """What waits is dropped. The process of a task that runs is killed; an actor's call that runs goes
         on."""
         task = self.tasks.get(tid)
-        if task is None:
+        if not task:
             return
         if task.actor and force:
             raise ValueError('force=True is not supported for actor tasks: use actors.kill')
         task.cancelled = True
         for child in [t.id for t in self.tasks.values() if recursive and t.parent == tid]:
-            self.on_cancel(peer, 0, child, False, True)
+            self.on_cancel(peer, child, False, True)
         if task.peer is None:
-            if task in task.line:
-                task.line.remove(task)
             self.fail(task, TaskCancelledError(f'{task.name} was cancelled before it ran'))
+            if task.actor:
+                self.pump(task.actor)
         elif task.actor:
             task.peer.send('cancel', tid)  # it may still be in the worker's queue
         else:
-            self.slay(task.peer, TaskCancelledError(f'{task.name} was cancelled while it ran'))
+            self.end(task.peer, TaskCancelledError(f'{task.name} was cancelled while it ran'), True)
 
     # -- actors
-    def on_create(self, peer, request, spec, made):
-        if made.name in self.names and made.get_if_exists:
-            return self.on_get_actor(peer, request, made.name)
-        if made.name in self.names:
-            raise ActorAlreadyExistsError(f'name {made.name!r} is taken: get_actor(), or get_if_exists=True')
-        handle = self.add(peer, made.id, ready=True)
+    def on_create(self, peer, spec):
+        name, plan = spec.plan.name, spec.plan
+        if name in self.names and plan.get_if_exists:
+            return self.on_get_actor(peer, name)
+        if name in self.names:
+            raise ActorAlreadyExistsError(f'name {name!r} is taken: get_actor(), or get_if_exists=True')
+        handle = self.add(peer, spec.actor)
+        handle.ready = True
         task = self.admit(peer, spec)
-        handle.actor = task.actor = _Actor(handle, task, made, made.restarts)
-        if made.name:
-            self.names[made.name] = task.actor
+        handle.actor = task.actor = _Actor(handle, task)
+        if name:
+            self.names[name] = task.actor
         self.enqueue(task)
-        return made
+        return spec.actor, plan.meta
 
-    def on_get_actor(self, peer, _, name):
+    def on_get_actor(self, peer, name):
         if name not in self.names:
             raise ValueError(f'Failed to look up actor with name {name!r}: never created, or dead')
-        made = self.names[name].made
-        self.refer(peer, made.id, 1)
-        return made
+        spec = self.names[name].create.spec
+        self.hold(peer, spec.actor, 1)
+        return spec.actor, spec.plan.meta
 
-    def on_kill(self, peer, _, aid, no_restart):
-        reason = 'it was killed by actors.kill' if no_restart else None
-        self.end_actor(self.directory.objects[aid].actor, reason)
+    def on_kill(self, peer, aid, no_restart):
+        self.end_actor(self.objects[aid].actor, 'it was killed by actors.kill', no_restart)
 
-    def end_actor(self, actor, reason):
-        """reason None: as if it had crashed."""
+    def end_actor(self, actor, why, final):
+        """final=False: as if it had crashed."""
         if actor.peer:
-            self.slay(actor.peer, reason)
-        elif actor.state != 'dead' and reason:
-            self.bury(actor, reason)
-
-    def actor_down(self, actor, peer, why):
-        if actor.peer is not peer or actor.state == 'dead':
-            return
-        actor.peer = None
-        if peer.reason or not actor.restarts:
-            self.bury(actor, str(peer.reason or why))
-            return
-        actor.restarts, actor.state = actor.restarts - 1, 'restarting'
-        self.enqueue(actor.create)
-        for task in reversed(list(actor.inflight.values())):
-            if not self.again(task):
-                words = f'{task.name}: the actor died in this call ({why}) and is restarting; it may have run'
-                self.fail(task, ActorUnavailableError(words))
-        actor.inflight.clear()
+            self.end(actor.peer, why, final)
+        elif actor.state != 'dead' and final:
+            self.bury(actor, why)
 
     def bury(self, actor, why):
         """why: words, or an error that is packed."""
-        if isinstance(why, str):
-            name = actor.create.name.removesuffix('.__init__')
-            why = _Packed(ActorDiedError(f'{name}: the actor is dead: {why}')).join()
-        actor.state, actor.error = 'dead', why
-        self.names.pop(actor.made.name, None)
-        calls = [*actor.inflight.values(), *actor.queue]
-        actor.queue.clear()
-        for task in calls:
-            self.fail(task, why)
-        if actor.create in actor.create.line:
-            actor.create.line.remove(actor.create)
-        self.finish(actor.create)
+        error = why if isinstance(why, bytes) else ActorDiedError(
+            f'{actor.create.name}: the actor is dead: {why}')
+        actor.state, actor.error = 'dead', error
+        self.names.pop(actor.create.plan.name, None)
         if actor.peer:
-            actor.peer.send('exit', 0)
-        self.directory.refer(actor.made.id, 0)
+            actor.queue.extend(actor.peer.tasks.values())
+            actor.peer.send('exit')
+        while actor.queue:
+            self.fail(actor.queue.popleft(), error)
+        actor.create.cancelled = True
+        self.finish(actor.create)
+        self.refer(actor.create.spec.actor, 0)
 
     def out_of_scope(self, actor):
-        """No handle is left anywhere, and nothing is to be done: the actor goes."""
-        idle = actor.state == 'alive' and not actor.queue and not actor.inflight
+        """The actor goes if no handle is left anywhere and nothing is to be done."""
+        idle = actor.state == 'alive' and not actor.queue and not actor.peer.tasks
         if idle and actor.handle.refs <= 0:
-            actor.peer.reason = 'its last handle went out of scope'
-            self.bury(actor, actor.peer.reason)
+            self.bury(actor, 'its last handle went out of scope')
 
     # -- workers
-    def spawn(self, node, key):
-        env, gpus = dict(key[0]), key[1]
-        if gpus:
-            env['CUDA_VISIBLE_DEVICES'] = env['ACTORS_GPUS'] = ','.join(gpus)
+    def spawn(self, node, pairs, gpus):
         peer = _Peer('worker', secrets.token_bytes(8), node)
         self.peers[peer.id] = node.workers[peer.id] = peer
-        peer.key = key
+        peer.key, env = (pairs, gpus), dict(pairs)
+        if gpus:
+            env['CUDA_VISIBLE_DEVICES'] = env['ACTORS_GPUS'] = ','.join(gpus)
         if node.peer:
-            node.peer.send('spawn', 0, peer.id, env)
+            node.peer.send('spawn', peer.id, env)
             return peer
         if self.nursery.process.poll() is not None:  # it was killed; its workers see that, and go
-            self.nursery = _Nursery(self.directory.arena, self.home.id)
-        ours, theirs = socket.socketpair()
-        peer.connection = Connection(ours.detach())
+            self.nursery = _Nursery(self.arena, self.home.id)
+        peer.connection = self.nursery.spawn(peer.id, env)
         _thread(peer.serve, self)
-        with theirs:
-            self.nursery.spawn(peer.id, env, theirs)
         return peer
 
     def release(self, peer):
         """A task's worker is free for the next task of its kind. It goes home if more wait idle than there
-        are CPUs, and if it had a GPU: a process that lives may hold the GPU's memory. What it held is free
-        when it is gone."""
-        peer.task, node = None, peer.node
-        if peer.lease.gpus or len(node.idle) > max(2, node.resources.total.get('CPU', 0)):
-            peer.send('exit', 0)
+        are CPUs, if a thread of the task still waits for something, and if it had a GPU: a process that lives
+        may hold the GPU's memory. What it held is free when it is gone."""
+        node, lease = peer.node, peer.lease
+        if lease.gpus or peer.waits or len(node.idle) > max(2, node.resources.total.get('CPU', 0)):
+            peer.send('exit')
             return
-        self.scheduler.give(peer.lease, peer.blocked)
+        self.scheduler.give(lease)
         peer.lease = None
         node.idle.append(peer)
-
-    def slay(self, peer, reason):
-        peer.reason = reason
-        self.end(peer, 'killed')
 
     def lost(self, peer, why):
         with self.lock:
@@ -1306,68 +1238,78 @@ class _Runtime(_Desk):
                 self.end(peer, why)
                 self.settle()
 
-    def end(self, peer, why):
-        """A process is gone, or is to go. Everything it held, ran or was ends by Ray's rules."""
+    def end(self, peer, why, final=False):
+        """A process is gone, or is to go. Everything it held, ran or was ends by Ray's rules. why: words;
+        final: without retries and restarts, and why is the error of its task."""
         if peer.dead:
             return
         peer.dead = True
-        peer.send('exit', 0)  # wakes the thread that writes
+        peer.send('exit')  # wakes the thread that writes
         if peer.connection:
             _hang_up(peer.connection)
         self.peers.pop(peer.id, None)
-        for wait in peer.waits.values():
-            self.directory.unwatch(wait)
+        for request in list(peer.waits):
+            self.on_drop(peer, request)
         for place in peer.places:
-            self.directory.space.give(place)
+            self.space.give(place)
         for oid, count in peer.refs.items():
-            self.directory.refer(oid, -count)
+            self.refer(oid, -count)
         if peer.lease:
-            self.scheduler.give(peer.lease, peer.blocked)
-        getattr(self, peer.role + '_down')(peer, why)
+            self.scheduler.give(peer.lease)
+        getattr(self, peer.role + '_down')(peer, why, final)
 
-    def worker_down(self, peer, why):
-        task, node = peer.task, peer.node
+    def worker_down(self, peer, why, final):
+        node = peer.node
         del node.workers[peer.id]
         if peer in node.idle:
             node.idle.remove(peer)
         if node.peer:
-            node.peer.send('kill', 0, peer.id)
+            node.peer.send('kill', peer.id)
         else:
             self.nursery.kill(peer.id)
-        if peer.actor:
-            self.actor_down(peer.actor, peer, why)
-        elif task and (peer.reason or not self.again(task)):
-            crashed = f'the worker of {task.name} died ({why}) and no retry is left; max_retries allows more'
-            self.fail(task, peer.reason or WorkerCrashedError(crashed))
+        actor = peer.actor
+        if actor and actor.state != 'dead':
+            if final or not self.again(actor.create):
+                self.bury(actor, why)
+            else:
+                actor.peer, actor.state = None, 'restarting'
+        for task in reversed(list(peer.tasks.values())):
+            error = WorkerCrashedError(f'the worker of {task.name} died ({why}) and no retry is left; '
+                                       'max_retries allows more')
+            if actor:
+                error = ActorUnavailableError(f'{task.name}: the actor died in this call ({why}) and is '
+                                              'restarting; it may have run')
+            if final or not self.again(task):
+                self.fail(task, why if final else error)
 
-    def driver_down(self, peer, _):
+    def driver_down(self, peer, *_):
         """A program is gone: its tasks, actors and groups go too."""
         for task in [task for task in self.tasks.values() if task.job == peer.id]:
             if task.kind == 'create':
-                self.end_actor(task.actor, 'its program ended')
+                self.end_actor(task.actor, 'its program ended', True)
             elif task.kind == 'task':
-                self.on_cancel(peer, 0, task.id, False, False)
+                self.on_cancel(peer, task.id, False, False)
         for key in [key for key, group in self.scheduler.groups.items() if group.job == peer.id]:
-            self.on_remove_group(peer, 0, key)
+            self.on_remove_group(peer, key)
 
     # -- placement groups
-    def on_group(self, peer, _, key, bundles, strategy):
+    def on_group(self, peer, key, bundles, strategy):
         """key: the group's, and that of the object that is there once every bundle has its place."""
         self.add(peer, key)
-        self.scheduler.groups[key] = _Group(bundles, strategy, peer.job, [None] * len(bundles))
+        self.scheduler.groups[key] = _Group(dict(enumerate(bundles)), strategy, peer.job, {})
         self.scheduler.changed = True
 
-    def on_remove_group(self, peer, _, key):
+    def on_remove_group(self, peer, key):
         group = self.scheduler.groups.pop(key, None)
-        if group is None:
+        if not group:
             return
         removed = TaskPlacementGroupRemoved('its placement group was removed')
-        for node, resources, lease in filter(None, group.places):
+        for node, resources, lease in group.places.values():
             for worker in list(node.workers.values()):
                 if worker.lease and worker.lease.pool is resources:
-                    self.slay(worker, removed)
+                    self.end(worker, removed, True)
             self.scheduler.give(lease)
-        self.directory.fulfil(key, _Packed(removed).join(), error=True)
+        self.fulfil(key, _Packed(removed).join(), error=True)
 
     # -- nodes
     def tick(self):
@@ -1375,22 +1317,19 @@ class _Runtime(_Desk):
             time.sleep(BEAT)
             with self.lock:
                 self.drain()
-                peers = list(self.peers.values())
-            for peer in peers:
-                if peer.role == 'node':
-                    peer.send('beat', 0)
-                elif peer.connection:  # its end tells
-                    continue
-                limit = SILENCE if peer.role == 'node' else START
-                if time.monotonic() - peer.heard > limit:
-                    self.lost(peer, f'no sign of life for {limit:.0f} s')
+                for peer in list(self.peers.values()):
+                    if peer.connection and peer.role != 'node':  # its end tells
+                        continue
+                    limit = SILENCE if peer.role == 'node' else START
+                    if time.monotonic() - peer.heard > limit:
+                        self.lost(peer, f'no sign of life for {limit:.0f} s')
 
-    def node_down(self, peer, why):
+    def node_down(self, peer, why, _):
         node = peer.node
         print(f'actors: node {node.id[:8]} ({node.host}) is lost: {why}', file=sys.stderr)
         del self.scheduler.nodes[node.id]
         for group in self.scheduler.groups.values():
-            group.places = [None if place and place[0] is node else place for place in group.places]
+            group.places = {i: place for i, place in group.places.items() if place[0] is not node}
         for worker in list(node.workers.values()):
             self.end(worker, 'its node was lost')
 
@@ -1398,7 +1337,7 @@ class _Runtime(_Desk):
         with self.lock:
             self.closed = True
         self.nursery.close()  # the workers end with it
-        self.directory.arena.close()
+        self.arena.close()
 
 
 class _Head(_Runtime):
@@ -1413,20 +1352,17 @@ class _Head(_Runtime):
     def accept(self):
         """Each stranger has a thread and a deadline: a silent one stops nobody."""
         while True:
+            self.strangers.acquire()
             sock, _ = self.port.accept()
-            if self.strangers.acquire(blocking=False):
-                _thread(self.greet, sock)
-            else:
-                sock.close()
+            _thread(self.greet, sock)
 
     def greet(self, sock):
         peer = None
         with suppress(Exception):  # noise, or one of us that speaks out of turn: it is not answered
             connection = _open(sock)
-            with _deadline(connection):
-                if _shake(connection, self.token, b'server', b'client')[1]:
-                    hello, = _receive(connection)
-                    peer = self.welcome(connection, *hello)
+            if _shake(connection, self.token, b'server', b'client')[1]:
+                hello, = _receive(connection)
+                peer = self.welcome(connection, *hello)
         self.strangers.release()
         if peer:
             peer.serve(self)  # this thread reads it from now on
@@ -1454,18 +1390,18 @@ class _Head(_Runtime):
 class _Session:
     """Numbers requests, waits for answers, packs and unpacks values, reports which refs came and went.
     Subclasses know how to reach the runtime: post(operation, request, arguments)."""
+    is_worker = False
+    birth = error = None  # birth: the _Spec of the actor that this process is
+
     def __init__(self, node, arena):
-        self.node, self.arena, self.is_worker = node, arena, False
+        self.node, self.arena = node, arena
         self.prefix, self.count = secrets.token_bytes(8), itertools.count(1)
-        self.boxes, self.exported, self.error = {}, {}, None  # boxes: request -> where its answer is put
+        self.boxes, self.exported = {}, {}  # boxes: request -> where its answer is put
         self.events = deque()  # (id, +1 or -1) of refs that came and went here; __del__ only appends to it,
                                # for it may run anywhere, under any lock
 
     def new_id(self):
         return self.prefix + next(self.count).to_bytes(6, 'big')
-
-    def pending_events(self):
-        return [self.events.popleft() for _ in range(len(self.events))]
 
     def call(self, operation, *args, timeout=None):
         request, box = next(self.count), queue.SimpleQueue()
@@ -1476,7 +1412,7 @@ class _Session:
         try:
             answer = box.get(timeout=timeout)
         except queue.Empty:
-            if self.boxes.pop(request, None) is not None:
+            if self.boxes.pop(request, None):
                 self.post('drop', 0, request)
                 raise GetTimeoutError(f'{operation}: not there after {timeout} s') from None
             answer = box.get()  # it came at the very end of the wait
@@ -1509,32 +1445,28 @@ class _Session:
         self.post('put', 0, oid, *self.keep(packed))
         return ObjectRef(oid, True)
 
-    def load(self, value):
-        oid, _, data = value
+    def load(self, oid, failed, data):
+        """The value; an error is raised."""
         try:
-            return _unpack(data if isinstance(data, bytes) else self.arena.view(data, ObjectRef(oid)))
+            value = _unpack(data if isinstance(data, bytes) else self.arena.view(data, ObjectRef(oid)))
         except Exception as e:
-            reason = f'{type(e).__name__}: {e}'
-            raise RaySystemError(f'the value of {oid.hex()} cannot be read here: {reason}') from e
+            raise RaySystemError(f'the value of {oid.hex()} cannot be read here: '
+                                 f'{type(e).__name__}: {e}') from e
+        if failed:
+            raise value.as_instanceof_cause() if isinstance(value, RayTaskError) else value
+        return value
 
     def get(self, refs, timeout):
-        values = []
-        for item in self.call('get', [ref._valid_id() for ref in refs], timeout=timeout):
-            value, failed = self.load(item), item[1]
-            if failed:
-                raise value.as_instanceof_cause() if isinstance(value, RayTaskError) else value
-            values.append(value)
-        return values
+        answer = self.call('get', [ref._valid_id() for ref in refs], timeout=timeout)
+        return [self.load(*loadable) for loadable in answer]
 
     def wait(self, refs, count, timeout):
         oids = [ref._valid_id() for ref in refs]
         try:
-            ready = self.call('wait', oids, count, timeout=timeout)
+            done = self.call('wait', oids, count, len(oids) - count, timeout=timeout)
         except GetTimeoutError:
-            ready = self.call('wait', oids, 0)
-        done = list(itertools.compress(refs, ready))[:count]
-        chosen = set(done)
-        return done, [ref for ref in refs if ref not in chosen]
+            done = self.call('wait', oids, count, len(oids))
+        return [ref for ref in refs if ref._id in done], [ref for ref in refs if ref._id not in done]
 
     def export(self, obj):
         """The ref under which workers find a function or class; put once in a session."""
@@ -1542,16 +1474,18 @@ class _Session:
             self.exported[obj] = self.put(_Packed(obj))
         return self.exported[obj]._id
 
-    def submit(self, kind, name, function, method, args, kwargs, plan, actor=None, made=None):
-        """-> the refs of the results, or what on_create says. Refs at the arguments' top level become
+    def submit(self, kind, name, signature, plan, function, method, actor, /, *args, **kwargs):
+        """-> the refs of the results, or a new actor's handle. Refs at the arguments' top level become
         dependencies; large arguments are put first."""
+        signature.bind(*args, **kwargs)  # TypeError says what is wrong
         values = [*args, *kwargs.values()]
         deps = [value._valid_id() for value in values if type(value) is ObjectRef]
         values = [_Arg if type(value) is ObjectRef else value for value in values]
         try:
             packed = _Packed((values, list(kwargs)))
-        except (TypeError, AttributeError, pickle.PicklingError) as e:
-            raise TypeError(f'could not serialize the arguments of {name}: {e}') from e
+        except Exception as e:
+            e.add_note(f'The arguments of {name} could not be serialized.')
+            raise
         data, contained = None, packed.contained + ([function] if function else [])
         if packed.size <= INLINE:
             data = packed.join()
@@ -1559,11 +1493,12 @@ class _Session:
             kept = self.put(packed)  # it must live until the task is sent
             deps.insert(0, kept._id)
         task = self.new_id()
-        count = 0 if made else plan.num_returns
-        returns = [task + i.to_bytes(2, 'big') for i in range(count)]
+        returns = [task + i.to_bytes(2, 'big') for i in range(plan.num_returns)]
+        if kind == 'create':
+            actor = task + b'\xfe\xff'
         spec = _Spec(task, kind, name, function, method, data, deps, contained, returns, plan, actor)
-        if made:
-            return self.call('create', spec, made)
+        if kind == 'create':
+            return _handle(*self.call('create', spec))
         self.post('submit', 0, spec)
         refs = [ObjectRef(oid, True) for oid in returns]
         return refs[0] if len(refs) == 1 else refs or None
@@ -1572,14 +1507,12 @@ class _Session:
 class _Direct(_Session):
     """The session of a driver whose runtime is threads of this process: a message is a function call."""
     def __init__(self, runtime):
-        super().__init__(runtime.home.id, runtime.directory.arena)
-        self.runtime = runtime
-        self.peer = _Peer('inner', secrets.token_bytes(8), runtime.home)
-        self.peer.send = lambda _, request, answer: self.answered(request, answer)
-        runtime.inner = self
+        super().__init__(runtime.home.id, runtime.arena)
+        self.runtime, self.events = runtime, runtime.events
+        runtime.inner.send = lambda _, request, answer: self.answered(request, answer)
 
     def post(self, *message):
-        self.runtime.handle(self.peer, message)
+        self.runtime.handle(self.runtime.inner, message)
 
     def close(self):
         self.runtime.close()
@@ -1594,18 +1527,19 @@ class _Remote(_Session):
 
     def post(self, *message):
         with self.sending:
-            refs = [('refs', 0, self.pending_events())] if self.events else []
+            events = [self.events.popleft() for _ in range(len(self.events))]
             try:
-                _send(self.connection, [*refs, message])
+                _send(self.connection, [('refs', 0, events), message] if events else [message])
             except OSError as e:
                 self.broken(RaySystemError(f'the head is gone: {e}'))
 
     def tell(self):
-        """Once a second: that this process lives, and the refs that went while nothing else was said."""
+        """Once a second: that this process lives, and the refs that went while nothing else was said. It is
+        answered, so that a node hears that its head lives."""
         parent = os.getppid()
         while not self.error:
             time.sleep(BEAT)
-            self.post('refs', 0, [])
+            self.post('refs', -1, [])
             if self.is_worker and os.getppid() != parent:
                 _leave()  # the zygote was killed: nobody else would end this process
 
@@ -1633,44 +1567,40 @@ class _Arg:
 
 
 # ---- workers -----------------------------------------------------------------------------------------------
-# what get_runtime_context tells: the _Spec of what runs here, and the _Made of the actor that this is
-_running = contextvars.ContextVar('actors_running', default=(None, None))
+_running = contextvars.ContextVar('actors_running', default=None)  # the _Spec of what runs here
 
 
 class _Worker:
     """One process that runs tasks one after the other, or is one actor. A thread reads and only sorts; the
     main thread runs user code."""
+    actor = pool = None
+
     def __init__(self, session):
         self.session, self.jobs = session, queue.SimpleQueue()
         self.dropped = set()  # cancelled before they began
-        self.actor = self.made = self.pool = None
         _thread(self.sort)
 
     def sort(self):
         for message in self.session.read():
             if message[0] == 'cancel':
-                self.dropped.add(message[2])
+                self.dropped.add(message[1])
             else:
                 self.jobs.put(message)
         _leave()  # the runtime is gone: nobody wants what is running here
 
     def serve(self):
         while (message := self.jobs.get())[0] == 'run':
-            spec, made, values = message[1:]
-            self.made = made or self.made
             if self.pool:
-                self.pool.submit(self.run, spec, values)
+                self.pool.submit(self.run, *message[1:])
             else:
-                self.run(spec, values)
-        if self.pool:
-            self.pool.shutdown()
+                self.run(*message[1:])
         _leave()
 
     def prepare(self, spec, values):
         """-> the function and its arguments."""
         if spec.id in self.dropped:
             raise TaskCancelledError(f'{spec.name} was cancelled before it ran')
-        loaded = map(self.session.load, values)
+        loaded = itertools.starmap(self.session.load, values)
         args, names = next(loaded) if spec.data is None else _unpack(spec.data)
         args = [next(loaded) if arg is _Arg else arg for arg in args]
         count = len(args) - len(names)
@@ -1682,15 +1612,17 @@ class _Worker:
         return self.session.get([ObjectRef(oid)], None)[0]
 
     def run(self, spec, values):
-        _running.set((spec, self.made))
+        _running.set(spec)
+        if spec.kind == 'create':
+            self.session.birth = spec
         try:
             f, args, kwargs = self.prepare(spec, values)
             result = f(*args, **kwargs)
             del args, kwargs  # the refs in them go before the result is told
             if spec.kind == 'create':
                 self.actor, result = result, None
-                if self.made.max_concurrency > 1:
-                    self.pool = futures.ThreadPoolExecutor(self.made.max_concurrency)
+                if spec.plan.max_concurrency > 1:
+                    self.pool = futures.ThreadPoolExecutor(spec.plan.max_concurrency)
             self.done(spec, result)
         except BaseException as e:
             self.failed(spec, e)
@@ -1707,8 +1639,8 @@ class _Worker:
         retry = spec.plan.retry_exceptions
         if not isinstance(retry, bool):
             retry = isinstance(e, _unpack(retry))
-        user = e.__traceback__.tb_next  # the first frame is ours
-        text = ''.join(traceback.format_exception(type(e), e, user)).rstrip()
+        e.__traceback__ = e.__traceback__.tb_next  # the first frame is ours
+        text = ''.join(traceback.format_exception(e)).rstrip()
         where = f'(pid={os.getpid()}, node={self.session.node[:8]})'
         cause = e.cause if isinstance(e, RayTaskError) else e
         error = RayTaskError(spec.name, f'{spec.name}() {where}\n{text}', cause)
@@ -1737,7 +1669,6 @@ def _end(pids):
 def _leave():
     """A worker ends, with all that it started."""
     sys.stdout.flush()
-    sys.stderr.flush()
     _end(_family(os.getpid()))
     os._exit(0)
 
@@ -1760,12 +1691,14 @@ class _Nursery:
         self.process = subprocess.Popen(command, pass_fds=inherited, env=env, start_new_session=True)
         theirs.close()
 
-    def spawn(self, worker, env, sock=None):
+    def spawn(self, worker, env):
+        """-> the worker's connection. Nobody speaks through it if the worker is to dial the head."""
         modules = [module for module in PRELOAD if module in sys.modules]
-        with suppress(OSError):  # it died: whoever asks next makes another
+        ours, theirs = socket.socketpair()
+        with theirs, suppress(OSError):  # the zygote died: whoever asks next makes another
             self.link.send((worker, modules, env, sys.path, *self.about))
-            if sock:
-                reduction.send_handle(self.link, sock.fileno(), None)
+            reduction.send_handle(self.link, theirs.fileno(), None)
+        return Connection(ours.detach())
 
     def kill(self, worker):
         with suppress(OSError):
@@ -1782,7 +1715,7 @@ class _Nursery:
 
 def _zygote(capacity, fd, arena_fd=None):
     """Forks workers on order. Single-threaded for life: only that makes fork safe. Orders: the arguments of
-    _worker, then the worker's socket if it is of this machine; or (id,) to kill one."""
+    _worker, then the worker's socket; or (id,) to kill one."""
     import gc
     link, workers = Connection(fd), {}  # workers: pid -> id
     if sys.platform == 'linux':  # PR_SET_CHILD_SUBREAPER: what a dead worker left behind is a child of this
@@ -1797,7 +1730,7 @@ def _zygote(capacity, fd, arena_fd=None):
             continue
         try:
             worker, *order = link.recv()
-            sock = reduction.recv_handle(link) if order and not order[-1] else None
+            sock = reduction.recv_handle(link) if order else None
         except (EOFError, OSError):
             _end_all(workers)
         if not order:
@@ -1809,8 +1742,7 @@ def _zygote(capacity, fd, arena_fd=None):
         pid = os.fork()
         if pid:
             workers[pid] = worker
-            if sock is not None:
-                os.close(sock)
+            os.close(sock)
             continue
         try:
             os.setpgrp()  # its children are of its group, and end with it
@@ -1818,7 +1750,6 @@ def _zygote(capacity, fd, arena_fd=None):
             _worker(sock, arena_fd and _Arena(capacity, arena_fd), worker, *order)
         except BaseException:
             traceback.print_exc()
-        finally:
             os._exit(1)
 
 
@@ -1847,7 +1778,7 @@ def _worker(fd, arena, worker, env, path, node, address, token):
     sys.stdout.reconfigure(line_buffering=True)
     np.random.seed()  # the fork copied the zygote's generator
     if 'torch' in sys.modules:
-        sys.modules['torch'].set_num_threads(int(env.get('OMP_NUM_THREADS', 1)))
+        sys.modules['torch'].set_num_threads(int(env['OMP_NUM_THREADS']))
     connection = _connect(address, token) if address else Connection(fd)
     os.set_inheritable(connection.fileno(), False)
     os.register_at_fork(after_in_child=connection.close)  # or a child would hold it open
@@ -1862,12 +1793,12 @@ def _ray():
     """The ray module if this process speaks through Ray: after init(backend='ray'), and in Ray's own
     workers."""
     ray = sys.modules.get('ray')
-    initialized = getattr(ray, 'is_initialized', None)
-    return ray if _session is None and initialized and initialized() else None
+    started = hasattr(ray, 'is_initialized') and ray.is_initialized()
+    return ray if started and _session is None else None
 
 
 def _here():
-    if _session is None:
+    if not _session:
         init()
     return _session
 
@@ -1919,9 +1850,9 @@ def init(num_cpus: float = None, num_gpus: int = None, resources: dict = None,
         if ignore_reinit_error:
             return
         raise RuntimeError('actors.init() was called already: shutdown() first, or ignore_reinit_error=True')
-    given = dict(num_cpus=num_cpus, num_gpus=num_gpus, resources=resources,
-                 object_store_memory=object_store_memory)
-    given = {k: v for k, v in given.items() if v is not None}
+    machine = dict(num_cpus=num_cpus, num_gpus=num_gpus, resources=resources,
+                   object_store_memory=object_store_memory)
+    given = {k: v for k, v in machine.items() if v is not None}
     if backend == 'ray':
         try:
             import ray
@@ -1947,9 +1878,8 @@ def init(num_cpus: float = None, num_gpus: int = None, resources: dict = None,
 def shutdown():
     """Ends the session and every process of it. Refs and handles of it are dead."""
     global _session
-    if _session is not None and not _session.is_worker:  # a worker's session is its process
+    if _session and not _session.is_worker:  # a worker's session is its process
         session, _session = _session, None
-        atexit.unregister(shutdown)
         session.broken(RaySystemError('actors.shutdown() was called'))
         session.close()
     elif _ray():
@@ -1957,7 +1887,7 @@ def shutdown():
 
 
 def is_initialized() -> bool:
-    return _session is not None or _ray() is not None
+    return bool(_session or _ray())
 
 
 # what the user forks is not of this session
@@ -1975,7 +1905,7 @@ class ObjectRef(metaclass=_RefKind):
 
     def __init__(self, id, counted=False):
         self._id, self._session = id, _session
-        if _session is None:
+        if not _session:
             raise RaySystemError('a ref was received, but actors is not initialised here')
         if not counted:
             _session.events.append((id, 1))
@@ -2071,9 +2001,9 @@ def cancel(ref: ObjectRef, *, force: bool = False, recursive: bool = True):
 @_or_ray
 def get_actor(name: str, namespace: str = None):
     """The handle of a named actor. ValueError if there is none."""
-    if namespace is not None:
+    if namespace:
         raise ValueError(f"namespace={namespace!r}: namespaces are Ray's, use backend='ray'")
-    return _handle(_here().call('get_actor', name))
+    return _handle(*_here().call('get_actor', name))
 
 
 @_or_ray
@@ -2103,28 +2033,19 @@ def get_runtime_context():
 
 
 class _Context:
-    """What runs here: ids as hex, None outside of a task."""
+    """What runs here: ids as hex, None outside of a task or an actor."""
     def __init__(self):
-        self._session = _here()
-        self._spec, self._made = _running.get()
-
-    def get_task_id(self):
-        return self._spec and self._spec.id.hex()
-
-    def get_actor_id(self):
-        return self._made and self._made.id.hex()
-
-    def get_actor_name(self):
-        return self._made and (self._made.name or '')
-
-    def get_node_id(self):
-        return self._session.node
-
-    def get_accelerator_ids(self):
-        return {'GPU': get_gpu_ids()}
+        task, birth = _running.get(), _here().birth
+        self._known = {'get_task_id': task and task.id.hex(),
+                       'get_actor_id': birth and birth.actor.hex(),
+                       'get_actor_name': birth and (birth.plan.name or ''),
+                       'get_node_id': _session.node,
+                       'get_accelerator_ids': {'GPU': get_gpu_ids()}}
 
     def __getattr__(self, name):
-        raise AttributeError(f"the runtime context has no {name}; Ray's own may, use backend='ray'")
+        if name not in self._known:
+            raise AttributeError(f"the runtime context has no {name}; Ray's own may, use backend='ray'")
+        return lambda: self._known[name]
 
 
 def __getattr__(name):
@@ -2143,21 +2064,20 @@ _TASK = _COMMON | dict(num_returns=1, max_retries=3, retry_exceptions=False)
 _ACTOR = _COMMON | dict(max_restarts=0, max_task_retries=0, max_concurrency=1, get_if_exists=False)
 
 
-def _check_options(options, known, what):
+def _check_options(options, known):
     for key, value in options.items():
         if key not in known and not _ray():  # Ray says what it knows itself
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f'did you mean {near[0]}?' if near else "if Ray honours that, init(backend='ray') first"
-            raise ValueError(f'Invalid option keyword {key} for {what}: {hint}')
+            raise ValueError(f"Invalid option keyword {key}: expected {', '.join(known)}; if Ray honours it, "
+                             "init(backend='ray') first")
         numeric = key in ('num_cpus', 'num_gpus', 'num_returns')
         if numeric and value is not None and not (isinstance(value, (int, float)) and value >= 0):
             raise ValueError(f'The quantity of {key} cannot be negative or no number: got {value!r}')
 
 
 def _plan(options, name, default_cpus):
-    """What the options come to here."""
-    options = _TASK | options
-    cpus, gpus, runtime_env = options['num_cpus'], options['num_gpus'], options['runtime_env'] or {}
+    """What the options come to here. default_cpus: 1 of a task, 0 of an actor or its method."""
+    given = types.SimpleNamespace(**_TASK | _ACTOR | options)
+    cpus, gpus, runtime_env = given.num_cpus, given.num_gpus, given.runtime_env or {}
     if set(runtime_env) - {'env_vars'}:
         raise ValueError(f"{name}: runtime_env {runtime_env}: all but env_vars needs backend='ray'")
     if gpus > 1 and gpus % 1:
@@ -2165,15 +2085,16 @@ def _plan(options, name, default_cpus):
     threads = str(max(1, int(cpus or default_cpus)))  # Ray's rule: as many as CPUs
     if cpus is None:
         cpus, threads = default_cpus, os.environ.get('OMP_NUM_THREADS', threads)
-    need = {'CPU': cpus, 'GPU': gpus, **(options['resources'] or {})}
+    need = {'CPU': cpus, 'GPU': gpus, **(given.resources or {})}
     need = {k: v for k, v in need.items() if v}
-    strategy = _strategy(options['scheduling_strategy'], need, name)
+    strategy = _strategy(given.scheduling_strategy, need, name)
     env = {'OMP_NUM_THREADS': threads, **runtime_env.get('env_vars', {})}
     pairs = tuple(sorted((k, str(v)) for k, v in env.items()))
-    retry = options['retry_exceptions']
+    retry, retries = given.retry_exceptions, given.max_retries if default_cpus else given.max_restarts
     if not isinstance(retry, bool):
         retry = _Packed(tuple(retry)).join()
-    return _Plan(int(options['num_returns']), need, strategy, pairs, options['max_retries'], retry)
+    return _Plan(int(given.num_returns), need, strategy, pairs, retries, retry, given.max_task_retries,
+                 given.max_concurrency or 1, given.name, given.get_if_exists, None)
 
 
 def _strategy(strategy, need, name):
@@ -2202,7 +2123,7 @@ def _signature(f, skip=0):
 
 def method(**options):
     """@actors.method(num_returns=2) on an actor's method."""
-    _check_options(options, {'num_returns'}, 'methods')
+    _check_options(options, ['num_returns'])
 
     def mark(f):
         f._actors_method = options
@@ -2210,7 +2131,7 @@ def method(**options):
     return mark
 
 
-def remote(*args, **options):
+def remote(target=None, /, **options):
     """@actors.remote or @actors.remote(num_cpus=2, ...) on a function or a class. Call f.remote(...),
     Class.remote(...); .options(...) overrides."""
     def wrap(target):
@@ -2223,24 +2144,21 @@ def remote(*args, **options):
         if inspect.iscoroutinefunction(target):
             raise ValueError(f'{target.__name__} is a coroutine: wrap it in one that calls asyncio.run')
         return RemoteFunction(target, options)
-    return wrap(args[0]) if len(args) == 1 and not options and callable(args[0]) else wrap
+    return wrap if target is None else wrap(target)
 
 
 class _Remotable:
     """A function or class with options; what both have in common."""
     def __init__(self, target, options):
-        _check_options(options, self._known, self._what)
+        _check_options(options, self._known)
         functools.update_wrapper(self, target, updated=())
         self._target, self._options, self._ready = target, options, (None, None)
 
-    def __getstate__(self):
-        return self._target, self._options
-
-    def __setstate__(self, state):
-        self.__init__(*state)
+    def __reduce__(self):
+        return type(self), (self._target, self._options)
 
     def __call__(self, *args, **kwargs):
-        raise TypeError(f"{self._what} cannot be called directly, as with {args} {kwargs}: try "
+        raise TypeError(f"{self.__name__} cannot be called directly, as with {args} {kwargs}: try "
                         f"'{self.__name__}.remote()'")
 
     def options(self, **options):
@@ -2250,30 +2168,27 @@ class _Remotable:
         ray = _ray()
         session = ray or _here()
         if self._ready[0] is not session:
-            self._ready = session, self._on_ray(ray) if ray else self._prepare(session)
+            self._ready = session, self._on_ray(ray) if ray else self._on_ours(session)
         return self._ready[1](*args, **kwargs)
 
+    def _on_ours(self, session):
+        function = session.export(self._target)
+        return functools.partial(session.submit, *self._shape(), function, None, None)
+
     def _on_ray(self, ray):
-        wrapped = ray.remote(**self._options)(self._target) if self._options else ray.remote(self._target)
-        return wrapped.remote
+        return ray.remote(self._target).options(**self._options).remote
 
 
 class RemoteFunction(_Remotable):
-    _known, _what = _TASK, 'remote functions'
+    _known = _TASK
 
-    def _prepare(self, session):
-        signature, function = inspect.signature(self._target), session.export(self._target)
+    def _shape(self):
         plan = _plan(self._options, self.__name__, 1)
-        name = self._options.get('name') or self.__qualname__
-
-        def call(*args, **kwargs):
-            signature.bind(*args, **kwargs)  # TypeError says what is wrong
-            return session.submit('task', name, function, None, args, kwargs, plan)
-        return call
+        return 'task', plan.name or self.__qualname__, inspect.signature(self._target), plan
 
 
 class ActorClass(_Remotable):
-    _known, _what = _ACTOR, 'actors'
+    _known = _ACTOR
 
     def _methods(self):
         return inspect.getmembers(self._target, lambda m: inspect.isfunction(m) or inspect.ismethod(m))
@@ -2284,52 +2199,49 @@ class ActorClass(_Remotable):
                 ray.method(**m._actors_method)(m)
         return super()._on_ray(ray)
 
-    def _prepare(self, session):
+    def _shape(self):
         shapes = {}
         for name, m in self._methods():
             if inspect.iscoroutinefunction(m) or inspect.isasyncgenfunction(m):
                 raise ValueError(f"{self.__name__}.{name} is a coroutine: that needs backend='ray'; here use "
                                  'plain methods, with max_concurrency=n for n at once')
             bound = isinstance(inspect.getattr_static(self._target, name), (staticmethod, classmethod))
-            num_returns = getattr(m, '_actors_method', {}).get('num_returns', 1)
-            shapes[name] = _signature(m, 0 if bound else 1), num_returns
+            plan = _plan(getattr(m, '_actors_method', {}), name, 0)
+            shapes[name] = _signature(m, 0 if bound else 1), plan
         init = self._target.__init__
         signature = inspect.Signature() if init is object.__init__ else _signature(init, 1)
-        options, function = _ACTOR | self._options, session.export(self._target)
-        plan, meta = _plan(options, self.__name__, 0), pickle.dumps((self.__name__, shapes), 5)
-
-        def call(*args, **kwargs):
-            signature.bind(*args, **kwargs)
-            actor_id, name = session.new_id() + b'\xfe\xff', f'{self.__name__}.__init__'
-            made = _Made(actor_id, options['max_restarts'], options['max_task_retries'],
-                         options['max_concurrency'] or 1, options['name'], options['get_if_exists'], meta)
-            return _handle(session.submit('create', name, function, None, args, kwargs, plan, actor_id,
-                                          made))
-        return call
+        meta = pickle.dumps((self.__name__, shapes), 5)
+        plan = _plan(self._options, self.__name__, 0)._replace(num_returns=0, meta=meta)
+        return 'create', self.__name__, signature, plan
 
 
+@_record
 class ActorMethod:
-    def __init__(self, handle, name, signature, num_returns):
-        self._handle, self._name = handle, name
-        self._signature, self._num_returns = signature, num_returns
+    _handle: object
+    _name: str
+    _signature: object
+    _plan: _Plan
 
     def options(self, **options):
-        _check_options(options, {'num_returns'}, 'actor methods')
-        return ActorMethod(self._handle, self._name, self._signature, **options)
+        _check_options(options, ['num_returns'])
+        return ActorMethod(self._handle, self._name, self._signature, self._plan._replace(**options))
 
     def remote(self, *args, **kwargs):
-        self._signature.bind(*args, **kwargs)
-        handle, plan = self._handle, _Plan(self._num_returns, {}, ('DEFAULT',), (), 0, False)
-        name = f'{handle._class_name}.{self._name}'
-        return _here().submit('call', name, None, self._name, args, kwargs, plan, handle._ref._valid_id())
+        name = f'{self._handle._class_name}.{self._name}'
+        actor = self._handle._ref._valid_id()
+        return _here().submit('call', name, self._signature, self._plan, None, self._name, actor,
+                              *args, **kwargs)
 
 
+@dataclass(unsafe_hash=True, repr=False)
 class ActorHandle:
     """Calls of one process run in the order they were made (max_concurrency=1). The last handle gone, the
     actor ends."""
-    def __init__(self, ref, meta):
-        self._ref, self._meta = ref, meta
-        self._class_name, self._methods = pickle.loads(meta)
+    _ref: ObjectRef
+    _meta: bytes
+
+    def __post_init__(self):
+        self._class_name, self._methods = pickle.loads(self._meta)
 
     def __getattr__(self, name):
         if name not in self._methods:
@@ -2342,15 +2254,9 @@ class ActorHandle:
     def __repr__(self):
         return f'Actor({self._class_name}, {self._ref.hex()})'
 
-    def __eq__(self, other):
-        return isinstance(other, ActorHandle) and other._ref == self._ref
 
-    def __hash__(self):
-        return hash(self._ref)
-
-
-def _handle(made):
-    return ActorHandle(ObjectRef(made.id, True), made.meta)
+def _handle(actor, meta):
+    return ActorHandle(ObjectRef(actor, True), meta)
 
 
 # -- util: placement groups, strategies, pool
@@ -2389,18 +2295,21 @@ def remove_placement_group(group: PlacementGroup):
     _here().call('remove_group', group.id)
 
 
+@dataclass
 class PlacementGroupSchedulingStrategy:
-    def __init__(self, placement_group, placement_group_bundle_index=-1,
-                 placement_group_capture_child_tasks=None):
-        if placement_group_capture_child_tasks:
+    placement_group: PlacementGroup
+    placement_group_bundle_index: int = -1
+    placement_group_capture_child_tasks: bool = None
+
+    def __post_init__(self):
+        if self.placement_group_capture_child_tasks:
             raise ValueError('placement_group_capture_child_tasks: give children their own strategy')
-        self.placement_group = placement_group
-        self.placement_group_bundle_index = placement_group_bundle_index
 
 
+@dataclass
 class NodeAffinitySchedulingStrategy:
-    def __init__(self, node_id, soft):
-        self.node_id, self.soft = node_id, soft
+    node_id: str
+    soft: bool
 
 
 class ActorPool:
@@ -2460,17 +2369,14 @@ class ActorPool:
         """Whichever result comes first."""
         return self._take(list(self._busy), timeout)
 
-    def _map(self, fn, values, take):
+    def map(self, fn, values, *, _take=None):
         for value in values:
             self.submit(fn, value)
         while self.has_next():
-            yield take()
-
-    def map(self, fn, values):
-        return self._map(fn, values, self.get_next)
+            yield (_take or self.get_next)()
 
     def map_unordered(self, fn, values):
-        return self._map(fn, values, self.get_next_unordered)
+        return self.map(fn, values, _take=self.get_next_unordered)
 
 
 class _Names(types.ModuleType):
@@ -2507,13 +2413,15 @@ def _serve_head(host, port, machine):
                          'more (python -c "import secrets; print(secrets.token_hex())")')
     if 0 < len(token) < 16:
         raise ValueError(f'ACTORS_TOKEN has {len(token)} characters: 16 or more')
-    made, token = not token, token or secrets.token_hex(16)
+    shown = ''
+    if not token:
+        token = secrets.token_hex(16)
+        shown = f'\ntoken: {token}'
     head = _Head(machine, host, port, token)
     file = _token_file(head.address)
     file.unlink(missing_ok=True)
     file.touch(0o600, exist_ok=False)  # a new one, which nobody else holds open
     file.write_text(token)
-    shown = f'\ntoken: {token}' if made else ''
     print(f'actors: head at {head.address}, pid {os.getpid()}{shown}', flush=True)
     try:
         head.accept()
@@ -2529,16 +2437,17 @@ def _serve_node(address, machine):
     nursery = _Nursery(None, link.node, address, token)
     link.post('hello', 1, 'node', key, socket.gethostname(), resources, gpus)
     print(f'actors: node {link.node[:8]} of {address}, pid {os.getpid()}, {resources}', flush=True)
+    reason = f'is silent for {2 * SILENCE:.0f} s, or the zygote was killed'
     try:
         while link.connection.poll(2 * SILENCE) and nursery.process.poll() is None:
-            for operation, _, *args in _receive(link.connection):
-                if operation in ('spawn', 'kill'):  # else a heartbeat, or the answer to hello
+            for operation, *args in _receive(link.connection):
+                if operation in ('spawn', 'kill'):  # else a reply
                     getattr(nursery, operation)(*args)
-        raise ValueError(f'the head at {address} is silent for {2 * SILENCE:.0f} s, or the zygote was killed')
     except (EOFError, ConnectionError):
-        raise ValueError(f'the head at {address} closed the connection') from None
+        reason = 'closed the connection'
     finally:
         nursery.close()
+    raise ValueError(f'the head at {address} {reason}')
 
 
 if __name__ == '__main__':
@@ -2557,7 +2466,6 @@ if __name__ == '__main__':
     _folder = os.path.dirname(os.path.abspath(__file__))
     with open(os.path.join(_folder, 'configurator.py'), encoding='utf-8') as _file:
         exec(_file.read())
-    sys.path.insert(0, _folder)
     import actors  # one identity for every class, here as in the workers
     if head == bool(address):
         raise ValueError('--head=True starts a cluster, --address=HOST:PORT joins one: one of the two')

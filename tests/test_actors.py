@@ -352,12 +352,15 @@ def test_cancel(rt, tmp_path, request):
     actors.cancel(queued)
     raises(gone, queued)
     a = Counter.remote()
+    assert actors.get(a.add.remote()) == 1
     first, second = a.nap.remote(1), a.add.remote()
+    time.sleep(0.2)  # both are in its process by now
     actors.cancel(second)
-    raises(gone, second)
     with pytest.raises(ValueError):
         actors.cancel(first, force=True)
-    assert actors.get(first) == 0 and actors.get(blockers) == [None]
+    raises(gone, second)
+    assert actors.get(first) == 1 and actors.get(blockers) == [None]
+    assert actors.get(a.pid.remote(), timeout=30)  # it goes on
 
 
 @ray_is_slow_here
@@ -541,7 +544,7 @@ def functions():
 
 
 def test_the_store_is_shared_counted_and_reused(local):
-    space, objects = local.directory.space, local.directory.objects
+    space, objects = local.space, local.objects
     a = np.random.default_rng(0).integers(0, 255, 8 << 20, np.uint8)
     ref = actors.put(a)
     assert space.used() == (8 << 20) + 4096
@@ -593,10 +596,24 @@ def test_long_chains_are_no_deep_stacks(local):
     ref = actors.put(0)
     for _ in range(3000):
         ref = actors.put([ref])
-    assert len(local.directory.objects) >= 3000
+    assert len(local.objects) >= 3000
     del ref
     actors.available_resources()
-    assert set(local.directory.objects) == functions() and not local.tasks
+    assert set(local.objects) == functions() and not local.tasks
+
+
+def test_a_cancelled_call_holds_up_nobody(local):
+    """Neither the calls behind it, though its argument never comes, nor the end of its actor."""
+    never, a = echo.options(num_cpus=100).remote(1), Counter.remote()
+    first, second = a.add.remote(never), a.add.remote()
+    actors.cancel(first)
+    assert actors.get(second, timeout=30) == 1
+    pid, last = actors.get(a.pid.remote()), a.add.remote(never)
+    del a
+    actors.available_resources()
+    assert alive(pid)
+    actors.cancel(last)
+    soon(lambda: not alive(pid))
 
 
 def test_a_worker_returns_large_things_and_its_threads_are_its_own(local):
@@ -636,14 +653,14 @@ def test_what_is_not_honoured_is_refused_by_name(alone, monkeypatch):
     monkeypatch.setenv('ACTORS_TOKEN', 'x' * 16)
     rays, pip = "use backend='ray'", functools.partial(echo.options(runtime_env={'pip': []}).remote, 1)
     for match, call in {
-            'did you mean num_cpus': lambda: echo.options(num_cpu=1),
+            'num_cpu: expected num_cpus, num_gpus,': lambda: echo.options(num_cpu=1),
             "backend 'spark'": lambda: actors.init(backend='spark'),
             "namespace: only backend='ray'": lambda: actors.init(namespace='a'),
             'num_cpus: for the head': lambda: actors.init(address='127.0.0.1:1', num_cpus=2),
             "address 'x': expected HOST:PORT": lambda: actors.init(address='x'),
-            r"memory .*init\(backend='ray'\) first": lambda: echo.options(memory=5),
+            r"memory: .*init\(backend='ray'\) first": lambda: echo.options(memory=5),
             f"'pip': .*all but env_vars {rays.replace('use', 'needs')}": pip,
-            r"lifetime .*init\(backend='ray'\) first": lambda: Counter.options(lifetime='detached'),
+            r"lifetime: .*init\(backend='ray'\) first": lambda: Counter.options(lifetime='detached'),
             f"namespace='n': .*{rays}": lambda: actors.get_actor('a', namespace='n'),
             f"name='p', lifetime=None: .*{rays}": lambda: actors.util.placement_group([{'CPU': 1}], name='p'),
             'num_gpus 1.5: a share below 1': lambda: echo.options(num_gpus=1.5).remote(1)}.items():
@@ -703,6 +720,14 @@ def test_by_value_pickling_round_trips(alone):
         count += 1
         return count
 
+    def twins():
+        n = 0
+
+        def up():
+            nonlocal n
+            n += 1
+        return up, lambda: n
+
     def lens(x, *, k=os.path.sep):
         return len(x), k, cached(1)
 
@@ -714,6 +739,9 @@ def test_by_value_pickling_round_trips(alone):
     p = copy(o)
     assert type(p) is Slotted and p.a == 1 and p.s() == 's' and p.c() == 'Slotted'
     assert copy(Pair(1, 2)) == (1, 2) and copy(counter)() == 1 and copy(lens)('abc') == (3, '/', 2)
+    up, see = copy(twins())
+    up()
+    assert see() == 1
     assert copy(os) is os and copy([np.float64, torch.float16]) == [np.float64, torch.float16]
     actors.init(num_cpus=1)
     with pytest.raises(TypeError, match='count'):

@@ -98,7 +98,7 @@ def lines(file):
 
 
 def freed(runtime):
-    return actors.available_resources() and not runtime.directory.space.taken
+    return actors.available_resources() and not runtime.space.taken
 
 
 @actors.remote
@@ -171,7 +171,7 @@ def test_killed_in_a_put_no_memory_is_lost(runtime):
     gc.collect()  # the raised errors' tracebacks hold the refs
     soon(lambda: freed(runtime))
     exported = [ref._id for ref in actors._session.exported.values()]
-    assert set(runtime.directory.objects) == {a._ref._id, *exported}
+    assert set(runtime.objects) == {a._ref._id, *exported}
 
 
 def test_killed_while_reading_weights_the_object_lives_on(runtime):
@@ -179,7 +179,7 @@ def test_killed_while_reading_weights_the_object_lives_on(runtime):
     a, b = Holder.options(max_restarts=1).remote(), Holder.remote()
     assert actors.get([a.load.remote(weights), b.load.remote(weights)], timeout=30) == [float(4 << 20)] * 2
     os.kill(actors.get(a.pid.remote()), signal.SIGKILL)
-    soon(lambda: runtime.directory.objects[a._ref._id].actor.restarts == 0)
+    soon(lambda: runtime.objects[a._ref._id].actor.create.retries == 0)
     assert actors.get(a.load.remote(weights), timeout=30) == float(4 << 20)
     assert actors.get(weights)[-1] == 1
     del weights
@@ -571,8 +571,7 @@ def test_the_port_is_for_those_who_know_the_token(tmp_path, monkeypatch):
             patch.setattr(actors, 'HANDSHAKE', 0.5)  # a stranger that drips has so many seconds in all
             link = actors.Connection(os.dup(theirs.fileno()))
             threading.Timer(0.3, ours.sendall, [b'\0\0']).start()
-            with actors._deadline(link):
-                actors._shake(link, token, b'server', b'client')
+            actors._shake(link, token, b'server', b'client')
 
         heard = []  # a proxy writes down a good handshake; played back, it is worth nothing
         with socket.create_server(('127.0.0.1', 0)) as proxy:
