@@ -825,9 +825,8 @@ class Sharded(nn.Module):
         c, tp, pp = model.config, mesh.tp, mesh.pp
         _check_fit(c, mesh, model)
         _check_alike(model, mesh)
-        self.config, self.head = c, model.head
-        self.layout, self.attention_dropout = model.layout, model.attention_dropout
-        self.mesh, self.body, self.running = mesh, model, False
+        self.config, self.head, self.layout = c, model.head, model.layout
+        self.mesh, self.body, self.cp, self.running = mesh, model, mesh.cp.size, False
         # of the whole model, in the same order on every rank
         self.full = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()}
         lo, hi = (c.n_layer * (pp.rank + i) // pp.size for i in (0, 1))  # this stage's layers
@@ -896,7 +895,7 @@ class Sharded(nn.Module):
         rest = -n % (2 * cp.size * self.mesh.tp.size)
         ids, pos = (F.pad(t, (0, rest)) for t in (at.pick(idx), at.pos))  # dummies: segments of one token
         own = zigzag(n + rest, cp.size, cp.rank, idx.device)
-        x = self._rows(ids[own], pos[own], _gathered_attend(cp, pos, self.attention_dropout()))
+        x = self._rows(ids[own], pos[own], _gathered_attend(cp, pos, at.dropout))
         at.real = torch.arange(n, device=idx.device) if at.keep is None else at.keep
         at.keep = at.real[own[own < n]]
         return x[own < n], at
