@@ -102,6 +102,10 @@ class Group:
         self.ranks = list(ranks)
         self.size, self.rank, self.waited = len(self.ranks), self.ranks.index(rank), 0.0
 
+    def share(self, n):
+        """Borders of this rank's share of n things in a row. n=5, size=2 -> (0, 2) and (2, 5)."""
+        return n * self.rank // self.size, n * (self.rank + 1) // self.size
+
     def run(self, what, fn):
         """fn(), whose failure names this call."""
         start = time.perf_counter()
@@ -526,12 +530,12 @@ class _VocabLogprobs(torch.autograd.Function):
             top = z.amax(1)
             e = (z - top[:, None]).exp_()
             found.append(torch.stack([top, e.sum(1), (e * z).sum(1), z.gather(1, at[:, None])[:, 0] * here]))
-        sums = torch.cat(found, 1)
-        whole = group.all_reduce(sums[0].clone(), 'maximum of logits', dist.ReduceOp.MAX)
-        sums[1:3] *= (sums[0] - whole).exp()
-        _, weights, weighted, chosen = group.all_reduce(sums, 'sums of logits')
-        lse = whole + weights.log()
-        logp, entropy = chosen - lse, lse - weighted / weights
+        top, sums = torch.cat(found, 1).split([1, 3])
+        whole = group.all_reduce(top.clone(), 'maximum of logits', dist.ReduceOp.MAX)
+        sums[:2] *= (top - whole).exp()
+        total, weighted, chosen = group.all_reduce(sums, 'sums of logits')
+        lse = whole[0] + total.log()
+        logp, entropy = chosen - lse, lse - weighted / total
         ctx.save_for_backward(x, weight, word, mine, lse, entropy)
         ctx.rows, ctx.temperature = rows, temperature
         return logp, entropy
@@ -540,7 +544,8 @@ class _VocabLogprobs(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy):
         """dz = g_logp (1[target] - p) - g_entropy p (log p + H), this rank's words; dx is partial: the gather
         behind x sums it."""
-        x, weight, word, mine, lse, entropy = ctx.saved_tensors
+        x, weight, word = ctx.saved_tensors[:3]
+        mine, lse, entropy = ctx.saved_tensors[3:]
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=lse.dtype)
         for i in range(0, len(x), ctx.rows):
             s = slice(i, i + ctx.rows)
@@ -622,23 +627,18 @@ class Part:
             full.narrow(self.dim, a, b - a).copy_(piece)
 
 
-def share(n, size, rank):
-    """Borders of share `rank` of n things in a row. n=5, size=2 -> (0, 2) and (2, 5)."""
-    return n * rank // size, n * (rank + 1) // size
-
-
 def _ranges(name, c, group):
     """(dim, ranges) of this tp rank's slice of a parameter, (0, ()) where all of the group hold the whole.
     With fewer kv heads than tp, tp / nkv ranks share one. nh=4, nkv=2, hs=8, tp=4, rank 1: q_proj rows 8..16,
     k_proj rows 0..8."""
     if group.size == 1:
         return 0, ()
-    heads, (kv, end), inner, words = (share(n, group.size, group.rank)
-                                      for n in (c.n_head, c.n_kv_head, c.n_inner, c.vocab_size))
-    heads = heads[0] * c.head_size, heads[1] * c.head_size
-    kv = kv * c.head_size, max(kv + 1, end) * c.head_size
-    wide = c.n_head * c.head_size  # q, k and v lie behind each other in c_attn
-    fused = [(heads[0] + at, heads[1] + at) for at in (0, wide, 2 * wide)]
+    inner, words = group.share(c.n_inner), group.share(c.vocab_size)
+    first, end = group.share(c.n_kv_head)
+    kv = first * c.head_size, max(first + 1, end) * c.head_size
+    lo, hi = (n * c.head_size for n in group.share(c.n_head))
+    heads, wide = (lo, hi), c.n_head * c.head_size  # q, k and v lie one behind the other in c_attn
+    fused = [(lo + at, hi + at) for at in (0, wide, 2 * wide)]
     cuts = {
         'wte': (0, words), 'lm_head': (0, words), 'attn.c_attn': (0, *fused), 'attn.q_proj': (0, heads),
         'attn.k_proj': (0, kv), 'attn.v_proj': (0, kv), 'mlp.c_fc': (0, inner), 'mlp.gate_proj': (0, inner),
@@ -736,7 +736,7 @@ class Head(nn.Module):
     def __init__(self, body, mesh):
         super().__init__()
         self.body, self.tp = [body], mesh.tp  # in a list: the body's parameters are not ours
-        self.lo, _ = share(body.config.vocab_size, mesh.tp.size, mesh.tp.rank)
+        self.lo, _ = mesh.tp.share(body.config.vocab_size)
 
     def forward(self, x, targets=None, temperature=1.0):
         """Values (n,), logits (n, V), or with targets (log p, entropy), each (n,)."""
@@ -773,7 +773,7 @@ def cut(body, tp):
         for module, name in ((attn, 'c_proj'), (attn, 'o_proj'), (mlp, 'c_proj'), (mlp, 'down_proj')):
             if hasattr(module, name):
                 setattr(module, name, Row(getattr(module, name), tp))
-    lo, _ = share(c.vocab_size, tp.size, tp.rank)
+    lo, _ = tp.share(c.vocab_size)
     body.wte = VocabEmbedding(body.wte.weight, lo, tp)
     if tied:
         body.lm_head.weight = body.wte.weight
@@ -783,8 +783,7 @@ def cut(body, tp):
 
 def gather_words(z, V, tp):
     """Logits of this rank's words (n, V / tp) -> (n, V), on every rank; with a gradient."""
-    borders = [share(V, tp.size, t) for t in range(tp.size)]
-    counts = [hi - lo for lo, hi in borders]
+    counts = [V * (t + 1) // tp.size - V * t // tp.size for t in range(tp.size)]
     z = join_rows(F.pad(z.t(), (0, 0, 0, max(counts) - z.shape[1])), tp)
     return torch.cat([p[:n] for p, n in zip(z.chunk(tp.size), counts)]).t()
 
@@ -815,10 +814,11 @@ class Sharded(nn.Module):
         _check_fit(c, mesh, model)
         _check_alike(model, mesh)
         self.config, self.head, self.layout = c, model.head, model.layout
-        self.mesh, self.body, self.cp, self.running = mesh, model, mesh.cp.size, False
+        self.mesh, self.body, self.cp = mesh, model, mesh.cp.size
+        self.running = False
         # of the whole model, in the same order on every rank
         self.full = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()}
-        lo, hi = share(c.n_layer, pp.size, pp.rank)  # this stage's layers
+        lo, hi = pp.share(c.n_layer)  # this stage's layers
         self.last = pp.rank == pp.size - 1
         self.tied = c.tie and model.head == 'lm'
         self.ends = mesh.ends()
@@ -1621,7 +1621,7 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, activations=0):
         stages = {pp - 1}
         if unit == 'h':
             unit += i
-            stages = {s for s in range(pp) if int(i) in range(*share(c.n_layer, pp, s))}
+            stages = {next(s for s in range(pp) if int(i) < c.n_layer * (s + 1) // pp)}
         elif unit in ('wte', 'wpe'):
             stages = {0, pp - 1} if unit == 'wte' and c.tie and model.head == 'lm' else {0}
         for stage in stages:
