@@ -344,7 +344,7 @@ def _specs(model, c, tensors, where):
         odd.append('init_lora_weights')
     if odd:
         raise ValueError('cannot honour ' + ', '.join(f'{key}={c.get(key)!r:.60}' for key in odd))
-    kinds = [setting(c, where, (key,), bool, False) for key in ('use_rslora', 'use_dora')]
+    kinds = [setting(c, where, key, bool, False) for key in ('use_rslora', 'use_dora')]
     spec, specs = Spec(c['r'], c['lora_alpha'], c.get('lora_dropout') or 0.0, c['target_modules'], *kinds), {}
     for n, path in paths(model).items():
         if any(key.startswith(f'base_model.model.{path}.lora_') for key in tensors):

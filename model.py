@@ -13,13 +13,12 @@ Weights are HF's safetensors (8 bytes + JSON + raw tensors, parsed here); nothin
 References: GPT-2 (Radford et al. 2019), Llama (2302.13971), RoPE (2104.09864), GQA (2305.13245), Qwen2
 (2407.10671), Qwen3 (2505.09388); structure and initialisation as in nanoGPT.
 """
-import functools
 import json
 import math
 import mmap
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -99,53 +98,33 @@ class Layout:
     """The N real tokens of a (B, T) batch and the segments (sequences or packed documents) that they form.
 
     keep (N,) int64: flat indices of the real tokens, None when all are real; pos (N,) position in the
-    segment; cu_seqlens (S+1,) int32 borders of the segments; dense: the batch is a whole rectangle. Worked:
-    mask [[0,1,1],[1,1,0]] -> keep [1,2,3,4], pos [0,1,0,1], cu_seqlens [0,2,4]. """
+    segment; cu_seqlens (S+1,) int32 borders of the segments, longest: tokens of the longest one; dense: the
+    batch is a whole rectangle. Worked: mask [[0,1,1],[1,1,0]] -> keep [1,2,3,4], pos [0,1,0,1], cu_seqlens
+    [0,2,4]. dropout: of the attention. """
 
-    def __init__(self, shape, device, mask=None, doc=None):
+    def __init__(self, shape, device, mask=None, doc=None, dropout=0.0):
         self.B, self.T = shape
-        self.device = device
-        self.keep = self.rows = self.slot = None
+        self.dropout, self.keep = dropout, None
         self.extra = 0  # dummy rows that round N up: oneDNN compiles a product anew for every shape
         self.dense = mask is None and doc is None
         if self.dense:
+            self.longest = self.T
             self.pos = torch.arange(self.T, device=device).repeat(self.B)
             self.cu_seqlens = torch.arange(self.B + 1, dtype=torch.int32, device=device) * self.T
             return
-        row = torch.arange(self.B, device=device).repeat_interleave(self.T)
         if mask is not None:
             self.keep = mask.reshape(-1).nonzero()[:, 0]
-            row = row[self.keep]
+        row = self.pick(torch.arange(self.B, device=device).repeat_interleave(self.T))
         new = torch.ones_like(row, dtype=torch.bool)  # does a segment begin here?
-        new[1:] = row[1:] != row[:-1]
+        new[1:] = row.diff() != 0
         if doc is not None:
-            number = self.pick(doc)
-            new[1:] |= number[1:] != number[:-1]
+            new[1:] |= self.pick(doc).diff() != 0
         starts, n = new.nonzero()[:, 0], len(row)
-        self.pos = torch.arange(n, device=device) - starts[new.long().cumsum(0) - 1]
-        self.cu_seqlens = torch.cat([starts, starts.new_tensor([n])]).int()
+        self.cu_seqlens = F.pad(starts, (0, 1), value=n).int()
+        lengths = self.cu_seqlens.diff()
+        self.longest = int(lengths.max()) if n else 0  # a GPU is waited for, once a batch
+        self.pos = torch.arange(n, device=device) - starts.repeat_interleave(lengths)
         self.extra = kernels.extra_rows(n) if device.type == 'cpu' else 0
-
-    def through(self, rows, slot):
-        """The segments become paths through a flat array in which they share rows, such as a prompt with
-        several answers: position i of all segments is flat row rows[i] (n,); flat row j is computed at
-        position slot[j], the same in all segments that go through it."""
-        self.rows, self.slot = rows, slot
-        return self
-
-    @functools.cached_property
-    def paths(self):
-        """(rows, cu, first, tasks, longest) of kernels.doc_attention, after `through`."""
-        cu, rows = self.cu_seqlens.long(), self.rows
-        asked = self.slot[rows] == torch.arange(len(rows))
-        asked_before = F.pad(asked.long().cumsum(0), (1, 0))
-        first = cu.diff() - asked_before[cu].diff()  # the shared part is in front
-        tasks = F.pad((first == 0).nonzero()[:, 0], (0, 1), value=len(cu) - 1)
-        return rows, cu, first, tasks, self.longest
-    @functools.cached_property
-    def longest(self):
-        """Tokens of the longest segment; a GPU is waited for once a batch."""
-        return int(self.cu_seqlens.diff().max()) if len(self.cu_seqlens) > 1 else 0
 
     def pick(self, x):
         """(B, T) -> (N,)"""
@@ -158,32 +137,28 @@ class Layout:
             x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.keep, x)
         return x.view(self.B, self.T, *x.shape[1:])
 
-    def attend(self, dropout=0.0):
+    def attend(self, layer, q, k, v):
         """The attention of training: causal, inside each segment. q (N, nh, hs), k and v (N, nkv, hs) -> (N,
         nh, hs)."""
-        def fused(q, k, v):  # (S, T, heads, hs) each
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            grouped = q.shape[1] != k.shape[1]
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-            return y.transpose(1, 2)
+        if not self.dropout and (not self.dense or kernels.docs_in_c(q)):
+            return kernels.flash_attention(q, k, v, self.cu_seqlens, longest=self.longest)
+        if self.dense:
+            q, k, v = (x.view(self.B, self.T, *x.shape[1:]) for x in (q, k, v))
+            return self._rectangle(q, k, v).flatten(0, 1)
+        # our kernels have no dropout: one rectangle, in which causality hides the padding
+        step = torch.arange(self.longest, device=q.device)
+        real = step < self.cu_seqlens.diff()[:, None]
+        grid = torch.where(real, self.cu_seqlens[:-1, None] + step, 0)  # (S, longest) flat rows
+        y = self._rectangle(q[grid], k[grid], v[grid])[real]
+        return torch.zeros_like(q).index_copy(0, grid[real], y)
 
-        def attend(layer, q, k, v):
-            in_c = not dropout and kernels.docs_in_c(q)
-            if self.dense and not in_c:
-                return fused(*(x.view(self.B, self.T, *x.shape[1:]) for x in (q, k, v))).flatten(0, 1)
-            if dropout:  # our kernels have none: one rectangle, in which causality hides the padding
-                step = torch.arange(self.longest, device=self.device)
-                real = step < self.cu_seqlens.diff()[:, None]
-                grid = torch.where(real, self.cu_seqlens[:-1, None] + step, 0)  # (S, longest) flat rows
-                y = fused(q[grid], k[grid], v[grid])[real]
-                return torch.zeros_like(q).index_copy(0, grid[real], y)
-            if self.rows is None:
-                return kernels.flash_attention(q, k, v, self.cu_seqlens, longest=self.longest)
-            if in_c:
-                return kernels.doc_attention(q, k, v, *self.paths)
-            q, k, v = (x[self.rows] for x in (q, k, v))
-            return kernels.flash_attention(q, k, v, self.cu_seqlens, longest=self.longest)[self.slot]
-        return attend
+    def _rectangle(self, q, k, v):
+        """(S, T, heads, hs) each."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout,
+                                           enable_gqa=grouped)
+        return y.transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -224,23 +199,21 @@ class Attention(nn.Module):
             self.k_proj = Linear(c.n_embd, narrow, bias=c.qkv_bias)
             self.v_proj = Linear(c.n_embd, narrow, bias=c.qkv_bias)
             self.o_proj = Linear(wide, c.n_embd, bias=c.attn_out_bias)
-        self.q_norm = Norm(c.head_size, 'rms', c.norm_eps, False) if c.qk_norm else None
-        self.k_norm = Norm(c.head_size, 'rms', c.norm_eps, False) if c.qk_norm else None
+        norms = (Norm(c.head_size, 'rms', c.norm_eps, False) if c.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = norms
 
     def forward(self, x, layer, rope, attend):
-        n = x.shape[0]
         fused = hasattr(self, 'c_attn')
         if fused:
-            q, k, v = self.c_attn(x).view(n, 3, self.n_head, self.head_size).unbind(1)
+            q, k, v = self.c_attn(x).unflatten(1, (3, self.n_head, self.head_size)).unbind(1)
         else:
-            q = self.q_proj(x).view(n, self.n_head, self.head_size)
-            k = self.k_proj(x).view(n, self.n_kv_head, self.head_size)
-            v = self.v_proj(x).view(n, self.n_kv_head, self.head_size)
+            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = (y.unflatten(1, (-1, self.head_size)) for y in projected)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (t[0] for t in kernels.rope(q[None], k[None], *rope))
-        y = attend(layer, q.to(v.dtype), k.to(v.dtype), v).reshape(n, -1)
+        y = attend(layer, q.to(v.dtype), k.to(v.dtype), v).flatten(1)
         return self.c_proj(y) if fused else self.o_proj(y)
 
 
@@ -296,6 +269,8 @@ def rope_frequencies(c):
 
 
 class GPT(nn.Module):
+    cp = 1  # ranks that share a sequence; of a model that parallel.shard has cut there may be more
+
     def __init__(self, config, head='lm'):
         super().__init__()
         self.config, self.head = config, head
@@ -339,7 +314,7 @@ class GPT(nn.Module):
         x, delta, rope = self.wte(idx), None, None
         if self.wpe is not None:
             x = x + self.wpe(pos)
-        else:
+        if self.inv_freq is not None:
             self.inv_freq = self.inv_freq.to(pos.device)  # once: a captured graph may not copy from the CPU
             inv = self.inv_freq.to(torch.promote_types(x.dtype, torch.float32))
             angle = pos[:, None].to(inv.dtype) * inv  # float32 in half precision, float64 in float64
@@ -365,16 +340,14 @@ class GPT(nn.Module):
         if doc is None and idx.shape[1] > self.config.block_size:  # packed rows may be longer
             raise ValueError(f'sequence of {idx.shape[1]} tokens is longer than block_size '
                              f'{self.config.block_size}: shorten it')
-        return Layout(idx.shape, idx.device, mask, doc)
-
-    def attention_dropout(self):
-        return self.config.dropout if self.training else 0.0
+        dropout = self.config.dropout if self.training else 0.0
+        return Layout(idx.shape, idx.device, mask, doc, dropout)
 
     def encode(self, idx, mask=None, doc=None):
         """idx (B, T) -> (x (N, C) of the real tokens, Layout). What heads and losses share."""
         at = self.layout(idx, mask, doc)
         ids, pos = (F.pad(t, (0, at.extra)) for t in (at.pick(idx), at.pos))
-        return self.hidden(ids, pos, at.attend(self.attention_dropout()))[:len(at.pos)], at
+        return self.hidden(ids, pos, at.attend)[:len(at.pos)], at
 
     def head_weight(self, x):
         """(x, lm_head.weight) in the dtype of the matrix product (autocast does not reach our kernels)."""
@@ -455,11 +428,7 @@ class GPT(nn.Module):
         more = os.path.join(folder, 'generation_config.json')  # what transformers' generate goes by
         if os.path.exists(more):
             raw['eos_token_id'] = read_json(more).get('eos_token_id', raw.get('eos_token_id'))
-        config = config_from_hf(raw, where)
-        unknown = overrides.keys() - vars(config).keys()
-        if unknown:
-            raise ValueError(f'GPTConfig has no {", ".join(unknown)}; it has: {", ".join(vars(config))}')
-        vars(config).update(overrides)
+        config = replace(config_from_hf(raw, where), **overrides)
         stored = load_safetensors_dir(folder)
         if config.n_layer > len(stored):  # before as many layers are made
             raise ValueError(f'{where}: {config.n_layer} layers, but the weights are {len(stored)} tensors')
@@ -469,29 +438,13 @@ class GPT(nn.Module):
             model = cls(config, head)
         return fill(model, from_hf_names(stored, model), folder, dtype)
 
-    def save_pretrained(self, folder, shard_bytes=5 << 30):
-        """config.json + model.safetensors (several shards and an index beyond shard_bytes) that transformers
-        opens."""
+    def save_pretrained(self, folder):
+        """config.json + model.safetensors (one file, whatever its size) that transformers opens."""
         os.makedirs(folder, exist_ok=True)
         state = to_hf_names(self)
-        shards, used = [{}], 0
-        for name, value in state.items():
-            if shards[-1] and used + value.nbytes > shard_bytes:
-                shards.append({})
-                used = 0
-            shards[-1][name] = value
-            used += value.nbytes
-        places = {}
-        for i, shard in enumerate(shards, 1):
-            file = f'model-{i:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1 else files.SINGLE
-            save_safetensors(os.path.join(folder, file), shard)
-            places |= dict.fromkeys(shard, file)
-        if len(shards) > 1:
-            size = sum(value.nbytes for value in state.values())
-            index = dict(metadata=dict(total_size=size), weight_map=places)
-            write_json(os.path.join(folder, files.INDEX), index)
-        dtype = next(iter(state.values())).dtype
-        write_json(os.path.join(folder, 'config.json'), config_to_hf(self.config, self.head, dtype))
+        save_safetensors(os.path.join(folder, files.SINGLE), state)
+        config = config_to_hf(self.config, self.head, next(iter(state.values())).dtype)
+        write_json(os.path.join(folder, 'config.json'), config)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -507,7 +460,7 @@ LLAMA_NAMES = {  # our modules (regular expressions): HF's
 
 def hf_name(name, arch):
     """HF's name of ours. 'h.0.attn.q_proj.weight' of a Llama -> 'model.layers.0.self_attn.q_proj.weight'."""
-    if name in ('lm_head.weight', 'lm_head', 'score.weight', 'score'):
+    if name.startswith(('lm_head', 'score')):
         return name
     if arch == 'gpt2':
         return 'transformer.' + name
@@ -529,10 +482,9 @@ def from_hf_names(stored, model):
     names = {hf_name(name, arch): name for name in model.state_dict()}
     prefix = hf_name('', arch)
     for key, value in stored.items():
-        name = names.get(key) or names.get(prefix + key)
-        if name is None and _BUFFERS.search(key):
-            continue
-        state[name or key] = value.t() if name and is_conv1d(name, arch) and value.dim() == 2 else value
+        name = names.get(key, names.get(prefix + key, key))
+        if not _BUFFERS.search(key):
+            state[name] = value.transpose(0, -1) if is_conv1d(name, arch) else value
     return state
 
 
@@ -542,7 +494,7 @@ def to_hf_names(model):
     for name, value in model.state_dict().items():
         if not (name == 'lm_head.weight' and c.tie):
             value = value.t() if is_conv1d(name, c.arch) else value
-            state[hf_name(name, c.arch)] = value.detach().cpu().contiguous()
+            state[hf_name(name, c.arch)] = value.cpu().contiguous()
     if c.arch == 'gpt2':  # HF's GPT-2 always has biases: zeros are the same function
         for name in [n for n in state if re.search(r'(ln_|attn|mlp).*weight$', n)]:
             state.setdefault(name[:-6] + 'bias', state[name].new_zeros(state[name].shape[-1]))
@@ -560,15 +512,13 @@ def fill(model, state, where, dtype=torch.float32):
     if c.tie and head is not None:
         table = state.setdefault('wte.weight', head)
         c.tie = table.dtype == head.dtype and torch.equal(table, head)
-        if not c.tie and model.head == 'lm':
-            model.lm_head.weight = nn.Parameter(torch.empty_like(model.wte.weight))
     if c.tie and model.head == 'lm' and 'wte.weight' in state:
         state['lm_head.weight'] = state['wte.weight']
+    state.pop('score.weight' if model.head == 'lm' else 'lm_head.weight', None)  # not asked for
     model.fresh_head = model.head == 'scalar' and 'score.weight' not in state
-    if model.fresh_head or model.head == 'lm':  # the head of the other kind was not asked for
-        state.pop('score.weight' if model.head == 'lm' else 'lm_head.weight', None)
-    fresh = {'score.weight'} if model.fresh_head else set()
-    missing = [name for name in want if name not in state.keys() | fresh]
+    if model.fresh_head:
+        state['score.weight'] = torch.zeros(1, c.n_embd)  # drawn below
+    missing = [name for name in want if name not in state]
     if missing:
         more = f'{missing[0]} (and {len(missing) - 1} more)'
         raise ValueError(f'{where}: no weights for {more}: not a {c.arch} model of this shape?')
@@ -580,7 +530,7 @@ def fill(model, state, where, dtype=torch.float32):
                              f'{tuple(want[name].shape)}')
         if not value.is_floating_point():
             raise ValueError(f'{where}: {name} is {value.dtype}: quantised weights are not read')
-    model.to_empty(device='cpu').load_state_dict(state, strict=False)  # but for a fresh head it is complete
+    model.to_empty(device='cpu').load_state_dict(state)
     if c.pos == 'rope':
         model.inv_freq = rope_frequencies(c)
     if model.fresh_head:
@@ -593,55 +543,68 @@ def fill(model, state, where, dtype=torch.float32):
 # ----------------------------------------------------------------------------------------------------
 # config.json
 
-_ACT = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu='gelu', relu='relu', silu='silu',
-            swish='silu')
-_SHAPE = dict(n_embd='hidden_size', n_layer='num_hidden_layers', n_head='num_attention_heads',
-              block_size='max_position_embeddings', n_inner='intermediate_size', vocab_size='vocab_size')
-KEYS = {  # GPTConfig's field: config.json's names of it, the one that we write first
-    'gpt2': dict(n_embd=('n_embd', 'hidden_size'), n_layer=('n_layer', 'num_hidden_layers'),
-                 n_head=('n_head', 'num_attention_heads'), n_inner=('n_inner',), vocab_size=('vocab_size',),
-                 block_size=('n_positions', 'max_position_embeddings'), norm_eps=('layer_norm_epsilon',),
-                 tie=('tie_word_embeddings',)),
-    'qwen2': dict({field: (key,) for field, key in _SHAPE.items()}, n_kv_head=('num_key_value_heads',),
-                  head_size=('head_dim',), norm_eps=('rms_norm_eps',), tie=('tie_word_embeddings',)),
+KEYS = {  # GPTConfig's field: config.json's name of it
+    'gpt2': dict(n_embd='n_embd', n_layer='n_layer', n_head='n_head', n_inner='n_inner',
+                 vocab_size='vocab_size', block_size='n_positions', norm_eps='layer_norm_epsilon',
+                 tie='tie_word_embeddings', act='activation_function'),
+    'qwen2': dict(n_embd='hidden_size', n_layer='num_hidden_layers', n_head='num_attention_heads',
+                  n_inner='intermediate_size', vocab_size='vocab_size', block_size='max_position_embeddings',
+                  norm_eps='rms_norm_eps', tie='tie_word_embeddings', n_kv_head='num_key_value_heads',
+                  head_size='head_dim', act='hidden_act', rope_theta='rope_theta'),
 }
-KEYS['qwen3'] = dict(KEYS['qwen2'], attn_out_bias=('attention_bias',))
-KEYS['llama'] = dict(KEYS['qwen3'], bias=('mlp_bias',))
-DEFAULTS = dict(n_kv_head=0, head_size=0, attn_out_bias=False, bias=False, tie=False, norm_eps=1e-6,
-                block_size=2048)
+KEYS['qwen3'] = dict(KEYS['qwen2'], attn_out_bias='attention_bias')
+KEYS['llama'] = dict(KEYS['qwen3'], bias='mlp_bias')
+LEFT_OUT = dict(n_kv_head=0, head_size=0, attn_out_bias=False, bias=False, tie=False, norm_eps=1e-6,
+                block_size=2048, rope_theta=1e4, act='silu')
 USUAL = {  # what a setting is that a file leaves out; 0: GPTConfig works it out
-    'gpt2': dict(n_inner=0, norm_eps=1e-5, block_size=1024, tie=True),
-    'llama': DEFAULTS, 'qwen2': DEFAULTS, 'qwen3': dict(DEFAULTS, head_size=128),
+    'gpt2': dict(n_inner=0, norm_eps=1e-5, block_size=1024, tie=True, act='gelu_new'),
+    'llama': LEFT_OUT, 'qwen2': LEFT_OUT, 'qwen3': dict(LEFT_OUT, head_size=128),
 }
+GPT2_ALSO = dict(hidden_size='n_embd', num_hidden_layers='n_layer', num_attention_heads='n_head',
+                 max_position_embeddings='n_positions')  # other names that transformers takes
+ACT = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu='gelu', relu='relu', silu='silu',
+           swish='silu')
 TOKENS = 'bos_token_id', 'eos_token_id', 'pad_token_id'
-MUST_BE = {  # settings that this model has in one way only; a file may leave them out
-    'gpt2': dict(scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True, add_cross_attention=False),
-    'llama': dict(use_sliding_window=False, sliding_window=None),
-    'qwen2': dict(use_sliding_window=False),
-    'qwen3': dict(use_sliding_window=False),
-}
+MUST_BE = dict(  # settings that this model has in one way only; a file may leave them out
+    scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True, add_cross_attention=False,
+    use_sliding_window=False, partial_rotary_factor=1.0, quantization_config={})
+SCALING = dict(  # of RoPE: what each kind needs
+    default={}, linear=dict(factor=float),
+    llama3=dict(factor=float, low_freq_factor=float, high_freq_factor=float,
+                original_max_position_embeddings=int))
 
 
-def setting(raw, where, keys, kind, default=...):
-    """What config.json (a dict) says under one of `keys`, the names of one setting, as a positive int or
-    float, a bool or a str. ValueError names the key that is missing (no default), that is no such thing, or
-    that contradicts another."""
-    said = {key: raw[key] for key in keys if raw.get(key) is not None}
-    if not said and default is ...:
-        raise ValueError(f'{where}: no {keys[0]}')
-    if not said:
+def setting(said, where, key, kind, default=...):
+    """said[key]: a positive int or float, a bool or a str. ValueError names the key that is missing (no
+    default) or no such thing."""
+    value = said.get(key)
+    if value is None and default is ...:
+        raise ValueError(f'{where}: no {key}')
+    if value is None:
         return default
-    for key, value in said.items():
-        first, found = next(iter(said.items()))
-        if value != found:
-            raise ValueError(f'{where}: {first} = {found!r:.40} contradicts {key} = {value!r:.40}')
-        fine = type(value) in ((int, float) if kind is float else (kind,))
-        if kind in (int, float):
-            fine = fine and 0 < value < (2 ** 31 if kind is int else math.inf)
-        if not fine:
-            positive = 'a positive ' if kind in (int, float) else 'a '
-            raise ValueError(f'{where}: {key} = {value!r:.40}, expected {positive}{kind.__name__}')
-    return found
+    number = kind in (int, float)
+    fine = type(value) is kind or kind is float and type(value) is int
+    if not fine or number and not 0 < value < (2 ** 31 if kind is int else 1e30):
+        expected = 'a positive ' if number else 'a '
+        raise ValueError(f'{where}: {key} = {value!r:.40}, expected {expected}{kind.__name__}')
+    return kind(value)
+
+
+def _flat(raw, where, also):
+    """What a config.json says: {key: value}, without nulls, each setting under one name (also: other names),
+    and what is said of RoPE beside the rest. transformers 5 writes that into rope_parameters, 4 into
+    rope_scaling, and some of it may stand beside both. ValueError where two contradict."""
+    said = {}
+    for block in (raw, raw.get('rope_parameters') or {}, raw.get('rope_scaling') or {}):
+        if not isinstance(block, dict):
+            raise ValueError(f'{where}: rope_parameters or rope_scaling is {block!r:.40}, expected an object')
+        for key, value in block.items():
+            name = also.get(key, key)
+            if value is not None and name in said and value != said[name]:
+                raise ValueError(f'{where}: {key} = {value!r:.40} contradicts {name} = {said[name]!r:.40}')
+            if value is not None:
+                said[name] = value
+    return said
 
 
 def config_from_hf(raw, where='config.json'):
@@ -650,89 +613,57 @@ def config_from_hf(raw, where='config.json'):
     arch = raw.get('model_type')
     if not isinstance(arch, str) or arch not in ARCHS:
         raise ValueError(f'{where}: model_type {arch!r:.40}; known: {", ".join(ARCHS)}')
-    if raw.get('quantization_config'):
-        raise ValueError(f'{where}: quantization_config: quantised weights are not read, take the originals')
-    for key, only in MUST_BE[arch].items():
-        if raw.get(key) not in (None, only):
-            raise ValueError(f'{where}: {key} = {raw[key]!r:.40} cannot be honoured by this model')
-    layers = raw.get('layer_types') or []
+    said = _flat(raw, where, dict(GPT2_ALSO if arch == 'gpt2' else {}, type='rope_type'))
+    for key, only in MUST_BE.items():
+        if said.get(key, only) != only:
+            raise ValueError(f'{where}: {key} = {said[key]!r:.40} cannot be honoured, only {only}')
+    layers = said.get('layer_types', [])
     if not isinstance(layers, list) or any(kind != 'full_attention' for kind in layers):
         raise ValueError(f'{where}: layer_types {str(layers):.80} cannot be honoured, only full_attention')
     c, kinds = dict(ARCHS[arch], arch=arch), {f.name: f.type for f in fields(GPTConfig)}
-    for field, keys in KEYS[arch].items():
-        c[field] = setting(raw, where, keys, kinds[field], USUAL[arch].get(field, ...))
+    for field, key in KEYS[arch].items():
+        c[field] = setting(said, where, key, kinds[field], USUAL[arch].get(field, ...))
     if c.get('attn_out_bias'):
         c['qkv_bias'] = True
-    key, act, known = 'hidden_act', 'silu', ['silu', 'swish']
-    if arch == 'gpt2':
-        key, act, known = 'activation_function', 'gelu_new', list(_ACT)
-    else:
-        c['rope_theta'], c['rope_scaling'] = _rope(raw, where)
-    act = setting(raw, where, (key,), str, act)
-    if act not in known:
-        raise ValueError(f'{where}: {key} {act!r:.40} cannot be honoured; known: {", ".join(known)}')
-    c['act'] = _ACT[act]
-    c['reward_bias'] = bias = raw.get('reward_bias', 0.0)
+    act = ACT.get(c['act'])
+    if act is None or act != 'silu' and arch != 'gpt2':
+        raise ValueError(f'{where}: {KEYS[arch]["act"]} {c["act"]!r:.40} cannot be honoured')
+    bias = said.get('reward_bias', 0.0)
     if type(bias) not in (int, float) or not math.isfinite(bias):
         raise ValueError(f'{where}: reward_bias = {bias!r:.40}, expected a finite number')
-    for key in TOKENS:
-        c[key] = _token_ids(raw.get(key), f'{where}: {key}')
+    c |= dict(act=act, reward_bias=bias, rope_scaling=_rope_scaling(said, where))
+    for key in TOKENS:  # None, an id, or several
+        ids = said.get(key, [])
+        if any(type(i) is not int for i in (ids if isinstance(ids, list) else [ids])):
+            raise ValueError(f'{where}: {key} = {ids!r:.40}, expected a token id or a list of them')
+        c[key] = None if ids == [] else ids
     return GPTConfig(**c)
 
 
-def _rope(raw, where):
-    """(theta, None or its scaling). transformers 5 writes all of it into rope_parameters; before, rope_theta
-    stood beside rope_scaling, whose rope_type was `type` once, and some settings stand beside both."""
-    flat = dict(raw)
-    for block in ('rope_parameters', 'rope_scaling'):
-        if not isinstance(raw.get(block) or {}, dict):
-            raise ValueError(f'{where}: {block} = {raw[block]!r:.40}, expected an object')
-        flat |= {f'{block}.{key}': value for key, value in (raw.get(block) or {}).items()}
-
-    def read(kind, *names, default=...):
-        blocks = [f'{block}.{name}' for block in ('rope_parameters', 'rope_scaling') for name in names]
-        beside = [name for name in names if name not in ('rope_type', 'type', 'factor')]
-        return setting(flat, where, blocks + beside, kind, default)
-    theta = read(float, 'rope_theta', default=10000.0)
-    kind = read(str, 'rope_type', 'type', default='default')
-    if read(float, 'partial_rotary_factor', default=1.0) != 1.0:
-        raise ValueError(f'{where}: partial_rotary_factor cannot be honoured, only 1.0')
-    if kind == 'default':
-        return float(theta), None
-    if kind not in ('linear', 'llama3'):
-        raise ValueError(f'{where}: rope_type {kind!r:.40} cannot be honoured, only default, linear, llama3')
-    scaling = dict(rope_type=kind, factor=read(float, 'factor'))
-    if kind == 'llama3':
-        for key in ('low_freq_factor', 'high_freq_factor'):
-            scaling[key] = read(float, key)
-        scaling['original_max_position_embeddings'] = read(int, 'original_max_position_embeddings')
-        if scaling['low_freq_factor'] >= scaling['high_freq_factor']:
-            raise ValueError(f'{where}: low_freq_factor is not below high_freq_factor')
-    return float(theta), scaling
-
-
-def _token_ids(value, what):
-    """None, an id, or several (of which none is left: None)."""
-    ids = value if isinstance(value, list) else [value]
-    if value is not None and any(type(i) is not int for i in ids):
-        raise ValueError(f'{what} = {value!r:.40}, expected a token id or a list of them')
-    return value if value != [] else None
+def _rope_scaling(said, where):
+    kind = setting(said, where, 'rope_type', str, 'default')
+    if kind not in SCALING:
+        raise ValueError(f'{where}: rope_type {kind!r:.40} cannot be honoured, only {", ".join(SCALING)}')
+    scaling = dict(rope_type=kind)
+    for key, number in SCALING[kind].items():
+        scaling[key] = setting(said, where, key, number)
+    if kind == 'llama3' and scaling['low_freq_factor'] >= scaling['high_freq_factor']:
+        raise ValueError(f'{where}: low_freq_factor is not below high_freq_factor')
+    return None if kind == 'default' else scaling
 
 
 def config_to_hf(c, head, dtype):
-    cls = dict(gpt2='GPT2', llama='Llama', qwen2='Qwen2', qwen3='Qwen3')[c.arch]
-    kind = 'LMHeadModel' if c.arch == 'gpt2' else 'ForCausalLM'
+    name = 'GPT2LMHeadModel' if c.arch == 'gpt2' else c.arch.capitalize() + 'ForCausalLM'
     if head == 'scalar':
-        kind = 'ForSequenceClassification'
-    raw = dict(architectures=[cls + kind], model_type=c.arch, torch_dtype=str(dtype).removeprefix('torch.'))
+        name = re.sub('LMHeadModel|ForCausalLM', 'ForSequenceClassification', name)
+    raw = dict(architectures=[name], model_type=c.arch, torch_dtype=str(dtype).removeprefix('torch.'))
     raw |= {key: getattr(c, key) for key in TOKENS}
-    raw |= {keys[0]: getattr(c, field) for field, keys in KEYS[c.arch].items()}
+    raw |= {key: getattr(c, field) for field, key in KEYS[c.arch].items()}
+    raw[KEYS[c.arch]['act']] = 'gelu_new' if c.act == 'gelu_tanh' else c.act
     if c.arch == 'gpt2':
-        raw['activation_function'] = 'gelu_new' if c.act == 'gelu_tanh' else c.act
         raw |= dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
     else:
-        raw |= dict(hidden_act='silu', rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
-                    use_sliding_window=False)
+        raw |= dict(rope_scaling=c.rope_scaling, use_sliding_window=False)
     if head == 'scalar':
         raw |= dict(num_labels=1, id2label={'0': 'reward'}, label2id={'reward': 0}, problem_type='regression',
                     reward_bias=c.reward_bias)
@@ -772,58 +703,39 @@ def write_json(path, obj):
         f.write(json.dumps(obj, indent=2) + '\n')
 
 
-def _entry(name, t, room):
-    """(dtype, shape, (start, end)) of one line of a safetensors header; room: bytes of all tensors."""
-    try:
-        dtype, shape, (start, end) = t['dtype'], t['shape'], t['data_offsets']
-        whole = all(type(x) is int and 0 <= x < 2 ** 48 for x in [*shape, start, end])
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise ValueError(f'{name:.80} is {str(t):.80}')
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f'{name:.80} has dtype {dtype!r:.20}; known: {", ".join(_DTYPES)}')
-    dtype = _DTYPES[dtype]
-    if end - start != math.prod(shape) * dtype.itemsize or end > room:
-        raise ValueError(f'{name:.80}: {t["dtype"]} {shape} does not fit bytes {start}..{end} of {room} '
-                         f'(truncated?)')
-    return dtype, shape, (start, end)
-
-
 def load_safetensors(path):
     """{name: tensor} over a private mmap (the tensors are views: copy before writing). ValueError, one line,
     for anything that is not exactly a safetensors file: lengths, dtypes, overlaps, holes."""
     size = os.path.getsize(path)
     with open(path, 'rb') as f:
-        start = f.read(8)
-        n = int.from_bytes(start, 'little')
-        if start and LFS.startswith(start):
-            raise ValueError(f'{path}: a git-lfs pointer, not the weights: `git lfs pull` fetches them')
-        if size < 8 or n > min(size - 8, 100 << 20):
+        n = int.from_bytes(f.read(8), 'little')
+        room = size - 8 - n  # bytes of all tensors
+        if size < 8 or room < 0 or n > 100 << 20:
             raise ValueError(f'{path}: not a safetensors file: header of {n} bytes in a file of {size} '
-                             f'(truncated?)')
+                             f'(truncated? or a git-lfs pointer: `git lfs pull` fetches the weights)')
         header = parse_json(f.read(n), f'{path}: header of safetensors')
         whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants a writable buffer
     header.pop('__metadata__', None)
-    spans, out = [], {}
+    borders, out = [(0, 0), (room, room)], {}
     for name, t in header.items():
         try:
-            dtype, shape, span = _entry(name, t, size - 8 - n)
-        except ValueError as e:
-            raise ValueError(f'{path}: not a safetensors file that we can read: {e}') from None
-        spans.append(span)
-        if span[0] < span[1]:
-            flat = torch.frombuffer(whole, dtype=dtype, count=math.prod(shape), offset=8 + n + span[0])
-        else:
-            flat = torch.empty(0, dtype=dtype)
-        out[name] = flat.view(shape) if math.prod(x for x in shape if x) < 2 ** 48 else flat
-    reached = 0
-    for a, b in sorted(spans):
-        if a != reached:
-            raise ValueError(f'{path}: not a safetensors file: tensors overlap or leave holes')
-        reached = b
-    if spans and reached != size - 8 - n:
-        raise ValueError(f'{path}: not a safetensors file: {size - 8 - n - reached} bytes are left over')
+            dtype, shape, (start, end) = _DTYPES[t['dtype']], list(t['shape']), t['data_offsets']
+            sound = all(type(x) is int and x >= 0 for x in [*shape, start, end])
+            fits = sound and end - start == math.prod(shape) * dtype.itemsize and end <= room
+            fits = fits and math.prod(x or 1 for x in shape) < 2 ** 48
+        except (KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f'{path}: not a safetensors file that we can read: {name:.80} is {str(t):.80} '
+                             f'in {room} bytes; dtypes: {", ".join(_DTYPES)}')
+        borders.append((start, end))
+        flat = torch.empty(0, dtype=dtype)
+        if start < end:
+            flat = torch.frombuffer(whole, dtype=dtype, count=math.prod(shape), offset=8 + n + start)
+        out[name] = flat.view(shape)
+    borders.sort()
+    if any(end != start for (_, end), (start, _) in zip(borders, borders[1:])):
+        raise ValueError(f'{path}: not a safetensors file: tensors overlap, or leave holes')
     return out
 
 
@@ -872,47 +784,53 @@ def shared_forward(model, sequences, shared):
         attention     p p p a a | p p p b b b | ...    gathered for the attention alone
     Returns (hidden states (N, C), [rows of them that are sequence i, (len_i,) int64])."""
     device = next(model.parameters()).device
-    paths, n = [], 0  # flat rows so far
+    path, paths, n = np.arange(0), [], 0  # n: flat rows so far
     for ids, k in zip(sequences, shared):
-        beginning = paths[-1][:k] if k else []
-        paths.append(np.concatenate([beginning, np.arange(n, n + len(ids) - k)]).astype(np.int64))
+        path = np.concatenate([path[:k], np.arange(n, n + len(ids) - k)])
+        paths.append(path)
         n += len(ids) - k
-    slot = np.unique(np.concatenate(paths), return_index=True)[1]  # where in the attention a row is met first
+    slot = np.unique(np.concatenate(paths), return_index=True)[1]  # where a row is met first
     slot = np.pad(slot, (0, kernels.extra_rows(n)))  # dummy rows: the CPU's library wants few shapes
-    slot = torch.from_numpy(slot).to(device)
-    tokens = flat_tensor(sequences, device)
-    layout = Layout((1, len(tokens)), device, doc=_documents(sequences, device))
-    if any(shared):
-        layout.through(flat_tensor(paths, device), slot)
-    return model.hidden(tokens[slot], layout.pos[slot], layout.attend()), paths
+    rows, slot = flat_tensor(paths, device), flat_tensor([slot], device)
+    tokens = flat_tensor(sequences, device)[slot]
+    pos = flat_tensor([np.arange(len(ids)) for ids in sequences], device)[slot]
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    cu, longest = F.pad(lengths.cumsum(0), (1, 0)).int().to(device), int(lengths.max())
+    first = torch.tensor(shared)  # earlier positions are keys only: another sequence has them as queries
+    runs = F.pad((first == 0).nonzero()[:, 0], (0, 1), value=len(shared))  # of sequences that share rows
+
+    def attend(layer, q, k, v):
+        if not any(shared):
+            return kernels.flash_attention(q, k, v, cu, longest=longest)
+        if kernels.docs_in_c(q):
+            return kernels.doc_attention(q, k, v, rows, cu, first, runs, longest)
+        q, k, v = (x[rows] for x in (q, k, v))
+        return kernels.flash_attention(q, k, v, cu, longest=longest)[slot]
+    return model.hidden(tokens, pos, attend), paths
 
 
 def flat_tensor(lists, device):
     return torch.from_numpy(np.concatenate(lists).astype(np.int64)).to(device)
 
 
-def _documents(sequences, device):
-    """(1, N): the number of the sequence that each token is in, when they lie one behind the other."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    return torch.arange(len(lengths)).repeat_interleave(lengths)[None].to(device)
-
-
-def _cut_along_context(model):
-    """Under context parallelism no token can be in two sequences."""
-    return hasattr(model, 'mesh') and model.mesh.cp.size > 1
+def _packed(model, sequences):
+    """(tokens, number of the sequence that each is in), (1, N) both: for context parallelism, under which no
+    token can be in two sequences."""
+    device, lengths = next(model.parameters()).device, [len(ids) for ids in sequences]
+    doc = np.repeat(np.arange(len(sequences)), lengths)
+    return flat_tensor(sequences, device)[None], flat_tensor([doc], device)[None]
 
 
 def _whole_answers(model, groups):
     """(idx, doc, where), (1, N) each: every answer behind a prompt of its own, where: an answer's token is
     next."""
-    device = next(model.parameters()).device
-    both, where = [], []
+    sequences, where = [], []
     for prompt, answers in groups:
         for answer in answers:
-            both.append([*prompt, *answer])
+            sequences.append([*prompt, *answer])
             where.append([False] * (len(prompt) - 1) + [True] * len(answer) + [False])
-    where = flat_tensor(where, device)[None].bool()
-    return flat_tensor(both, device)[None], _documents(both, device), where
+    idx, doc = _packed(model, sequences)
+    return idx, doc, flat_tensor(where, idx.device)[None].bool()
 
 
 def _predicting(model, groups):
@@ -929,44 +847,40 @@ def _predicting(model, groups):
 
 
 def _by_answer(found, groups):
-    """Flat values of all answers' tokens -> (S, R), padded on the right with 0, and the mask of what is
-    real."""
+    """Flat values of all answers' tokens, each kind -> (S, R), padded on the right with 0; last the mask of
+    what is real."""
     sizes = [len(answer) for _, answers in groups for answer in answers]
-    rows = nn.utils.rnn.pad_sequence(found.split(sizes), batch_first=True)
-    step = torch.arange(rows.shape[1], device=found.device)
-    return rows, step < step.new_tensor(sizes)[:, None]
+    found = *found, torch.ones_like(found[0], dtype=torch.bool)
+    return [nn.utils.rnn.pad_sequence(flat.split(sizes), batch_first=True) for flat in found]
 
 
 def answer_logprobs(model, groups, temperature=1.0):
     """Log-probs and entropies of answers' tokens. groups: [(prompt ids, [answer ids, ...])]. Returns (logp,
     entropy, mask), all (S, R): S answers in order, padded on the right with 0."""
-    if _cut_along_context(model):
+    if model.cp > 1:
         idx, doc, where = _whole_answers(model, groups)
         where = where[:, :-1]
         found = model.logprobs(idx, temperature, doc=doc, where=where, entropy=True)
-        logp, entropy = (y[where] for y in found)
-    else:
-        x = _predicting(model, groups)
-        targets = flat_tensor([a for _, answers in groups for a in answers], x.device)
-        logp, entropy = model.token_logprobs(x, targets, temperature)
-    logp, mask = _by_answer(logp, groups)
-    return logp, _by_answer(entropy, groups)[0], mask
+        return _by_answer([y[where] for y in found], groups)
+    x = _predicting(model, groups)
+    targets = flat_tensor([answer for _, answers in groups for answer in answers], x.device)
+    return _by_answer(model.token_logprobs(x, targets, temperature), groups)
 
 
 def answer_values(model, groups):
     """Values (S, R) of a scalar head where it predicts each token of each answer, and the mask."""
-    if _cut_along_context(model):
+    if model.cp > 1:
         idx, doc, where = _whole_answers(model, groups)
-        return _by_answer(model(idx, doc=doc)[0][where], groups)
-    return _by_answer(model.values(_predicting(model, groups)), groups)
+        return _by_answer([model(idx, doc=doc)[0][where]], groups)
+    return _by_answer([model.values(_predicting(model, groups))], groups)
 
 
 def rewards_of(model, sequences):
     """Rewards (S,) of token lists by a scalar head, read at the last token of each. What a sequence and the
     one before it begin with is computed once: a pair's prompt, say."""
-    if _cut_along_context(model):
-        device = next(model.parameters()).device
-        values, _ = model(flat_tensor(sequences, device)[None], doc=_documents(sequences, device))
+    if model.cp > 1:
+        idx, doc = _packed(model, sequences)
+        values, _ = model(idx, doc=doc)
         return values[0, np.cumsum([len(ids) for ids in sequences]) - 1]
     shared = [0]
     for before, ids in zip(sequences, sequences[1:]):

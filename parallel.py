@@ -32,7 +32,6 @@ keeps N / (cp tp) tokens in between (sequence parallel). Everything that a Param
 `Part`: which piece of which full tensor, who sums its gradient. What cannot be done is refused by
 `check_stage` (stages) and `_check_fit` (models). """
 import atexit
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -42,6 +41,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter, deque
 from datetime import timedelta
 
 import torch
@@ -54,7 +54,6 @@ import kernels
 
 _gather_into = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # torch 2.13 renamed them
 _scatter_into = getattr(dist, 'reduce_scatter_single', dist.reduce_scatter_tensor)
-RESUME = 'The same command with --init_from=resume goes on from it.'
 
 # ----------------------------------------------------------------------------------------------------
 # signals, groups and the mesh
@@ -103,6 +102,10 @@ class Group:
         self.ranks = list(ranks)
         self.size, self.rank, self.waited = len(self.ranks), self.ranks.index(rank), 0.0
 
+    def share(self, n):
+        """Borders of this rank's share of n things in a row. n=5, size=2 -> (0, 2) and (2, 5)."""
+        return n * self.rank // self.size, n * (self.rank + 1) // self.size
+
     def run(self, what, fn):
         """fn(), whose failure names this call."""
         start = time.perf_counter()
@@ -141,8 +144,13 @@ class Group:
             self.run(what, work.wait)
 
     def send(self, x, to, what):
-        """Starts sending to the group's rank `to`; the handle keeps x alive."""
-        return self.run(what, lambda: dist.isend(x, self.ranks[to], self.pg)), x
+        """Starts sending to the group's rank `to`; returns a function that waits until x has left."""
+        work = self.run(what, lambda: dist.isend(x, self.ranks[to], self.pg))
+
+        def arrived():
+            self.run(what, work.wait)
+            return x  # alive until then
+        return arrived
 
     def recv(self, x, frm, what):
         self.run(what, lambda: dist.recv(x, self.ranks[frm], self.pg))
@@ -154,9 +162,9 @@ class Group:
             self.run(what, lambda: dist.broadcast(x, self.ranks[frm], self.pg))
         return x
 
-    def least(self, n, device, what='least'):
+    def least(self, n, device):
         """The smallest of the ranks' whole numbers."""
-        return int(self.all_reduce(torch.tensor([n], device=device), what, dist.ReduceOp.MIN))
+        return int(self.all_reduce(torch.tensor([n], device=device), 'least', dist.ReduceOp.MIN))
 
     def share_object(self, obj, frm, what):
         """A small Python object of the group's rank `frm`, on all of them."""
@@ -179,7 +187,7 @@ class Mesh:
     AXES = ('dp', 'pp', 'cp', 'tp')
 
     def __init__(self, sizes, zero, device, dist_timeout=120, agent=None):
-        self.zero, self.device, self.agent = zero, device, agent
+        self.device, self.agent = device, agent
         self.timeout = timedelta(seconds=dist_timeout)  # a new group would wait for half an hour
         self.grid = torch.arange(math.prod(sizes)).view(sizes)
         self.world = self.grid.numel()
@@ -188,6 +196,7 @@ class Mesh:
         self.interrupt, self._made = Interrupt(), {}
         self.tp, self.cp = self.group('tp'), self.group('cp')
         self.data, self.copies = self.group('dp', 'cp'), self.group('dp')
+        self.zero = zero if self.data.size > 1 else 0  # else there is nobody to share with
         self.pp, self.pp_back = self.group('pp'), self.group('pp', tag='back')  # a channel per direction
         self.inside, self.everyone = self.group('pp', 'tp'), self.group(*self.AXES)
         self.dp, self.dp_rank = self.copies.size, self.copies.rank
@@ -198,12 +207,13 @@ class Mesh:
         """The group of this rank along `axes`; split (with one axis): runs of that many ranks along it."""
         rest = [i for i, axis in enumerate(self.AXES) if axis not in axes]
         along = [i for i, axis in enumerate(self.AXES) if axis in axes]
-        size = split or math.prod(self.grid.shape[i] for i in along)
-        return self._of('x'.join(axes), self.grid.permute(*rest, *along).reshape(-1, size), (tag, split))
+        rows = self.grid.permute(*rest, *along).flatten(len(rest))
+        return self._of('x'.join(axes), rows.reshape(-1, split or rows.shape[-1]), (tag, split))
 
     def ends(self):
         """The first and the last stage, on which a tied embedding lives."""
-        return self._of('first and last stage', self.grid[:, [0, -1]].transpose(1, -1).reshape(-1, 2))
+        ranks = self.grid[:, ::max(1, self.pp.size - 1)].transpose(1, -1)
+        return self._of('first and last stage', ranks.reshape(-1, ranks.shape[-1]))
 
     def _of(self, name, rows, tag=()):
         """This rank's of the groups `rows` (n, ranks), or one of itself; made at the first call."""
@@ -228,17 +238,14 @@ class Mesh:
 
         def size(some):
             return sum(int(lengths[i]) for i in some)
-        bins = [list(some) for some in bins]
+        bins = list(bins)
         while len(bins) % self.dp:
             largest = max((some for some in bins if len(some) > 1), key=size)
             bins.remove(largest)
             bins += [largest[0::2], largest[1::2]]
         bins.sort(key=size, reverse=True)
-        mine = []
-        for turn in range(len(bins) // self.dp):  # forth and back, so that nobody always gets the largest
-            place = self.dp - 1 - self.dp_rank if turn % 2 else self.dp_rank
-            mine.append(bins[turn * self.dp + place])
-        return mine
+        turn = 2 * self.dp  # forth and back, so that nobody always gets the largest
+        return bins[self.dp_rank::turn] + bins[turn - 1 - self.dp_rank::turn]
 
     def replicas_of(self, rows):
         """How many replicas compute each of `rows` rows: 1, or all where there are fewer rows than
@@ -323,7 +330,7 @@ class Mesh:
         return Failure(f'parallel: {self.place(self.rank)} of {self.world}: {what} over {group.name} '
                        f'{group.ranks} failed after {seconds:.1f} s: no word from {silent}. '
                        f'[{str(error).splitlines()[0][:160]}] Last good checkpoint: {self.checkpoint}. '
-                       f'{RESUME}')
+                       f'The same command with --init_from=resume goes on from it.')
 
     def restarted(self, out_dir):
         """True when torchrun has started this very run again after a failure: what lies in out_dir is its
@@ -389,17 +396,17 @@ def _world_size():
 def _own_device(device, world):
     """'cpu', 'mps', 'cuda' or None -> this process's: rank i of a node takes GPU i."""
     kind = str(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if world > 1 and kind.startswith('cuda:'):
+    if world == 1 or not kind.startswith('cuda'):
+        return torch.device(kind)
+    local = int(os.environ.get('LOCAL_RANK', 0))
+    if kind != 'cuda':
         raise ValueError(f'device {kind} with {world} processes: --device=cuda, each takes the GPU of its '
                          f'number')
-    if kind == 'cuda' and world > 1:
-        local = int(os.environ.get('LOCAL_RANK', 0))
-        if local >= torch.cuda.device_count():
-            raise ValueError(f'process {local} of this node has no GPU of its own, '
-                             f'{torch.cuda.device_count()} are here: lower --nproc_per_node')
-        torch.cuda.set_device(local)
-        kind = f'cuda:{local}'
-    return torch.device(kind)
+    if local >= torch.cuda.device_count():
+        raise ValueError(f'process {local} of this node has no GPU of its own, '
+                         f'{torch.cuda.device_count()} are here: lower --nproc_per_node')
+    torch.cuda.set_device(local)
+    return torch.device('cuda', local)
 
 
 def init(tp=1, pp=1, cp=1, zero=0, dist_timeout=120, device=None, seed=1337, quiet=False):
@@ -516,21 +523,19 @@ class _VocabLogprobs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, lo, temperature, group):
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = max(64, (1 << 23) // len(weight))  # 32 MiB of float32 logits
-        top, sums = x.new_empty(len(x), dtype=wide), x.new_empty(3, len(x), dtype=wide)
         mine = (targets >= lo) & (targets < lo + len(weight))
-        word = torch.where(mine, targets - lo, 0)
-        for i in range(0, len(x), rows):
-            s = slice(i, i + rows)
-            z = (x[s] @ weight.t()).to(wide).div_(temperature)
-            top[s] = z.amax(1)
-            e = (z - top[s, None]).exp_()
-            sums[:2, s] = torch.stack([e.sum(1), (e * z).sum(1)])
-            sums[2, s] = z.gather(1, word[s, None])[:, 0] * mine[s]
+        word, found = torch.where(mine, targets - lo, 0), []
+        for part, at, here in zip(x.split(rows), word.split(rows), mine.split(rows)):
+            z = (part @ weight.t()).to(wide).div_(temperature)
+            top = z.amax(1)
+            e = (z - top[:, None]).exp_()
+            found.append(torch.stack([top, e.sum(1), (e * z).sum(1), z.gather(1, at[:, None])[:, 0] * here]))
+        top, sums = torch.cat(found, 1).split([1, 3])
         whole = group.all_reduce(top.clone(), 'maximum of logits', dist.ReduceOp.MAX)
         sums[:2] *= (top - whole).exp()
-        group.all_reduce(sums, 'sums of logits')
-        lse, mean_z = whole + sums[0].log(), sums[1] / sums[0]
-        logp, entropy = sums[2] - lse, lse - mean_z
+        total, weighted, chosen = group.all_reduce(sums, 'sums of logits')
+        lse = whole[0] + total.log()
+        logp, entropy = chosen - lse, lse - weighted / total
         ctx.save_for_backward(x, weight, word, mine, lse, entropy)
         ctx.rows, ctx.temperature = rows, temperature
         return logp, entropy
@@ -570,19 +575,17 @@ def _gathered_attend(group, pos, dropout, tile=1024):
     i - pos[i] .. i; a tile is some neighbouring rows (a, b) and the keys from the first one's start."""
     n, device = len(pos), pos.device
     natural = torch.cat([zigzag(n, group.size, r, device) for r in range(group.size)]).argsort()
-    start = torch.arange(n, device=device) - pos
-    tiles = []
-    for rows in zigzag(n, group.size, group.rank).view(2, -1):
-        for part in rows.split(tile):
-            a, b = int(part[0]), int(part[-1]) + 1
-            first = int(start[a])
-            key, row = torch.arange(first, b, device=device), torch.arange(a, b, device=device)[:, None]
-            tiles.append((b - a, slice(first, b), (key <= row) & (key >= start[a:b, None])))
+    start, tiles = torch.arange(n, device=device) - pos, []
+    for half in zigzag(n, group.size, group.rank, device).chunk(2):
+        for rows in half.split(tile):
+            first, end = int(start[rows[0]]), int(rows[-1]) + 1
+            key = torch.arange(first, end, device=device)
+            tiles.append((slice(first, end), (key <= rows[:, None]) & (key >= start[rows, None])))
 
     def attend(layer, q, k, v):
         k, v = (gather_rows(t, group).index_select(0, natural).transpose(0, 1)[None] for t in (k, v))
         out, grouped = [], q.shape[1] != k.shape[1]
-        for rows, (_, keys, mask) in zip(q.split([size for size, *_ in tiles]), tiles):
+        for rows, (keys, mask) in zip(q.split([len(mask) for _, mask in tiles]), tiles):
             rows = rows.transpose(0, 1)[None]
             y = F.scaled_dot_product_attention(rows, k[:, :, keys], v[:, :, keys], attn_mask=mask,
                                                dropout_p=dropout, enable_gqa=grouped)
@@ -610,7 +613,7 @@ class Part:
     weight: torch.Tensor = None
     lo: int = 0
     hi: int = 0
-    at: int = 0                 # where `weight` begins in the bucket's share
+    start: int = 0              # where the Parameter begins in its bucket
 
     def take(self, full):
         if not self.ranges:
@@ -628,26 +631,22 @@ def _ranges(name, c, group):
     """(dim, ranges) of this tp rank's slice of a parameter, (0, ()) where all of the group hold the whole.
     With fewer kv heads than tp, tp / nkv ranks share one. nh=4, nkv=2, hs=8, tp=4, rank 1: q_proj rows 8..16,
     k_proj rows 0..8."""
-    tp, t = group.size, group.rank
-
-    def cut(n):
-        return n * t // tp, n * (t + 1) // tp
-
-    def heads(lo, hi, behind=0):
-        return (behind + lo) * c.head_size, (behind + hi) * c.head_size
-    shared = t * c.n_kv_head // tp
-    kv = cut(c.n_kv_head) if c.n_kv_head >= tp else (shared, shared + 1)
-    q, inner, words = heads(*cut(c.n_head)), cut(c.n_inner), cut(c.vocab_size)
-    fused = q, heads(*kv, c.n_head), heads(*kv, c.n_head + c.n_kv_head)
-    rows = dict(q_proj=(q,), k_proj=(heads(*kv),), v_proj=(heads(*kv),), c_attn=fused, c_fc=(inner,),
-                gate_proj=(inner,), up_proj=(inner,), wte=(words,), lm_head=(words,))
-    columns = {'attn.o_proj': (q,), 'attn.c_proj': (q,), 'mlp.down_proj': (inner,), 'mlp.c_proj': (inner,)}
-    path, _, kind = name.rpartition('.')
-    module = path.rpartition('.')[2]
-    if module in rows:
-        return 0, rows[module]
-    place = '.'.join(path.split('.')[-2:])
-    return 1, columns.get(place, ()) if kind == 'weight' else ()
+    if group.size == 1:
+        return 0, ()
+    inner, words = group.share(c.n_inner), group.share(c.vocab_size)
+    first, end = group.share(c.n_kv_head)
+    kv = first * c.head_size, max(first + 1, end) * c.head_size
+    lo, hi = (n * c.head_size for n in group.share(c.n_head))
+    heads, wide = (lo, hi), c.n_head * c.head_size  # q, k and v lie one behind the other in c_attn
+    fused = [(lo + at, hi + at) for at in (0, wide, 2 * wide)]
+    cuts = {
+        'wte': (0, words), 'lm_head': (0, words), 'attn.c_attn': (0, *fused), 'attn.q_proj': (0, heads),
+        'attn.k_proj': (0, kv), 'attn.v_proj': (0, kv), 'mlp.c_fc': (0, inner), 'mlp.gate_proj': (0, inner),
+        'mlp.up_proj': (0, inner), 'attn.o_proj': (1, heads), 'attn.c_proj': (1, heads),
+        'mlp.down_proj': (1, inner), 'mlp.c_proj': (1, inner)}
+    *path, kind = name.split('.')
+    dim, *ranges = cuts.get('.'.join(path[-2:]), (0,))
+    return (0, ()) if dim and kind == 'bias' else (dim, tuple(ranges))
 
 
 def _check_fit(c, mesh, model):
@@ -657,8 +656,8 @@ def _check_fit(c, mesh, model):
     fits = [t for t in range(tp, 0, -1) if heads % t == 0 and (kv % t == 0 or t % kv == 0)]
     lora = any('lora_' in name for name, _ in model.named_parameters())
     refuse(fits[0] != tp, f'tp {tp} does not divide {heads} heads ({kv} key-value heads)', f'--tp={fits[0]}')
-    inner = f'tp {tp} does not divide the MLP width {c.n_inner}'
-    refuse(c.n_inner % tp, inner, f'--tp={math.gcd(tp, c.n_inner)}')
+    refuse(c.n_inner % tp, f'tp {tp} does not divide the MLP width {c.n_inner}',
+           f'--tp={math.gcd(tp, c.n_inner)}')
     refuse(lora and tp > 1, f'lora with tp {tp} is not supported', f'--tp=1 with --zero=2 or --pp={tp}')
     refuse(lora and mesh.zero == 3, 'lora with zero 3 is not supported (frozen weights stay whole)',
            '--zero=2')
@@ -696,16 +695,9 @@ def check_stage(stage, config):
 # pipeline parallel: what stands in for the modules that another stage has
 
 
-INSIDE = 'call the model inside parallel.forward_backward or parallel.evaluate'
-
-
 class _Handoff(Exception):
-    """Carries a stage's activations out of the loss function, which goes no further than model.hidden on this
-    rank."""
-
-    def __init__(self, x):
-        super().__init__(f'with pp > 1 {INSIDE}')
-        self.x = x
+    """Carries a stage's activations, its argument, out of the loss function, which goes no further than
+    model.hidden on this rank."""
 
 
 class _Receive(nn.Module):
@@ -726,11 +718,6 @@ class _Receive(nn.Module):
         return self.x
 
 
-class _Nothing(nn.Module):
-    def forward(self, pos):
-        return 0.0
-
-
 class _Send(nn.Module):
     """Instead of the last norm on earlier stages."""
 
@@ -749,7 +736,7 @@ class Head(nn.Module):
     def __init__(self, body, mesh):
         super().__init__()
         self.body, self.tp = [body], mesh.tp  # in a list: the body's parameters are not ours
-        self.lo = _ranges('lm_head.weight', body.config, mesh.tp)[1][0][0]
+        self.lo, _ = mesh.tp.share(body.config.vocab_size)
 
     def forward(self, x, targets=None, temperature=1.0):
         """Values (n,), logits (n, V), or with targets (log p, entropy), each (n,)."""
@@ -769,9 +756,9 @@ def cut(body, tp):
     """Tensor parallelism, in place: slices every parameter of a GPT that has ranges, then puts the
     communication around it."""
     c, tied, body.tp = body.config, body.config.tie and body.head == 'lm', tp
-    for name, p in list(body.named_parameters(remove_duplicate=False)):
+    for name, p in list(body.named_parameters()):  # a tied head once, as the embedding
         dim, ranges = _ranges(name, c, tp)
-        if ranges and not (name == 'lm_head.weight' and tied):
+        if ranges:
             module, _, leaf = name.rpartition('.')
             local = Part(name, p, tuple(p.shape), dim, ranges).take(p.detach()).clone()
             setattr(body.get_submodule(module), leaf, nn.Parameter(local, p.requires_grad))
@@ -786,7 +773,8 @@ def cut(body, tp):
         for module, name in ((attn, 'c_proj'), (attn, 'o_proj'), (mlp, 'c_proj'), (mlp, 'down_proj')):
             if hasattr(module, name):
                 setattr(module, name, Row(getattr(module, name), tp))
-    body.wte = VocabEmbedding(body.wte.weight, _ranges('wte.weight', c, tp)[1][0][0], tp)
+    lo, _ = tp.share(c.vocab_size)
+    body.wte = VocabEmbedding(body.wte.weight, lo, tp)
     if tied:
         body.lm_head.weight = body.wte.weight
     if body.wpe is not None:
@@ -825,15 +813,15 @@ class Sharded(nn.Module):
         c, tp, pp = model.config, mesh.tp, mesh.pp
         _check_fit(c, mesh, model)
         _check_alike(model, mesh)
-        self.config, self.head = c, model.head
-        self.layout, self.attention_dropout = model.layout, model.attention_dropout
-        self.mesh, self.body, self.running = mesh, model, False
+        self.config, self.head, self.layout = c, model.head, model.layout
+        self.mesh, self.body, self.cp = mesh, model, mesh.cp.size
+        self.running = False
         # of the whole model, in the same order on every rank
         self.full = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()}
-        lo, hi = (c.n_layer * (pp.rank + i) // pp.size for i in (0, 1))  # this stage's layers
-        self.first, self.last = pp.rank == 0, pp.rank == pp.size - 1
+        lo, hi = pp.share(c.n_layer)  # this stage's layers
+        self.last = pp.rank == pp.size - 1
         self.tied = c.tie and model.head == 'lm'
-        self.ends = mesh.ends() if pp.size > 1 else None
+        self.ends = mesh.ends()
         kv = mesh.group('tp', split=max(1, tp.size // c.n_kv_head))  # ranks that hold the same kv head
         if tp.size > 1:
             cut(model, tp)
@@ -853,30 +841,28 @@ class Sharded(nn.Module):
         are added."""
         body, like = self.body, self.body.wte.weight
         body.h = nn.ModuleList(list(body.h)[lo:hi])
-        if self.last and self.tied and not self.first:
+        if self.last and self.tied:
             body.lm_head.weight = nn.Parameter(like.detach().clone(), like.requires_grad)
-        if not self.first:
+        if self.mesh.pp.rank:
             body.wte = _Receive(self.mesh, self.config.n_embd, like.dtype)
-            body.wpe = None if body.wpe is None else _Nothing()
+            body.wpe = None
         if not self.last:
             body.ln_f, body.lm_head, body.score = _Send(), None, None
 
-    def _part(self, local_name, p, lo, kv):
-        mesh, name, tp = self.mesh, local_name, self.mesh.tp
+    def _part(self, name, p, lo, kv):
+        tp, tied_copy = self.mesh.tp, name == 'lm_head.weight' and self.tied
         if name.startswith('h.'):
             _, i, rest = name.split('.', 2)
             name = f'h.{int(i) + lo}.{rest}'
-        tied_copy = name == 'lm_head.weight' and self.tied
         name = 'wte.weight' if tied_copy else name
         shape = self.full[name][0]
-        dim, ranges = _ranges(name, self.config, tp) if tp.size > 1 else (0, ())
+        dim, ranges = _ranges(name, self.config, tp)
         shared = kv.size > 1 and ('k_proj' in name or 'v_proj' in name)
-        sums = [tp] if not ranges and not name.startswith('score') else []
-        sums += [kv] if shared else []
-        if name == 'wte.weight' and self.tied and mesh.pp.size > 1:
-            sums.append(self.ends)
+        partial = {tp: not ranges and not name.startswith('score'), kv: shared,
+                   self.ends: name == 'wte.weight' and self.tied}
+        sums = tuple(group for group, yes in partial.items() if yes and group.size > 1)
         owner = not tied_copy and (tp.rank == 0 or bool(ranges)) and (not shared or kv.rank == 0)
-        return Part(name, p, shape, dim, ranges, tuple(g for g in sums if g.size > 1), owner)
+        return Part(name, p, shape, dim, ranges, sums, owner)
 
     def state_dict(self):
         """The whole model's, on rank 0 (see full_state): what a plain GPT would save. All ranks call it."""
@@ -888,33 +874,33 @@ class Sharded(nn.Module):
         """As GPT.encode, with this rank's tokens only: tp ranks have the same ones, cp ranks their zig-zag
         share, for which Layout's pick and put then stand. On earlier pipeline stages _Handoff leaves from
         here."""
-        cp = self.mesh.cp
-        if cp.size == 1:
+        if self.cp == 1:
             return type(self.body).encode(self, idx, mask, doc)
-        at = self.layout(idx, mask, doc)
+        at, group = self.layout(idx, mask, doc), self.mesh.cp
         n = len(at.pos)
-        rest = -n % (2 * cp.size * self.mesh.tp.size)
+        rest = -n % (2 * self.cp * self.mesh.tp.size)
         ids, pos = (F.pad(t, (0, rest)) for t in (at.pick(idx), at.pos))  # dummies: segments of one token
-        own = zigzag(n + rest, cp.size, cp.rank, idx.device)
-        x = self._rows(ids[own], pos[own], _gathered_attend(cp, pos, self.attention_dropout()))
-        at.real = torch.arange(n, device=idx.device) if at.keep is None else at.keep
-        at.keep = at.real[own[own < n]]
-        return x[own < n], at
+        own = zigzag(n + rest, self.cp, group.rank, idx.device)
+        x = self._rows(ids[own], pos[own], _gathered_attend(group, pos, at.dropout))
+        real = own < n
+        at.keep = own[real] if at.keep is None else at.keep[own[real]]
+        return x[real], at
 
     def hidden(self, ids, pos, attend):
         """As GPT.hidden, for whoever lays its tokens out itself: all N rows on every tp rank."""
         n, rest = len(ids), -len(ids) % self.mesh.tp.size
-        if self.mesh.cp.size > 1:
-            raise ValueError(f'cp {self.mesh.cp.size}: answers that share their prompt cannot be cut along '
+        if self.cp > 1:
+            raise ValueError(f'cp {self.cp}: answers that share their prompt cannot be cut along '
                              f'the context: take --cp=1 with --tp, or a smaller micro_tokens')
 
         def padded(layer, q, k, v):
             return F.pad(attend(layer, q[:n], k[:n], v[:n]), (0, 0, 0, 0, 0, rest))
-        return self._rows(F.pad(ids, (0, rest)), F.pad(pos, (0, rest)), padded if rest else attend)[:n]
+        return self._rows(F.pad(ids, (0, rest)), F.pad(pos, (0, rest)), padded)[:n]
 
     def _rows(self, ids, pos, attend):
         if self.mesh.pp.size > 1 and not self.running:
-            raise RuntimeError(f'with pp > 1 {INSIDE}')
+            raise RuntimeError('with pp > 1 call the model inside parallel.forward_backward or '
+                               'parallel.evaluate')
         x = self.body.hidden(ids, pos, attend)
         if self.mesh.tp.size == 1:
             return x
@@ -936,9 +922,8 @@ class Sharded(nn.Module):
         own = at.pick(targets)
         counted = own >= 0
         logp, _ = self.out(x[counted], own[counted])  # called even for no token: ZeRO-3 fetches inside
-        if self.mesh.cp.size > 1:
-            counted = targets.reshape(-1)[at.real] >= 0
-        return -logp.sum() / max(1, int(counted.sum()))
+        total = self.mesh.cp.all_reduce(counted.sum(), 'counted tokens')
+        return -logp.sum() / max(1, int(total))
 
     def forward(self, idx, targets=None, mask=None, doc=None):
         """As GPT.forward, the same on every rank of the last stage."""
@@ -951,7 +936,7 @@ class Sharded(nn.Module):
 
     def _whole(self, found):
         """What each cp rank has of its tokens (0 elsewhere) -> what all have."""
-        if self.mesh.cp.size == 1:
+        if self.cp == 1:
             return found
         return tuple(None if x is None else sum_parts(x, self.mesh.cp) for x in found)
 
@@ -969,7 +954,7 @@ def sampler_of(model, mesh, dtype=torch.float32, shard=False):
     where that holds it in this dtype (pp = 1, below ZeRO-3; the plain GPT also wants tp = 1), so that no
     weight lies in memory twice; else a copy that `refresh` fills."""
     _check_fit(model.config, mesh, model)
-    whole = mesh.pp.size == 1 and (mesh.zero < 3 or mesh.data.size == 1) and (shard or mesh.tp.size == 1)
+    whole = mesh.pp.size == 1 and mesh.zero < 3 and (shard or mesh.tp.size == 1)
     if whole and dtype == torch.float32:
         return model
     sampler = copy.deepcopy(model).to(dtype).requires_grad_(False)
@@ -1033,36 +1018,40 @@ class Bucket:
         3      1/n (+ 2)      1/n (+ a layer in flight)   1/n              as 2, + 2 gathers each micro-batch
     """
 
-    def __init__(self, parts, group, zero):
-        self.parts, self.group = parts, group
-        self.zero = zero if group.size > 1 else 0
-        p, self.starts, total = parts[0].param, [], 0
+    def __init__(self, parts, mesh):
+        self.parts, self.group, self.zero = parts, mesh.data, mesh.zero
+        p, total = parts[0].param, 0
         for part in parts:
-            self.starts.append(total)
+            part.start = total
             total += part.param.numel()
-        total = -(-total // group.size) * group.size
+        total = -(-total // self.group.size) * self.group.size
         self.full = torch.zeros(total, dtype=p.dtype, device=p.device)
-        for part, at in zip(parts, self.starts):
-            view = self.full[at:at + part.param.numel()].view(part.param.shape)
+        for part in parts:
+            view = self.full[part.start:part.start + part.param.numel()].view(part.param.shape)
             part.param.data = view.copy_(part.param.data)
-        share = total // group.size if self.zero else total
-        self.lo = share * group.rank if self.zero else 0
-        self.local = self.full[self.lo:self.lo + share]
+        size = total // self.group.size if self.zero else total
+        self.lo = size * self.group.rank if self.zero else 0
+        self.local = self.full[self.lo:self.lo + size]
         if self.zero == 3:
             self.local = self.local.clone()
-        for part, at in zip(parts, self.starts):
-            a = max(at, self.lo)
-            b = max(a, min(at + part.param.numel(), self.lo + share))  # a: nothing of it is ours
-            part.lo, part.hi, part.at = a - at, b - at, a - self.lo
-            part.weight = self.local[part.at:part.at + b - a]
+        for part in parts:
+            part.lo = max(0, self.lo - part.start)
+            end = min(part.param.numel(), self.lo + size - part.start)
+            part.hi = max(part.lo, end)  # lo: nothing of it is ours
+            part.weight = self.of(part, self.local)
         self.grad = self.shard_grad = self.incoming = self.work = self.fetching = None
         self.pending, self.held, self.in_backward = 0, True, False
         self.release()
 
+    def of(self, part, local):
+        """What belongs to part.weight in the bucket's share."""
+        at = part.start - self.lo
+        return local[at + part.lo:at + part.hi]
+
     # zero 3: the weights come and go; the views stay valid because the storage object stays the same
     def gather(self, wait=True):
         if not self.held:
-            self.full.untyped_storage().resize_(self.full.numel() * self.full.itemsize)
+            self.full.untyped_storage().resize_(self.full.nbytes)
             self.fetching = self.group.all_gather(self.local, 'weights', out=self.full, wait=False)
             self.held = True
         if wait:
@@ -1081,11 +1070,11 @@ class Bucket:
             self.grad = self.full.new_zeros(len(self.full))
         return self.grad
 
-    def collect(self, i):
-        """The gradient of parameter i has just been completed by this backward: into the buffer with it."""
-        p, at = self.parts[i].param, self.starts[i]
-        self.buffer()[at:at + p.numel()].add_(p.grad.reshape(-1))
-        p.grad = None
+    def collect(self, part):
+        """A parameter's gradient has just been completed by this backward: into the buffer with it."""
+        grad = part.param.grad.reshape(-1)
+        self.buffer()[part.start:part.start + len(grad)].add_(grad)
+        part.param.grad = None
 
     def reduce(self):
         """Starts the sum over the replicas."""
@@ -1122,12 +1111,12 @@ class Optimizer:
 
     def __init__(self, model, mesh, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, scale=0.0):
         self.model, self.mesh = model, mesh
-        self.scale, self.good = float(scale), 0
+        self.scale, self.good = scale, 0
         self.parts = [part for part in _parts(model) if part.param.requires_grad]
         if any(part.param.dtype.itemsize < 4 for part in self.parts):
             raise ValueError('weights are trained in float32: model.float(), and autocast for the products')
         self.flat = mesh.world > 1
-        self.buckets = []
+        self.buckets, self.fetches = [], []
         if self.flat:
             self._fill()
         else:
@@ -1137,29 +1126,28 @@ class Optimizer:
         matrices = [p.weight for p in self.pieces if p.param.dim() >= 2]
         vectors = [p.weight for p in self.pieces if p.param.dim() < 2]
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-        groups = [group for group in groups if group['params']]
-        self.adam = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True) if groups else None
-        self.sync, self.next, self.running = True, 0, collections.deque()
+        self.adam = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        self.sync, self.next, self.running = True, 0, deque()
 
     def _fill(self):
         """A bucket a layer, in the order in which a backward finishes them."""
-        mesh, fetches = self.mesh, []
-        part_of, bucket_of = {id(p.param): p for p in self.parts}, {}
+        part_of, bucket_of = {part.param: part for part in self.parts}, {}
         for module, params in self.model.units:
-            params = [id(p) for p in params if p.requires_grad]
+            params = [p for p in params if p.requires_grad]
             new = [p for p in params if p not in bucket_of]  # not a tied head
             if new:
-                self.buckets.insert(0, Bucket([part_of[p] for p in new], mesh.data, mesh.zero))
-                bucket_of |= dict.fromkeys(new, self.buckets[0])
-            fetches += [(module, b) for b in dict.fromkeys(bucket_of[p] for p in params)]
+                bucket = Bucket([part_of[p] for p in new], self.mesh)
+                self.buckets.insert(0, bucket)
+                bucket_of |= dict.fromkeys(new, bucket)
+            for b in dict.fromkeys(bucket_of[p] for p in params):
+                if b.zero == 3:
+                    j = len(self.fetches)
+                    self.fetches.append(b)
+                    module.register_forward_pre_hook(lambda m, args, j=j: self._fetch(j, 1))
+                    module.register_forward_hook(lambda m, args, out, j=j: self._used(j, out))
         for b in self.buckets:
-            for i, part in enumerate(b.parts):
-                part.param.register_post_accumulate_grad_hook(lambda p, b=b, i=i: self._arrived(b, i))
-        if mesh.zero == 3 and mesh.data.size > 1:
-            self.fetches = [b for _, b in fetches]
-            for j, (module, _) in enumerate(fetches):
-                module.register_forward_pre_hook(lambda m, args, j=j: self._fetch(j, 1))
-                module.register_forward_hook(lambda m, args, out, j=j: self._used(j, out))
+            for p in b.parts:
+                p.param.register_post_accumulate_grad_hook(lambda _, b=b, p=p: self._arrived(b, p))
 
     # ---- ZeRO-3: fetch a layer, start fetching the next, free it after use; the same backwards
     def _fetch(self, j, step):
@@ -1168,8 +1156,8 @@ class Optimizer:
             self.fetches[j + step].gather(wait=False)
 
     def _used(self, j, out):
-        for t in out if isinstance(out, tuple) else (out,):
-            if isinstance(t, torch.Tensor) and t.requires_grad:
+        for t in out if isinstance(out, tuple) else [out]:
+            if t.requires_grad:
                 t.register_hook(lambda g: self._again(j))
         if not self.fetches[j].in_backward:  # else: recomputed inside a backward (activation checkpointing)
             self.fetches[j].release()
@@ -1193,8 +1181,8 @@ class Optimizer:
             b.in_backward = False
             b.release()
 
-    def _arrived(self, b, i):
-        b.collect(i)
+    def _arrived(self, b, part):
+        b.collect(part)
         b.pending -= 1
         if not b.pending:
             b.in_backward = False
@@ -1216,7 +1204,7 @@ class Optimizer:
         """Those that there are, unscaled, where AdamW looks for them."""
         for b in self.buckets:
             for p in b.parts:
-                p.weight.grad = b.shard_grad[p.at:p.at + len(p.weight)]
+                p.weight.grad = b.of(p, b.shard_grad)
         grads = [p.weight.grad for p in self.pieces if p.weight.grad is not None]
         if self.scale and grads:
             torch._foreach_div_(grads, self.scale)
@@ -1231,10 +1219,10 @@ class Optimizer:
             for g, s in zip(grads, whole.split([len(g) for g in grads])):
                 g.copy_(s)
         owned = [p.weight.grad for p in self.pieces if p.owner and p.weight.grad is not None]
-        found = torch.zeros(1, dtype=torch.float64)
+        found = torch.zeros((), dtype=torch.float64)
         if owned:
-            found += torch.stack(torch._foreach_norm(owned)).cpu().double().square().sum()
-        group = mesh.everyone if mesh.zero and mesh.data.size > 1 else mesh.inside
+            found = torch.stack(torch._foreach_norm(owned)).cpu().double().square().sum()
+        group = mesh.everyone if mesh.zero else mesh.inside
         return float(group.all_reduce(found, 'gradient norm'))
 
     def rescale(self, finite):
@@ -1247,19 +1235,13 @@ class Optimizer:
             self.scale, self.good = self.scale * 2, 0
 
     def update(self, lr):
-        if self.adam:
-            for group in self.adam.param_groups:
-                group['lr'] = lr
-            self.adam.step()
+        for group in self.adam.param_groups:
+            group['lr'] = lr
+        self.adam.step()
         self.drop()
-        works = collections.deque()
         for b in self.buckets:
             if b.zero in (1, 2):
-                works.append(b.group.all_gather(b.local.clone(), 'weights', out=b.full, wait=False))
-            if len(works) > 2:
-                b.group.wait(works.popleft(), 'weights')
-        for work in works:
-            self.mesh.data.wait(work, 'weights')
+                b.group.all_gather(b.local.clone(), 'weights', out=b.full)
 
     def drop(self):
         for p in self.parts:
@@ -1273,10 +1255,8 @@ class Optimizer:
         whatever the layout."""
         state = dict(step=self.mesh.everyone.share_object(self.steps(), 0, 'steps'))
         for kind in ('exp_avg', 'exp_avg_sq'):
-            state[kind] = {}
-            for name, full in _full_tensors(self.model, lambda part, kind=kind: self.read(part, kind)):
-                if self.mesh.master:
-                    state[kind][name] = full.cpu()
+            whole = _full_tensors(self.model, lambda part, kind=kind: self.read(part, kind))
+            state[kind] = {name: full.cpu() for name, full in whole if self.mesh.master}
         if self.scale:
             state['scale'] = [self.scale, self.good]
         return state
@@ -1287,15 +1267,15 @@ class Optimizer:
         return state[kind].view(-1)
 
     def steps(self):
-        state = next(iter(self.adam.state.values()), None) if self.adam else None
-        return int(state['step']) if state else 0
+        state = next(iter(self.adam.state.values()), {'step': 0})
+        return int(state['step'])
 
     @torch.no_grad()
-    def load_state_dict(self, saved, where='checkpoint'):
+    def load_state_dict(self, saved):
         """Takes its pieces out of a layout-free state."""
         if not isinstance(saved, dict) or not {'step', 'exp_avg', 'exp_avg_sq'} <= saved.keys():
-            raise ValueError(f'{where}: no optimizer state by name in it (ckpt_best.pt has none, older '
-                             f'versions kept it by number): start a new run from it with --init_from=FILE')
+            raise ValueError('checkpoint: no optimizer state by name in it (ckpt_best.pt has none, older '
+                             'versions kept it by number): start a new run from it with --init_from=FILE')
         if self.scale and 'scale' in saved:
             self.scale, self.good = saved['scale']
         for p in self.pieces:
@@ -1303,7 +1283,7 @@ class Optimizer:
             state = dict(step=step)
             for kind in ('exp_avg', 'exp_avg_sq'):
                 if p.name not in saved[kind]:
-                    raise ValueError(f'{where}: no optimizer state for {p.name}: another lora_r?')
+                    raise ValueError(f'checkpoint: no optimizer state for {p.name}: another lora_r?')
                 flat = p.take(saved[kind][p.name]).reshape(-1)[p.lo:p.hi]
                 state[kind] = flat.to(p.weight).view(p.weight.shape).clone()
             if step:
@@ -1320,25 +1300,24 @@ def clip_and_step(optimizers, lrs, grad_clip=0.0):
     scaled = any(o.scale for o in optimizers)
     if scaled or optimizers[0].flat:
         squares = [o.square() for o in optimizers]
-        norm = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.inf
-        if grad_clip and grad_clip < norm < math.inf and grads:
+        norm = math.sqrt(sum(squares))
+        if 0 < grad_clip < norm < math.inf and grads:
             torch._foreach_mul_(grads, min(1.0, grad_clip / (norm + 1e-6)))
     else:
         params = [p.weight for o in optimizers for p in o.pieces]
         norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
     finite = math.isfinite(norm)
-    if not finite:
-        for o in optimizers:
+    for i, (o, lr) in enumerate(zip(optimizers, lrs)):
+        if finite:
+            o.update(lr)
+        else:
             o.drop()
+        if scaled:
+            o.rescale(finite or math.isfinite(squares[i]))
     if not finite and not scaled:
         raise ValueError(f'step {optimizers[0].steps()}: the gradient norm is {norm}: weights left as they '
                          f'were; the last good checkpoint is {optimizers[0].mesh.checkpoint}: resume from '
                          f'it with a lower learning_rate or a smaller grad_clip')
-    for i, (o, lr) in enumerate(zip(optimizers, lrs)):
-        if finite:
-            o.update(lr)
-        if scaled:
-            o.rescale(finite or math.isfinite(squares[i]))
     return norm if finite else 0.0
 
 
@@ -1346,7 +1325,7 @@ def clip_and_step(optimizers, lrs, grad_clip=0.0):
 # one optimizer step's worth of micro-batches
 
 
-def all_forward_all_backward(stage, m, later):
+def all_forward_all_backward(stage, m):
     """GPipe's schedule (1811.06965), the simplest: activations of all m micro-batches are kept."""
     for i in range(m):
         stage.forward(i)
@@ -1354,15 +1333,15 @@ def all_forward_all_backward(stage, m, later):
         stage.backward(i)
 
 
-def one_forward_one_backward(stage, m, later):
+def one_forward_one_backward(stage, m):
     """1F1B (PipeDream-flush): at most pp - stage micro-batches are in flight, so activations do not grow with
-    their number. later: stages behind this one.
+    their number.
 
         stage 0   F0 F1 F2 .. B0 F3 B1 F4 B2 .. B3 B4        pp = 3, m = 5; a stage is idle for 2 of 7 slots
         stage 1      F0 F1 B0 F2 B1 F3 B2 F4 B3 .. B4
         stage 2         F0 B0 F1 B1 F2 B2 F3 B3 F4 B4
     """
-    warm = min(later, m)
+    warm = min(stage.later, m)
     for i in range(warm):               # 1. warm-up: fill the pipe
         stage.forward(i)
     for i in range(m - warm):           # 2. steady: one forward, one backward
@@ -1385,7 +1364,7 @@ def forward_backward(model, optimizer, micros, loss_of, weights=None, summed=Fal
     the replicas hold unequal numbers of micro-batches or nothing counts. Two replicas, losses 1.0 and 4.0
     with weights 3 and 1 -> loss 1.75, gradient 3/4 g_1 + 1/4 g_2; summed: 5.0, g_1 + g_2."""
     mesh = optimizer.mesh
-    weights = [float(w) for w in weights] if weights is not None else [1.0] * len(micros)
+    weights = [float(w) for w in weights or [1] * len(micros)]
     total = sum(weights)
     if mesh.dp > 1:
         mine = torch.tensor([[total, len(micros)]], dtype=torch.float64)
@@ -1400,13 +1379,13 @@ def forward_backward(model, optimizer, micros, loss_of, weights=None, summed=Fal
     scales = [1.0 if summed else w / total for w in weights]
     start, waited = time.perf_counter(), mesh.pp.waited + mesh.pp_back.waited
     stage = Stage(model, optimizer, micros, loss_of, scales)
-    schedule(stage, len(micros), stage.later)
+    schedule(stage, len(micros))
     stage.finish()
-    results = mesh.pp.share_object(_numbers(stage.results, scales), mesh.pp.size - 1, 'metrics')
-    for micro, result in zip(micros, results):
-        if optimizer.scale and mesh.pp.size == 1 and not math.isfinite(result['loss']):
-            raise ValueError(_overflow(model, micro, loss_of))
-    metrics = _over_replicas(mesh, results)
+    metrics = _metrics(mesh, stage.results, scales)
+    if optimizer.scale and mesh.pp.size == 1:
+        for micro, result in zip(micros, stage.results):
+            if not math.isfinite(result['loss']):
+                raise ValueError(_overflow(model, micro, loss_of))
     if mesh.pp.size > 1:
         metrics['bubble'] = (mesh.pp.waited + mesh.pp_back.waited - waited) / (time.perf_counter() - start)
         metrics['bubble_ideal'] = (mesh.pp.size - 1) / (len(micros) + mesh.pp.size - 1)
@@ -1420,9 +1399,9 @@ def _overflow(model, micro, loss_of):
     names, seen = {m: name for name, m in model.named_modules()}, []
 
     def look(module, args, out):  # a layer comes before the block that it is part of
-        for t in out if isinstance(out, tuple) else (out,):
-            if not bool(t.isfinite().all()):
-                seen.append(names.get(module))
+        found = out if isinstance(out, tuple) else [out]
+        if not all(bool(t.isfinite().all()) for t in found):
+            seen.append(names.get(module))
     hook = nn.modules.module.register_module_forward_hook(look)
     loss_of(model, micro)
     hook.remove()
@@ -1430,25 +1409,9 @@ def _overflow(model, micro, loss_of):
     return f'the output of {where} is not finite in float16: set --dtype=float32, or bfloat16'
 
 
-def _over_replicas(mesh, results):
-    """One dict of floats out of those of the micro-batches."""
-    if any(r.keys() != results[0].keys() for r in results):
-        raise ValueError(f'the loss function must return the same statistics for every micro-batch, got '
-                         f'{[sorted(r) for r in results]}')
-    out = {}
-    for name in results[0]:
-        values = [r[name] for r in results]
-        out[name] = max(values) if name.endswith('_max') else sum(values)
-    if mesh.dp > 1:
-        row = torch.tensor([list(out.values())], dtype=torch.float64)
-        for name, column in zip(out, mesh.copies.all_gather(row, 'metrics').unbind(1)):
-            out[name] = float(column.max() if name.endswith('_max') else column.sum())
-    return out
-
-
-def _numbers(results, scales):
-    """Tensors to floats, only now: a float() waits for the GPU; means to shares of the whole, which the loss
-    is already."""
+def _metrics(mesh, results, scales):
+    """One dict of floats out of what the micro-batches have found on the last stage: the loss is a share of
+    the whole already, means become one. A float() waits for the GPU, so it comes here, behind them all."""
     found = []
     for result, scale in zip(results, scales):
         numbers = {}
@@ -1456,7 +1419,19 @@ def _numbers(results, scales):
             x = float(x.detach() if isinstance(x, torch.Tensor) else x)
             numbers[name] = x if name == 'loss' or name.endswith('_max') else x * scale
         found.append(numbers)
-    return found
+    found = mesh.pp.share_object(found, mesh.pp.size - 1, 'metrics')
+    if any(numbers.keys() != found[0].keys() for numbers in found):
+        raise ValueError(f'the loss function must return the same statistics for every micro-batch, got '
+                         f'{[sorted(numbers) for numbers in found]}')
+    metrics = {}
+    for name in found[0]:
+        values = [numbers[name] for numbers in found]
+        metrics[name] = max(values) if name.endswith('_max') else sum(values)
+    if mesh.dp > 1:
+        row = torch.tensor([list(metrics.values())], dtype=torch.float64)
+        for name, column in zip(metrics, mesh.copies.all_gather(row, 'metrics').unbind(1)):
+            metrics[name] = float(column.max() if name.endswith('_max') else column.sum())
+    return metrics
 
 
 class Stage:
@@ -1468,7 +1443,7 @@ class Stage:
         self.micros, self.scales = micros, scales
         self.pp, self.back = optimizer.mesh.pp, optimizer.mesh.pp_back
         self.later = self.pp.size - 1 - self.pp.rank  # stages behind this one
-        self.inflight, self.sending, self.results = {}, collections.deque(), []
+        self.inflight, self.sending, self.results = {}, deque(), []
 
     def forward(self, i):
         found, out = _through(self.model, self.loss_of, self.micros[i])
@@ -1477,7 +1452,7 @@ class Stage:
             out = loss * self.scales[i]
             self.results.append({'loss': out.detach(), **stats})
         else:
-            self.sending.append((self.pp, self.pp.send(out.detach(), self.pp.rank + 1, 'activations')))
+            self.sending.append(self.pp.send(out.detach(), self.pp.rank + 1, 'activations'))
         self.inflight[i] = self.model.body.wte.x if self.pp.rank else None, out
 
     def backward(self, i):
@@ -1487,15 +1462,13 @@ class Stage:
             g = self.back.recv(torch.empty_like(out), self.back.rank + 1, 'gradients of activations')
         self.optimizer.backward(out, g, last=i == len(self.micros) - 1)
         if x is not None:
-            sent = self.back.send(x.grad, self.back.rank - 1, 'gradients of activations')
-            self.sending.append((self.back, sent))
+            self.sending.append(self.back.send(x.grad, self.back.rank - 1, 'gradients of activations'))
         self.finish(2 * self.pp.size)
 
     def finish(self, left=0):
         """Waits until at most `left` messages are on their way."""
         while len(self.sending) > left:
-            group, (work, _) = self.sending.popleft()
-            group.wait(work, 'send')
+            self.sending.popleft()()
 
 
 def _through(model, fn, micro):
@@ -1503,13 +1476,11 @@ def _through(model, fn, micro):
     may call the model once."""
     if not isinstance(model, Sharded):
         return fn(model, micro), None
-    model.running = True
-    if not model.first:
-        model.body.wte.x = None
+    model.running, model.body.wte.x = True, None
     try:
         return fn(model, micro), None
     except _Handoff as h:
-        return None, h.x
+        return None, h.args[0]
     finally:
         model.running = False
 
@@ -1519,15 +1490,13 @@ def evaluate(model, micros, fn):
     """[fn(model, micro) for micro in micros] without gradients, on every rank of the replica. fn returns a
     tensor or a tuple of them."""
     mesh = getattr(model, 'mesh', ALONE)
-    outputs, sending = [], []
+    outputs = []
     for micro in micros:
         found, x = _through(model, fn, micro)
         if x is None:
             outputs.append(found)
         else:
-            sending.append(mesh.pp.send(x, mesh.pp.rank + 1, 'activations'))
-    for work, _ in sending:
-        mesh.pp.wait(work, 'send')
+            mesh.pp.send(x, mesh.pp.rank + 1, 'activations')()
     if mesh.pp.size == 1:
         return outputs
     return _move(mesh.pp.share_object(_move(outputs, 'cpu'), mesh.pp.size - 1, 'outputs'), mesh.device)
@@ -1548,13 +1517,12 @@ def _full_tensors(model, read=None, keep=None):
                 yield part.name, part.param.detach() if read is None else read(part).view(part.shape)
         return
     mesh, owned = model.mesh, {part.name: part for part in model.parts if part.owner}
-    split = mesh.zero > 0 and mesh.data.size > 1
     for name, (shape, dtype, trained) in model.full.items():
         if (read is not None and not trained) or (keep is not None and not keep(name)):
             continue
         full = torch.zeros(shape, dtype=dtype, device=mesh.device)
         part = owned.get(name)
-        if part is not None and (split and part.weight is not None or mesh.data.rank == 0):
+        if part is not None and (mesh.zero and part.weight is not None or mesh.data.rank == 0):
             local = part.param
             if part.weight is not None:
                 local = full.new_zeros(local.shape)
@@ -1569,9 +1537,9 @@ def full_state(model, only_master=False, keep=None):
     """The plain state dict of the whole model whatever the layout, on every rank (only_master: rank 0, on the
     CPU; {} elsewhere; keep(name) -> bool). All ranks must call it. It is what GPT.load_state_dict,
     save_pretrained and a rollout engine's load_weights take."""
-    mesh, state = getattr(model, 'mesh', None), {}
+    state, wanted = {}, not only_master or getattr(model, 'mesh', ALONE).master
     for name, full in _full_tensors(model, keep=keep):
-        if not only_master or mesh is None or mesh.master:
+        if wanted:
             state[name] = full.cpu() if only_master else full
     if model.config.tie and model.head == 'lm' and 'wte.weight' in state:
         state['lm_head.weight'] = state['wte.weight']
@@ -1614,17 +1582,17 @@ def save_checkpoint(path, mesh, model, optimizer, value=None, value_optimizer=No
     0 holds them all (12 bytes a parameter: 8B -> 96 GB of host memory). keep(name) -> bool: which of the
     model's tensors are written (an adapter's). also: a second file, without the optimizer (the best so
     far)."""
-    rest = {**rest, 'rng': mesh.rng_state()}
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    networks = {'model': full_state(model, only_master=True, keep=keep)}
+    saved = dict(rest, rng=mesh.rng_state(), model=full_state(model, only_master=True, keep=keep))
+    optimizers = dict(optimizer=optimizer)
     if value is not None:
-        networks['value'] = full_state(value, only_master=True)
-    optimizers = {'optimizer': optimizer, 'value_optimizer': value_optimizer}
-    moments = {key: opt.state_dict() for key, opt in optimizers.items() if opt is not None}
+        saved['value'] = full_state(value, only_master=True)
+        optimizers['value_optimizer'] = value_optimizer
+    moments = {key: each.state_dict() for key, each in optimizers.items()}
     if mesh.master:
-        _write({**networks, **moments, **rest}, path)
+        _write(saved | moments, path)
         if also:
-            _write({**networks, **dict.fromkeys(moments), **rest}, also)
+            _write(saved | dict.fromkeys(moments), also)
     mesh.barrier()
     mesh.saved(path, rest.get('iter', '?'))
 
@@ -1640,9 +1608,10 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, activations=0):
     holds pp micro-batches of L / pp layers, so pp cancels. Weights and gradients 4 bytes a parameter, Adam's
     moments 8; ZeRO-3 holds two fetched layers; in flight is the largest gradient on its way into the sum (of
     a tied embedding the head's, beside the table's). GPT-2 small, one process: 498 + 498 + 996 + 154 MB."""
-    c, n = model.config, dp * cp if zero else 1
-    frozen = [0] * pp  # parameters of a tp rank, on each stage
-    trained = [collections.Counter() for _ in range(pp)]  # of each layer
+    c, zero = model.config, zero if dp * cp > 1 else 0
+    n = dp * cp if zero else 1
+    held = [0] * pp  # parameters of a tp rank, on each stage
+    trained = [Counter() for _ in range(pp)]  # of each layer
     for name, p in model.named_parameters():
         dim, ranges = _ranges(name, c, Group('tp', range(tp)))
         here = p.numel()
@@ -1656,17 +1625,14 @@ def plan(model, tp=1, pp=1, cp=1, dp=1, zero=0, activations=0):
         elif unit in ('wte', 'wpe'):
             stages = {0, pp - 1} if unit == 'wte' and c.tie and model.head == 'lm' else {0}
         for stage in stages:
+            held[stage] += here
             trained[stage][unit] += here * p.requires_grad
-            frozen[stage] += here * (not p.requires_grad)
     plans = []
-    for still, layers in zip(frozen, trained):
+    for everything, layers in zip(held, trained):
         local, large = sum(layers.values()), max(layers.values())
-        weights = gradients = local
-        if zero == 3 and n > 1:
-            weights = local / n + sum(sorted(layers.values())[-2:])
-        if zero >= 2 and n > 1:
-            gradients = local / n + large
-        parts = dict(weights=4 * (still + weights), gradients=4 * gradients, optimizer=8 * local / n,
-                     in_flight=4 * large, activations=activations / (tp * cp))
+        weights = local / n + sum(sorted(layers.values())[-2:]) if zero == 3 else local
+        gradients = local / n + large if zero >= 2 else local
+        parts = dict(weights=4 * (everything - local + weights), gradients=4 * gradients,
+                     optimizer=8 * local / n, in_flight=4 * large, activations=activations / (tp * cp))
         plans.append(dict(parts, total=sum(parts.values())))
     return max(plans, key=lambda parts: parts['total'])

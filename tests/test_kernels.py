@@ -969,10 +969,10 @@ def test_packed_documents_run_in_c_where_they_can(monkeypatch):
     q, k, v = (torch.randn(54 + at.extra, n, 32) for n in (4, 2, 2))
     calls = []
     monkeypatch.setattr(K, 'doc_attention', lambda *a, f=K.doc_attention: calls.append(1) or f(*a))
-    ours = at.attend()(0, q, k, v), K.flash_attention(q, k, v, at.cu_seqlens)
+    ours = at.attend(0, q, k, v), K.flash_attention(q, k, v, at.cu_seqlens)
     assert len(calls) == (2 if K.docs_in_c(q) else 0)
     monkeypatch.setattr(K, 'docs_in_c', lambda x: False)
-    for a, b in zip(ours, (at.attend()(0, q, k, v), K.flash_attention(q, k, v, at.cu_seqlens))):
+    for a, b in zip(ours, (at.attend(0, q, k, v), K.flash_attention(q, k, v, at.cu_seqlens))):
         assert torch.allclose(a[:54], b[:54], atol=1e-6) and a[:54].any()
 
 

@@ -107,9 +107,9 @@ def test_gpt2_in_float64_to_1e10(tmp_path):
 @pytest.mark.parametrize('arch,over', CASES)
 def test_what_we_save_transformers_opens(arch, over, tmp_path):
     hf = hf_model(arch, **over)
-    hf.save_pretrained(tmp_path / 'a')
-    GPT.from_pretrained(str(tmp_path / 'a')).save_pretrained(str(tmp_path / 'b'), shard_bytes=20000)
-    assert len(list((tmp_path / 'b').glob('*.safetensors'))) > 1
+    hf.save_pretrained(tmp_path / 'a', max_shard_size='20KB')
+    assert len(list((tmp_path / 'a').glob('*.safetensors'))) > 1
+    GPT.from_pretrained(str(tmp_path / 'a')).save_pretrained(str(tmp_path / 'b'))
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'b')
     idx = torch.randint(0, 67, (2, 11))
     assert (back(idx).logits - hf(idx).logits).abs().max() < 1e-5
@@ -238,7 +238,6 @@ def assert_refused(path, says):
 GATE, HEAD = 'model.layers.1.mlp.gate_proj.weight', 'lm_head.weight'
 REFUSED = [  # what is other than in a sound folder, what the error says
     (dict(config=dict(use_sliding_window=True), arch='qwen2'), 'use_sliding_window'),
-    (dict(config=dict(sliding_window=5)), 'sliding_window'),
     (dict(config=dict(hidden_act='gelu')), 'hidden_act'),
     (dict(config=dict(layer_types=['sliding_attention'])), 'layer_types'),
     (dict(config=dict(model_type='bert')), 'bert'), (dict(config=dict(model_type=['llama'])), 'model_type'),
@@ -252,17 +251,17 @@ REFUSED = [  # what is other than in a sound folder, what the error says
     ({HEAD: torch.ones(66, 36)}, 'lm_head.weight has shape'),
     (dict(config=dict(tie_word_embeddings=False)), 'no weights for lm_head.weight'),
     (dict(config=dict(rope_scaling={'type': 'linear', 'factor': 2.0})),
-     'rope_parameters.rope_type.*rope_scaling.type'),
+     "type = 'linear' contradicts rope_type = 'default'"),
     (dict(config=dict(rope_theta=1e6)), 'rope_theta'), (dict(config=dict(rope_scaling=[])), 'fine'),
     (dict(config=dict(rope_parameters={'rope_type': 'yarn', 'factor': 4.0})), 'yarn'),
-    (dict(config=dict(rope_parameters={**LLAMA3, 'factor': None})), 'no rope_parameters.factor'),
+    (dict(config=dict(rope_parameters={**LLAMA3, 'factor': None})), 'no factor'),
     (dict(config=dict(rope_parameters={**LLAMA3, 'high_freq_factor': 1.0})), 'low_freq_factor is not below'),
     (dict(config=dict(rope_parameters={**LLAMA3, 'original_max_position_embeddings': None})),
      'original_max_pos'),
     (dict(config=dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5))),
      'partial_rotary_factor'),
     (dict(config=dict(partial_rotary_factor=0.5)), 'partial_rotary_factor'),
-    (dict(arch='gpt2', config=dict(hidden_size=48)), 'n_embd = 36 contradicts hidden_size = 48'),
+    (dict(arch='gpt2', config=dict(hidden_size=48)), 'hidden_size = 48 contradicts n_embd = 36'),
     (dict(drop=['hidden_size']), 'no hidden_size'), (dict(drop=['vocab_size']), 'no vocab_size'),
     (dict(config=dict(vocab_size='67')), "vocab_size = '67', expected a positive int"),
     (dict(config=dict(num_hidden_layers=3.0)), 'num_hidden_layers = 3.0'),
@@ -289,7 +288,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(stored, change, says):
     ('config.json', b'\xff\xfe', 'config.json: not JSON'), ('config.json', b'[]', 'not an object'),
     ('config.json', M.LFS + b'/spec/v1\noid sha256:00', 'git-lfs'),
     ('generation_config.json', b'{', 'generation_conf'),
-    ('model.safetensors', M.LFS + b'/spec/v1\noid sha256:00', 'model.safetensors: a git-lfs pointer'),
+    ('model.safetensors', M.LFS + b'/spec/v1\noid sha256:00', 'model.safetensors: .*git-lfs pointer'),
     ('model.safetensors.index.json', b'{"metadata": {}}', 'no weight_map'),
     ('model.safetensors.index.json', b'{"weight_map": {"a": 1}}', 'no weight_map'),
     ('model.safetensors.index.json', b'{"weight_map": {"a": "../b"}}', 'outside the folder')])

@@ -346,7 +346,7 @@ def test_a_stage_stays_readable(world, name, monkeypatch):
         log(run, it, *rest)
     monkeypatch.setattr(Run, 'log', traced)
     start(name, 'out-step', '--eval_interval=100', world=world)
-    assert len(seen) <= (69 if name == 'kto' else 64), sorted(seen)  # KTO asks both models twice a step
+    assert len(seen) <= (61 if name == 'kto' else 56), sorted(seen)  # KTO asks both models twice a step
     assert len({file for file, _ in seen}) <= 6, sorted({file for file, _ in seen})
 
 
