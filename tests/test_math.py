@@ -118,6 +118,7 @@ def test_every_answer_of_the_table_equals_itself():
     assert all(R.equal(x, x) for a, b, _ in EQUAL + DIFFERENT for x in (a, b))
 
 
+@pytest.mark.slow
 def test_a_second_reader_agrees_but_where_it_was_looked_at():
     math_verify = pytest.importorskip('math_verify')
     for table, right in ((EQUAL, True), (DIFFERENT, False)):

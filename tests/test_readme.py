@@ -102,6 +102,7 @@ def test_copied_files_need_no_more_than_the_table_says(tmp_path):
     assert r.returncode == 0, r.stderr[-500:]
 
 
+@pytest.mark.slow
 def test_commands_that_run_offline(tmp_path):
     """Every script of the pages answers --help with exit code 0, and the first prepare script does its work."""
     scripts = {s for page in PAGES for s in re.findall(r'python (\w+\.py)', text_of(page)) if 'config_keys' in '\n'.join(lines_of(s))}

@@ -204,12 +204,14 @@ def test_sft_on_two_ranks_with_zero_3(world, tmp_path):
     assert_same(alone(world, 'sft'), tmp_path / 'out')
 
 
+@pytest.mark.slow
 def test_grpo_on_two_ranks_tensor_parallel(world, tmp_path):
     """Rollouts by an engine of two shards, rewards of each rank's share, the update cut in two."""
     run(world, 'grpo', 2, tmp_path / 'out', '--tp=2', '--rollout_tp=True')
     assert_same(alone(world, 'grpo'), tmp_path / 'out')
 
 
+@pytest.mark.slow
 def test_async_on_two_ranks_and_two_workers_is_async_on_one_and_one(world, tmp_path):
     """Rank 0 owns the rollouts: each batch, step, evaluation and weight is that of one process, whose own are
     those of sync mode."""
