@@ -524,10 +524,10 @@ class Answers:
 
     def _batch(self, groups, it):
         """The Batch of Groups for update `it`."""
-        answers, rows, index, prompts = [], [], [], []
+        answers = [answer for group in groups for answer in group.answers]
+        rows, index, prompts = [], [], []
         for group in groups:
             n = len(group.answers)
-            answers += group.answers
             rows += [group.row] * n
             index += [group.index] * n
             prompts += [group.prompt] * n
@@ -780,7 +780,8 @@ class Scorer:
         self.talks = {}  # number of a group -> {answer: (its Env, row, turns that it has seen)}
 
     def ready(self):
-        """Answers once the process is up: from then on reward_timeout counts."""
+        """True once the process is up: from then on reward_timeout counts."""
+        return True
 
     def score(self, row, texts):
         """{file: marks} of answers. ValueError as in ask_reward."""
@@ -1041,7 +1042,8 @@ class RolloutWorker:
         self.open = {}  # number of a group -> its requests
 
     def ready(self):
-        """Answers once the process is up."""
+        """True once the process is up."""
+        return True
 
     def run(self, jobs, version, weights, seconds):
         """Loads weights (a state dict, or with LoRA the adapter's part of one; None: all stays as it is),

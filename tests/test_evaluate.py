@@ -84,7 +84,8 @@ def world(tmp_path_factory):
     for name in ('a', 'b'):
         model = GPT(GPTConfig(arch='gpt2', vocab_size=257, block_size=512, n_layer=1, n_head=2, n_embd=16))
         (d / name).mkdir()
-        ckpt = dict(model_args=dataclasses.asdict(model.config), lora=None, model=model.state_dict(), tokenizer='byte')
+        args = dataclasses.asdict(model.config)
+        ckpt = dict(model_args=args, lora=None, model=model.state_dict(), tokenizer='byte')
         torch.save(ckpt, d / name / 'ckpt.pt')
     ask = [f'Q: {i}\nA: ' for i in range(6)]
     put(d / 'rows.jsonl', [{'prompt': p, 'answer': str(i)} for i, p in enumerate(ask)])
