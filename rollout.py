@@ -277,6 +277,13 @@ def at_tokens(name, paid, ends):
     return found
 
 
+def as_trained(row, text, ended, tok):
+    """Token ids of a prompt with an answer as a reward model's training reads the row, with the end token
+    where the answer ended."""
+    ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
+    return ids if ended else ids[:-1]
+
+
 def names_of(spec):
     """'a.py, out-reward' -> ['a.py', 'out-reward']; a path with a comma that exists is one name."""
     names = [spec] if os.path.exists(spec) else [name.strip() for name in spec.split(',')]
@@ -353,8 +360,7 @@ class Rewards:
         if name not in self.same_ids:  # other tokens: the row as the reward model's training read it
             for i, answer in enumerate(batch.responses):
                 text = self.tok.decode(without_end(answer, self.tok))
-                ids, _ = encode_row(dict(batch.rows[i], completion=text, messages=None), tok)
-                sequences[i] = ids if batch.ended[i] else ids[:-1]
+                sequences[i] = as_trained(batch.rows[i], text, batch.ended[i], tok)
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
             scores = all_rewards(model, sequences, self.run.config['micro_tokens'])
@@ -429,7 +435,7 @@ class Answers:
     def state_dict(self):
         """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled
         again."""
-        return dict(position=self.position if self.pool is None else self.pool.position)
+        return dict(position=(self.pool or self).position)
 
     def memory(self):
         """{what: bytes} that the sampling side holds, for Run.plan."""
@@ -441,9 +447,8 @@ class Answers:
 
     def close(self):
         """Ends the other processes."""
-        self.here.close()
-        if self.pool is not None:
-            self.pool.close()
+        for pool in filter(None, (self.here, self.pool)):
+            pool.close()
 
     # ---- sampling
 
@@ -736,7 +741,7 @@ def converse(group, tok, env, max_turns, files):
     live = list(range(params.n))
     paid = [0.0] * params.n
     asked = [(group.prompt, params)]
-    for turn in range(1, max_turns + 1 if env else 2):
+    for turn in itertools.count(1):
         turns = yield 'sample', asked
         for i, said in zip(live, turns):
             group.answers[i].say(said, tok)
@@ -1000,8 +1005,8 @@ class Pool:
             self.restarts += 1
             print(f'a worker was replaced ({why[:200]}), {len(work)} prompts start again', flush=True)
             self.pending += work
-        else:
-            for number, turns in result or ():
+        elif work:
+            for number, turns in result:
                 hand.work.remove(number)
                 self._tell(number, turns)
 
