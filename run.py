@@ -660,7 +660,7 @@ class Run:
             self.mesh.set_rng_state(self.ckpt['rng'])
         self.log_file = RunLog(self.out_dir, self.config, self.ckpt, self.mesh.master)
         self.mesh.listen()  # from here on the first Ctrl-C or SIGTERM lets the iteration end
-        self.saved = time.time()
+        self.saved = self.trimmed = time.time()
         for it in range(start, max_iters + 1):
             self.clock = time.time()
             yield it
@@ -721,13 +721,16 @@ class Run:
     def log(self, it, metrics, show):
         """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes
         a second."""
-        seconds = time.time() - self.clock
+        now = time.time()
+        seconds = now - self.clock
+        if now - self.trimmed > 1:  # some ms; the step's activations are free
+            trim_heap(0)
+            self.trimmed = now
         metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
         metrics['tok_per_s'] = metrics['tokens'] / seconds
         check_finite(it, self.out_dir, **metrics)
         self.log_file.row(it, 'train', metrics)
         if it % 10 == 0 or seconds > 1:
-            trim_heap(0)  # the activations of the step are free
             last = self.config['max_iters']
             left = eta((last - it) * seconds)
             print(f'iter {it}/{last} | {line(metrics, show)} | {seconds * 1e3:.0f} ms | '
