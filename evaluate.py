@@ -104,7 +104,8 @@ def vote(classes: list) -> float:
     """Chance that a majority vote is right: the largest class wins, ties share; None does not vote.
     ['right', 'right', '3'] -> 1; ['right', '3'] -> 0.5; [None] -> 0."""
     votes = Counter(c for c in classes if c is not None)
-    winners = [c for c in votes if votes[c] == max(votes.values())]
+    most = max(votes.values(), default=0)
+    winners = [c for c in votes if votes[c] == most]
     return winners.count('right') / max(1, len(winners))
 
 
@@ -368,12 +369,14 @@ def preference_pairs(rows: list, columns: dict) -> list:
     said = columns['completions']
     if 'outcomes' in columns:
         for i, (ours, theirs) in enumerate(zip(said, columns['against'])):
-            sides = dict(wins=(ours, theirs), losses=(theirs, ours)).get(columns['outcomes'][i])
+            told = dict(wins=(ours, theirs), losses=(theirs, ours))
+            sides = told.get(columns['outcomes'][i])  # chosen, rejected
             if sides and ours != theirs:
                 pairs.append((rows[i // num_samples], *sides))
     else:
         for row, answers, marks in zip(rows, by_row(said), by_row(columns['scores'])):
-            best, worst = max(marks), min(marks)
+            best = max(marks)
+            worst = min(marks)
             if best > worst + tie:
                 pairs.append((row, answers[marks.index(best)], answers[marks.index(worst)]))
     return [dict(asked(row), chosen=chosen, rejected=rejected) for row, chosen, rejected in pairs]

@@ -77,7 +77,6 @@ def put(path, rows):
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-    import run
     from model import GPT, GPTConfig
     d = tmp_path_factory.mktemp('eval')
     torch.manual_seed(0)
