@@ -911,10 +911,10 @@ class Pool:
         while self.open:
             numbers, self.pending = self.pending, []
             asked = [ask for number in numbers for ask in self.open[number].asks[1]]
-            turns = engine.generate([ids for ids, _ in asked], [params for _, params in asked])
-            for turn in turns:
+            done = engine.generate([ids for ids, _ in asked], [params for _, params in asked])
+            for turn in done:
                 turn.weight_versions = [version] * len(turn.token_ids)
-            turns = iter(turns)
+            turns = iter(done)
             for number in numbers:
                 n = sum(params.n for _, params in self.open[number].asks[1])
                 self._tell(number, list(itertools.islice(turns, n)))
