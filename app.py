@@ -53,7 +53,7 @@ from experiments.dashboard import (
     styles, unit, write_report)
 from model import all_rewards, GPT, GPTConfig
 from reward import wilson
-from run import load_model, open_model
+from run import load_model, with_adapter
 from tokenizer import encode_prompt, encode_row, get_tokenizer
 
 # -----------------------------------------------------------------------------------------------------------
@@ -878,9 +878,8 @@ def export_model(root, name) -> list:
     load_model(path, head=head)[0].save_pretrained(inside(root, written[0]))
     get_tokenizer(ckpt['tokenizer']).save(inside(root, written[0]))
     if ckpt.get('lora'):
-        model, _ = open_model('', ckpt, head)
         written.append(unused(root, f'{name}-adapter'))
-        lora.save_lora(model, inside(root, written[1]), base=ckpt['lora']['base'])
+        lora.save_lora(with_adapter(ckpt), inside(root, written[1]), base=ckpt['lora']['base'])
     return written
 
 

@@ -61,7 +61,7 @@ if __name__ in ('__main__', '__mp_main__'):  # '__mp_main__': a spawned worker; 
             low, high = (float(text) for text in rule[4:-1].split(', '))
             closed = {low: rule[3] == '[', high: rule[-1] == ']'}
             return low <= value <= high and closed.get(value, True)
-        return not rule or builtins.eval(f'value {rule}', {'value': value})
+        return not rule or eval(f'value {rule}', {'value': value})
 
     def _set(key, value, where):
         """Sets a key: its type is the default's (int passes for float), ~ is the home folder."""
@@ -73,20 +73,22 @@ if __name__ in ('__main__', '__mp_main__'):  # '__mp_main__': a spawned worker; 
         if type(default) is float and type(value) is int:
             value = float(value)
         if type(value) is not type(default):
-            want, got = type(default).__name__, type(value).__name__
+            want = type(default).__name__
+            got = type(value).__name__
             _die(f'{where}: {key} wants {want} (default {default!r}), got {got} {value!r}')
         if type(value) is str:  # a shell does not expand the ~ behind `=`
             home = r'(?:^|(?<=,)|(?<=\bchar:))~[\w.-]*(?=/|$)'
             value = re.sub(home, lambda found: _path.expanduser(found[0]), value)
-        if (type(value) is float and not math.isfinite(value)) or not _holds(rule, value):
+        finite = type(value) is not float or math.isfinite(value)
+        if not finite or not _holds(rule, value):
             _die(f'{where}: {key} is {value!r}, expected {rule or "a finite number"}')
         globals()[key] = value
 
     def _help():
         print((__doc__ or '').strip() + '\n\nconfig keys:')
         for key in config_keys:
-            note = _comment(key)
-            print(f'  --{key}={globals()[key]!r}' + (f'   # {note}' if note else ''))
+            note = f'   # {_comment(key)}'.rstrip(' #')
+            print(f'  --{key}={globals()[key]!r}{note}')
         sys.exit(0)
 
     def _run_file(name):
@@ -96,7 +98,6 @@ if __name__ in ('__main__', '__mp_main__'):  # '__mp_main__': a spawned worker; 
         if not _path.isfile(file) or not file.endswith('.py'):
             _die(f'no config file {name!r} (a .py with key = value); options are written --key=value')
         space = {key: globals()[key] for key in config_keys}
-        before = {**space}
         try:
             tree = ast.parse(_read(file), file)
             for line in tree.body:  # YAML's `key: value`, a comparison: a line that would do nothing
@@ -104,15 +105,15 @@ if __name__ in ('__main__', '__mp_main__'):  # '__mp_main__': a spawned worker; 
                 text = isinstance(value, (ast.Call, ast.Constant))  # a call may print, a text explains
                 if value is None or (isinstance(line, ast.Expr) and not text):
                     raise SyntaxError('this line sets nothing', ('', line.lineno, 0, ''))
-            builtins.exec(builtins.compile(tree, file, 'exec'), space)
+            code = builtins.compile(tree, file, 'exec')  # `compile` is a key of the stages
+            exec(code, space)
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             lines = [1] + [frame.lineno for frame in frames if frame.filename == file]
             line = getattr(error, 'lineno', None) or lines[-1]
             _die(f'{name}:{line}: {type(error).__name__}: {" ".join(str(error).split())}')
         for key, value in space.items():
-            new = before.get(key, space) is not value
-            if new and not key.startswith('_') and not isinstance(value, types.ModuleType):
+            if not key.startswith('_') and not isinstance(value, types.ModuleType):
                 _set(key, value, name)
 
     def _override(arg):

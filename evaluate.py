@@ -38,7 +38,7 @@ from files import replaced
 from grpo import pass_at_k
 from model import all_rewards, write_json
 from reward import wilson
-from rollout import ask_reward, load_env, load_reward, Pool, started_by, without_end
+from rollout import as_trained, ask_reward, load_env, load_reward, Pool, started_by, without_end
 from run import load_model, pick_device, pick_threads
 from tokenizer import alpaca_prompt, encode_prompt, encode_row, get_tokenizer, plain_row, template_args
 
@@ -104,7 +104,8 @@ def vote(classes: list) -> float:
     """Chance that a majority vote is right: the largest class wins, ties share; None does not vote.
     ['right', 'right', '3'] -> 1; ['right', '3'] -> 0.5; [None] -> 0."""
     votes = Counter(c for c in classes if c is not None)
-    winners = [c for c in votes if votes[c] == max(votes.values())]
+    most = max(votes.values(), default=0)
+    winners = [c for c in votes if votes[c] == most]
     return winners.count('right') / max(1, len(winners))
 
 
@@ -264,15 +265,6 @@ def answers_of(path: str, rows: list) -> Answers:
 # who marks
 
 
-def sequences_of(rows: list, answers: Answers, tok) -> list:
-    """Token ids of each prompt with its answer; the end token stands only where the answer ended."""
-    out = []
-    for i, (text, ended) in enumerate(zip(answers.texts, answers.ended)):
-        ids, _ = encode_row(dict(rows[i // num_samples], completion=text, messages=None), tok)
-        out.append(ids if ended else ids[:-1])
-    return out
-
-
 def score(by: str, rows: list, answers: Answers) -> list:
     """[float] of each answer by a reward file or a reward model; what is no finite number is an error."""
     if by.endswith('.py'):
@@ -280,7 +272,10 @@ def score(by: str, rows: list, answers: Answers) -> list:
         marks = [ask_reward(fn, by, rows[i // num_samples], text) for i, text in enumerate(answers.texts)]
         return [float(np.sum(mark)) for mark in marks]  # a list: one number a step
     model, tok, _ = opened(by, 'scalar')
-    sequences = [ids[-model.config.block_size:] for ids in sequences_of(rows, answers, tok)]
+    sequences = []
+    for i, (text, ended) in enumerate(zip(answers.texts, answers.ended)):
+        ids = as_trained(rows[i // num_samples], text, ended, tok)
+        sequences.append(ids[-model.config.block_size:])
     marks = all_rewards(model, sequences)
     if not marks.isfinite().all():
         raise ValueError(f'reward model {by}: a mark is not finite; its training went wrong')
@@ -371,16 +366,15 @@ def preference_pairs(rows: list, columns: dict) -> list:
     """{"prompt", "chosen", "rejected"}: of each row the best answer against the worst, where their scores
     differ; with `against` each answer against the other model's, as the judge has it."""
     pairs = []
+    said = columns['completions']
     if 'outcomes' in columns:
-        for i, outcome in enumerate(columns['outcomes']):
-            chosen = columns['completions'][i]
-            rejected = columns['against'][i]
-            if outcome == 'losses':
-                chosen, rejected = rejected, chosen
-            if outcome in ('wins', 'losses') and chosen != rejected:
-                pairs.append((rows[i // num_samples], chosen, rejected))
+        for i, (ours, theirs) in enumerate(zip(said, columns['against'])):
+            told = dict(wins=(ours, theirs), losses=(theirs, ours))
+            sides = told.get(columns['outcomes'][i])  # chosen, rejected
+            if sides and ours != theirs:
+                pairs.append((rows[i // num_samples], *sides))
     else:
-        for row, answers, marks in zip(rows, by_row(columns['completions']), by_row(columns['scores'])):
+        for row, answers, marks in zip(rows, by_row(said), by_row(columns['scores'])):
             best = max(marks)
             worst = min(marks)
             if best > worst + tie:
@@ -431,11 +425,8 @@ def check_config() -> list:
 
 def write_samples(path: str, rows: list, columns: dict):
     """The rows, each with its samples of every column."""
-    grouped = {name: by_row(values) for name, values in columns.items()}
-    samples = []
-    for i, row in enumerate(rows):
-        samples.append(row | {name: groups[i] for name, groups in grouped.items()})
-    write_rows(path, samples)
+    samples = zip(*map(by_row, columns.values()))
+    write_rows(path, [row | dict(zip(columns, own)) for row, own in zip(rows, samples)])
 
 
 def evaluate_rows(wanted: list, path: str) -> dict:

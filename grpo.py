@@ -384,7 +384,7 @@ if __name__ == '__main__':
     def part(policy, item):
         """The share of some answers in the minibatch's loss and statistics."""
         micro, denom, share = item
-        logp, entropy = answers.logprobs(policy, micro)  # (b, r), with gradient
+        logp, entropy, _ = answers.logprobs(policy, micro)  # (b, r), with gradient
         before = logp.detach() if micro.old_logp is None else micro.old_logp  # the policy before the update
         weights, mismatch = tis_weights(before, micro.sampled, micro.mask, **correction)
         if not decoupled:

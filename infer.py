@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 import kernels as K
 import parallel
-from run import kv_cache_bytes, load_model, pick_device
+from run import load_model, pick_device
 from tokenizer import encode_prompt, get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -961,7 +961,8 @@ class Engine:
         self.config = replace(c, n_head=attn.n_head, n_kv_head=attn.n_kv_head)  # of a tp rank: its own heads
         width = K.native.padded(c.head_size) if self.native else c.head_size
         shape = replace(self.config, head_size=width)
-        block_bytes = kv_cache_bytes(shape, block_size, self.dtype.itemsize)
+        numbers = 2 * c.n_layer * block_size * shape.n_kv_head * width  # keys and values of a block
+        block_bytes = numbers * self.dtype.itemsize
         wanted = max_num_seqs * -(-self.max_len // block_size)
         room = kv_memory or _free_memory(self.device) // 2
         fits = self.tp.least(room // block_bytes, self.device)

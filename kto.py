@@ -134,7 +134,9 @@ GOOD, BAD = ('true', '1', 'good', 'yes'), ('false', '0', 'bad', 'no')
 def label_of(value):
     """true, 1, "true", "good", "yes" -> True; false, 0, ... -> False. ValueError for anything else: -1,
     "maybe"."""
-    word = str(int(value) if isinstance(value, float) and value in (0, 1) else value).strip().lower()
+    if isinstance(value, float) and value in (0, 1):
+        value = int(value)
+    word = str(value).strip().lower()
     if word not in GOOD + BAD:
         raise ValueError(f'label {value!r}: expected true or false, or one of {", ".join(GOOD + BAD)}')
     return word in GOOD
@@ -153,7 +155,8 @@ def read_answers(row, tok, T):
         answers = [(answer, label_of(row['label']))]
     if not prompt:
         raise ValueError('the prompt is empty: the first token of an answer needs one before it')
-    kept, note = [], ''
+    kept = []
+    note = ''
     for answer, good in answers:
         room = T - len(answer)
         if room < 1:
@@ -229,10 +232,10 @@ def metrics_of(means):
     """COLUMNS' means over answers -> means over the answers of each side (a batch may lack one), and their
     margin."""
     out = dict(loss=means['loss'], accuracy=means['accuracy'])
-    for side, share in (('chosen', means['good']), ('rejected', means['bad'])):
-        if share:
-            out[f'{side}_reward'] = means[f'{side}_reward'] / share
-            out[f'{side}_logp'] = means[f'{side}_logp'] / share
+    for side, share in dict(chosen='good', rejected='bad').items():
+        if means[share]:
+            for column in (f'{side}_reward', f'{side}_logp'):
+                out[column] = means[column] / means[share]
     if means['good'] and means['bad']:
         out['margin'] = out['chosen_reward'] - out['rejected_reward']
     return out
@@ -241,9 +244,11 @@ def metrics_of(means):
 def held_out_answers(run, policy, items, ref_logps, batch_size, how):
     """Metrics of all held-out answers together; z is a batch's."""
     policy.eval()
-    columns, points = [], []
+    columns = []
+    points = []
     for i in range(0, len(items), batch_size):
-        batch, refs = items[i:i + batch_size], ref_logps[i:i + batch_size]
+        batch = items[i:i + batch_size]
+        refs = ref_logps[i:i + batch_size]
         z = reference_point(run, policy, batch, refs, how['average'])
         lengths = [len(item[0]) + len(item[1]) for item in batch]
 
@@ -252,7 +257,8 @@ def held_out_answers(run, policy, items, ref_logps, batch_size, how):
         columns += run.each(policy, lengths, judged)
         points += [z] * len(batch)
     policy.train()
-    seen = metrics_of(dict(zip(COLUMNS, torch.stack(columns).mean(0).tolist())))
+    means = torch.stack(columns).mean(0).tolist()
+    seen = metrics_of(dict(zip(COLUMNS, means)))
     return dict(seen, kto_kl=sum(points) / len(points), answers=len(items))
 
 

@@ -321,13 +321,13 @@ if __name__ == '__main__':
 
     # the two losses of a micro-batch (b answers, the longest of r tokens), see 5.
     def policy_part(policy, micro):
-        logp, entropy = answers.logprobs(policy, micro)  # (b, r), with gradient
+        logp, entropy, _ = answers.logprobs(policy, micro)  # (b, r), with gradient
         loss, stats = policy_loss(logp, micro.old_logp, micro.advantages, micro.mask, clip, micro.weights)
         entropy = masked_mean(entropy, micro.mask)
         return loss - entropy_coef * entropy, dict(stats, pg=loss, entropy=entropy)
 
     def value_part(value_net, micro):
-        values = answers.values(value_net, micro)  # (b, r)
+        values, _ = answers.values(value_net, micro)  # (b, r)
         loss, stats = value_loss(values, micro.values, micro.returns, micro.mask, vf_clip)
         return vf_coef * loss, dict(stats, vf=loss)
 

@@ -124,7 +124,8 @@ def gain_and_bias(rewards, bias=0.0):
     """(gain, new bias) that give rewards (n,), which hold `bias` already, mean 0 and standard deviation 1:
     gain * (r - bias) + new bias. Rewards that are all equal have no scale: gain 1. [1, 3], bias 0 -> 1,
     -2."""
-    mean, std = rewards.mean().item(), rewards.std(correction=0).item()
+    mean = rewards.mean().item()
+    std = rewards.std(correction=0).item()
     gain = 1 / std if std > 1e-5 * max(1.0, abs(mean)) else 1.0
     return gain, gain * (bias - mean)
 
@@ -145,10 +146,13 @@ def calibration(margins, bins=10):
     right = margins > 0
     edges = np.linspace(0.5, 1.0, bins + 1)
     which = np.clip(np.digitize(confidence, edges), 1, bins)
-    rows, gap = [], 0.0
+    rows = []
+    gap = 0.0
     for b in np.unique(which):
         here = which == b
-        n, claimed, true = int(here.sum()), float(confidence[here].mean()), float(right[here].mean())
+        n = int(here.sum())
+        claimed = float(confidence[here].mean())
+        true = float(right[here].mean())
         rows.append((float(edges[b - 1]), float(edges[b]), n, claimed, true))
         gap += n * abs(claimed - true)
     return gap / len(margins), rows
@@ -184,6 +188,11 @@ def read_preference(row, tok, T, ties):
     return [(prompt[-room:], chosen, rejected, float(row.get('margin') or 0.0), tie)], note
 
 
+def size_of(pair):
+    """Tokens of both its sequences: the prompt counts twice."""
+    return 2 * len(pair[0]) + len(pair[1]) + len(pair[2])
+
+
 def rewards_in_order(run, model, sequences):
     """Rewards (S,) of token lists, without gradient, in micro-batches, on the CPU of every rank."""
     lengths = [len(ids) for ids in sequences]
@@ -194,7 +203,8 @@ def rewards_in_order(run, model, sequences):
 def held_out_report(run, model, pairs):
     """What there is to say about a reward model on held-out pairs; docs/metrics explains the words."""
     model.eval()
-    both = rewards_in_order(run, model, [p[0] + answer for p in pairs for answer in p[1:3]])
+    sequences = [p[0] + answer for p in pairs for answer in p[1:3]]
+    both = rewards_in_order(run, model, sequences)
     model.train()
     chosen, rejected = both.view(-1, 2).numpy().astype(float).T
     margins = chosen - rejected
@@ -272,7 +282,7 @@ if __name__ == '__main__':
         model.config.reward_bias = run.ckpt.get('raw_bias', 0.0)
     if normalize == 'samples':  # said now, not after the training
         prompt_room(model, max_new_tokens)
-        if not getattr(model, 'fresh_head', True):
+        if not run.ckpt and not model.fresh_head:
             raise ValueError(f'{init_from} is a reward model and cannot answer: --normalize=responses, none')
     T = min(block_size or model.config.block_size, model.config.block_size)
 
@@ -285,7 +295,7 @@ if __name__ == '__main__':
     print(f'{dataset}: {len(pairs):,} pairs, {len(val_pairs):,} held out; {max_iters} iterations of '
           f'{batch_size} = {max_iters * batch_size / len(pairs):.2f} epochs')
     model, optimizer = run.trained(model, learning_rate, adam_eps)
-    longest = max(2 * len(p[0]) + len(p[1]) + len(p[2]) for p in pairs)  # of a pair, its prompt counted twice
+    longest = max(map(size_of, pairs))
     run.plan(min(max(micro_tokens, longest), batch_size * longest), T)
 
     def loss_of(model, pairs):
@@ -293,7 +303,8 @@ if __name__ == '__main__':
         margin = torch.tensor([margin_scale * p[3] for p in pairs], device=run.device)
         tie = torch.tensor([p[4] for p in pairs], device=run.device)
         with run.amp():
-            rewards = rewards_of(model, [p[0] + answer for p in pairs for answer in p[1:3]])  # (2 B,)
+            sequences = [p[0] + answer for p in pairs for answer in p[1:3]]
+            rewards = rewards_of(model, sequences)  # (2 B,)
         chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,) each
         loss = bradley_terry_loss(chosen, rejected, margin, tie)
         if center:
@@ -313,7 +324,7 @@ if __name__ == '__main__':
 
         # ---- 2. a batch of pairs, in micro-batches that one forward each goes through
         batch = [pairs[i] for i in next(order)]
-        lengths = [2 * len(p[0]) + len(p[1]) + len(p[2]) for p in batch]
+        lengths = [size_of(pair) for pair in batch]
         micros = [[batch[i] for i in picked] for picked in run.micro_batches(lengths)]
 
         # ---- 3. the loss: loss.backward() on each micro-batch, weighted by its pairs (the GPU is waited for

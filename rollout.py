@@ -21,7 +21,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,37 +37,33 @@ from tokenizer import encode_prompt, encode_row, get_tokenizer
 # prompts
 
 
-def read_prompt(row, tok, room, long_prompts):
-    """A row {"prompt", ...} -> ([(row, prompt ids)], note). A prompt over `room` tokens is an error,
-    dropped, or cut: it loses its beginning."""
-    if 'prompt' not in row:
-        raise ValueError(f'no "prompt", it has {sorted(row)}')
-    ids = encode_prompt(row, tok)
-    if not ids:
-        raise ValueError('empty prompt')
-    if len(ids) <= room:
-        return [(row, ids)], ''
-    if long_prompts == 'error':
-        raise ValueError(f'prompt of {len(ids)} tokens, block_size minus max_new_tokens leaves {room}: lower '
-                         f'--max_new_tokens, or --long_prompts=drop or cut')
-    kept = [(row, ids[-room:])] if long_prompts == 'cut' else []
-    return kept, f'prompts over {room} tokens, {long_prompts}'
-
-
 def load_prompts(run, tok, context):
-    """(training items, held-out items, longest): items [(row, prompt ids)], longest: tokens of a prompt and
-    its answer at most. ValueError where max_new_tokens leaves no room in a context of so many tokens."""
+    """(training items, held-out items, longest) of rows {"prompt", ...}: items [(row, prompt ids)], longest:
+    tokens of a prompt and its answer at most. A prompt that leaves no room in a context of so many tokens is
+    an error, dropped, or cut: it loses its beginning. ValueError where max_new_tokens leaves no room."""
     c = run.config
     room = context - c['max_new_tokens']
     if room < 1:
         raise ValueError(f'max_new_tokens {c["max_new_tokens"]} leaves no room for a prompt in block_size '
                          f'{context}: lower it')
     room = min(c['max_prompt'] or room, room)
-    names = c['dataset'], c['val_dataset'] or c['dataset']
+    way = c['long_prompts']
     started = started_by(c.get('env'))
 
     def read(row):
-        return read_prompt(started(row), tok, room, c['long_prompts'])
+        row = started(row)
+        if 'prompt' not in row:
+            raise ValueError(f'no "prompt", it has {sorted(row)}')
+        ids = encode_prompt(row, tok)
+        if not ids:
+            raise ValueError('empty prompt')
+        if len(ids) <= room:
+            return [(row, ids)], ''
+        if way == 'error':
+            raise ValueError(f'prompt of {len(ids)} tokens, block_size minus max_new_tokens leaves {room}: '
+                             f'lower --max_new_tokens, or --long_prompts=drop or cut')
+        return [(row, ids[-room:])] * (way == 'cut'), f'prompts over {room} tokens, {way}'
+    names = c['dataset'], c['val_dataset'] or c['dataset']
     train, val = (encode_all(rows, read, name) for rows, name in zip(run.rows(), names))
     run.same_rows([ids for _, ids in train])
     longest = max(len(ids) for _, ids in train + val)
@@ -282,6 +277,13 @@ def at_tokens(name, paid, ends):
     return found
 
 
+def as_trained(row, text, ended, tok):
+    """Token ids of a prompt with an answer as a reward model's training reads the row, with the end token
+    where the answer ended."""
+    ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
+    return ids if ended else ids[:-1]
+
+
 def names_of(spec):
     """'a.py, out-reward' -> ['a.py', 'out-reward']; a path with a comma that exists is one name."""
     names = [spec] if os.path.exists(spec) else [name.strip() for name in spec.split(',')]
@@ -296,10 +298,10 @@ def weights_of(text, names):
     try:
         weights = [float(x) for x in text.split(',')] if text else [1.0] * len(names)
     except ValueError:
-        raise ValueError(f'reward_weights {text!r}: numbers, separated by commas') from None
+        weights = []
     if len(weights) != len(names):
-        raise ValueError(f'{len(names)} rewards ({", ".join(names)}) but {len(weights)} reward_weights '
-                         f'({text}): one weight each')
+        raise ValueError(f'reward_weights {text!r}: numbers, separated by commas, one weight each for '
+                         f'{", ".join(names)}')
     return weights
 
 
@@ -313,8 +315,9 @@ class Rewards:
     def __init__(self, run, tok, longest):
         self.run = run
         self.tok = tok
+        spec = run.config['reward']
         self.env = run.config.get('env', '')
-        self.names = names_of(run.config['reward']) if run.config['reward'] or not self.env else []
+        self.names = names_of(spec) if spec or not self.env else []
         self.files = []
         self.models = {}    # {name: (model, its tokenizer)}
         self.same_ids = []  # those whose token ids are the policy's
@@ -353,11 +356,11 @@ class Rewards:
 
     def _scores(self, name, batch):
         model, tok = self.models[name]
-        if name in self.same_ids:
-            sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
-        else:
-            texts = [self.tok.decode(without_end(ids, self.tok)) for ids in batch.responses]
-            sequences = [self._reread(*read, tok) for read in zip(batch.rows, texts, batch.ended.tolist())]
+        sequences = [prompt + answer for prompt, answer in zip(batch.prompts, batch.responses)]
+        if name not in self.same_ids:  # other tokens: the row as the reward model's training read it
+            for i, answer in enumerate(batch.responses):
+                text = self.tok.decode(without_end(answer, self.tok))
+                sequences[i] = as_trained(batch.rows[i], text, batch.ended[i], tok)
             check_fit(model, f'reward {name}', tok, max(map(len, sequences)))
         with self.run.amp():
             scores = all_rewards(model, sequences, self.run.config['micro_tokens'])
@@ -365,12 +368,6 @@ class Rewards:
             bad = scores[~scores.isfinite()][0].item()
             raise ValueError(f'reward model {name} returned {bad}: its weights are broken; train it again')
         return scores.tolist()
-
-    def _reread(self, row, text, ended, tok):
-        """Other tokens: the row as the reward model's training read it, with the end token where the answer
-        ended."""
-        ids, _ = encode_row(dict(row, completion=text, messages=None), tok)
-        return ids if ended else ids[:-1]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -406,10 +403,8 @@ class Answers:
                                            stop=stop)
         self.options = dict(max_num_seqs=c['max_num_seqs'], max_len=longest)
         self.stale = c['simulate_staleness']
-        self.past = []
-        self.here = self.pool = None
-        self.ahead = False                             # do other processes sample?
-        self.travels = lora.is_adapter if lora.adapted(policy) else None  # which weights are sent to them
+        self.ahead = c['mode'] == 'async' and not self.stale and not c['eval_only']  # do others sample?
+        self.pool = None
         if self.stale:
             self.sampler = copy.deepcopy(policy).to(run.dtype).requires_grad_(False)
         else:
@@ -418,37 +413,29 @@ class Answers:
     def start(self, policy, reference, rewards):
         """policy: as it is trained. reference: a frozen model, or None: then it is the policy without its
         adapter."""
+        c, run = self.config, self.run
         self.policy = policy
         self.reference = reference
         self.engine = infer.Engine(self.sampler, self.tok, **self.options)
-        self.position = 0
-        self.run.cursor = self
-        if self.run.ckpt:
-            state = self.run.ckpt['data']
-            self.position = state['position'] if 'position' in state else state['batch'] * state['batch_size']
-            self.past = self.run.ckpt.get('past', [])
+        run.cursor = self
+        self.position = run.ckpt['data']['position'] if run.ckpt else 0
         self.jobs = self._jobs(self.position)
-        workers = self._keys('reward_workers reward_timeout reward_retries')
-        workers |= dict(files=rewards.files, env=rewards.env, max_turns=self.config.get('max_turns', 1),
-                        patience=max(16, self.need))
         if self.stale:
-            self.run.extra['past'] = self.past
-        elif self.config['mode'] == 'async' and not self.config['eval_only']:
-            self.ahead = True
+            self.past = run.extra['past'] = run.ckpt.get('past', []) if run.ckpt else []
+        workers = {key: c[key] for key in ('reward_workers', 'reward_timeout', 'reward_retries')}
+        workers |= dict(files=rewards.files, env=rewards.env, max_turns=c.get('max_turns', 1),
+                        patience=max(16, self.need))
         if self.ahead and self.mesh.master:
             model = copy.deepcopy(self.sampler).cpu().requires_grad_(False)
-            self.pool = Rollouts(model, self.run.tokenizer, self._jobs, self.need, position=self.position,
-                                 device=self.device, engine=self.options, **workers,
-                                 **self._keys('max_staleness rollout_workers runtime'))
+            own = {key: c[key] for key in ('max_staleness', 'rollout_workers', 'runtime')}
+            self.pool = Rollouts(model, run.tokenizer, self._jobs, self.need, position=self.position,
+                                 device=self.device, engine=self.options, **own, **workers)
         self.here = Pool(self.tok, **workers)  # behind Rollouts, whose runtime it joins
-
-    def _keys(self, names):
-        return {key: self.config[key] for key in names.split()}
 
     def state_dict(self):
         """For a checkpoint: how many prompts we have used. Those that run ahead of the loop are sampled
         again."""
-        return dict(position=self.position if self.pool is None else self.pool.position)
+        return dict(position=(self.pool or self).position)
 
     def memory(self):
         """{what: bytes} that the sampling side holds, for Run.plan."""
@@ -460,9 +447,8 @@ class Answers:
 
     def close(self):
         """Ends the other processes."""
-        self.here.close()
-        if self.pool is not None:
-            self.pool.close()
+        for pool in filter(None, (self.here, self.pool)):
+            pool.close()
 
     # ---- sampling
 
@@ -481,13 +467,11 @@ class Answers:
             yield i, row, prompt, replace(self.params, n=self.group_size, seed=own)
 
     def next(self, it, again=False):
-        """The next Batch of need * group_size answers, sampled with the weights before update `it` or older
+        """The next Batch of need * group_size answers, sampled with the weights before update `it`, or older
         ones. again: a second helping for the same update (dynamic sampling)."""
         if not again:
             self._publish(it)
-        if self.ahead:
-            return self._batch(self._take(), it)
-        groups = []
+        groups = self._take() if self.ahead else []
         while len(groups) < self.need:  # the next prompts take the place of those whose reward failed
             missing = self.need - len(groups)
             jobs = list(itertools.islice(self.jobs, missing))
@@ -524,7 +508,8 @@ class Answers:
     def _publish(self, it):
         """The weights before update `it` go to whoever samples; with simulated staleness older ones do."""
         if self.ahead:
-            state = parallel.full_state(self.policy, only_master=True, keep=self.travels)
+            travels = lora.is_adapter if self.run.lora else None
+            state = parallel.full_state(self.policy, only_master=True, keep=travels)
             if self.pool is not None:
                 self.pool.publish(state, it)
         elif self.stale:
@@ -545,16 +530,20 @@ class Answers:
     def _batch(self, groups, it):
         """The Batch of Groups for update `it`."""
         answers = [answer for group in groups for answer in group.answers]
-        rows, index, prompts = zip(*((group.row, group.index, group.prompt)
-                                     for group in groups for _ in group.answers))
+        rows, index, prompts = [], [], []
+        for group in groups:
+            n = len(group.answers)
+            rows += [group.row] * n
+            index += [group.index] * n
+            prompts += [group.prompt] * n
         mask, _ = pad([answer.own for answer in answers], False)
         sampled, _ = pad([answer.logps for answer in answers], 0.0)
         ages, _ = pad([[it - version for version in answer.versions] for answer in answers])
         mask, sampled, ages = (x.to(self.device) for x in (mask, sampled, ages))
         ended = torch.tensor([answer.ended for answer in answers])
         replied = [len(answer.own) - sum(answer.own) for answer in answers]
-        batch = Batch(list(rows), list(index), list(prompts), [answer.ids for answer in answers], ended, mask,
-                      sampled, ages, replied, given={})
+        batch = Batch(rows, index, prompts, [answer.ids for answer in answers], ended, mask, sampled, ages,
+                      replied, given={})
         for name in groups[0].marks:
             marks = [mark for group in groups for mark in group.marks[name]]
             if any(isinstance(mark, list) for mark in marks):
@@ -580,39 +569,38 @@ class Answers:
         return micros, self.mesh.replicas_of(len(units))
 
     def logprobs(self, model, micro):
-        """(log-probs, entropies) of a micro-batch at the temperature that it was sampled with, (b, r)."""
+        """Log-probs and entropies of a micro-batch at the temperature that it was sampled with, (b, r), and
+        its mask."""
         with self.run.amp():
-            logp, entropy, _ = answer_logprobs(model, micro.groups(), self.params.temperature)
-        return logp, entropy
+            return answer_logprobs(model, micro.groups(), self.params.temperature)
 
     def values(self, model, micro):
-        """The value before each token of a micro-batch, (b, r)."""
+        """The value before each token of a micro-batch, (b, r), and its mask."""
         with self.run.amp():
-            values, _ = answer_values(model, micro.groups())
-        return values
+            return answer_values(model, micro.groups())
 
     def all_logprobs(self, model, batch, minibatches):
         """Log-probs of all answers (B, R), without gradient."""
-        return self._all(lambda model, micro: self.logprobs(model, micro)[0], model, batch, minibatches)
+        return self._all(self.logprobs, model, batch, minibatches)
 
     def reference_logprobs(self, batch, minibatches):
         """The same under the reference."""
         with reference_of(self.policy, self.reference) as model:
-            return self.all_logprobs(model, batch, minibatches)
+            return self._all(self.logprobs, model, batch, minibatches)
 
     def all_values(self, model, batch, minibatches):
         """Values of all answers (B, R), without gradient."""
         return self._all(self.values, model, batch, minibatches)
 
     def _all(self, fn, model, batch, minibatches):
-        """fn(model, micro-batch) for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every
-        rank. They are cut as the update will cut them, so that its first ratios are 1 to the bit."""
+        """What fn finds first for all rows of the minibatches -> (B, R), 0 elsewhere, the same on every rank.
+        They are cut as the update will cut them, so that its first ratios are 1 to the bit."""
         out = torch.zeros(batch.mask.shape, device=self.device)
         for rows in minibatches:
             micros, _ = self.micro_batches(batch, rows)
-            found = parallel.evaluate(model, micros, lambda model, micro: fn(model, batch[micro]).float())
+            found = parallel.evaluate(model, micros, lambda model, micro: fn(model, batch[micro])[0])
             for micro, x in self.mesh.collect(list(zip(micros, found))):
-                out[micro, :x.shape[1]] = x.to(self.device)
+                out[micro, :x.shape[1]] = x.to(out)
         return out
 
     # ---- what is said of a batch
@@ -694,14 +682,6 @@ class SampledKL:
 # one prompt: its answers turn by turn, and their marks
 
 
-class Turn(NamedTuple):
-    """What the policy says at a stretch; one entry a token but for `ended`."""
-    ids: list
-    logps: list     # that the sampler had
-    versions: list  # of the weights
-    ended: bool     # by itself, with an end token or a stop string
-
-
 @dataclass
 class Answer:
     """One answer in the making; one entry a token but for `ends`, `said` and `ended`."""
@@ -714,14 +694,14 @@ class Answer:
     ended: bool = False                           # by itself
 
     def say(self, turn, tok):
-        """A turn of the policy's."""
-        self.ids += turn.ids
-        self.logps += turn.logps
-        self.versions += turn.versions
-        self.own += [True] * len(turn.ids)
+        """A turn of the policy's, an infer.Completion."""
+        self.ids += turn.token_ids
+        self.logps += turn.logprobs
+        self.versions += turn.weight_versions
+        self.own += [True] * len(turn.token_ids)
         self.ends.append(len(self.ids) - 1)
-        self.said.append(tok.decode(without_end(turn.ids, tok)))
-        self.ended = turn.ended
+        self.said.append(tok.decode(without_end(turn.token_ids, tok)))
+        self.ended = turn.finish_reason == 'stop'  # with an end token or a stop string
 
     def hear(self, ids):
         """A reply: nothing of it is trained on."""
@@ -745,16 +725,12 @@ class Group:
     asks: tuple = ()     # what it asks
     tries: int = 0       # how often that failed
 
-    def samples(self):
-        """How many turns it asks for."""
-        return sum(params.n for _, params in self.asks[1])
-
 
 def converse(group, tok, env, max_turns, files):
     """How the answers of a group come about: a generator of questions. Whoever drives it sends the answers,
     so that it is the same whether they come from this process or from others, at once or in slices.
 
-        ('sample', [(token ids, SamplingParams)])            -> [Turn] of each sample
+        ('sample', [(token ids, SamplingParams)])            -> [infer.Completion] of each sample
         ('step', number, row, [(answer, its turns as text)]) -> [(reply, reward)], see Scorer
         ('score', row, [text])                               -> {reward file: marks}
 
@@ -765,7 +741,7 @@ def converse(group, tok, env, max_turns, files):
     live = list(range(params.n))
     paid = [0.0] * params.n
     asked = [(group.prompt, params)]
-    for turn in range(1, max_turns + 1 if env else 2):
+    for turn in itertools.count(1):
         turns = yield 'sample', asked
         for i, said in zip(live, turns):
             group.answers[i].say(said, tok)
@@ -809,7 +785,8 @@ class Scorer:
         self.talks = {}  # number of a group -> {answer: (its Env, row, turns that it has seen)}
 
     def ready(self):
-        """Answers once the process is up: from then on reward_timeout counts."""
+        """True once the process is up: from then on reward_timeout counts."""
+        return True
 
     def score(self, row, texts):
         """{file: marks} of answers. ValueError as in ask_reward."""
@@ -851,12 +828,26 @@ SILENCE = 120.0  # seconds without an answer after which a rollout worker is tak
 DEATHS = 8       # replacements of one worker that did nothing in between: not bad luck any more, the run ends
 
 
-def with_actors():
-    """The module actors, imported where processes are wanted; its workers find this module imported."""
+def start_runtime(runtime, processes, gpus=()):
+    """Starts or joins what so many workers run in -> (the module actors, whether it was started here). It is
+    imported where processes are wanted; they find this module imported."""
     import actors
     if not torch.cuda.is_available() and 'rollout' not in actors.PRELOAD:
         actors.PRELOAD.append('rollout')  # once for all workers; never with CUDA, before a fork
-    return actors
+    if actors.is_initialized():
+        return actors, False
+    with only(gpus):
+        if runtime == 'local':
+            actors.init(num_cpus=processes, num_gpus=len(gpus))
+        elif runtime == 'ray':
+            cpus = None if os.environ.get('RAY_ADDRESS') else processes  # a cluster has its own
+            actors.init(backend='ray', include_dashboard=False, num_cpus=cpus)
+        elif ':' in runtime:
+            actors.init(address=runtime)
+        else:
+            raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py "
+                             "--head=True")
+    return actors, True
 
 
 class _Hand:
@@ -907,11 +898,8 @@ class Pool:
         if not reward_workers:
             self.here = Scorer(paths, env)
         elif files or env:
-            self.actors = actors = with_actors()
-            self.own = not actors.is_initialized()
-            if self.own:
-                actors.init(num_cpus=reward_workers, num_gpus=0)
-            scorer = actors.remote(Scorer).options(num_cpus=0)
+            self.actors, self.own = start_runtime('local', reward_workers)
+            scorer = self.actors.remote(Scorer).options(num_cpus=0)
             self.scorers = [_Hand(lambda: scorer.remote(paths, env)) for _ in range(reward_workers)]
         self.hands = list(self.scorers)
 
@@ -923,13 +911,13 @@ class Pool:
         while self.open:
             numbers, self.pending = self.pending, []
             asked = [ask for number in numbers for ask in self.open[number].asks[1]]
-            done = iter(engine.generate([ids for ids, _ in asked], [params for _, params in asked]))
+            done = engine.generate([ids for ids, _ in asked], [params for _, params in asked])
+            for turn in done:
+                turn.weight_versions = [version] * len(turn.token_ids)
+            turns = iter(done)
             for number in numbers:
-                turns = []
-                for c in itertools.islice(done, self.open[number].samples()):
-                    versions = [version] * len(c.token_ids)
-                    turns.append(Turn(c.token_ids, c.logprobs, versions, c.finish_reason == 'stop'))
-                self._tell(number, turns)
+                n = sum(params.n for _, params in self.open[number].asks[1])
+                self._tell(number, list(itertools.islice(turns, n)))
             while self.unscored or any(hand.work for hand in self.scorers):
                 self._work(START)
         return [self.done.pop(number) for number in range(len(jobs))]
@@ -994,19 +982,18 @@ class Pool:
         try:
             if came:
                 result = self.actors.get(hand.call)
-        except self.actors.exceptions.RayActorError as e:
-            came, why = False, last_line(e)
         except Exception as e:
-            if not scorer or not hand.work:
+            came = not isinstance(e, self.actors.exceptions.RayActorError)
+            if came and not (scorer and hand.work):
                 raise
-            why = last_line(e)
+            why = str(e).strip().splitlines()[-1]  # without the traceback of the process it happened in
         work = hand.work
         hand.call = None
-        if work and not why:
-            hand.deaths = 0
         if not came:
             self.actors.kill(hand.actor)
             hand.start()
+        elif work:
+            hand.deaths = 0
         if scorer and work:
             hand.work = []
             self._failed(work[0], why) if why else self._tell(work[0], result)
@@ -1019,7 +1006,9 @@ class Pool:
             print(f'a worker was replaced ({why[:200]}), {len(work)} prompts start again', flush=True)
             self.pending += work
         elif work:
-            self._sampled(hand, result)
+            for number, turns in result:
+                hand.work.remove(number)
+                self._tell(number, turns)
 
     def _failed(self, number, why):
         """A reward failed: once more at the end of the line, or the group is dropped."""
@@ -1035,11 +1024,6 @@ class Pool:
         if self.in_a_row >= self.patience:
             raise ValueError(f'the reward failed for {self.in_a_row} prompts one after the other, at last '
                              f'with: {why}')
-
-
-def last_line(error):
-    """What an error says, without the traceback of the process it happened in."""
-    return str(error).strip().splitlines()[-1]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1063,12 +1047,13 @@ class RolloutWorker:
         self.open = {}  # number of a group -> its requests
 
     def ready(self):
-        """Answers once the process is up."""
+        """True once the process is up."""
+        return True
 
     def run(self, jobs, version, weights, seconds):
         """Loads weights (a state dict, or with LoRA the adapter's part of one; None: all stays as it is),
         takes on jobs [(number, [(ids, SamplingParams)])], samples for `seconds` or until all is done. ->
-        [(number, [Turn])] of the finished ones."""
+        [(number, [infer.Completion])] of the finished ones."""
         if weights is not None:
             weights = {**self.engine.model.state_dict(), **weights}
             self.engine.load_weights(weights, version, recompute=True)
@@ -1080,10 +1065,7 @@ class RolloutWorker:
         done = []
         for number, requests in list(self.open.items()):
             if all(request.finish_reason for request in requests):
-                found = [request.completion() for request in self.open.pop(number)]
-                turns = [Turn(c.token_ids, c.logprobs, c.weight_versions, c.finish_reason == 'stop')
-                         for c in found]
-                done.append((number, turns))
+                done.append((number, [request.completion() for request in self.open.pop(number)]))
         return done
 
 
@@ -1104,7 +1086,6 @@ class Rollouts(Pool):
 
     def __init__(self, model, tokenizer, jobs, batch, max_staleness=1, rollout_workers=1, runtime='local',
                  position=0, device='cpu', engine=None, **pool):
-        self.actors = actors = with_actors()
         self.batch = batch
         self.max_staleness = max_staleness
         self.position = self.next = position
@@ -1113,14 +1094,12 @@ class Rollouts(Pool):
         self.version = self.weights = self.error = None
         self.cv = threading.Condition()
         self.closed = False
-        own = not actors.is_initialized()
         free = free_gpus(device)
         gpus = len(free)
-        if own:
-            with only(free):
-                start_runtime(actors, runtime, rollout_workers + pool.get('reward_workers', 0), gpus)
+        processes = rollout_workers + pool.get('reward_workers', 0)
+        actors, own = start_runtime(runtime, processes, free)
         super().__init__(get_tokenizer(tokenizer), **pool)
-        self.own = own
+        self.actors, self.own = actors, own
         tokenizer = os.path.abspath(tokenizer) if os.path.exists(tokenizer) else tokenizer
         share = dict(num_gpus=min(1, gpus / rollout_workers)) if gpus else {}
         worker = actors.remote(RolloutWorker).options(num_cpus=1, **share)
@@ -1201,8 +1180,8 @@ class Rollouts(Pool):
         return self.weights is not None and self.taken + len(self.open) + waiting < self.limit
 
     def _issue(self):
-        """Hands out prompts within the capacity, and gives every idle rollout worker its next call, lowest
-        number first."""
+        """Hands out prompts within the capacity, and gives every idle rollout worker its next call. Each has
+        an even share of all that is open, lowest number first, and as many as its engine has rows for."""
         with self.cv:
             while self._may_issue():
                 self._begin(self.next, next(self.jobs))
@@ -1210,47 +1189,26 @@ class Rollouts(Pool):
             version = self.version
             weights = self.weights
         self.pending.sort()
+        under_way = [number for hand in self.rollers for number in hand.work] + self.pending
+        if not under_way:
+            return
+        rows = max(1, self.size // self.open[under_way[0]].params.n)
+        share = min(rows, -(-len(under_way) // len(self.rollers)))
         for hand in self.rollers:
-            if hand.call is None and (hand.work or self.pending):
-                jobs = [(number, self.open[number].asks[1]) for number in self._share(hand)]
-                fresh = weights if hand.version != version else None
-                hand.version = version
-                hand.go(hand.actor.run.remote(jobs, version, fresh, SLICE), SILENCE)
-
-    def _share(self, hand):
-        """Moves prompts from `pending` to a worker: an even share of all that is open, as many as its
-        engine has rows for."""
-        open_ = len(self.pending) + sum(len(other.work) for other in self.rollers)
-        answers = self.open[(hand.work or self.pending)[0]].samples()
-        most = min(-(-open_ // len(self.rollers)), max(1, self.size // answers))
-        new = self.pending[:max(0, most - len(hand.work))]
-        self.pending = self.pending[len(new):]
-        hand.work += new
-        return new
-
-    def _sampled(self, hand, result):
-        for number, turns in result:
-            hand.work.remove(number)
-            self._tell(number, turns)
+            if hand.call is None:
+                new = self.pending[:max(0, share - len(hand.work))]
+                del self.pending[:len(new)]
+                hand.work += new
+                if hand.work:
+                    jobs = [(number, self.open[number].asks[1]) for number in new]
+                    fresh = weights if hand.version != version else None
+                    hand.version = version
+                    hand.go(hand.actor.run.remote(jobs, version, fresh, SLICE), SILENCE)
 
     def _finish(self, number, group):
         with self.cv:  # from here on it is the trainer's
             super()._finish(number, group)
             self.cv.notify_all()
-
-
-def start_runtime(actors, runtime, processes, gpus):
-    """Starts or joins what the workers run in."""
-    if runtime == 'local':
-        actors.init(num_cpus=processes, num_gpus=gpus)
-    elif runtime == 'ray':
-        cpus = None if os.environ.get('RAY_ADDRESS') else processes  # a cluster has its own
-        actors.init(backend='ray', include_dashboard=False, num_cpus=cpus)
-    elif ':' in runtime:
-        actors.init(address=runtime)
-    else:
-        raise ValueError(f"runtime {runtime!r}: expected 'local', 'ray' or HOST:PORT of python actors.py "
-                         "--head=True")
 
 
 def free_gpus(device):

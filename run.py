@@ -55,91 +55,58 @@ from tokenizer import get_tokenizer
 # models from anywhere
 
 
+def checkpoint_of(name):
+    """The checkpoint file that is meant: ckpt.pt of an out_dir, or the file itself; None: it is neither."""
+    there = filter(os.path.isfile, (os.path.join(name, 'ckpt.pt'), name))
+    return next(there, None)
+
+
 def load_model(init_from, device='cpu', dtype=torch.float32, head='lm'):
     """(GPT, tokenizer name or directory) from an out_dir, a ckpt file, an HF or PEFT directory, or a hub
     name. Always a plain model: an adapter is merged into its base. A language model asked for with
     head='scalar' gets a fresh head; None: the one that it has. ValueError, one line, for what is no model."""
-    inside = os.path.join(init_from, 'ckpt.pt')
-    file = inside if os.path.exists(inside) else init_from
-    if not os.path.isfile(file):
-        if os.path.exists(os.path.join(init_from, 'adapter_config.json')):
-            return _from_peft(init_from, device, dtype, head)
+    file = checkpoint_of(init_from)
+    adapted = None
+    if file:
+        ckpt = parallel.read_checkpoint(file, mmap=True)
+        config, state, tokenizer = GPTConfig(**ckpt['model_args']), ckpt['model'], ckpt['tokenizer']
+        if ckpt.get('lora'):
+            adapted = with_adapter(ckpt, dtype)
+    elif os.path.exists(os.path.join(init_from, 'adapter_config.json')):
+        adapted, tokenizer = _from_peft(init_from, dtype)
+    else:
         folder = files.resolve(init_from)
         return GPT.from_pretrained(folder, head, dtype).to(device), folder
-    ckpt = parallel.read_checkpoint(file, mmap=True)
-    config, state = GPTConfig(**ckpt['model_args']), ckpt['model']
-    own_head = 'scalar' if 'score.weight' in state else 'lm'
-    head = head or own_head
-    if ckpt.get('lora'):
-        base, _ = load_model(ckpt['lora']['base'], 'cpu', dtype, own_head)
-        model = _merged(lora.load_state(base, ckpt['lora'], state), file, dtype, head)
-    else:
-        model = _plain(config, state, file, dtype, head)
-    return model.to(device), ckpt['tokenizer']
-
-
-def _plain(config, state, where, dtype, head):
-    """A model of this config and head with the weights of `state`; a head that is not there is drawn."""
+    if adapted:
+        merged = lora.merge_lora(adapted)
+        config, state = merged.config, merged.state_dict()
     with torch.device('meta'):
-        model = GPT(config, head)
-    return fill(model, state, where, dtype)
+        model = GPT(config, head or _head(state))
+    return fill(model, state, file or init_from, dtype).to(device), tokenizer
 
 
-def _merged(adapted, where, dtype, head):
-    """The plain model that an adapted one amounts to."""
-    merged = lora.merge_lora(adapted)
-    return _plain(merged.config, merged.state_dict(), where, dtype, head)
+def _head(state):
+    return 'scalar' if 'score.weight' in state else 'lm'
 
 
-def _from_peft(folder, device, dtype, head):
-    """load_model for a PEFT directory: the base that it names, the adapter merged; its own tokenizer if it
+def with_adapter(ckpt, dtype=torch.float32):
+    """The model of a checkpoint that holds an adapter alone: on the base that it names, as trained."""
+    base, _ = load_model(ckpt['lora']['base'], dtype=dtype, head=_head(ckpt['model']))
+    return lora.load_state(base, ckpt['lora'], ckpt['model'])
+
+
+def _from_peft(folder, dtype):
+    """(the adapted model, tokenizer) of a PEFT directory: on the base that it names; its own tokenizer if it
     has one."""
     config = read_json(os.path.join(folder, 'adapter_config.json'))
-    if not config.get('base_model_name_or_path'):
+    name = config.get('base_model_name_or_path')
+    if not name:
         raise ValueError(f'{folder}: adapter_config.json names no base model (base_model_name_or_path)')
-    own_head = 'scalar' if config.get('task_type') == 'SEQ_CLS' else 'lm'
-    base, tokenizer = load_model(config['base_model_name_or_path'], 'cpu', dtype, own_head)
-    brought = any(os.path.exists(os.path.join(folder, f)) for f in ('tokenizer.json', 'vocab.json'))
-    model = _merged(lora.load_lora(base, folder), folder, dtype, head or own_head)
-    return model.to(device), folder if brought else tokenizer
-
-
-def adapter_of(config):
-    """A stage's keys lora_r, lora_alpha ... as the arguments of lora.add_lora."""
-    return {key.removeprefix('lora_'): config[key] for key in config if key.startswith('lora_')}
-
-
-def open_model(init_from, ckpt=None, head='lm', tokenizer='', scratch=None, r=0, **adapter):
-    """(model, tokenizer name) for a stage: resumed from `ckpt` (the dict of open_run), new from `scratch` (a
-    GPTConfig), or loaded from `init_from`; with r > 0 (or an adapter in ckpt) frozen but for the adapter, see
-    lora.add_lora."""
-    if ckpt and ckpt.get('lora'):
-        model, _ = load_model(ckpt['lora']['base'], head=head)
-        model.lora_info = ckpt['lora']
-        return lora.load_state(model, ckpt['lora'], ckpt['model']), ckpt['tokenizer']
-    if ckpt:
-        model = GPT(GPTConfig(**ckpt['model_args']), head)
-        model.load_state_dict(ckpt['model'])
-        return model, ckpt['tokenizer']
-    if init_from == 'scratch':
-        model, found = GPT(scratch, head), tokenizer
-    else:
-        model, found = load_model(init_from, head=head)
-    if r:
-        lora.add_lora(model, r, **adapter)
-        base = os.path.abspath(init_from) if os.path.exists(init_from) else init_from  # from any folder, then
-        model.lora_info = lora.describe(model, base)  # now: a pipeline stage will not have all layers
-    return model, tokenizer or found
-
-
-def checkpoint_keys(model):
-    """The keys model_args and lora of a checkpoint, and which of the model's tensors it keeps: all, or with
-    LoRA those of the adapters and the scalar head; `lora` then says where their base lies."""
-    info = getattr(getattr(model, 'body', model), 'lora_info', None)
-    if info is None:
-        return dict(model_args=dataclasses.asdict(model.config), lora=None)
-    info = {**info, 'reward_bias': model.config.reward_bias}
-    return dict(model_args=dataclasses.asdict(model.config), lora=info, keep=lora.is_adapter)
+    head = 'scalar' if config.get('task_type') == 'SEQ_CLS' else 'lm'
+    base, tokenizer = load_model(name, dtype=dtype, head=head)
+    if any(os.path.exists(os.path.join(folder, file)) for file in ('tokenizer.json', 'vocab.json')):
+        tokenizer = folder
+    return lora.load_lora(base, folder), tokenizer
 
 
 def check_fit(model, name, tok, T):
@@ -169,28 +136,6 @@ def activation_bytes(c, tokens, T, itemsize=4, checkpointing=False):
     return tokens * (per_token + 4 * c.n_embd) * itemsize
 
 
-def kv_cache_bytes(c, tokens, itemsize=4):
-    return 2 * c.n_layer * tokens * c.n_kv_head * c.head_size * itemsize
-
-
-def training_bytes(model, mesh=None, itemsize=4):
-    """(weights, gradients, AdamW's two moments) in bytes; frozen parameters cost their weight only. With a
-    mesh of several ranks: on the fullest rank once `parallel.shard` has cut the model."""
-    if mesh is not None and mesh.world > 1:
-        part = mesh.plan(model)
-        return part['weights'], part['gradients'] + part['in_flight'], part['optimizer']
-    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return sum(p.nbytes for p in model.parameters()), n * itemsize, 2 * n * itemsize
-
-
-def memory_plan(parts):
-    """{what: bytes} -> prints one line a part and the sum; returns the sum."""
-    total = sum(parts.values())
-    said = ' + '.join(f'{k} {v / 1e9:.2f}' for k, v in parts.items() if v)
-    print(f'memory plan: {said} = {total / 1e9:.2f} GB')
-    return total
-
-
 def memory_now(device, peak=False):
     """Bytes that this process holds: torch's allocator on CUDA, the resident set on CPU (peak: the highest so
     far)."""
@@ -207,25 +152,8 @@ def memory_now(device, peak=False):
         return 0  # no /proc (Mac): the measured peak then includes the interpreter
 
 
-_malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
-_heap = None  # resident bytes one step after the last trim
-
-
-def trim_heap(grown=1.25):
-    """Gives freed memory back to the system once the process has grown by a quarter since the last time;
-    returns the bytes (0: not now, or no glibc). Batches whose lengths always differ leave glibc's heap full
-    of holes: 120 steps of a model of 0.66 M parameters held 0.54 GB in use and 1.39 GB in all. Called after a
-    step, when its activations are free."""
-    global _heap
-    now = memory_now(torch.device('cpu'))
-    if _malloc_trim is None or _heap is not None and now < grown * _heap:
-        return 0
-    if _heap is None:
-        _heap = now  # with what one step leaves behind
-        return 0
-    _malloc_trim(0)
-    _heap = None
-    return now - memory_now(torch.device('cpu'))
+# gives freed memory back to the system: batches whose lengths always differ leave glibc's heap full of holes
+trim_heap = getattr(ctypes.CDLL(None), 'malloc_trim', int) if sys.platform == 'linux' else int
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -299,28 +227,27 @@ def open_run(out_dir, init_from, overwrite, stage, mesh=parallel.ALONE):
     overwritten unasked; one that torchrun has restarted goes on. mesh: of parallel.init. ValueError tells
     what to do."""
     file = os.path.join(out_dir, 'ckpt.pt')
-    if mesh.restarted(out_dir) and os.path.exists(file):
-        init_from = 'resume'
-    if init_from == 'resume':
-        if not os.path.exists(file):
-            raise ValueError(f'{file}: nothing to resume from; start without --init_from=resume')
-        own_folder(out_dir, mesh)
+    there = os.path.exists(file)
+    resume = init_from == 'resume' or there and mesh.restarted(out_dir)
+    if resume and not there:
+        raise ValueError(f'{file}: nothing to resume from; start without --init_from=resume')
+    if there and not resume and not overwrite:
+        raise ValueError(f'{out_dir} already holds a run: --init_from=resume continues it, --out_dir=... '
+                         f'starts another, --overwrite=True replaces it')
+    own_folder(out_dir, mesh)
+    ckpt = None
+    if resume:
         ckpt = parallel.read_checkpoint(file, mmap=mesh.world > 1)  # ranks share its pages
         theirs = stage_of(ckpt['config'])
         if theirs != stage:
             raise ValueError(f'{out_dir} is a run of {theirs}.py, this is {stage}.py: give another --out_dir')
-        mesh.mark(out_dir)
         mesh.saved(file, ckpt['iter'])
-        return ckpt
-    if os.path.exists(file) and not overwrite:
-        raise ValueError(f'{out_dir} already holds a run: --init_from=resume continues it, --out_dir=... '
-                         f'starts another, --overwrite=True replaces it')
-    own_folder(out_dir, mesh)
-    mesh.barrier()  # all have looked
-    if mesh.agent and mesh.master and os.path.exists(file):
-        os.remove(file)  # or torchrun, starting us again before the first checkpoint, would resume that
+    else:
+        mesh.barrier()  # all have looked
+        if mesh.agent and mesh.master and there:
+            os.remove(file)  # or torchrun, starting us again before the first checkpoint, would resume that
     mesh.mark(out_dir)
-    return None
+    return ckpt
 
 
 def same_settings(config, old, out_dir):
@@ -353,18 +280,15 @@ def rows_before(path, ckpt):
     a resumed run stands there twice; so is the half line that a kill left."""
     kept = []
     if ckpt and os.path.exists(path):
+        end = 2 * ckpt['iter'] + ckpt.get('evaluated', True)  # an iteration's evaluation precedes its update
         with open(path, encoding='utf-8') as f:
             lines = f.readlines()
         for text in lines:
-            try:
+            with contextlib.suppress(ValueError):
                 row = json.loads(text)
-            except ValueError:
-                continue
-            before = row['step'] < ckpt['iter']
-            if row['step'] == ckpt['iter']:  # its evaluation comes before its update
-                before = row.get('split') != 'train' and ckpt.get('evaluated', True)
-            if before and row.get('split') != 'config':
-                kept.append(text)
+                split = row.get('split')
+                if split != 'config' and 2 * row['step'] + (split == 'train') < end:
+                    kept.append(text)
     return kept
 
 
@@ -395,26 +319,26 @@ def open_logger(name, out_dir, config, ckpt):
         raise ValueError(f"log_to {name!r}: expected 'tensorboard', 'wandb' or a FILE.py that defines "
                          f"log(step, split, metrics)")
     try:
-        if name == 'tensorboard':
-            from torch.utils.tensorboard import SummaryWriter
-        else:
+        if name == 'wandb':
             import wandb
+        else:
+            from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(f'log_to {name!r}: it is not installed, pip install {name}') from None
     if name == 'wandb':
         same = hashlib.sha256(os.path.abspath(out_dir).encode()).hexdigest()[:16]  # also when resumed
-        run = wandb.init(project='plainRLHF', name=os.path.basename(out_dir), dir=out_dir, config=config,
-                         id=same, resume='allow' if ckpt else None)
-
-        def log(step, split, metrics):
-            run.log({f'{split}/{key}': value for key, value in metrics.items()}, step=step)
-        return log
-    writer = SummaryWriter(out_dir, purge_step=ckpt['iter'] if ckpt else None)
+        there = wandb.init(project='plainRLHF', name=os.path.basename(out_dir), dir=out_dir, config=config,
+                           id=same, resume='allow' if ckpt else None)
+    else:  # it forgets what it had of the checkpoint's iteration on
+        there = SummaryWriter(out_dir, purge_step=ckpt['iter'] if ckpt else None)
 
     def log(step, split, metrics):
-        for key, value in metrics.items():
-            writer.add_scalar(f'{split}/{key}', value, step)
-        writer.flush()
+        row = {f'{split}/{key}': value for key, value in metrics.items()}
+        if name == 'wandb':
+            return there.log(row, step=step)
+        for key, value in row.items():
+            there.add_scalar(key, value, step)
+        there.flush()
     return log
 
 
@@ -424,8 +348,9 @@ class RunLog:
     log_to names; one that fails is told of and left out, the run goes on. master: of several ranks one
     writes."""
 
-    def __init__(self, out_dir, config, ckpt=None, master=True):
-        self.file, self.began = None, time.time() - (ckpt['time'] if ckpt else 0)
+    def __init__(self, out_dir, config, ckpt, master):
+        self.file = None
+        self.began = time.time() - (ckpt['time'] if ckpt else 0)
         if not master:
             return
         first = json.dumps(dict(step=0, time=0.0, split='config', **config)) + '\n'
@@ -435,34 +360,37 @@ class RunLog:
             with files.replaced(path, 'w') as f:
                 f.writelines(lines)
         self.file = open(path, 'a', buffering=1, encoding='utf-8')
-        names = [name.strip() for name in config.get('log_to', '').split(',') if name.strip()]
+        names = filter(None, map(str.strip, config['log_to'].split(',')))
         self.others = {name: open_logger(name, out_dir, config, ckpt) for name in names}
-        if ckpt and 'tensorboard' in self.others:  # it forgets what it had of this step on
+        if ckpt and 'tensorboard' in self.others:  # see its purge_step
             for row in map(json.loads, lines[1:]):
                 if row['step'] == ckpt['iter']:
-                    del row['time']
-                    self.send('tensorboard', row.pop('step'), row.pop('split'), row)
+                    self.send('tensorboard', row)
 
     def elapsed(self):
         return time.time() - self.began
 
-    def row(self, step, split, **metrics):
+    def row(self, step, split, metrics):
         """Writes one row; metrics are numbers, words or lists of them."""
         if self.file is not None:
             row = dict(step=step, time=round(self.elapsed(), 3), split=split, **metrics)
             self.file.write(json.dumps(row) + '\n')
             for name in list(self.others):
-                self.send(name, step, split, metrics)
-        trim_heap()
+                self.send(name, row)
 
-    def send(self, name, step, split, metrics):
-        """One row to another logger."""
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    def send(self, name, row):
+        """The numbers of one row to another logger."""
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        step = numbers.pop('step')
+        del numbers['time']
         try:
-            self.others[name](step, split, numbers)
+            self.others[name](step, row['split'], numbers)
         except Exception as e:
             print(f'log_to {name} failed at step {step} ({type(e).__name__}: {e}): no more rows go there')
             del self.others[name]
+
+
+RESUME_LOWER = 'resume from it with a lower learning_rate or grad_clip'
 
 
 def check_finite(step, out_dir, **metrics):
@@ -470,7 +398,7 @@ def check_finite(step, out_dir, **metrics):
     for name, value in metrics.items():
         if isinstance(value, (int, float)) and not math.isfinite(value):
             raise ValueError(f'iter {step}: {name} is {value}; the last good checkpoint is '
-                             f'{out_dir}/ckpt.pt: resume from it with a lower learning_rate or grad_clip')
+                             f'{out_dir}/ckpt.pt: {RESUME_LOWER}')
 
 
 def eta(seconds):
@@ -551,10 +479,9 @@ class Run:
         sys.excepthook = functools.partial(self.failed, sys.excepthook)
         device, self.dtype = pick_device(config['device'], config['dtype'])
         kernels.use(config['kernels'])
-        tp, pp, cp = config['tp'], config['pp'], config['cp']
         parallel.check_stage(stage, config)
-        self.mesh = parallel.init(tp, pp, cp, config['zero'], config['dist_timeout'], device, config['seed'],
-                                  quiet=True)
+        sizes = [config[key] for key in ('tp', 'pp', 'cp', 'zero', 'dist_timeout')]
+        self.mesh = parallel.init(*sizes, device, config['seed'], quiet=True)
         self.device = self.mesh.device
         data = config['dataset']
         self.val_name = config['val_dataset'] or f'{data} (5 % kept aside)'
@@ -576,33 +503,46 @@ class Run:
     def failed(self, otherwise, kind, error, tb):
         """Python's last word on an error. Two kinds get one line of their own: memory that ran out, and
         weights that sampling found broken."""
+        said = str(error)
         if issubclass(kind, FloatingPointError):
-            print(f'error: {error}; the last good checkpoint is {self.out_dir}/ckpt.pt: resume from it with '
-                  f'a lower learning_rate or grad_clip', file=sys.stderr)
-            sys.exit(2)
-        known = kind.__name__ == 'OutOfMemoryError' or issubclass(kind, MemoryError)
-        if not known and 'DefaultCPUAllocator' not in str(error):
+            said = f'{said}; the last good checkpoint is {self.out_dir}/ckpt.pt: {RESUME_LOWER}'
+        elif kind.__name__ in ('OutOfMemoryError', 'MemoryError') or 'DefaultCPUAllocator' in said:
+            asked = re.findall(r'tried to allocate [\d.]+ \w+', said, re.I)[:1]
+            savers = ('micro_tokens', 'checkpointing', 'max_num_seqs', 'lora_r', 'batch_size')
+            keys = ', '.join(f'{key} (now {self.config[key]})' for key in savers if key in self.config)
+            said = (f'{": ".join(["out of memory", *asked])}; the plan was {self.planned / 1e9:.2f} GB. What '
+                    f'helps, the cheapest first: {keys}')
+        else:
             return otherwise(kind, error, tb)
-        asked = re.search(r'tried to allocate [\d.]+ \w+', str(error), re.I)
-        asked = ': ' + asked[0] if asked else ''
-        savers = ('micro_tokens', 'checkpointing', 'max_num_seqs', 'lora_r', 'batch_size')
-        keys = ', '.join(f'{key} (now {self.config[key]})' for key in savers if key in self.config)
-        print(f'error: out of memory{asked}; the plan was {self.planned / 1e9:.2f} GB. What helps, the '
-              f'cheapest first: {keys}', file=sys.stderr)
+        print(f'error: {said}', file=sys.stderr)
         sys.exit(2)
 
     # ---- models and rows
 
     def model(self, head='lm', scratch=None, dropout=0.0):
-        """(model on the device, its tokenizer): resumed, loaded, or made of `scratch` (a GPTConfig)."""
-        c = self.config
-        if c['init_from'] == 'scratch' and scratch is None and not self.ckpt:
+        """(model on the device, its tokenizer): resumed, loaded, or made of `scratch` (a GPTConfig); with
+        lora_r frozen but for an adapter, see lora.add_lora."""
+        c, name = self.config, self.config['init_from']
+        self.lora = self.ckpt.get('lora') if self.ckpt else None  # what a checkpoint says of its adapter
+        if self.lora:
+            model, tokenizer = with_adapter(self.ckpt), self.ckpt['tokenizer']
+        elif self.ckpt:
+            model, tokenizer = load_model(self.out_dir, head=head)
+        elif name != 'scratch':
+            model, tokenizer = load_model(name, head=head)
+        elif scratch:
+            model, tokenizer = GPT(scratch, head), ''
+        else:
             raise ValueError(f'{c["stage"]}.py starts from a model that can answer: --init_from=out-sft '
                              f'(made by python sft.py config/sft_toy.py), a name or a directory')
-        model, self.tokenizer = open_model(c['init_from'], self.ckpt, head, c['tokenizer'], scratch,
-                                           **adapter_of(c))
+        if c['lora_r'] and not self.ckpt:
+            keys = [key for key in c if key.startswith('lora_')]
+            lora.add_lora(model, **{key.removeprefix('lora_'): c[key] for key in keys})
+            base = os.path.abspath(name) if os.path.exists(name) else name  # from any folder, then
+            self.lora = lora.describe(model, base)  # now: a pipeline stage will not have all layers
+        self.tokenizer = c['tokenizer'] or tokenizer
         tok = get_tokenizer(self.tokenizer)
-        check_fit(model, c['init_from'], tok, 0)
+        check_fit(model, name, tok, 0)
         model.config.dropout, model.checkpointing = dropout, c['checkpointing']
         model = model.to(self.device)
         self.n_params = model.num_params()
@@ -616,8 +556,9 @@ class Run:
         tokens; None where it is the policy itself with its adapter off, which costs nothing."""
         if lora.adapted(policy) and not name:
             return None
-        model, _ = load_model(name or self.config['init_from'], self.device)
-        check_fit(model, name or self.config['init_from'], tok, T)
+        name = name or self.config['init_from']
+        model, _ = load_model(name, self.device)
+        check_fit(model, name, tok, T)
         model.config.dropout = 0.0
         self.memory['reference'] += sum(p.nbytes for p in model.parameters())
         return parallel.shard(model.requires_grad_(False).eval(), self.mesh)
@@ -657,11 +598,13 @@ class Run:
     def trained(self, model, learning_rate, eps=1e-8, key='model'):
         """(this rank's part of the model, its AdamW). key: where they stand in a checkpoint, 'model' or
         'value'."""
-        c, whole = self.config, training_bytes(model)[0]
+        c = self.config
         if not self.networks:  # what the process holds besides models: interpreter, torch, data
-            self.base = memory_now(self.device) - whole - sum(self.memory.values())
-        for name, size in zip(('weights', 'grads', 'adam'), training_bytes(model, self.mesh)):
-            self.memory[name] += size
+            models = sum(p.nbytes for p in model.parameters()) + sum(self.memory.values())
+            self.base = memory_now(self.device) - models
+        part = self.mesh.plan(model)  # on the fullest rank
+        gradients = part['gradients'] + part['in_flight'] * (self.mesh.world > 1)
+        self.memory.update(weights=part['weights'], grads=gradients, adam=part['optimizer'])
         self.n_trained = sum(p.numel() for _, p in lora.trainable(model))
         model = parallel.shard(model, self.mesh)
         betas = c['beta1'], c['beta2']
@@ -680,7 +623,10 @@ class Run:
         tokens = tokens // (self.config['tp'] * self.config['cp'])
         more['activations'] = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
         more['logits'] = kernels.logits_bytes(self.device, tokens, c.vocab_size)
-        self.planned = memory_plan({**self.memory, **more})
+        parts = {**self.memory, **more}
+        self.planned = sum(parts.values())
+        said = ' + '.join(f'{what} {size / 1e9:.2f}' for what, size in parts.items() if size)
+        print(f'memory plan: {said} = {self.planned / 1e9:.2f} GB')
         where = f'{self.device}{self.mesh.words()}, {self.dtype}, {self.threads} threads'
         if self.device.type == 'cpu' and self.threads > 1:  # how long an idle one looks for work
             where += f' (spin {os.environ.get("GOMP_SPINCOUNT", "of libgomp")})'
@@ -709,13 +655,13 @@ class Run:
 
     def iterations(self, max_iters):
         """0 .. max_iters, or from where the checkpoint stood; at max_iters a stage only evaluates."""
-        self.max_iters, self.start = max_iters, self.ckpt['iter'] if self.ckpt else 0
+        start = self.ckpt['iter'] if self.ckpt else 0
         if self.ckpt:
             self.mesh.set_rng_state(self.ckpt['rng'])
         self.log_file = RunLog(self.out_dir, self.config, self.ckpt, self.mesh.master)
         self.mesh.listen()  # from here on the first Ctrl-C or SIGTERM lets the iteration end
-        self.saved = time.time()
-        for it in range(self.start, max_iters + 1):
+        self.saved = self.trimmed = time.time()
+        for it in range(start, max_iters + 1):
             self.clock = time.time()
             yield it
             minutes = self.mesh.everyone.share_object((time.time() - self.saved) / 60, 0, 'clock')
@@ -732,9 +678,9 @@ class Run:
         """Is it time to evaluate? Not where a checkpoint that holds this very evaluation was resumed."""
         if self.config['eval_only']:
             return True
-        if self.ckpt and it == self.start and self.ckpt.get('evaluated', True):
+        if self.ckpt and it == self.ckpt['iter'] and self.ckpt.get('evaluated', True):
             return False
-        return it % self.config['eval_interval'] == 0 or it == self.max_iters
+        return it % self.config['eval_interval'] == 0 or it == self.config['max_iters']
 
     def evaluated(self, it, metrics, mark, show, lower=False):
         """Ends an evaluation: numbers that are not finite stop the run, and the last good checkpoint stays;
@@ -742,7 +688,7 @@ class Run:
         "best" goes by, higher is better unless lower=True; show: the metrics on the console."""
         check_finite(it, self.out_dir, mark=mark, **metrics)
         print(f'step {it}: val {line(metrics, show)}')
-        self.log_file.row(it, 'eval', **{k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+        self.log_file.row(it, 'eval', {k: v for k, v in metrics.items() if isinstance(v, (int, float))})
         if not self.config['eval_only']:
             better = self.best is None or (mark < self.best if lower else mark > self.best)
             self.best = mark if better else self.best
@@ -755,10 +701,14 @@ class Run:
         model, optimizer = self.networks['model']
         value = self.networks.get('value', (None, None))  # PPO's second network and its optimizer
         state = dict(self.extra, config=self.config, tokenizer=self.tokenizer, iter=it, best=self.best)
+        state |= dict(time=self.log_file.elapsed(), evaluated=evaluated)
         state['data'] = self.cursor.state_dict() if self.cursor is not None else None
-        state |= dict(time=self.log_file.elapsed(), evaluated=evaluated, **checkpoint_keys(model))
+        state['model_args'] = dataclasses.asdict(model.config)
+        bias = model.config.reward_bias
+        state['lora'] = dict(self.lora, reward_bias=bias) if self.lora else None
+        keep = lora.is_adapter if self.lora else None  # its base lies where it lay
         file = os.path.join(self.out_dir, 'ckpt.pt')
-        parallel.save_checkpoint(file, self.mesh, model, optimizer, *value, also=best, **state)
+        parallel.save_checkpoint(file, self.mesh, model, optimizer, *value, keep=keep, also=best, **state)
         self.saved = time.time()
 
     def replace(self, path, saved):
@@ -771,14 +721,19 @@ class Run:
     def log(self, it, metrics, show):
         """One row of log.jsonl, its speed added; a line of it every tenth iteration, and for each that takes
         a second."""
-        seconds = time.time() - self.clock
+        now = time.time()
+        seconds = now - self.clock
+        if now - self.trimmed > 1:  # some ms; the step's activations are free
+            trim_heap(0)
+            self.trimmed = now
         metrics = {k: (v.item() if torch.is_tensor(v) else v) for k, v in metrics.items()}
         metrics['tok_per_s'] = metrics['tokens'] / seconds
         check_finite(it, self.out_dir, **metrics)
-        self.log_file.row(it, 'train', **metrics)
+        self.log_file.row(it, 'train', metrics)
         if it % 10 == 0 or seconds > 1:
-            left = eta((self.max_iters - it) * seconds)
-            print(f'iter {it}/{self.max_iters} | {line(metrics, show)} | {seconds * 1e3:.0f} ms | '
+            last = self.config['max_iters']
+            left = eta((last - it) * seconds)
+            print(f'iter {it}/{last} | {line(metrics, show)} | {seconds * 1e3:.0f} ms | '
                   f'{metrics["tok_per_s"]:,.0f} tok/s | eta {left}')
 
     def finish(self, said):
@@ -799,21 +754,20 @@ def export(init_from, to, adapter=False, dtype='float32'):
     beside it, into `to`/base, for PEFT to find. ValueError for a folder that is not empty."""
     if not to or (os.path.exists(to) and os.listdir(to)):
         raise ValueError(f'to {to!r}: name a folder that is new or empty, --to=DIR')
-    if not adapter:
-        model, tokenizer = load_model(init_from, head=None)
-        model.to(getattr(torch, dtype)).save_pretrained(to)
-    else:
-        file = os.path.join(init_from, 'ckpt.pt') if os.path.isdir(init_from) else init_from
-        ckpt = parallel.read_checkpoint(file)
+    if adapter:
+        file = checkpoint_of(init_from)
+        ckpt = parallel.read_checkpoint(file) if file else {}
         if not ckpt.get('lora'):
             raise ValueError(f'{init_from} was trained without an adapter: leave out --adapter=True')
-        base, tokenizer = ckpt['lora']['base'], ckpt['tokenizer']
-        head = 'scalar' if 'score.weight' in ckpt['model'] else 'lm'
-        model, _ = load_model(base, head=head)
-        if os.path.exists(os.path.join(base, 'ckpt.pt')) or os.path.isfile(base):
-            base = os.path.join(os.path.abspath(to), 'base')
-            export(ckpt['lora']['base'], base, dtype=dtype)
-        lora.save_lora(lora.load_state(model, ckpt['lora'], ckpt['model']), to, base=base)
+        model, tokenizer, base = with_adapter(ckpt), ckpt['tokenizer'], ckpt['lora']['base']
+        if checkpoint_of(base):
+            beside = os.path.join(os.path.abspath(to), 'base')
+            export(base, beside, dtype=dtype)
+            base = beside
+        lora.save_lora(model, to, base=base)
+    else:
+        model, tokenizer = load_model(init_from, head=None)
+        model.to(getattr(torch, dtype)).save_pretrained(to)
     get_tokenizer(tokenizer).save(to)
     print(f'{to}: {", ".join(sorted(os.listdir(to)))}')
 

@@ -124,9 +124,11 @@ def test_an_interrupted_answer_goes_on_and_each_token_knows_its_weights():
     assert sorted(id for id, _ in done) == [0, 1, 2] and not worker.open and stats['free_blocks'] + stats['cached_blocks'] == stats['num_blocks']
     several = 0
     for id, answers in done:
-        for ids, logps, versions, ended in answers:
+        for answer in answers:
+            ids, logps, versions = answer.token_ids, answer.logprobs, answer.weight_versions
             several += len(set(versions)) > 1
-            assert len(ids) == len(logps) == len(versions) == 20 and versions == sorted(versions) and not ended
+            assert len(ids) == len(logps) == len(versions) == 20
+            assert versions == sorted(versions) and answer.finish_reason == 'length'
             prompt = jobs[id][1][0][0]
             idx, P = torch.tensor([prompt + ids]), len(prompt)
             for v in set(versions):

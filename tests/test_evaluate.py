@@ -1,4 +1,5 @@
 """evaluate.py: its numbers against enumeration, every form of row, and judges of our own; data/judge.py."""
+import dataclasses
 import itertools
 import json
 import math
@@ -76,14 +77,14 @@ def put(path, rows):
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-    import run
     from model import GPT, GPTConfig
     d = tmp_path_factory.mktemp('eval')
     torch.manual_seed(0)
     for name in ('a', 'b'):
         model = GPT(GPTConfig(arch='gpt2', vocab_size=257, block_size=512, n_layer=1, n_head=2, n_embd=16))
         (d / name).mkdir()
-        ckpt = dict(run.checkpoint_keys(model), model=model.state_dict(), tokenizer='byte')
+        args = dataclasses.asdict(model.config)
+        ckpt = dict(model_args=args, lora=None, model=model.state_dict(), tokenizer='byte')
         torch.save(ckpt, d / name / 'ckpt.pt')
     ask = [f'Q: {i}\nA: ' for i in range(6)]
     put(d / 'rows.jsonl', [{'prompt': p, 'answer': str(i)} for i, p in enumerate(ask)])

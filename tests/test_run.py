@@ -275,11 +275,13 @@ def planned(config):
         model = GPT(GPTConfig.of(**SHAPES['qwen3' if 'qwen3' in config else 'gpt2']))
     if keys.get('lora_r'):
         lora.add_lora(model, keys['lora_r'], 1.0, 0.0, keys.get('lora_targets', ''))
-    c, trained = model.config, sum(run.training_bytes(model))
-    networks = {'ppo': 2 * trained + 2 * run.training_bytes(model)[0], 'dpo': trained + run.training_bytes(model)[0],
-                'grpo': trained + run.training_bytes(model)[0] // 2}.get(os.path.basename(config).split('_')[0], trained)
+    c, part = model.config, parallel.plan(model)
+    weights, trained = part['weights'], part['weights'] + part['gradients'] + part['optimizer']
+    several = {'ppo': 2 * trained + 2 * weights, 'dpo': trained + weights, 'grpo': trained + weights // 2}
+    networks = several.get(os.path.basename(config).split('_')[0], trained)
     activations = run.activation_bytes(c, keys['micro_tokens'], 512)
-    cache = run.kv_cache_bytes(c, keys['max_num_seqs'] * (keys['max_prompt'] + keys['max_new_tokens']), 2)
+    cached = keys['max_num_seqs'] * (keys['max_prompt'] + keys['max_new_tokens'])
+    cache = 2 * 2 * c.n_layer * c.n_kv_head * c.head_size * cached  # keys and values in two bytes
     return networks + activations + cache + min(2 << 30, 4 * keys['micro_tokens'] * c.vocab_size)
 
 
