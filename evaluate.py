@@ -356,29 +356,35 @@ def best_answers(rows: list, texts: list, scores: list) -> list:
     less) are left out."""
     found = []
     for row, answers, marks in zip(rows, by_row(texts), by_row(scores)):
-        best = max(marks)
-        if best > 0.5 or not (reward or env).endswith('.py'):
-            found.append(asked(row) | dict(completion=answers[marks.index(best)], score=best))
+        best, answer = max(worded(answers, marks), key=lambda one: one[0], default=(-math.inf, ''))
+        if answer and (best > 0.5 or not (reward or env).endswith('.py')):
+            found.append(asked(row) | dict(completion=answer, score=best))
     return found
+
+
+def worded(answers: list, marks: list) -> list:
+    """(mark, text) of the answers that say something: no stage takes a row with an empty one."""
+    return [(mark, text) for mark, text in zip(marks, answers) if text.strip()]
 
 
 def preference_pairs(rows: list, columns: dict) -> list:
     """{"prompt", "chosen", "rejected"}: of each row the best answer against the worst, where their scores
     differ; with `against` each answer against the other model's, as the judge has it."""
     pairs = []
-    said = columns['completions']
+    texts = columns['completions']
     if 'outcomes' in columns:
-        for i, (ours, theirs) in enumerate(zip(said, columns['against'])):
+        for i, (ours, theirs) in enumerate(zip(texts, columns['against'])):
             told = dict(wins=(ours, theirs), losses=(theirs, ours))
             sides = told.get(columns['outcomes'][i])  # chosen, rejected
-            if sides and ours != theirs:
+            if sides and ours != theirs and ours.strip() and theirs.strip():
                 pairs.append((rows[i // num_samples], *sides))
     else:
-        for row, answers, marks in zip(rows, by_row(said), by_row(columns['scores'])):
-            best = max(marks)
-            worst = min(marks)
-            if best > worst + tie:
-                pairs.append((row, answers[marks.index(best)], answers[marks.index(worst)]))
+        for row, answers, marks in zip(rows, by_row(texts), by_row(columns['scores'])):
+            said = worded(answers, marks)
+            best = max(said, key=lambda one: one[0], default=None)
+            worst = min(said, key=lambda one: one[0], default=None)
+            if said and best[0] > worst[0] + tie:
+                pairs.append((row, best[1], worst[1]))
     return [dict(asked(row), chosen=chosen, rejected=rejected) for row, chosen, rejected in pairs]
 
 

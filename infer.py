@@ -1398,7 +1398,8 @@ def open_engine(config):
     names = 'max_num_seqs max_num_batched_tokens block_size num_blocks prefix_caching threads'.split()
     sizes = {name: config[name] for name in names}
     if place.type == 'cuda':
-        sizes['kv_memory'] = int(0.9 * _free_memory(place))  # nobody else wants it; the rest is for activations
+        # nobody else wants it; the rest is for activations
+        sizes['kv_memory'] = int(0.9 * _free_memory(place))
     engine = Engine(model.eval(), get_tokenizer(tokenizer), seed=seed, **sizes)
     print(engine, file=sys.stderr)
     return engine

@@ -6,7 +6,7 @@
     answers.start(policy, reference, rewards)         # the policy as it is trained
     batch = answers.next(it)                          # B answers in whatever mode: see Batch
     total, each = rewards(batch)                      # (B,) and {'a.py': (B,), 'out-reward': (B,)}
-    logp, entropy = answers.logprobs(policy, batch[rows])       # (b, r), with gradient
+    logp, entropy, _ = answers.logprobs(policy, batch[rows])    # (b, r), with gradient
 
 Asynchronous rollouts, the second half of the file, follow AReaL (2505.24298): engines in actors run ahead of
 the trainer.

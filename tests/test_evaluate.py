@@ -133,6 +133,22 @@ def rows_of(path):
         return [json.loads(line) for line in f]
 
 
+def test_answers_that_say_nothing_are_no_rows(monkeypatch):
+    """A stage refuses an empty completion, so none is written: as best, as chosen or as rejected."""
+    for key, value in dict(num_samples=3, reward='out-reward', tie=0.0).items():
+        monkeypatch.setattr(E, key, value)
+    rows = [dict(prompt=str(i)) for i in range(3)]
+    texts = ['', 'worse', 'better', ' \n', '', '', 'one', '', 'one']
+    marks = [9.0, 1.0, 2.0, 1.0, 2.0, 3.0, 1.0, 0.0, 1.0]
+    assert E.best_answers(rows, texts, marks) == [
+        dict(prompt='0', completion='better', score=2.0), dict(prompt='2', completion='one', score=1.0)]
+    want = [dict(prompt='0', chosen='better', rejected='worse')]
+    assert E.preference_pairs(rows, dict(completions=texts, scores=marks)) == want
+    monkeypatch.setattr(E, 'num_samples', 1)
+    judged = dict(completions=['a', '', 'b'], against=['', 'c', 'd'], outcomes=['wins', 'losses', 'losses'])
+    assert E.preference_pairs(rows, judged) == [dict(prompt='2', chosen='d', rejected='b')]
+
+
 def test_answers_become_rows_to_train_on(evaluate, world):
     """Best answers, best against worst, a judge's verdicts: what was sampled, as the stages read it."""
     from tokenizer import encode_pair, encode_row, get_tokenizer
