@@ -416,7 +416,12 @@ class Answers:
         c, run = self.config, self.run
         self.policy = policy
         self.reference = reference
-        self.engine = infer.Engine(self.sampler, self.tok, **self.options)
+        room = run.kv_memory(max(c['micro_tokens'], self.options['max_len']), self.options['max_len'])
+        # do the workers have this card too?
+        shared = self.ahead and (torch.device(self.device).index or 0) in free_gpus(self.device)
+        if shared:
+            room //= 1 + c['rollout_workers']
+        self.engine = infer.Engine(self.sampler, self.tok, kv_memory=room, **self.options)
         run.cursor = self
         self.position = run.ckpt['data']['position'] if run.ckpt else 0
         self.jobs = self._jobs(self.position)
@@ -429,7 +434,8 @@ class Answers:
             model = copy.deepcopy(self.sampler).cpu().requires_grad_(False)
             own = {key: c[key] for key in ('max_staleness', 'rollout_workers', 'runtime')}
             self.pool = Rollouts(model, run.tokenizer, self._jobs, self.need, position=self.position,
-                                 device=self.device, engine=self.options, **own, **workers)
+                                 device=self.device, **own, **workers,
+                                 engine=dict(self.options, kv_memory=room if shared else 0))
         self.here = Pool(self.tok, **workers)  # behind Rollouts, whose runtime it joins
 
     def state_dict(self):

@@ -508,10 +508,8 @@ class Run:
             said = f'{said}; the last good checkpoint is {self.out_dir}/ckpt.pt: {RESUME_LOWER}'
         elif kind.__name__ in ('OutOfMemoryError', 'MemoryError') or 'DefaultCPUAllocator' in said:
             asked = re.findall(r'tried to allocate [\d.]+ \w+', said, re.I)[:1]
-            savers = ('micro_tokens', 'checkpointing', 'max_num_seqs', 'lora_r', 'batch_size')
-            keys = ', '.join(f'{key} (now {self.config[key]})' for key in savers if key in self.config)
             said = (f'{": ".join(["out of memory", *asked])}; the plan was {self.planned / 1e9:.2f} GB. What '
-                    f'helps, the cheapest first: {keys}')
+                    f'helps, the cheapest first: {self.savers()}')
         else:
             return otherwise(kind, error, tb)
         print(f'error: {said}', file=sys.stderr)
@@ -616,17 +614,39 @@ class Run:
         self.networks[key] = model, optimizer
         return model, optimizer
 
+    def savers(self):
+        """The keys that save memory with their values, the cheapest first: micro_tokens changes no result."""
+        keys = ('micro_tokens', 'checkpointing', 'max_num_seqs', 'lora_r', 'batch_size')
+        return ', '.join(f'{key} (now {self.config[key]})' for key in keys if key in self.config)
+
+    def of_a_step(self, tokens, T):
+        """{what: bytes} that exist only while a micro-batch of that many tokens is trained on."""
+        c = self.networks['model'][0].config
+        tokens = tokens // (self.config['tp'] * self.config['cp'])
+        activations = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
+        return dict(activations=activations, logits=kernels.logits_bytes(self.device, tokens, c.vocab_size))
+
+    def kv_memory(self, tokens, T):
+        """Bytes of the card that keys and values of an engine may take: what is free now less what training
+        will take (gradients and moments are made in the first step) and 5 % that nobody plans. 0 on a CPU:
+        there the engine decides."""
+        if self.device.type != 'cuda':
+            return 0
+        free, card = torch.cuda.mem_get_info(self.device)
+        to_come = self.memory['grads'] + self.memory['adam'] + sum(self.of_a_step(tokens, T).values())
+        return max(1, int(free - to_come - 0.05 * card))
+
     def plan(self, tokens, T, **more):
         """Prints what runs where and the memory that it will take. tokens: of one micro-batch on one rank, of
         sequences of up to T; more: {what: bytes} that the stage holds besides."""
-        c = self.networks['model'][0].config
-        tokens = tokens // (self.config['tp'] * self.config['cp'])
-        more['activations'] = activation_bytes(c, tokens, T, checkpointing=self.config['checkpointing'])
-        more['logits'] = kernels.logits_bytes(self.device, tokens, c.vocab_size)
-        parts = {**self.memory, **more}
+        parts = {**self.memory, **more, **self.of_a_step(tokens, T)}
         self.planned = sum(parts.values())
         said = ' + '.join(f'{what} {size / 1e9:.2f}' for what, size in parts.items() if size)
         print(f'memory plan: {said} = {self.planned / 1e9:.2f} GB')
+        card = torch.cuda.mem_get_info(self.device)[1] if self.device.type == 'cuda' else math.inf
+        if self.planned > card:
+            over = (self.planned - card) / 1e9
+            print(f'that is {over:.2f} GB more than the card has: lower {self.savers()}')
         where = f'{self.device}{self.mesh.words()}, {self.dtype}, {self.threads} threads'
         if self.device.type == 'cpu' and self.threads > 1:  # how long an idle one looks for work
             where += f' (spin {os.environ.get("GOMP_SPINCOUNT", "of libgomp")})'

@@ -266,6 +266,40 @@ SHAPES = {'gpt2': dict(arch='gpt2'), 'qwen3': dict(arch='qwen3', n_layer=28, n_h
                                                    vocab_size=151936, block_size=40960)}
 
 
+def test_the_plan_is_compared_with_the_card(monkeypatch, capsys):
+    """A card that is played: what training will take is kept free of keys and values, what exceeds the card
+    is said with the keys that help."""
+    import collections
+    import types
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=64))
+    config = dict(tp=1, cp=1, checkpointing=False, micro_tokens=512, max_num_seqs=8)
+    mesh = types.SimpleNamespace(words=lambda: '')
+    fake = types.SimpleNamespace(device=torch.device('cuda'), config=config, networks={'model': (model,)}, mesh=mesh,
+                                 memory=collections.Counter(weights=10**9, grads=2 * 10**9, adam=4 * 10**9), dtype='',
+                                 threads=1, n_params=1, n_trained=1)
+    monkeypatch.setattr(run.kernels, 'logits_bytes', lambda device, tokens, words: 8 * tokens * words)
+    monkeypatch.setattr(run.kernels, 'which', lambda: 'played')
+    for name in ('savers', 'of_a_step'):
+        setattr(fake, name, getattr(run.Run, name).__get__(fake))
+    step = sum(fake.of_a_step(512, 64).values())
+    assert step > run.activation_bytes(model.config, 512, 64) > 0
+    card = 24 * 10**9
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (20 * 10**9, card))
+    assert run.Run.kv_memory(fake, 512, 64) == int(20e9 - 6e9 - step - 1.2e9)
+    config['checkpointing'] = True  # keeps less for the backward, so more for the cache
+    assert run.Run.kv_memory(fake, 512, 64) > int(20e9 - 6e9 - step - 1.2e9)
+    run.Run.plan(fake, 512, 64, kv=10**9)
+    assert 'more than the card' not in capsys.readouterr().out
+    run.Run.plan(fake, 512, 64, kv=20 * 10**9)
+    said = capsys.readouterr().out
+    assert 'that is 3.0' in said and 'lower micro_tokens (now 512), checkpointing (now True)' in said
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (10**9, card))
+    assert run.Run.kv_memory(fake, 512, 64) == 1  # one block: the plan then says what is too much
+    fake.device = torch.device('cpu')
+    assert run.Run.kv_memory(fake, 512, 64) == 0
+
+
 def planned(config):
     """Bytes that the memory plan of a run by this config file adds up, on a GPU; PPO has two trained networks and two frozen."""
     keys = dict(micro_tokens=8192, max_num_seqs=0, max_prompt=0, max_new_tokens=0, dtype_bytes=4)
