@@ -356,15 +356,20 @@ def best_answers(rows: list, texts: list, scores: list) -> list:
     less) are left out."""
     found = []
     for row, answers, marks in zip(rows, by_row(texts), by_row(scores)):
-        best, answer = max(worded(answers, marks), key=lambda one: one[0], default=(-math.inf, ''))
-        if answer and (best > 0.5 or not (reward or env).endswith('.py')):
+        said = worded(answers, marks)
+        if not said:
+            continue
+        best, answer = said[0]
+        if best > 0.5 or not (reward or env).endswith('.py'):
             found.append(asked(row) | dict(completion=answer, score=best))
     return found
 
 
 def worded(answers: list, marks: list) -> list:
-    """(mark, text) of the answers that say something: no stage takes a row with an empty one."""
-    return [(mark, text) for mark, text in zip(marks, answers) if text.strip()]
+    """(mark, text) of the answers that say something, the best first: no stage takes a row with an empty
+    one."""
+    said = [(mark, text) for mark, text in zip(marks, answers) if text.strip()]
+    return sorted(said, key=lambda one: -one[0])
 
 
 def preference_pairs(rows: list, columns: dict) -> list:
@@ -381,10 +386,8 @@ def preference_pairs(rows: list, columns: dict) -> list:
     else:
         for row, answers, marks in zip(rows, by_row(texts), by_row(columns['scores'])):
             said = worded(answers, marks)
-            best = max(said, key=lambda one: one[0], default=None)
-            worst = min(said, key=lambda one: one[0], default=None)
-            if said and best[0] > worst[0] + tie:
-                pairs.append((row, best[1], worst[1]))
+            if said and said[0][0] > said[-1][0] + tie:
+                pairs.append((row, said[0][1], said[-1][1]))
     return [dict(asked(row), chosen=chosen, rejected=rejected) for row, chosen, rejected in pairs]
 
 
