@@ -381,13 +381,18 @@ def preference_pairs(rows: list, columns: dict) -> list:
         for i, (ours, theirs) in enumerate(zip(texts, columns['against'])):
             told = dict(wins=(ours, theirs), losses=(theirs, ours))
             sides = told.get(columns['outcomes'][i])  # chosen, rejected
-            if sides and ours != theirs and ours.strip() and theirs.strip():
+            empty = not ours.strip() or not theirs.strip()
+            if sides and ours != theirs and not empty:
                 pairs.append((rows[i // num_samples], *sides))
     else:
         for row, answers, marks in zip(rows, by_row(texts), by_row(columns['scores'])):
             said = worded(answers, marks)
-            if said and said[0][0] > said[-1][0] + tie:
-                pairs.append((row, said[0][1], said[-1][1]))
+            if not said:
+                continue
+            best, chosen = said[0]
+            worst, rejected = said[-1]
+            if best > worst + tie:
+                pairs.append((row, chosen, rejected))
     return [dict(asked(row), chosen=chosen, rejected=rejected) for row, chosen, rejected in pairs]
 
 
