@@ -55,7 +55,7 @@ def draw(found, path):
 
 def main(words):
     given = options(words, out=os.path.join(ROOT, 'out-calculators'), seeds='1337,2,3', init_from='out-sft')
-    found = measure(given['out'], given['seeds'].split(','), given['init_from'])
+    found = measure(os.path.abspath(given['out']), given['seeds'].split(','), given['init_from'])
     print('pass@1, min / median / max of the seeds\n\n| | before | after |\n| --- | --- | --- |')
     for name, runs in found.items():
         cells = []

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 
-from runs import ROOT, gold_table, mark, options, read_rows, run_once
+from runs import ROOT, gold_table, options, read_rows, run_once
 
 ROUNDS, PROMPTS, PAIRS, STEPS = 3, 1300, 1200, 75
 
@@ -58,13 +58,11 @@ def train(out, seed, start, reward):
 def main(words):
     given = options(words, out=os.path.join(ROOT, 'out-online'), seeds='1337,2,3', init_from='out-sft',
                     reward='out-reward', rows='data/toy/prompts_test.jsonl')
-    marks, out = {}, given['out']
-    for seed in given['seeds'].split(','):
-        folders = train(out, seed, given['init_from'].format(seed), given['reward'].format(seed))
-        for name, folder in folders.items():
-            answers = os.path.join(out, f'marks-{name.replace(" ", "-")}-{seed}')
-            marks.setdefault(name, []).append(mark(folder, given['rows'], answers))
-    gold_table(marks)
+    out = os.path.abspath(given['out'])  # the commands run in the project's folder
+
+    def models_of(seed):
+        return train(out, seed, given['init_from'].format(seed), given['reward'].format(seed))
+    gold_table(given['seeds'], models_of, out, given['rows'])
 
 
 if __name__ == '__main__':

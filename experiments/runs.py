@@ -256,15 +256,7 @@ def record(out, rows):
 def arguments(args, given):
     """['a', '--seeds=1,2'] -> (['a'], given with what was said). A mistake ends the program with one line."""
     questions = [a for a in args if not a.startswith('--')]
-    for a in args:
-        key, _, said = a[2:].partition('=')
-        if a.startswith('--') and (key not in given or not said):
-            print(
-                f'error: unknown option {a!r}; known: ' + ' '.join(f'--{k}={v}' for k, v in given.items()),
-                file=sys.stderr,
-            )
-            raise SystemExit(2)
-        given |= {key: said} if a.startswith('--') else {}
+    given = options([a for a in args if a.startswith('--')], **given)
     known = [*QUESTIONS, 'oracle']
     if set(questions) - set(known):
         print(f'error: expected questions of {" ".join(known)}, got {" ".join(questions)}', file=sys.stderr)
@@ -272,24 +264,29 @@ def arguments(args, given):
     return questions or known, given
 
 
-def run_once(out, script, *words):
-    """A command in a process of its own that writes to the folder `out`; one that has ended is kept."""
-    last = os.path.join(out, 'done')
-    if os.path.exists(last):
-        return
-    more = [] if script == 'evaluate.py' else ['--overwrite']
-    subprocess.run([sys.executable, script, *words, f'--out_dir={out}', *more], cwd=ROOT, check=True)
-    open(last, 'w', encoding='utf-8').close()
-
-
 def options(words, **given):
     """['--seeds=1,2'] -> given with what was said. A mistake ends the program with one line."""
     for word in words:
         key, _, value = word.removeprefix('--').partition('=')
         if key not in given or not value:
-            sys.exit(f'error: {word}: expected one of {" ".join(f"--{k}={v}" for k, v in given.items())}')
+            known = ' '.join(f'--{k}={v}' for k, v in given.items())
+            print(f'error: unknown option {word!r}; known: {known}', file=sys.stderr)
+            raise SystemExit(2)
         given[key] = value
     return given
+
+
+def run_once(out, script, *words):
+    """A command in a process of its own that writes to the folder `out`; one that has ended is kept. Where it
+    fails the program ends: the command has said why."""
+    last = os.path.join(out, 'done')
+    if os.path.exists(last):
+        return
+    more = [] if script == 'evaluate.py' else ['--overwrite']
+    code = subprocess.run([sys.executable, script, *words, f'--out_dir={out}', *more], cwd=ROOT).returncode
+    if code:
+        sys.exit(code)
+    open(last, 'w', encoding='utf-8').close()
 
 
 def mark(folder, rows, out):
@@ -300,8 +297,13 @@ def mark(folder, rows, out):
         return json.load(f)['score'][0]
 
 
-def gold_table(marks):
-    """Prints {name: mark of each seed}."""
+def gold_table(seeds, models_of, out, rows):
+    """Prints the gold marks over the seeds. models_of(seed) -> {name: a trained model's folder}."""
+    marks = {}
+    for seed in seeds.split(','):
+        for name, folder in models_of(seed).items():
+            answers = os.path.join(out, f'marks-{name.replace(" ", "-")}-{seed}')
+            marks.setdefault(name, []).append(mark(folder, rows, answers))
     print('gold, 0 to 10: min / median / max of the seeds\n\n| | gold |\n| --- | --- |')
     for name, of in marks.items():
         print(f'| {name} | {min(of):.2f} / {statistics.median(of):.2f} / {max(of):.2f} |')

@@ -12,7 +12,7 @@ ended is kept.
 import os
 import sys
 
-from runs import ROOT, gold_table, mark, options, run_once
+from runs import ROOT, gold_table, options, run_once
 
 SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=96']
 STEPS = 400
@@ -36,13 +36,12 @@ def train(out, seed, teacher):
 def main(words):
     given = options(words, out=os.path.join(ROOT, 'out-students'), seeds='1337,2,3', teacher='out-ppo',
                     rows='data/toy/prompts_test.jsonl')
-    marks, out = {}, given['out']
-    for seed in given['seeds'].split(','):
+    out = os.path.abspath(given['out'])  # the commands run in the project's folder
+
+    def models_of(seed):
         teacher = given['teacher'].format(seed)
-        for name, folder in {'teacher': teacher, **train(out, seed, teacher)}.items():
-            answers = os.path.join(out, f'marks-{name}-{seed}')
-            marks.setdefault(name, []).append(mark(folder, given['rows'], answers))
-    gold_table(marks)
+        return {'teacher': teacher, **train(out, seed, teacher)}
+    gold_table(given['seeds'], models_of, out, given['rows'])
 
 
 if __name__ == '__main__':

@@ -104,6 +104,23 @@ def test_mistakes_of_the_command_line_are_one_line():
         assert r.returncode == 2 and says in r.stderr and r.stderr.count('\n') == 1
 
 
+@pytest.mark.parametrize('script', ('calculator', 'online', 'students'))
+def test_mistakes_in_a_small_experiment_are_one_line(script):
+    command = [sys.executable, os.path.join(os.path.dirname(STUDY), f'{script}.py'), '--sedes=1']
+    r = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert r.returncode == 2 and "unknown option '--sedes=1'" in r.stderr and r.stderr.count('\n') == 1
+
+
+def test_a_command_runs_once_and_its_failure_ends_the_program(tmp_path):
+    from runs import run_once
+    with pytest.raises(SystemExit) as end:
+        run_once(str(tmp_path / 'out'), 'evaluate.py', '--no_such_key=1')
+    assert end.value.code == 2 and not (tmp_path / 'out' / 'done').exists()
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'done').touch()
+    run_once(str(tmp_path / 'out'), 'evaluate.py', '--no_such_key=1')  # it is there: nothing runs
+
+
 # ---- the runner, from nothing to a picture ----
 
 @pytest.mark.slow
